@@ -1,0 +1,167 @@
+"""The values an adapter is made of. No I/O policy and no file format knowledge here.
+
+An adapter changes a model in three ways: it *adds* a low-rank product to a weight (`LowRank`), it
+*replaces* a whole tensor (a trained head, a bias, a resized embedding), or it replaces some *rows*
+of an embedding (`TokenRows`). Everything is lazy: a value holds `TensorInfo`s, and data is read
+when somebody asks for numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32
+
+Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
+Matrix = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a user should know: a stable `code`, a sentence, and where it was seen.
+
+    `refused` marks what makes an adapter impossible to merge honestly: `inspect` shows it, `merge`
+    stops on it.
+    """
+
+    code: str
+    message: str
+    where: str = ""
+    refused: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            "where": self.where,
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One adapted module: `ΔW = scale · B·A`.
+
+    `a` and `b` are stored as PEFT stores them: `A [r, in]`, `B [out, r]` for linear layers;
+    `A [r, in, *kernel]`, `B [out, r, 1, …]` for convolutions; `A [r, vocab]`, `B [dim, r]` for
+    embeddings, whose delta is `(B·A)ᵀ`. With `blocks_a` or `blocks_b` above one the factor is
+    block-diagonal (BD-LoRA) and stored as its blocks one above the other.
+
+    `scale` is what the product is multiplied with in PEFT's forward pass: α/r, or α/√r for rsLoRA.
+    The output projection of `nn.MultiheadAttention` ("attention-out") gets twice that, because
+    PEFT's forward pass, and so its training, applies it twice. None where no config tells alpha.
+    """
+
+    path: str
+    kind: Kind
+    a: TensorInfo
+    b: TensorInfo
+    alpha: float | None
+    scale: float | None
+    magnitude: TensorInfo | None = None
+    bias: TensorInfo | None = None
+    blocks_a: int = 1
+    blocks_b: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] if self.a.shape else 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the product B·A, convolution kernels flattened into `in`."""
+        return (
+            self.b.shape[0],
+            math.prod(self.a.shape[1:]) * self.blocks_a,
+        )
+
+    @property
+    def weight_name(self) -> str:
+        """The tensor of the model that the delta is added to."""
+        return f"{self.path}.in_proj_weight" if self.kind == "attention-in" else f"{self.path}.weight"
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [t for t in (self.a, self.b, self.magnitude, self.bias) if t is not None]
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel for t in self.tensors)
+
+    def factors(self, files: FilePool | None = None) -> tuple[Matrix, Matrix]:
+        """`(B [out, r], A [r, in])` as float32 matrices, blocks put on their diagonal."""
+        a = read_float32(self.a, files).reshape(self.rank, -1)
+        b = read_float32(self.b, files).reshape(self.b.shape[0], -1)
+        if self.blocks_a > 1:
+            a = block_diagonal(a, self.blocks_a)
+        if self.blocks_b > 1:
+            b = block_diagonal(b, self.blocks_b)
+        return b, a
+
+
+def block_diagonal(stacked: Matrix, count: int) -> Matrix:
+    """`[n, m]` holding `count` blocks one above the other -> `[n, m·count]` block-diagonal."""
+    rows, width = stacked.shape[0] // count, stacked.shape[1]
+    out = np.zeros((stacked.shape[0], width * count), np.float32)
+    for i in range(count):
+        part = slice(i * rows, (i + 1) * rows)
+        out[part, i * width : (i + 1) * width] = stacked[part]
+    return out
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of an embedding: row `indices[i]` becomes `rows[i]` (`[n, dim]`)."""
+
+    path: str
+    indices: tuple[int, ...]
+    rows: TensorInfo
+
+
+@dataclass
+class Adapter:
+    """Everything an adapter holds, read from `source` (a directory or a file).
+
+    `format` is "peft" for what can be merged; other values name what the file is instead, and
+    `description` says it in words. `modules` and `replaced` are keyed by module path and by tensor
+    name, both without training-time prefixes. `inert` names tensors that have no effect at
+    inference, `unknown` those nobody can place.
+    """
+
+    source: Path
+    weights: Path
+    format: str
+    description: str
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, LowRank] = field(default_factory=dict)
+    replaced: dict[str, TensorInfo] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    inert: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: what people call it."""
+        return self.source.resolve().name
+
+    @property
+    def peft_type(self) -> str | None:
+        found = self.config.get("peft_type")
+        return str(found) if found else ("LORA" if self.format == "peft" else None)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel for t in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())

@@ -1,0 +1,151 @@
+"""The header of a safetensors file, read with suspicion.
+
+Layout: 8 bytes little-endian header length N, N bytes of JSON `{name: {dtype, shape,
+data_offsets}}` with an optional `__metadata__` of strings, then the tensor data. Offsets count from
+the end of the header. As the format demands, the tensors must tile the data without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, format_bytes
+from loratool.errors import FileError
+
+#: Longest header accepted, as in the reference implementation.
+MAX_HEADER_BYTES = 100_000_000
+
+_REFETCH = "Fetch the file again; it is not a complete safetensors file."
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors by name in file order, and the `__metadata__` strings.
+
+    Raises FileError with what is wrong for anything that is not a well-formed, complete file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        refuse_known_impostors(path, start, size)
+        if size < 8:
+            raise FileError(f"{path}: only {size} bytes long, too short for a header.", _REFETCH)
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER_BYTES or (start[:4].isascii() and start[:4].isalnum()):
+            raise FileError(
+                f"{path}: not a safetensors file (its first bytes are {start!r}).",
+                "Check what the file really is; its name does not fit its content.",
+            )
+        if 8 + length > size:
+            raise FileError(
+                f"{path}: truncated in its header: {format_bytes(8 + length)} announced, "
+                f"{format_bytes(size)} there.",
+                _REFETCH,
+            )
+        raw = stream.read(length)
+    entries, metadata = _parse_json(path, raw)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+    _check_tiling(path, tensors, 8 + length, size)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
+
+
+def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
+    """Name the usual things found where weights should be: nothing, an LFS pointer, a web page."""
+    if size == 0:
+        raise FileError(f"{path}: the file is empty.", "Fetch it again.")
+    if start.startswith(b"version "):
+        raise FileError(
+            f"{path}: a Git LFS pointer, not the weights themselves.",
+            "Run `git lfs pull` in that repository, or download the file from the Hub.",
+        )
+    if start.lstrip().startswith((b"<!DOC", b"<html", b"<?xml")):
+        raise FileError(f"{path}: a web page, not weights.", "The download went wrong; repeat it.")
+
+
+def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FileError(f"{path}: the header names {twice!r} twice.", _REFETCH)
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: the header is not UTF-8 ({error}).", _REFETCH) from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: the header is not JSON ({error}).", _REFETCH) from None
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: the header is not a JSON object.", _REFETCH)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{path}: __metadata__ is not a table of strings.", _REFETCH)
+    return header, metadata
+
+
+def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def bad(what: str) -> FileError:
+        return FileError(f"{path}: tensor {name!r} {what}.", _REFETCH)
+
+    if not isinstance(entry, dict):
+        raise bad("has no description")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if dtype not in DTYPE_BITS:
+        raise bad(f"has the unknown dtype {dtype!r}")
+    if not _are_counts(shape):
+        raise bad(f"has the impossible shape {shape!r}")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise bad(f"has the impossible data_offsets {offsets!r}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise bad(
+            f"of {dtype} {shape} needs {-(-bits // 8)} bytes, "
+            f"but its data_offsets span {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+
+
+def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
+    position = data_start
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
+        if info.start < position:
+            raise FileError(f"{path}: tensor {info.name!r} overlaps another one.", _REFETCH)
+        if info.start > position:
+            raise FileError(
+                f"{path}: {info.start - position} bytes before tensor {info.name!r} "
+                "belong to no tensor.",
+                _REFETCH,
+            )
+        position += info.nbytes
+    if position > size:
+        raise FileError(
+            f"{path}: truncated: the header describes {format_bytes(position)}, "
+            f"{format_bytes(size)} are there ({position - size} bytes missing).",
+            _REFETCH,
+        )
+    if position < size:
+        raise FileError(f"{path}: {size - position} bytes after the last tensor.", _REFETCH)
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """The first bytes of a safetensors file holding `(name, dtype, shape)` in this order.
+
+    The data starts at a multiple of 8 bytes, as in files of the reference implementation.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

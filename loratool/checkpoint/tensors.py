@@ -1,0 +1,191 @@
+"""A tensor in a file: where its bytes are, and how to read them without torch.
+
+Everything above this module names tensors by `TensorInfo`, whatever file kind they come from, and
+reads only the elements it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.errors import FileError
+
+#: Bits per element of every dtype that the safetensors format names.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+#: The floating dtypes loratool computes with. Narrower ones are quantised storage.
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+#: Elements per block when a tensor is walked through: 2 MB of float32, so that a block and its
+#: product stay in the second-level cache of one core.
+BLOCK_ELEMENTS = 512 * 1024
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, type and place of one tensor; holds no data.
+
+    `dtype` is the safetensors code ("F16", "BF16", …). `start` is the absolute byte offset in
+    `file`. `strides` (in elements) is set only where the elements do not lie in row-major order,
+    which torch files allow and safetensors files do not.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element (1 for the packed dtypes, which are only ever copied whole)."""
+        return max(1, DTYPE_BITS[self.dtype] // 8)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+    def renamed(self, name: str) -> TensorInfo:
+        return replace(self, name=name)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+class FilePool:
+    """Open files, kept open while in use and read by position from any thread."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+
+    def fd(self, path: Path) -> int:
+        fd = self._fds.get(path)
+        if fd is None:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            # Two threads may open the same file at once; the loser's descriptor is closed.
+            kept = self._fds.setdefault(path, fd)
+            if kept != fd:
+                os.close(fd)
+            fd = kept
+        return fd
+
+    def read_into(self, path: Path, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of `path`; raise FileError where the file ends early."""
+        fd = self.fd(path)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(fd, [buffer[done:]], start + done)
+            if count == 0:
+                raise FileError(
+                    f"{path}: the file ended {len(buffer) - done} bytes early while being read.",
+                    "It is truncated, or it was changed during the run. Fetch it again.",
+                )
+            done += count
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def __enter__(self) -> FilePool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_raw(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.uint8]:
+    """All bytes of a tensor in row-major order, `[nbytes]` uint8."""
+    if files is None:
+        with FilePool() as own:
+            return read_raw(info, own)
+    if info.strides is None:
+        raw = np.empty(info.nbytes, np.uint8)
+        files.read_into(info.file, info.start, memoryview(raw))
+        return raw
+    # Strided: read the span the elements lie in, then gather them. Only torch files get here, and
+    # only for tensors saved as views, so the span is at most the storage of that tensor.
+    span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
+    size = info.itemsize
+    raw = np.empty(span * size, np.uint8)
+    files.read_into(info.file, info.start, memoryview(raw))
+    elements = raw.view(f"V{size}")
+    view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
+    return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
+
+
+def as_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+    """Raw bytes of a floating dtype as float32, flat. float64 is rounded, the others are exact."""
+    if dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        widened = raw.view(np.uint16).astype(np.uint32)
+        widened <<= 16
+        return widened.view(np.float32)
+    if dtype not in _NUMPY:
+        raise FileError(
+            f"Values of dtype {dtype} cannot be read as numbers.",
+            "Quantised tensors must be dequantised first.",
+        )
+    return raw.view(_NUMPY[dtype]).astype(np.float32, copy=False)
+
+
+def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:
+    """A whole tensor as float32 in its own shape."""
+    return as_float32(read_raw(info, files), info.dtype).reshape(info.shape)
+
+
+def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Split `range(total)` into `[lo, hi)` pieces of at most `size`."""
+    for low in range(0, total, size):
+        yield low, min(low + size, total)
+
+
+def squared_norm(info: TensorInfo, files: FilePool) -> float:
+    """Sum of squares of a tensor's elements, read in blocks, summed in float64."""
+    if info.strides is not None:
+        values = read_float32(info, files).reshape(-1)
+        return float(np.dot(values, values))
+    total = 0.0
+    for low, high in blocks(info.numel, BLOCK_ELEMENTS):
+        raw = np.empty((high - low) * info.itemsize, np.uint8)
+        files.read_into(info.file, info.start + low * info.itemsize, memoryview(raw))
+        values = as_float32(raw, info.dtype)
+        total += float(np.dot(values, values))
+    return total
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> "1.23 MB" (decimal units, three significant digits)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"

@@ -1,0 +1,91 @@
+"""What can go wrong, in words for people.
+
+Every error a user can meet is a `LoraToolError`: a message that says what is wrong and where, and a
+hint that says what to do next. The command line prints both and exits with the error's `exit_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class LoraToolError(Exception):
+    """Something the user can act on.
+
+    Parameters
+    ----------
+    message: what is wrong and where (file, tensor, expected and found).
+    hint: what to do next; may be empty.
+    """
+
+    exit_code = 1
+    code = "error"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, str]:
+        """The object that `--json` prints on stderr."""
+        return {"error": self.code, "message": self.message, "hint": self.hint}
+
+
+class FileError(LoraToolError):
+    """A file that is missing, truncated, corrupt or not what its name says."""
+
+    code = "bad-file"
+
+
+class AdapterError(LoraToolError):
+    """An adapter that cannot be used as asked: wrong kind, inconsistent, or not merged honestly."""
+
+    code = "bad-adapter"
+
+
+class BaseError(LoraToolError):
+    """A base checkpoint that cannot be used as asked: quantised, incomplete, damaged."""
+
+    code = "bad-base"
+
+
+class MatchError(LoraToolError):
+    """Adapter and base do not fit each other."""
+
+    code = "no-match"
+
+
+class ValueRangeError(LoraToolError):
+    """NaN, infinity or overflow: numbers that must not be written."""
+
+    code = "bad-values"
+
+
+class OutputError(LoraToolError):
+    """The output cannot be written: it exists, the disk is full, it would harm an input."""
+
+    code = "bad-output"
+
+
+class UsageError(LoraToolError):
+    """Arguments that contradict each other."""
+
+    code = "usage"
+    exit_code = 2
+
+
+def listed(items: Iterable[str], shown: int = 5) -> str:
+    """Join the first `shown` items as an indented list and say how many more there are."""
+    all_items: Sequence[str] = list(items)
+    lines = [f"  - {item}" for item in all_items[:shown]]
+    if len(all_items) > shown:
+        lines.append(f"  … and {len(all_items) - shown} more")
+    return "\n".join(lines)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice most like `name`, for "did you mean"; None where nothing is near."""
+    import difflib
+
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None

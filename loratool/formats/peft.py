@@ -1,0 +1,315 @@
+"""PEFT adapters on disk: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
+
+A key is `base_model.model.` + module path + leaf, and the leaf says what the tensor is. Training
+frameworks add prefixes (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`) and raw state dicts keep
+the adapter's name (`.lora_A.default.weight`); all of that is taken off here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.adapter import Adapter, Kind, LowRank, Notice, TokenRows
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.errors import listed
+from loratool.formats.peft_config import block_counts, config_notices, rank_and_scale
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_LEAVES = [
+    ("factor", re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B)(\.(?P<name>[^.]+))?\.weight")),
+    ("bias", re.compile(r"(?P<path>.+)\.lora_B(\.(?P<name>[^.]+))?\.bias")),
+    ("embedding", re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>A|B)(\.(?P<name>[^.]+))?")),
+    ("magnitude", re.compile(
+        r"(?P<path>.+)\.lora_magnitude_vector(\.(?P<name>(?!weight)[^.]+))?(\.weight)?")),
+    ("rows", re.compile(
+        r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<name>[^.]+))?")),
+    # Training-time state of VeLoRA and MonteCLoRA; their forward pass in eval mode is plain LoRA.
+    ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
+    ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
+]  # fmt: skip
+
+#: Heads that PEFT adds to modules_to_save on its own, whether the model has them or not.
+_AUTOMATIC_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+@dataclass
+class _Parts:
+    """The tensors found for one module path."""
+
+    factors: dict[str, TensorInfo] = field(default_factory=dict)
+    embedding: bool = False
+    bias: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+    rows: TensorInfo | None = None
+
+
+def plain_path(key: str) -> str:
+    """A key without the prefixes of PEFT and of training frameworks."""
+    path = _WRAPPERS.sub("", key)
+    path = re.sub(r"^(module\.)+", "", path)
+    path = path.removeprefix("base_model.model.")
+    return re.sub(r"^(module\.)+", "", path)
+
+
+def fill_adapter(adapter: Adapter) -> None:
+    """Sort the tensors of a PEFT LoRA adapter into modules, replaced tensors and token rows.
+
+    Fills `adapter` in place. Nothing is refused here: what cannot be merged becomes a notice with
+    `refused` set, so that `inspect` can still show everything else.
+    """
+    parts: dict[str, _Parts] = defaultdict(_Parts)
+    names: set[str] = set()
+    for key, info in adapter.tensors.items():
+        _place(adapter, key, info, parts, names)
+    if len(names) > 1:
+        adapter.notices.append(
+            Notice(
+                "several-adapters",
+                f"The file holds {len(names)} adapters: {', '.join(sorted(names))}. "
+                "Save the one you want with PEFT's save_pretrained(selected_adapters=[...]).",
+                refused=True,
+            )
+        )
+    if adapter.config:
+        adapter.notices += config_notices(adapter.config)
+    else:
+        adapter.notices.append(
+            Notice(
+                "no-config",
+                "There is no adapter_config.json beside the weights, so alpha and the scale are "
+                "unknown.",
+                str(adapter.weights),
+                refused=True,
+            )
+        )
+    _build_modules(adapter, parts)
+    _check_shapes(adapter)
+    _check_expectations(adapter)
+
+
+def _place(
+    adapter: Adapter, key: str, info: TensorInfo, parts: dict[str, _Parts], names: set[str]
+) -> None:
+    path = plain_path(key)
+    for leaf, pattern in _LEAVES:
+        match = pattern.fullmatch(path)
+        if match is None:
+            continue
+        found = match.groupdict()
+        module = parts[found["path"]] if leaf not in ("inert", "saved") else _Parts()
+        if found.get("name"):
+            names.add(found["name"])
+        if leaf == "inert":
+            adapter.inert.append(key)
+        elif leaf == "saved":
+            adapter.replaced[f"{found['path']}.{found['param']}"] = info
+        elif leaf == "factor" or leaf == "embedding":
+            module.factors[found["side"]] = info
+            module.embedding = leaf == "embedding"
+        elif leaf == "bias":
+            module.bias = info
+        elif leaf == "magnitude":
+            module.magnitude = info
+        else:
+            module.rows = info
+        return
+    if "lora_" in path or "original_module." in path:
+        adapter.unknown.append(key)
+    else:
+        # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
+        # gives to the wrapped original, so the tensor means the original itself.
+        adapter.replaced[path.replace(".base_layer.", ".")] = info
+
+
+def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
+    resolve = rank_and_scale(adapter.config) if adapter.config else None
+    for path, found in parts.items():
+        if found.rows is not None:
+            adapter.token_rows[path] = TokenRows(
+                path, _token_indices(adapter, path, found.rows), found.rows
+            )
+        if not found.factors:
+            if found.bias is not None or found.magnitude is not None:
+                stray = found.bias or found.magnitude
+                adapter.unknown.append(stray.name if stray else path)
+            continue
+        if found.factors.keys() != {"A", "B"}:
+            have = next(iter(found.factors))
+            adapter.notices.append(
+                Notice("half-a-pair", f"lora_{have} has no partner.", path, refused=True)
+            )
+            adapter.unknown += [t.name for t in found.factors.values()]
+            continue
+        plain, kind = _kind(path, found, parts)
+        # PEFT gives the output projection of an attention module the rank and alpha of the module.
+        owner = plain.removesuffix(".out_proj") if kind == "attention-out" else plain
+        alpha = scale = None
+        if resolve is not None:
+            rank, alpha, scale = resolve(owner)
+            scale *= 2 if kind == "attention-out" else 1
+            if rank != found.factors["A"].shape[:1][0] if found.factors["A"].shape else True:
+                adapter.notices.append(
+                    Notice(
+                        "rank-mismatch",
+                        f"The config gives rank {rank}, lora_A is {list(found.factors['A'].shape)}"
+                        ". PEFT would refuse to load it; correct r or rank_pattern.",
+                        plain,
+                        refused=True,
+                    )
+                )
+        blocks_a, blocks_b = block_counts(adapter.config, plain)
+        adapter.modules[plain] = LowRank(
+            plain, kind, found.factors["A"], found.factors["B"], alpha, scale,
+            found.magnitude, found.bias, blocks_a, blocks_b,
+        )  # fmt: skip
+
+
+def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind]:
+    """The module path without `base_layer`, and what sort of layer it is."""
+    if found.embedding:
+        return path, "embedding"
+    if path.endswith(".base_layer.out_proj"):
+        return path.replace(".base_layer.out_proj", ".out_proj"), "attention-out"
+    if f"{path}.base_layer.out_proj" in parts:
+        return path, "attention-in"
+    return path, "conv" if len(found.factors["A"].shape) > 2 else "linear"
+
+
+def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, ...]:
+    setting: Any = adapter.config.get("trainable_token_indices")
+    if adapter.peft_type == "TRAINABLE_TOKENS":
+        setting = adapter.config.get("token_indices")
+    if isinstance(setting, dict):
+        setting = next(
+            (v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None
+        )
+    valid = isinstance(setting, list) and all(type(i) is int and i >= 0 for i in setting)
+    if not valid or len(setting) != rows.shape[0]:
+        adapter.notices.append(
+            Notice(
+                "token-indices",
+                f"{rows.shape[0]} trained token rows, but trainable_token_indices of the config "
+                f"is {setting!r}.",
+                path,
+                refused=True,
+            )
+        )
+        return ()
+    return tuple(setting)
+
+
+def _check_shapes(adapter: Adapter) -> None:
+    """Refuse pairs that do not make a product; name the reason where it is a known one."""
+    for path, module in adapter.modules.items():
+        a, b = module.a.shape, module.b.shape
+        if 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
+            adapter.notices.append(
+                Notice(
+                    "zero3-placeholder",
+                    f"lora_A is {list(a)}, lora_B is {list(b)}: an empty placeholder that "
+                    "DeepSpeed ZeRO-3 or FSDP leaves when shards were not gathered before saving. "
+                    "The weights are not in this file; save again from the training run.",
+                    path,
+                    refused=True,
+                )
+            )
+        elif len(a) > 2 and b[1] != a[0]:
+            adapter.notices.append(
+                Notice(
+                    "grouped-convolution",
+                    f"lora_A is {list(a)}, lora_B is {list(b)}: a grouped convolution, whose A "
+                    "mixes groups that the weight keeps apart, so no merged weight exists.",
+                    path,
+                    refused=True,
+                )
+            )
+        elif len(b) > 2 and len(a) == 2:
+            adapter.notices.append(
+                Notice(
+                    "enable-lora",
+                    f"lora_B is {list(b)}: the fused layout of PEFT 0.1–0.2 (enable_lora).",
+                    path,
+                    refused=True,
+                )
+            )
+        elif b[1] * module.blocks_b != a[0] or any(n != 1 for n in b[2:]):
+            adapter.notices.append(
+                Notice(
+                    "pair-mismatch",
+                    f"lora_A is {list(a)} and lora_B is {list(b)}: their ranks differ.",
+                    path,
+                    refused=True,
+                )
+            )
+        elif path.endswith(".base_layer") or path.endswith(".experts"):
+            adapter.notices.append(
+                Notice(
+                    "target-parameters",
+                    "It adapts a bare parameter (a stack of experts), which cannot be placed yet.",
+                    path,
+                    refused=True,
+                )
+            )
+
+
+def _check_expectations(adapter: Adapter) -> None:
+    """Compare what the config announces with what the file holds."""
+    config, notices = adapter.config, adapter.notices
+    targets = config.get("target_modules")
+    paths = list(adapter.modules)
+    if isinstance(targets, list):
+        absent = [t for t in targets if not any(p == t or p.endswith(f".{t}") for p in paths)]
+        # PEFT targets an attention module by its own name, and `out_proj` comes along.
+        if absent and paths:
+            notices.append(
+                Notice(
+                    "target-absent",
+                    f"target_modules names {', '.join(map(repr, sorted(absent)))}, "
+                    "but no such module is in the file.",
+                    "adapter_config.json",
+                )
+            )
+    saved = config.get("modules_to_save") or []
+    absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
+    if len(saved) > len(absent):
+        absent = [s for s in absent if s not in _AUTOMATIC_HEADS]
+    if absent:
+        notices.append(
+            Notice(
+                "saved-module-absent",
+                f"modules_to_save names {', '.join(map(repr, absent))}, "
+                "but no such tensor is in the file.",
+                "adapter_config.json",
+            )
+        )
+    biases = [n for n in adapter.replaced if n.endswith(".bias")]
+    if config.get("bias", "none") != "none" and not biases:
+        notices.append(
+            Notice(
+                "bias-absent",
+                f"bias={config['bias']!r}, but no bias tensor is in the file.",
+                "adapter_config.json",
+            )
+        )
+    if config.get("use_dora") and any(m.magnitude is None for m in adapter.modules.values()):
+        missing = [p for p, m in adapter.modules.items() if m.magnitude is None]
+        notices.append(
+            Notice(
+                "magnitude-absent",
+                f"use_dora is set, but {len(missing)} modules have no magnitude vector:\n"
+                + listed(missing),
+                refused=True,
+            )
+        )
+    if adapter.unknown:
+        notices.append(
+            Notice(
+                "unknown-tensors",
+                f"{len(adapter.unknown)} tensors have no known meaning:\n"
+                + listed(adapter.unknown),
+                refused=True,
+            )
+        )

@@ -1,0 +1,184 @@
+"""adapter_config.json: what each field means for the arithmetic, after PEFT 0.21.
+
+Every field is in exactly one of three groups: it changes the arithmetic and is honoured here, it
+has no effect on a merge, or it makes a merge from files impossible and is refused by name. A field
+in none of them may change the arithmetic in a way nobody here knows, so it is refused too, unless
+it is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Notice
+from loratool.errors import AdapterError, FileError
+
+#: Fields that are read by loratool.
+HONOURED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora",
+    "fan_in_fan_out", "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "target_modules", "init_lora_weights", "ensure_weight_tying", "use_bdlora",
+    "base_model_name_or_path", "task_type",
+}  # fmt: skip
+
+#: Fields that matter in training only, or say where the adapter came from.
+HARMLESS = {
+    "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules",
+    "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "monteclora_config", "qalora_group_size", "runtime_config", "merge_weights",
+}  # fmt: skip
+
+#: Fields that, when set, make `W + scale·B·A` the wrong formula.
+REFUSED = {
+    "target_parameters": "it adapts bare parameters (mixture-of-experts stacks), whose packing "
+    "loratool cannot place yet",
+    "layer_replication": "it needs a base whose layers are copied first; build that base and "
+    "remove the field",
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens; no single weight "
+    "does the same",
+    "arrow_config": "Arrow routes each token among several adapters; no single weight does that",
+    "use_qalora": "QALoRA pools its inputs by quantisation group and has no merged form",
+    "kasa_config": "KaSA first cuts the smallest singular values off the base weight",
+    "enable_lora": "the fused layout of PEFT 0.1–0.2 (MergedLinear) is not readable; load and "
+    "save it with PEFT 0.2",
+}
+
+#: Initialisations that also changed the base weights, so that the base on disk is not the one the
+#: adapter belongs to.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: not valid JSON ({error}).", "Repair or fetch it again.") from None
+    if not isinstance(config, dict):
+        raise FileError(f"{path}: not a JSON object.", "Repair or fetch it again.")
+    return config
+
+
+def config_notices(config: dict[str, Any]) -> list[Notice]:
+    """What in a LoRA config stands in the way of a merge, or is not known."""
+    where = "adapter_config.json"
+    notices = []
+    for field, reason in REFUSED.items():
+        if config.get(field):
+            notices.append(Notice(_code(field), f"{field} is set: {reason}.", where, refused=True))
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
+        notices.append(
+            Notice(
+                "base-changing-init",
+                f"init_lora_weights={init!r} also changed the base weights, so this adapter does "
+                "not belong to the base as published. Convert it with PEFT first: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+                where,
+                refused=True,
+            )
+        )
+    if config.get("use_bdlora") and config.get("use_dora"):
+        notices.append(
+            Notice("bdlora-dora", "use_bdlora with use_dora has no meaning in PEFT.", where, True)
+        )
+    for field in sorted(config.keys() - HONOURED - HARMLESS - REFUSED.keys()):
+        if config[field] not in (None, False, "", [], {}):
+            notices.append(
+                Notice(
+                    "unknown-config-field",
+                    f"{field}={config[field]!r} is not a field of PEFT 0.21 that loratool knows; "
+                    "it may change the arithmetic. Remove it if you know that it does not.",
+                    where,
+                    refused=True,
+                )
+            )
+    return notices
+
+
+def _code(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, float]]:
+    """A function from module path to `(rank, alpha, scale)` as the config has them.
+
+    The patterns follow PEFT 0.15 and later (`get_pattern_key`): rank and alpha are looked up
+    independently; a key is a regular expression that must match the whole path or a suffix of it
+    that starts after a dot; the first matching key in file order wins.
+    Source: peft/utils/other.py, peft/tuners/lora/layer.py (`scaling`).
+    """
+    ranks = _patterns(config, "rank_pattern")
+    alphas = _patterns(config, "alpha_pattern")
+    default_rank = _number(config.get("r", 8), "r")
+    default_alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
+    root = bool(config.get("use_rslora"))
+
+    def resolve(path: str) -> tuple[int, float, float]:
+        rank = next((v for p, v in ranks if p.match(path)), default_rank)
+        alpha = next((v for p, v in alphas if p.match(path)), default_alpha)
+        if rank < 1 or rank != int(rank):
+            raise AdapterError(
+                f"adapter_config.json: the rank of {path} is {rank}; it must be a whole number "
+                "above zero.",
+                "Correct r or rank_pattern.",
+            )
+        return int(rank), alpha, alpha / (math.sqrt(rank) if root else rank)
+
+    return resolve
+
+
+def _patterns(config: dict[str, Any], field: str) -> list[tuple[re.Pattern[str], float]]:
+    table = config.get(field) or {}
+    if not isinstance(table, dict):
+        raise AdapterError(f"adapter_config.json: {field} is not a table.", "Correct it.")
+    compiled = []
+    for key, value in table.items():
+        try:
+            pattern = re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            raise AdapterError(
+                f"adapter_config.json: {field} has the key {key!r}, which is not a regular "
+                f"expression ({error}).",
+                "PEFT reads these keys as regular expressions; correct it.",
+            ) from None
+        compiled.append((pattern, _number(value, f"{field}[{key!r}]")))
+    return compiled
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(
+            f"adapter_config.json: {field} is {value!r}; it must be a number.", "Correct it."
+        )
+    return value
+
+
+def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
+    """BD-LoRA: in how many diagonal blocks A and B of a module are stored (1 is not at all).
+
+    A module is meant by a pattern that occurs anywhere in the last part of its path.
+    Source: peft/tuners/lora/variants.py (`BdLoraLinearVariant.init`).
+    """
+    settings = config.get("use_bdlora")
+    if not isinstance(settings, dict):
+        return 1, 1
+    leaf = path.rpartition(".")[2]
+    count = settings.get("nblocks", 1)
+    if type(count) is not int or count < 1:
+        raise AdapterError(
+            f"adapter_config.json: use_bdlora.nblocks is {count!r}; it must be a whole number "
+            "above zero.",
+            "Correct it.",
+        )
+    in_a = any(part in leaf for part in settings.get("target_modules_bd_a") or ())
+    in_b = any(part in leaf for part in settings.get("target_modules_bd_b") or ())
+    return count if in_a else 1, count if in_b else 1

@@ -1,0 +1,83 @@
+"""What a file is, told from its tensor names. One rule per line, the first that fits wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from loratool.checkpoint.tensors import TensorInfo
+
+#: PEFT types other than LoRA, in the words of their authors.
+PEFT_TYPES = {
+    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
+    "P_TUNING": "P-tuning", "PREFIX_TUNING": "prefix tuning", "ADAPTION_PROMPT": "LLaMA-Adapter",
+    "CPT": "context-aware prompt tuning", "IA3": "(IA)³", "ADALORA": "AdaLoRA", "LOHA": "LoHa",
+    "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "VERA": "VeRA", "FOURIERFT": "FourierFT",
+    "XLORA": "X-LoRA", "HRA": "HRA", "VBLORA": "VB-LoRA", "LN_TUNING": "LayerNorm tuning",
+    "POLY": "Poly", "TRAINABLE_TOKENS": "trainable tokens", "RANDLORA": "RandLoRA",
+}  # fmt: skip
+
+_KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
+_DIFFUSERS = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.")
+_OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
+_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+
+Test = Callable[[Collection[str]], bool]
+
+
+def _any(pattern: str) -> Test:
+    compiled = re.compile(pattern)
+    return lambda names: any(compiled.search(name) for name in names)
+
+
+_RULES: list[tuple[str, str, Test]] = [
+    ("empty", "a safetensors file without tensors", lambda names: not names),
+    ("optimizer-state", "optimizer state of a training run, not an adapter",
+     lambda names: any(_OPTIMIZER.match(n) for n in names)),
+    ("prompt-tuning", "prompt tuning (trained prompt embeddings), not a LoRA adapter",
+     _any(r"(^|\.)prompt_embeddings$|^prompt_encoder\.")),
+    ("kohya", "a kohya-style LoRA for a diffusion model",
+     lambda names: any(_KOHYA.match(n) for n in names)),
+    ("cloneofsimo", "a cloneofsimo/lora file for a diffusion model",
+     _any(r"^(unet|text_encoder):\d+:(up|down)$")),
+    ("adalora", "an AdaLoRA adapter, not plain LoRA", _any(r"\.lora_E(\.|$)")),
+    ("lycoris", "a LyCORIS adapter (LoHa or LoKr)", _any(r"\.(hada_w\d|lokr_w\d)")),
+    ("ia3", "an (IA)³ adapter, which rescales activations; not LoRA",
+     _any(r"\.(ia3_l|multi_lora_[ab])(\.|$)")),
+    ("diffusers", "a diffusers LoRA for a diffusion model", lambda names: any(
+        _DIFFUSERS.match(n) and ("lora" in n) for n in names)),
+    ("peft", "a PEFT LoRA adapter", lambda names: any(_FACTOR.match(n) for n in names)),
+    ("peft", "a PEFT LoRA adapter", _any(r"trainable_tokens_delta")),
+    ("mlx", "an MLX LoRA adapter", _any(r"\.lora_[ab]$")),
+    ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",
+     _any(r"\.lora[._](down|up)")),
+    ("positional", "low-rank factors named by position only (as SAM-LoRA scripts save them)",
+     _any(r"^w_[ab]_\d+$")),
+    ("base-checkpoint", "model weights, not an adapter",
+     lambda names: sum(n.endswith((".weight", ".bias")) for n in names) > len(names) // 2),
+]  # fmt: skip
+
+
+def recognise(
+    tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
+) -> tuple[str, str]:
+    """`(format, description)` of a weights file.
+
+    `top` is the top object of a torch file ("dict", "list", "tensor"); `config` the
+    adapter_config.json beside it, or {}.
+    """
+    if top == "tensor":
+        return "bare-tensor", "a single tensor without a name (perhaps a trained prompt prefix)"
+    if top in ("list", "tuple"):
+        return "positional", "a list of tensors without names (as cloneofsimo/lora saves them)"
+    peft_type = str(config.get("peft_type") or "LORA").upper()
+    if peft_type == "TRAINABLE_TOKENS":
+        return "peft", "PEFT trainable tokens"
+    if peft_type != "LORA":
+        words = PEFT_TYPES.get(peft_type, peft_type)
+        return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter, not LoRA"
+    for code, words, fits in _RULES:
+        if fits(tensors):
+            return code, words
+    return "unknown", "no adapter format that loratool knows"

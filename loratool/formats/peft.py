@@ -32,18 +32,20 @@ _LEAVES = [
 ]  # fmt: skip
 
 #: Heads that PEFT adds to modules_to_save on its own, whether the model has them or not.
-_AUTOMATIC_HEADS = {"classifier", "score", "qa_outputs"}
+AUTOMATIC_HEADS = {"classifier", "score", "qa_outputs"}
+
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|shared)\.weight$")
+#: A byte-level tokenizer has 256 tokens; an "embedding" with fewer rows than half of that is none.
+_SMALLEST_VOCABULARY = 128
 
 
 @dataclass
 class _Parts:
     """The tensors found for one module path."""
 
-    factors: dict[str, TensorInfo] = field(default_factory=dict)
+    #: By slot: "A", "B", "bias", "magnitude", "rows".
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
     embedding: bool = False
-    bias: TensorInfo | None = None
-    magnitude: TensorInfo | None = None
-    rows: TensorInfo | None = None
 
 
 def plain_path(key: str) -> str:
@@ -99,72 +101,79 @@ def _place(
         if match is None:
             continue
         found = match.groupdict()
-        module = parts[found["path"]] if leaf not in ("inert", "saved") else _Parts()
         if found.get("name"):
             names.add(found["name"])
         if leaf == "inert":
             adapter.inert.append(key)
-        elif leaf == "saved":
-            adapter.replaced[f"{found['path']}.{found['param']}"] = info
-        elif leaf == "factor" or leaf == "embedding":
-            module.factors[found["side"]] = info
+            return
+        if leaf == "saved":
+            _claim(adapter, adapter.replaced, f"{found['path']}.{found['param']}", info)
+            return
+        module = parts[found["path"]]
+        if leaf in ("factor", "embedding"):
             module.embedding = leaf == "embedding"
-        elif leaf == "bias":
-            module.bias = info
-        elif leaf == "magnitude":
-            module.magnitude = info
-        else:
-            module.rows = info
+            leaf = found["side"]
+        _claim(adapter, module.tensors, leaf, info)
         return
     if "lora_" in path or "original_module." in path:
         adapter.unknown.append(key)
     else:
         # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
         # gives to the wrapped original, so the tensor means the original itself.
-        adapter.replaced[path.replace(".base_layer.", ".")] = info
+        _claim(adapter, adapter.replaced, path.replace(".base_layer.", "."), info)
+
+
+def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: TensorInfo) -> None:
+    """Put a tensor in its place; a second one for the same place is never dropped in silence."""
+    if slot in table:
+        adapter.unknown.append(info.name)
+    else:
+        table[slot] = info
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
     resolve = rank_and_scale(adapter.config) if adapter.config else None
+    halves, wrong_ranks = [], []
     for path, found in parts.items():
-        if found.rows is not None:
-            adapter.token_rows[path] = TokenRows(
-                path, _token_indices(adapter, path, found.rows), found.rows
-            )
-        if not found.factors:
-            if found.bias is not None or found.magnitude is not None:
-                stray = found.bias or found.magnitude
-                adapter.unknown.append(stray.name if stray else path)
-            continue
-        if found.factors.keys() != {"A", "B"}:
-            have = next(iter(found.factors))
-            adapter.notices.append(
-                Notice("half-a-pair", f"lora_{have} has no partner.", path, refused=True)
-            )
-            adapter.unknown += [t.name for t in found.factors.values()]
+        tensors = found.tensors
+        if "rows" in tensors:
+            rows = tensors["rows"]
+            adapter.token_rows[path] = TokenRows(path, _token_indices(adapter, path, rows), rows)
+        if "A" not in tensors or "B" not in tensors:
+            stray = [t.name for slot, t in tensors.items() if slot != "rows"]
+            adapter.unknown += stray
+            halves += stray
             continue
         plain, kind = _kind(path, found, parts)
+        a, b = tensors["A"], tensors["B"]
         # PEFT gives the output projection of an attention module the rank and alpha of the module.
         owner = plain.removesuffix(".out_proj") if kind == "attention-out" else plain
         alpha = scale = None
         if resolve is not None:
             rank, alpha, scale = resolve(owner)
             scale *= 2 if kind == "attention-out" else 1
-            if rank != found.factors["A"].shape[:1][0] if found.factors["A"].shape else True:
-                adapter.notices.append(
-                    Notice(
-                        "rank-mismatch",
-                        f"The config gives rank {rank}, lora_A is {list(found.factors['A'].shape)}"
-                        ". PEFT would refuse to load it; correct r or rank_pattern.",
-                        plain,
-                        refused=True,
-                    )
-                )
+            if len(a.shape) > 1 and a.shape[0] not in (0, rank):
+                wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
-            plain, kind, found.factors["A"], found.factors["B"], alpha, scale,
-            found.magnitude, found.bias, blocks_a, blocks_b,
+            plain, kind, a, b, alpha, scale,
+            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
         )  # fmt: skip
+    _refuse(adapter, "half-a-pair", "lack their partner, so nothing can be computed", halves)
+    _refuse(
+        adapter, "rank-mismatch",
+        "have another rank than the config gives them; PEFT would not load this. Correct r or "
+        "rank_pattern", wrong_ranks,
+    )  # fmt: skip
+
+
+def _refuse(adapter: Adapter, code: str, what: str, places: list[str]) -> None:
+    """One notice for all modules or tensors with the same trouble."""
+    if places:
+        many = f"{len(places)} " if len(places) > 1 else "1 "
+        adapter.notices.append(
+            Notice(code, f"{many}of its parts {what}:\n{listed(places)}", places[0], refused=True)
+        )
 
 
 def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind]:
@@ -175,7 +184,7 @@ def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind
         return path.replace(".base_layer.out_proj", ".out_proj"), "attention-out"
     if f"{path}.base_layer.out_proj" in parts:
         return path, "attention-in"
-    return path, "conv" if len(found.factors["A"].shape) > 2 else "linear"
+    return path, "conv" if len(found.tensors["A"].shape) > 2 else "linear"
 
 
 def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, ...]:
@@ -201,58 +210,40 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
     return tuple(setting)
 
 
+#: Why a pair of shapes makes no product, by code.
+_SHAPE_TROUBLES = {
+    "zero3-placeholder": "are empty placeholders, as DeepSpeed ZeRO-3 or FSDP leave them when "
+    "shards were not gathered before saving; the weights are not in this file. Save again from "
+    "the training run",
+    "grouped-convolution": "are grouped convolutions, whose A mixes groups that the weight keeps "
+    "apart, so no merged weight exists",
+    "enable-lora": "are in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
+    "PEFT 0.2",
+    "target-parameters": "adapt a bare parameter (a stack of experts), which cannot be placed yet",
+    "pair-mismatch": "have factors of different ranks",
+}
+
+
 def _check_shapes(adapter: Adapter) -> None:
     """Refuse pairs that do not make a product; name the reason where it is a known one."""
+    troubles: dict[str, list[str]] = {code: [] for code in _SHAPE_TROUBLES}
     for path, module in adapter.modules.items():
         a, b = module.a.shape, module.b.shape
+        code = ""
         if 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
-            adapter.notices.append(
-                Notice(
-                    "zero3-placeholder",
-                    f"lora_A is {list(a)}, lora_B is {list(b)}: an empty placeholder that "
-                    "DeepSpeed ZeRO-3 or FSDP leaves when shards were not gathered before saving. "
-                    "The weights are not in this file; save again from the training run.",
-                    path,
-                    refused=True,
-                )
-            )
+            code = "zero3-placeholder"
         elif len(a) > 2 and b[1] != a[0]:
-            adapter.notices.append(
-                Notice(
-                    "grouped-convolution",
-                    f"lora_A is {list(a)}, lora_B is {list(b)}: a grouped convolution, whose A "
-                    "mixes groups that the weight keeps apart, so no merged weight exists.",
-                    path,
-                    refused=True,
-                )
-            )
+            code = "grouped-convolution"
         elif len(b) > 2 and len(a) == 2:
-            adapter.notices.append(
-                Notice(
-                    "enable-lora",
-                    f"lora_B is {list(b)}: the fused layout of PEFT 0.1–0.2 (enable_lora).",
-                    path,
-                    refused=True,
-                )
-            )
+            code = "enable-lora"
+        elif path.endswith((".base_layer", ".experts")):
+            code = "target-parameters"
         elif b[1] * module.blocks_b != a[0] or any(n != 1 for n in b[2:]):
-            adapter.notices.append(
-                Notice(
-                    "pair-mismatch",
-                    f"lora_A is {list(a)} and lora_B is {list(b)}: their ranks differ.",
-                    path,
-                    refused=True,
-                )
-            )
-        elif path.endswith(".base_layer") or path.endswith(".experts"):
-            adapter.notices.append(
-                Notice(
-                    "target-parameters",
-                    "It adapts a bare parameter (a stack of experts), which cannot be placed yet.",
-                    path,
-                    refused=True,
-                )
-            )
+            code = "pair-mismatch"
+        if code:
+            troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")
+    for code, places in troubles.items():
+        _refuse(adapter, code, _SHAPE_TROUBLES[code], places)
 
 
 def _check_expectations(adapter: Adapter) -> None:
@@ -275,7 +266,7 @@ def _check_expectations(adapter: Adapter) -> None:
     saved = config.get("modules_to_save") or []
     absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
     if len(saved) > len(absent):
-        absent = [s for s in absent if s not in _AUTOMATIC_HEADS]
+        absent = [s for s in absent if s not in AUTOMATIC_HEADS]
     if absent:
         notices.append(
             Notice(
@@ -304,12 +295,34 @@ def _check_expectations(adapter: Adapter) -> None:
                 refused=True,
             )
         )
+    square = [m.path for m in adapter.modules.values() if m.shape[0] == m.shape[1]]
+    if config.get("fan_in_fan_out") and square:
+        notices.append(
+            Notice(
+                "square-conv1d",
+                f"{len(square)} modules are square and fan_in_fan_out is set: whether their "
+                "weights are stored [in, out] cannot be seen here; the base's config.json tells.",
+                square[0],
+            )
+        )
+    partial = [n for n in adapter.replaced if _EMBEDDING.search(n)]
+    partial = [n for n in partial if adapter.replaced[n].shape[0] < _SMALLEST_VOCABULARY]
+    if partial:
+        notices.append(
+            Notice(
+                "partial-embedding-rows",
+                f"{', '.join(partial)} has only {adapter.replaced[partial[0]].shape[0]} rows: "
+                "perhaps the added tokens alone, not the whole embedding.",
+                partial[0],
+            )
+        )
     if adapter.unknown:
         notices.append(
             Notice(
                 "unknown-tensors",
-                f"{len(adapter.unknown)} tensors have no known meaning:\n"
+                f"{len(adapter.unknown)} tensors have no known meaning or no free place:\n"
                 + listed(adapter.unknown),
+                adapter.unknown[0],
                 refused=True,
             )
         )

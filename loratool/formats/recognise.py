@@ -23,6 +23,8 @@ _DIFFUSERS = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.")
 _OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
 _FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
 
+_INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
+
 Test = Callable[[Collection[str]], bool]
 
 
@@ -54,6 +56,8 @@ _RULES: list[tuple[str, str, Test]] = [
      _any(r"\.lora[._](down|up)")),
     ("positional", "low-rank factors named by position only (as SAM-LoRA scripts save them)",
      _any(r"^w_[ab]_\d+$")),
+    ("textual-inversion", "a textual inversion (trained embeddings of new words), not LoRA",
+     lambda names: all(n.startswith("<") or n in _INVERSION for n in names)),
     ("base-checkpoint", "model weights, not an adapter",
      lambda names: sum(n.endswith((".weight", ".bias")) for n in names) > len(names) // 2),
 ]  # fmt: skip

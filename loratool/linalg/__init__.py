@@ -1,0 +1,1 @@
+"""Low-rank algebra. Nothing here ever builds the dense `[out, in]` product."""

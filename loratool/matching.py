@@ -1,0 +1,204 @@
+"""Which tensor of the base each part of an adapter belongs to, decided from headers alone.
+
+`match` places every module, replaced tensor and token row, or lists it as unmatched with the
+reason. It computes nothing and refuses nothing that is merely absent: `merge` refuses, `inspect
+--base` reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loratool.adapter import Adapter, LowRank, TokenRows
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.layout import Layout, Naming
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.errors import AdapterError, nearest
+from loratool.formats.peft import AUTOMATIC_HEADS
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A low-rank pair aimed at a base tensor: `W += weight·scale·B·A`.
+
+    `transposed` where the stored matrix is the transpose of B·A: Conv1D and embeddings. `weight` is
+    what the user gave the adapter.
+    """
+
+    tensor: str
+    module: LowRank
+    transposed: bool
+    weight: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of B·A. Raises AdapterError where the adapter has no alpha."""
+        if self.module.scale is None:
+            raise AdapterError(
+                f"{self.module.path}: alpha is unknown, because the adapter has no config.",
+                "Put adapter_config.json beside the weights.",
+            )
+        return self.weight * self.module.scale
+
+
+@dataclass
+class Match:
+    """Where the parts of one adapter go, by name of the base tensor.
+
+    `replaced` holds tensors that take the place of one in the base, `added` those it lacks.
+    `unmatched` says for each part that found no place why: `(what, reason)`.
+    """
+
+    adapter: Adapter
+    naming: Naming
+    deltas: list[Delta] = field(default_factory=list)
+    biases: list[tuple[str, LowRank]] = field(default_factory=list)
+    rows: list[tuple[str, TokenRows]] = field(default_factory=list)
+    replaced: dict[str, TensorInfo] = field(default_factory=dict)
+    added: dict[str, TensorInfo] = field(default_factory=dict)
+    unmatched: list[tuple[str, str]] = field(default_factory=list)
+
+
+def match(adapter: Adapter, layout: Layout) -> Match:
+    """Place the parts of `adapter` in the base of `layout`."""
+    names = [m.weight_name for m in adapter.modules.values()]
+    names += [f"{path}.weight" for path in adapter.token_rows]
+    names += [n for n in adapter.replaced if not _is_saved_head(adapter, n)]
+    found = Match(adapter, layout.choose_naming(names or adapter.replaced))
+    _match_replaced(found, layout)
+    for module in adapter.modules.values():
+        _match_module(found, layout, module)
+    for path, rows in adapter.token_rows.items():
+        name = found.naming(f"{path}.weight")
+        target = _target(found, layout.base, name)
+        if target is None:
+            found.unmatched.append((rows.rows.name, _not_there(name, layout.base)))
+        elif target.shape[1:] != rows.rows.shape[1:] or max(rows.indices) >= target.shape[0]:
+            found.unmatched.append(
+                (
+                    rows.rows.name,
+                    f"rows {list(rows.rows.shape)} up to index {max(rows.indices)} do not fit "
+                    f"{name} {list(target.shape)}",
+                )
+            )
+        else:
+            found.rows.append((name, rows))
+    return found
+
+
+def _match_module(found: Match, layout: Layout, module: LowRank) -> None:
+    name = found.naming(module.weight_name)
+    base_path = name.rpartition(".")[0]
+    target = _target(found, layout.base, name)
+    if target is None and layout.tied is not None and name == layout.tied.head:
+        target = layout.base.tensors[layout.tied.embedding]
+    if target is None:
+        found.unmatched.append((module.path, _not_there(name, layout.base)))
+        return
+    rows, columns = module.shape
+    flag = bool(found.adapter.config.get("fan_in_fan_out"))
+    transposed = module.kind == "embedding" or (
+        module.kind == "linear" and layout.is_transposed(base_path, flag, rows == columns)
+    )
+    reason = _misfit(module, target, (columns, rows) if transposed else (rows, columns))
+    if not reason and module.bias is not None and f"{base_path}.bias" not in layout.base.tensors:
+        reason = "it trains a bias (lora_bias), but the base layer has none to add it to"
+    if reason:
+        found.unmatched.append((module.path, reason))
+        return
+    found.deltas.append(Delta(name, module, transposed))
+    if module.bias is not None:
+        found.biases.append((f"{base_path}.bias", module))
+
+
+def _misfit(module: LowRank, target: TensorInfo, wanted: tuple[int, int]) -> str:
+    """Why the module's product does not fit its target; "" where it does."""
+    shape = target.shape
+    if module.kind == "conv":
+        wanted_conv = (module.b.shape[0], *module.a.shape[1:])
+        if len(shape) == len(wanted_conv) and shape[1] != wanted_conv[1]:
+            return (
+                f"a grouped convolution: the base is {list(shape)}, lora_A {list(module.a.shape)} "
+                "reads all channels, so no merged weight exists"
+            )
+        fits = shape == wanted_conv
+    else:
+        fits = shape == wanted
+    if not fits:
+        return (
+            f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(shape)}"
+        )
+    if module.magnitude is not None and module.magnitude.numel != module.b.shape[0]:
+        return (
+            f"its DoRA magnitude has {module.magnitude.numel} values for {module.b.shape[0]} rows"
+        )
+    return ""
+
+
+def _match_replaced(found: Match, layout: Layout) -> None:
+    base = layout.base
+    for name, info in found.adapter.replaced.items():
+        target_name = found.naming(name)
+        target = base.tensors.get(target_name) or base.tensors.get(name)
+        tied_head = layout.tied is not None and target_name == layout.tied.head
+        if target is None and tied_head and layout.tied is not None:
+            target = base.tensors[layout.tied.embedding].renamed(target_name)
+        if target is None and _is_saved_head(found.adapter, name):
+            found.added[name] = info
+        elif target is None:
+            found.unmatched.append((info.name, _not_there(target_name, base)))
+        elif reason := _replacement_misfit(found.adapter, name, info, target):
+            found.unmatched.append((info.name, reason))
+        else:
+            found.replaced[target.name] = info
+
+
+def _replacement_misfit(
+    adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo
+) -> str:
+    """Why `info` cannot take the place of `target`; "" where it can.
+
+    A trained head may have another number of classes. An embedding may have grown, or lost the
+    padding of its vocabulary (less than a tenth), but fewer rows than that are not an embedding.
+    """
+    if info.shape == target.shape:
+        return ""
+    same_width = len(info.shape) == len(target.shape) and info.shape[1:] == target.shape[1:]
+    if not same_width:
+        return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
+    if is_vocabulary(name):
+        if info.shape[0] * 10 >= target.shape[0] * 9:
+            return ""
+        return (
+            f"it has {info.shape[0]} rows, {target.name} has {target.shape[0]}: perhaps only the "
+            "added tokens were saved. Save the whole embedding (modules_to_save)"
+        )
+    if _is_saved_head(adapter, name):
+        return ""
+    return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
+
+
+def is_vocabulary(name: str) -> bool:
+    """True for names of input embeddings and language-model heads, which have a row per token."""
+    parts = name.split(".")
+    return any(
+        part in ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
+        for part in parts[-3:]
+    )
+
+
+def _is_saved_head(adapter: Adapter, name: str) -> bool:
+    saved = set(adapter.config.get("modules_to_save") or ())
+    if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        saved |= AUTOMATIC_HEADS
+    return any(f".{module}." in f".{name}" for module in saved)
+
+
+def _target(found: Match, base: Checkpoint, name: str) -> TensorInfo | None:
+    """The tensor a delta or a row is added to: a replacement from the same adapter comes first."""
+    return found.replaced.get(name) or base.tensors.get(name)
+
+
+def _not_there(name: str, base: Checkpoint) -> str:
+    near = nearest(name, base.tensors)
+    return f"the base has no {name}" + (f" (nearest: {near})" if near else "")

@@ -1,0 +1,32 @@
+"""LoRA adapter checkpoints: inspect them, merge them into base models, without loading a model.
+
+The public functions are imported when first used, so that `import loratool` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratool.errors import LoraToolError
+    from loratool.inspecting import InspectReport, inspect
+    from loratool.merging import MergeReport, merge
+
+__version__ = "0.1.0"
+
+__all__ = ["InspectReport", "LoraToolError", "MergeReport", "__version__", "inspect", "merge"]
+
+_HOMES = {
+    "inspect": "inspecting",
+    "InspectReport": "inspecting",
+    "merge": "merging",
+    "MergeReport": "merging",
+    "LoraToolError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"loratool.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'loratool' has no attribute {name!r}")

@@ -1,0 +1,226 @@
+"""Output that appears complete or not at all.
+
+Everything is written into a hidden directory beside the output, flushed to the disk, and renamed
+into place at the end. A run that is stopped in any way leaves only that directory; it is locked
+while its run lives, so the next run for the same output can tell leftovers from company and removes
+them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from loratool.checkpoint.header import build_header
+from loratool.checkpoint.tensors import format_bytes
+from loratool.errors import OutputError
+
+_LOCK = ".lock"
+
+#: Files one of which must be in a directory that `--overwrite` may replace.
+_MODEL_MARKS = ("loratool.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+
+
+def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output that exists (unless `overwrite`) or that would touch an input."""
+    place = output.resolve()
+    for source in inputs:
+        there = source.resolve()
+        if place == there or place in there.parents or there in place.parents:
+            relation = "is" if place == there else "contains" if place in there.parents else "is in"
+            raise OutputError(
+                f"The output {output} {relation} the input {source}.",
+                "Inputs are never written to; choose another place for the output.",
+            )
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise OutputError(f"{output} exists.", "Choose another name, or replace it: --overwrite.")
+    if not output.is_dir() or output.is_symlink():
+        raise OutputError(f"{output} is not a directory.", "Choose another name.")
+    if any(output.iterdir()) and not any((output / name).exists() for name in _MODEL_MARKS):
+        raise OutputError(
+            f"{output} does not look like a model directory, so it is not overwritten.",
+            "Remove it yourself, or choose another name.",
+        )
+
+
+def free_bytes(output: Path) -> int:
+    """Bytes that can be written where `output` will be."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
+
+
+class StagedDirectory:
+    """A directory that becomes `output` when `commit` is called, and vanishes otherwise.
+
+    Use as a context manager; `path` is where to write.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output.absolute()
+        self.path = Path()
+        self._lock = -1
+
+    def __enter__(self) -> StagedDirectory:
+        parent = self.output.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.output)
+            self.path = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "partial"), dir=parent))
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # mkdtemp makes it private; the result gets the permissions any new directory gets.
+            umask = os.umask(0)
+            os.umask(umask)
+            self.path.chmod(0o777 & ~umask)
+        except OSError as error:
+            raise explain(error, parent) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        if self.path != self.output and self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def commit(self) -> None:
+        """Flush what is not flushed yet and put the directory in the output's place."""
+        (self.path / _LOCK).unlink()
+        for folder, _, files in os.walk(self.path):
+            for name in files:
+                sync(Path(folder) / name)
+            sync(Path(folder))
+        if os.path.lexists(self.output):
+            # Rename twice; a crash in between leaves the old output under a name that the next
+            # run knows, and puts back.
+            old = self.output.with_name(_prefix(self.output, "replaced") + str(os.getpid()))
+            os.rename(self.output, old)
+            os.rename(self.path, self.output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self.path, self.output)
+        sync(self.output.parent)
+        self.path = self.output
+
+
+def _prefix(output: Path, what: str) -> str:
+    return f".{output.name}.loratool-{what}-"
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what dead runs for the same output left; leave what a living one is writing."""
+    for old in output.parent.glob(_prefix(output, "replaced") + "*"):
+        if os.path.lexists(output):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, output)
+    for partial in output.parent.glob(_prefix(output, "partial") + "*"):
+        try:
+            lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some file systems cannot sync a directory; their renames are as safe as they get.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def explain(error: OSError, path: Path) -> OutputError:
+    """The error for a failed write, in words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"The disk is full: {format_bytes(free_bytes(path))} are left at {path.parent}.",
+            "Free some space, or write to another disk. Nothing was left behind.",
+        )
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{path.name}: the file would grow larger than this system allows.",
+            "Raise the limit (ulimit -f), or write to another file system.",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(f"{path}: not allowed to write there.", "Choose another place.")
+    return OutputError(f"{path}: writing failed ({error.strerror}).", "Nothing was left behind.")
+
+
+class ShardWriter:
+    """One safetensors file, written by position from any thread and hashed in order.
+
+    The header is known beforehand, so every byte has its place. `write` may be called in any
+    order; `hash_next` must be called with the data in file order.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: list[tuple[str, str, tuple[int, ...]]],
+        metadata: dict[str, str],
+    ) -> None:
+        self.path = path
+        header = build_header(tensors, metadata)
+        self.data_start = len(header)
+        self._digest = hashlib.sha256(header)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.write(-self.data_start, memoryview(header))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset` bytes into the tensor data."""
+        position = self.data_start + offset
+        try:
+            while data:
+                count = os.pwrite(self._fd, data, position)
+                data, position = data[count:], position + count
+        except OSError as error:
+            raise explain(error, self.path) from error
+
+    def hash_next(self, data: memoryview) -> None:
+        self._digest.update(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def flush_and_close(self) -> None:
+        """Flush to the disk; called from a thread of its own, beside the writing of the next."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise explain(error, self.path) from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

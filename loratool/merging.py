@@ -1,0 +1,281 @@
+"""merge: write `W + Σ weight·scale·B·A` for every tensor of a base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.adapter import Adapter, Notice
+from loratool.checkpoint.base import open_checkpoint
+from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
+from loratool.checkpoint.tensors import FilePool, format_bytes, read_float32
+from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
+from loratool.errors import OutputError, UsageError, ValueRangeError, listed, nearest
+from loratool.formats import read_lora
+from loratool.plan import DTYPES, Plan, build_plan
+
+#: `progress(bytes_done, bytes_total, label)`, called as the output grows.
+Progress = Callable[[int, int, str], None]
+
+PROVENANCE = "loratool.json"
+
+
+@dataclass
+class MergeReport:
+    """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds."""
+
+    base: str
+    adapters: list[str]
+    weights: list[float]
+    output: str
+    dtype: str
+    dry_run: bool
+    shards: list[str]
+    modules: int
+    tensors: dict[str, int]
+    parameters: int
+    bytes_to_read: int
+    bytes_written: int
+    bytes_free: int
+    changes: dict[str, list[str]]
+    config_changes: dict[str, Any]
+    side_files: list[str]
+    left_out: list[str]
+    warnings: list[Notice] = field(default_factory=list)
+    subnormal: int = 0
+    zeroed: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k != "warnings"}
+        return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
+
+
+def merge(
+    base: str | Path,
+    adapters: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "float16",
+    allow_unmatched: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge LoRA adapters into a base model on disk, streaming, and write the result to `output`.
+
+    Parameters
+    ----------
+    base: model directory (safetensors or pytorch_model.bin, sharded or not), or one weights file.
+    adapters: PEFT adapter directory or file, or several of them.
+    output: directory to make; it appears complete or not at all.
+    weights: one factor per adapter, of any sign; 1.0 each if not given.
+    dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" to keep each
+        tensor's own. Arithmetic is float32 (float64 for float64 tensors), rounded once.
+    allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
+    overwrite: replace an output that exists.
+    dry_run: plan and report only; nothing is written.
+    threads: worker threads; the result does not depend on it.
+    progress: called with (bytes done, bytes in all, shard name).
+
+    Raises
+    ------
+    FileError, AdapterError, BaseError, MatchError: the inputs do not allow an honest merge.
+    ValueRangeError: NaN, infinity or overflow. OutputError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    factors = _check_arguments(sources, weights, dtype)
+    target = Path(output)
+    inputs = [Path(base), *map(Path, sources)]
+    check_output(target, inputs, overwrite)
+    checkpoint = open_checkpoint(base)
+    loras = [read_lora(source) for source in sources]
+    plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
+    folders = [a.source if a.source.is_dir() else a.weights.parent for a in loras]
+    side_files = collect(checkpoint.directory, folders, checkpoint.source.is_dir())
+    report = _report(plan, target, side_files, dry_run)
+    needed = report.bytes_written + side_files.nbytes
+    if dry_run:
+        return report
+    if needed > report.bytes_free:
+        raise OutputError(
+            f"The output needs {format_bytes(needed)}, but only {format_bytes(report.bytes_free)} "
+            f"are free at {target.absolute().parent}.",
+            "Free some space, or write to another disk.",
+        )
+    for lora in loras:
+        _refuse_not_finite(lora)
+    _run(plan, target, side_files, report, threads, progress)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _check_arguments(
+    sources: Sequence[str | Path], weights: Sequence[float] | None, dtype: str
+) -> list[float]:
+    if not sources:
+        raise UsageError("No adapter given.", "loratool merge BASE ADAPTER -o OUT")
+    if dtype not in DTYPES:
+        near = nearest(dtype, DTYPES)
+        raise UsageError(
+            f"Unknown dtype {dtype!r}.",
+            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
+        )
+    factors = [float(w) for w in weights] if weights else [1.0] * len(sources)
+    if len(factors) != len(sources):
+        raise UsageError(
+            f"{len(factors)} weights for {len(sources)} adapters.", "Give --weight once each."
+        )
+    if not all(np.isfinite(factors)):
+        raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
+    return factors
+
+
+def _report(plan: Plan, target: Path, files: SideFiles, dry_run: bool) -> MergeReport:
+    changes: dict[str, list[str]] = {"merge": [], "replace": [], "add": []}
+    for job in plan.jobs:
+        if job.action in changes:
+            changes[job.action].append(job.name)
+    return MergeReport(
+        base=str(plan.base.source),
+        adapters=[str(a.source) for a in plan.adapters],
+        weights=plan.weights,
+        output=str(target),
+        dtype=plan.dtype,
+        dry_run=dry_run,
+        shards=list(plan.shards),
+        modules=plan.modules,
+        tensors=plan.counts(),
+        parameters=sum(job.source.numel for job in plan.jobs),
+        bytes_to_read=plan.bytes_to_read,
+        bytes_written=plan.bytes_to_write,
+        bytes_free=free_bytes(target),
+        changes=changes,
+        config_changes=plan.config_changes,
+        side_files=sorted(files.copied),
+        left_out=files.left_out,
+        warnings=plan.notices,
+    )
+
+
+def _refuse_not_finite(adapter: Adapter) -> None:
+    """Raise before anything is written if an adapter holds NaN or infinity."""
+    broken = []
+    with FilePool() as files:
+        for name, info in adapter.tensors.items():
+            if info.is_float and name not in adapter.inert:
+                count = int((~np.isfinite(read_float32(info, files))).sum())
+                if count:
+                    broken.append(f"{name}: {count} of {info.numel} values")
+    if broken:
+        raise ValueRangeError(
+            f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
+            "Training diverged or the file is damaged; use an earlier checkpoint.",
+        )
+
+
+def _run(
+    plan: Plan,
+    target: Path,
+    files: SideFiles,
+    report: MergeReport,
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    from loratool.executor import execute  # torch: about two seconds to import
+
+    done = 0
+
+    def advance(count: int, label: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, report.bytes_written, label)
+
+    with StagedDirectory(target) as staged:
+        try:
+            written = execute(plan, staged.path, advance, threads)
+            write_side_files(files, staged.path, plan.dtype, plan.config_changes)
+            if len(plan.shards) > 1:
+                _write_json(staged.path / "model.safetensors.index.json", _index(plan))
+            report.subnormal, report.zeroed = written.subnormal, written.zeroed
+            _write_json(staged.path / PROVENANCE, _provenance(plan, report, written.shards))
+            staged.commit()
+        except OSError as error:
+            raise explain(error, staged.path) from error
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
+    return {
+        "metadata": {"total_size": plan.bytes_to_write},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _provenance(plan: Plan, report: MergeReport, shards: dict[str, str]) -> dict[str, Any]:
+    """How the output came about; holds no date and no path, so that equal inputs give it too."""
+    import torch
+
+    from loratool import __version__
+
+    return {
+        "schema_version": 1,
+        "command": "merge",
+        "versions": {"loratool": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "options": {"dtype": plan.dtype, "weights": plan.weights},
+        "base": {
+            "name": plan.base.name,
+            "model_type": plan.base.model_type,
+            "architectures": plan.base.config.get("architectures"),
+            "tensors": len(plan.base.tensors),
+            "bytes": plan.base.nbytes,
+            "header_sha256": plan.base.identity(),
+        },
+        "adapters": [
+            {
+                "name": adapter.name,
+                "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+                "weight": weight,
+                "files": {path.name: _sha256(path) for path in _adapter_files(adapter)},
+            }
+            for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
+        ],
+        "result": {
+            "modules": report.modules,
+            "tensors": report.tensors,
+            "subnormal": report.subnormal,
+            "zeroed": report.zeroed,
+            "config_changes": plan.config_changes,
+            "warnings": [n.to_dict() for n in plan.notices],
+        },
+        "shards": shards,
+    }
+
+
+def _adapter_files(adapter: Adapter) -> list[Path]:
+    config = adapter.weights.with_name("adapter_config.json")
+    return [adapter.weights, *([config] if config.is_file() else [])]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -84,7 +84,8 @@ class LowRank:
     @property
     def weight_name(self) -> str:
         """The tensor of the model that the delta is added to."""
-        return f"{self.path}.in_proj_weight" if self.kind == "attention-in" else f"{self.path}.weight"
+        leaf = "in_proj_weight" if self.kind == "attention-in" else "weight"
+        return f"{self.path}.{leaf}"
 
     @property
     def tensors(self) -> list[TensorInfo]:

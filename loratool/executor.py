@@ -80,9 +80,8 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
         flushed: list[Future[None]] = []
         try:
             for name, jobs in plan.shards.items():
-                writer = ShardWriter(
-                    folder / name, [(j.name, j.dtype, j.source.shape) for j in jobs], {"format": "pt"}
-                )
+                contents = [(j.name, j.dtype, j.source.shape) for j in jobs]
+                writer = ShardWriter(folder / name, contents, {"format": "pt"})
                 try:
                     _write_shard(writer, jobs, files, pool, 2 * workers, progress, written)
                 except BaseException:
@@ -113,7 +112,7 @@ def _write_shard(
 
     def finish_one() -> None:
         block = running.popleft().result()
-        writer.hash_next(memoryview(block.data))
+        writer.hash_next(block.data.data)
         written.subnormal += block.subnormal
         written.zeroed += block.zeroed
         progress(len(block.data), writer.path.name)
@@ -151,7 +150,7 @@ class _Task:
             buffer = np.empty(max(size, 1 << 21), np.uint8)
         block = _Block(buffer[:size], buffer)
         self.job.compute(self.low, self.high, block)
-        writer.write(self.offset + self.low * self.job.out_size, memoryview(block.data))
+        writer.write(self.offset + self.low * self.job.out_size, block.data.data)
         return block
 
 
@@ -219,7 +218,7 @@ class _RunningJob:
             with self._lock:
                 return self._strided[low * size : high * size]
         raw = np.empty((high - low) * size, np.uint8)
-        self.files.read_into(self.source.file, self.source.start + low * size, memoryview(raw))
+        self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
         return raw
 
     def _source_tensor(self, raw: Bytes) -> torch.Tensor:
@@ -233,7 +232,7 @@ class _RunningJob:
                 block.data[:] = self._read(low, high)
             else:
                 self.files.read_into(
-                    self.source.file, self.source.start + low * size, memoryview(block.data)
+                    self.source.file, self.source.start + low * size, block.data.data
                 )
             if self.job.checked and _magnitudes(block.data, self.job.dtype)[1]:
                 self.explain_values()
@@ -317,7 +316,7 @@ class _Term:
                 self.gain = self.magnitude / self._column_norms(job)
 
     def product(self, first: int, last: int) -> torch.Tensor:
-        """`scale·B·A` for stored rows `[first, last)`: the product first, then the scale, as PEFT."""
+        """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale."""
         return torch.mm(self.left[first:last], self.right).mul_(self.scale)
 
     def adapted(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -125,9 +125,7 @@ def _misfit(module: LowRank, target: TensorInfo, wanted: tuple[int, int]) -> str
     else:
         fits = shape == wanted
     if not fits:
-        return (
-            f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(shape)}"
-        )
+        return f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(shape)}"
     if module.magnitude is not None and module.magnitude.numel != module.b.shape[0]:
         return (
             f"its DoRA magnitude has {module.magnitude.numel} values for {module.b.shape[0]} rows"
@@ -153,9 +151,7 @@ def _match_replaced(found: Match, layout: Layout) -> None:
             found.replaced[target.name] = info
 
 
-def _replacement_misfit(
-    adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo
-) -> str:
+def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo) -> str:
     """Why `info` cannot take the place of `target`; "" where it can.
 
     A trained head may have another number of classes. An embedding may have grown, or lost the

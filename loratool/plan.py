@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from loratool.adapter import Adapter, LowRank, Notice, TokenRows
 from loratool.checkpoint.base import Checkpoint, refuse_quantised
 from loratool.checkpoint.layout import Layout, is_legacy_buffer
@@ -147,7 +149,13 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, allow_unmatched: bool) -> 
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
-    plan.notices += [n for n in adapter.notices if not n.refused or n.code in tolerated]
+    # The base's config.json settles what the adapter alone leaves open about square weights.
+    settled = ("square-conv1d",) if plan.base.model_type else ()
+    plan.notices += [
+        n
+        for n in adapter.notices
+        if (not n.refused or n.code in tolerated) and n.code not in settled
+    ]
     if not (adapter.modules or adapter.replaced or adapter.token_rows):
         raise AdapterError(f"{adapter.source}: the adapter adapts nothing.", "Check the file.")
 
@@ -217,7 +225,8 @@ def _collect(
 
 
 def _bias_term(module: LowRank, weight: float) -> BiasTerm:
-    assert module.bias is not None and module.scale is not None
+    assert module.bias is not None
+    assert module.scale is not None
     return BiasTerm(module.bias, weight * module.scale)
 
 
@@ -273,17 +282,16 @@ def _change_alike(plan: Plan, embedding: _Edits, head: _Edits) -> bool:
         one, other = embedding.replacement, head.replacement
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        if not bool((read_raw(one) == read_raw(other)).all()):
+        if not np.array_equal(read_raw(one), read_raw(other)):
             return False
     if embedding.rows != head.rows or len(embedding.deltas) != len(head.deltas):
         return False
     if not all(a.config.get("ensure_weight_tying") for a in plan.adapters) and embedding.deltas:
         return False
-    for one, other in zip(embedding.deltas, head.deltas, strict=True):
-        (b, a), (b_head, a_head) = one.module.factors(), other.module.factors()
-        if one.scale != other.scale or b.T.shape != a_head.shape or a.T.shape != b_head.shape:
-            return False
-        if not ((b.T == a_head).all() and (a.T == b_head).all()):
+    for ours, theirs in zip(embedding.deltas, head.deltas, strict=True):
+        (b, a), (b_head, a_head) = ours.module.factors(), theirs.module.factors()
+        same = np.array_equal(a_head, b.T) and np.array_equal(b_head, a.T)
+        if ours.scale != theirs.scale or not same:
             return False
     return True
 
@@ -336,7 +344,7 @@ def _note_config(plan: Plan, edits: dict[str, _Edits], added: dict[str, TensorIn
         rows = found.replacement.shape[0]
         if is_vocabulary(name) and rows != plan.base.tensors[name].shape[0]:
             plan.config_changes["vocab_size"] = rows
-    tasks = {a.config.get("task_type") for a in plan.adapters} & _TASK_CLASSES.keys()
+    tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
     labels = [i.shape[0] for n, i in heads if n.endswith(".weight") and not is_vocabulary(n)]
     if len(tasks) == 1 and labels:

@@ -93,8 +93,10 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
 
     if not isinstance(entry, dict):
         raise bad("has no description")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in DTYPE_BITS:
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise bad(f"has the unknown dtype {dtype!r}")
     if not _are_counts(shape):
         raise bad(f"has the impossible shape {shape!r}")
@@ -135,7 +137,9 @@ def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
         raise FileError(f"{path}: {size - position} bytes after the last tensor.", _REFETCH)
 
 
-def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+def build_header(
+    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
     """The first bytes of a safetensors file holding `(name, dtype, shape)` in this order.
 
     The data starts at a multiple of 8 bytes, as in files of the reference implementation.

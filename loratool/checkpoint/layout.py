@@ -46,10 +46,14 @@ _RENAMES: dict[str, list[tuple[str, str]]] = {
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed)\.weight$"
 )
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|cls\.predictions\.decoder|lm_head\.decoder)\.weight$")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|proj_out|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
+)
 _HEAD_NAMES = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
                "xlm-roberta": "lm_head.decoder", "whisper": "proj_out"}  # fmt: skip
-_LM_CLASS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$")
+_LM_CLASS = re.compile(
+    r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$"
+)
 
 #: Architectures that tie unless config.json says otherwise (only such configs leave the flag out).
 _TIED_BY_DEFAULT = {"gpt2", "opt", "bloom", "bert", "roberta", "xlm-roberta", "whisper", "gemma",
@@ -90,7 +94,8 @@ class Layout:
         one that places most.
         """
         wanted = list(names)
-        best, most = _identity, -1
+        best: Naming = _identity
+        most = -1
         for naming in self._candidates(wanted):
             placed = sum(self.has(naming(name)) for name in wanted)
             if placed > most:

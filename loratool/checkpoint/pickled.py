@@ -189,7 +189,8 @@ def _flatten(value: Any, prefix: str, found: dict[str, _Tensor]) -> None:
 def _info(
     path: Path, name: str, tensor: _Tensor, offset_of: Callable[[str], int], size: int
 ) -> TensorInfo:
-    row_major, step = [], 1
+    row_major: list[int] = []
+    step = 1
     for count in reversed(tensor.shape):
         row_major.insert(0, step)
         step *= count

@@ -76,9 +76,7 @@ def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> Sid
     return found
 
 
-def write_side_files(
-    files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]
-) -> None:
+def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:
     """Copy the files into `folder`; config.json is written with the output's dtype and `changes`.
 
     `dtype` is a torch name ("float16"), or "base" where every tensor kept its own.

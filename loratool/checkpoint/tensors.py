@@ -129,14 +129,14 @@ def read_raw(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.
             return read_raw(info, own)
     if info.strides is None:
         raw = np.empty(info.nbytes, np.uint8)
-        files.read_into(info.file, info.start, memoryview(raw))
+        files.read_into(info.file, info.start, raw.data)
         return raw
     # Strided: read the span the elements lie in, then gather them. Only torch files get here, and
     # only for tensors saved as views, so the span is at most the storage of that tensor.
     span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
     size = info.itemsize
     raw = np.empty(span * size, np.uint8)
-    files.read_into(info.file, info.start, memoryview(raw))
+    files.read_into(info.file, info.start, raw.data)
     elements = raw.view(f"V{size}")
     view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
     return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
@@ -176,7 +176,7 @@ def squared_norm(info: TensorInfo, files: FilePool) -> float:
     total = 0.0
     for low, high in blocks(info.numel, BLOCK_ELEMENTS):
         raw = np.empty((high - low) * info.itemsize, np.uint8)
-        files.read_into(info.file, info.start + low * info.itemsize, memoryview(raw))
+        files.read_into(info.file, info.start + low * info.itemsize, raw.data)
         values = as_float32(raw, info.dtype)
         total += float(np.dot(values, values))
     return total

@@ -34,7 +34,9 @@ _LEAVES = [
 #: Heads that PEFT adds to modules_to_save on its own, whether the model has them or not.
 AUTOMATIC_HEADS = {"classifier", "score", "qa_outputs"}
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|shared)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|shared)\.weight$"
+)
 #: A byte-level tokenizer has 256 tokens; an "embedding" with fewer rows than half of that is none.
 _SMALLEST_VOCABULARY = 128
 
@@ -88,7 +90,8 @@ def fill_adapter(adapter: Adapter) -> None:
             )
         )
     _build_modules(adapter, parts)
-    _check_shapes(adapter)
+    if not adapter.config.get("enable_lora"):  # refused by its config already
+        _check_shapes(adapter)
     _check_expectations(adapter)
 
 
@@ -152,7 +155,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
         if resolve is not None:
             rank, alpha, scale = resolve(owner)
             scale *= 2 if kind == "attention-out" else 1
-            if len(a.shape) > 1 and a.shape[0] not in (0, rank):
+            fused = bool(adapter.config.get("enable_lora"))
+            if len(a.shape) > 1 and a.shape[0] not in (0, rank) and not fused:
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
@@ -192,9 +196,7 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
     if adapter.peft_type == "TRAINABLE_TOKENS":
         setting = adapter.config.get("token_indices")
     if isinstance(setting, dict):
-        setting = next(
-            (v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None
-        )
+        setting = next((v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None)
     valid = isinstance(setting, list) and all(type(i) is int and i >= 0 for i in setting)
     if not valid or len(setting) != rows.shape[0]:
         adapter.notices.append(

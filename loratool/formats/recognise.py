@@ -63,9 +63,7 @@ _RULES: list[tuple[str, str, Test]] = [
 ]  # fmt: skip
 
 
-def recognise(
-    tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
-) -> tuple[str, str]:
+def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) -> tuple[str, str]:
     """`(format, description)` of a weights file.
 
     `top` is the top object of a torch file ("dict", "list", "tensor"); `config` the

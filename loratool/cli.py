@@ -1,0 +1,228 @@
+"""The command line: one thin callback per verb, which parses, calls the library and shows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from loratool import __version__
+from loratool.errors import LoraToolError, UsageError, nearest
+
+Callback = TypeVar("Callback", bound=Callable[..., Any])
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
+
+
+class Commands(click.Group):
+    """A group that suggests the command somebody may have meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = nearest(args[0], self.list_commands(ctx))
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+class Dtype(click.ParamType):  # type: ignore[type-arg]
+    """A dtype by name, with a suggestion for a misspelt one."""
+
+    name = "dtype"
+    choices = ("float16", "bfloat16", "float32", "base")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        aliases = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
+        name = aliases.get(str(value), str(value))
+        if name not in self.choices:
+            near = nearest(name, self.choices)
+            self.fail(
+                f"{value!r} is not one of {', '.join(self.choices)}."
+                + (f" Did you mean {near}?" if near else ""),
+                param,
+                ctx,
+            )
+        return name
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."
+)
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="loratool")
+def cli() -> None:
+    """Inspect LoRA adapter checkpoints and merge them into base models.
+
+    Works on files: no model is loaded, memory stays flat, and an output appears
+    complete or not at all.
+
+    \b
+    Examples:
+      loratool inspect adapter/
+      loratool merge base/ adapter/ -o merged/
+    """
+
+
+@cli.command(short_help="Show what is in an adapter.")
+@click.argument("source")
+@click.option("--base", help="Base model: adds coverage and ‖ΔW‖/‖W‖.", metavar="BASE")
+@click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
+@click.option("--tensors", is_flag=True, help="List the raw tensors too.")
+@click.option("--spectrum", is_flag=True, help="Show each module's singular values.")
+@click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB",
+    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
+)  # fmt: skip
+@json_option
+@quiet_option
+def inspect(
+    source: str,
+    base: str | None,
+    full: bool,
+    tensors: bool,
+    spectrum: bool,
+    layers: str | None,
+    include: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what is in an adapter: modules, ranks, scales, norms, and what is odd.
+
+    SOURCE is an adapter directory or a weights file (.safetensors, .bin, .pt).
+    Norms come from the r × r core of each module, never from the dense product.
+
+    \b
+    Examples:
+      loratool inspect adapter/
+      loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
+      loratool inspect adapter/ --base base/ --json
+    """
+    from loratool import console
+    from loratool.inspecting import inspect as run
+
+    report = run(source, base=base, spectrum=spectrum, layers=layers, include=include)
+    if as_json:
+        console.print_json(report.to_dict())
+        return
+    console.show_inspect(report, full, tensors, spectrum)
+    if not quiet:
+        console.print_warnings(report.warnings)
+
+
+@cli.command(short_help="Merge adapters into a base model.")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, metavar="W",
+    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=Dtype(), default="float16", show_default=True,
+    metavar="float16|bfloat16|float32|base",
+    help="Dtype of all floating tensors of the output; base keeps each tensor's own.",
+)  # fmt: skip
+@click.option(
+    "--allow-unmatched", is_flag=True,
+    help="Merge what fits when parts of an adapter do not, and record the rest.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
+@json_option
+@quiet_option
+@click.option("-v", "--verbose", is_flag=True, help="List every merged tensor.")
+def merge(
+    base: str,
+    adapters: tuple[str, ...],
+    output: str,
+    weights: tuple[float, ...],
+    dtype: str,
+    allow_unmatched: bool,
+    overwrite: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge one or more LoRA adapters into a base model: W + Σ weight·scale·B·A.
+
+    BASE is a model directory (safetensors or pytorch_model.bin, sharded or not)
+    or one weights file. Each ADAPTER is a PEFT adapter directory or file. All
+    sums are taken in float32 and rounded once.
+
+    \b
+    Examples:
+      loratool merge base/ adapter/ -o merged/
+      loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
+      loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
+    """
+    from loratool import console
+    from loratool.merging import merge as run
+
+    with console.progress_bar(not (quiet or as_json or dry_run)) as progress:
+        report = run(
+            base, adapters, output, weights=weights or None, dtype=dtype,
+            allow_unmatched=allow_unmatched, overwrite=overwrite, dry_run=dry_run,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(report.to_dict())
+        return
+    console.show_merge(report, verbose)
+    if not quiet:
+        console.print_warnings(report.warnings)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code; no traceback reaches a user."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    # A terminal that cannot show a character gets a "?" for it, not a crash.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    # A polite kill cleans up like Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        cli.main(arguments, prog_name="loratool", standalone_mode=False)
+        sys.stdout.flush()
+        code = 0
+    except LoraToolError as error:
+        code = _fail(error, as_json)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        if as_json:
+            code = _fail(UsageError(error.format_message(), "See loratool --help."), as_json)
+        else:
+            error.show()
+            code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was left behind", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. Keep the interpreter from complaining at exit.
+        sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+        code = 0
+    sys.exit(code)
+
+
+def _fail(error: LoraToolError, as_json: bool) -> int:
+    if as_json:
+        sys.stderr.write(json.dumps(error.to_dict(), ensure_ascii=False) + "\n")
+    else:
+        from loratool.console import print_error
+
+        print_error(error)
+    return error.exit_code

@@ -1,0 +1,351 @@
+"""inspect: what an adapter is, what it does to which weights, and what is odd about it."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.adapter import Adapter, LowRank, Notice
+from loratool.checkpoint.base import open_checkpoint
+from loratool.checkpoint.layout import Layout
+from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
+from loratool.errors import UsageError, listed
+from loratool.formats import read_adapter
+from loratool.linalg.spectrum import gram, singular_values
+from loratool.matching import match
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass
+class ModuleReport:
+    """One adapted module. Norms are of `scale·B·A`, None where they cannot be computed.
+
+    `stable_rank` is ‖ΔW‖_F² / σ₁²: how many directions carry the delta. `relative_norm` is
+    ‖ΔW‖_F / ‖W‖_F, known with a base.
+    """
+
+    path: str
+    kind: str
+    rank: int
+    alpha: float | None
+    scale: float | None
+    shapes: dict[str, list[int]]
+    dtype: str
+    dora: bool
+    parameters: int
+    delta_norm: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    singular_values: list[float] | None = None
+    relative_norm: float | None = None
+
+
+@dataclass
+class Coverage:
+    """How many base weights of one sort (`name` with `*` for numbers) are adapted."""
+
+    name: str
+    adapted: int
+    total: int
+
+
+@dataclass
+class BaseReport:
+    """What an adapter covers of a base. Shares and counts are of parameters."""
+
+    source: str
+    model_type: str
+    parameters: int
+    trainable_share: float
+    coverage: list[Coverage]
+    unmatched: list[str]
+
+
+@dataclass
+class InspectReport:
+    """Everything `inspect` found. `to_dict()` is what `--json` prints."""
+
+    source: str
+    file: str
+    format: str
+    description: str
+    peft_type: str | None
+    base_model: str | None
+    modules: list[ModuleReport]
+    saved: dict[str, list[int]]
+    tensors: list[TensorInfo]
+    parameters: int
+    nbytes: int
+    total_modules: int
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    warnings: list[Notice] = field(default_factory=list)
+    base: BaseReport | None = None
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Number of tensors by dtype."""
+        return dict(Counter(t.dtype for t in self.tensors).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        modules = [
+            {k: v for k, v in m.__dict__.items() if v is not None or k not in _OPTIONAL}
+            for m in self.modules
+        ]
+        document: dict[str, Any] = {
+            "schema_version": 1,
+            "source": self.source,
+            "format": self.format,
+            "description": self.description,
+            "peft_type": self.peft_type,
+            "base_model": self.base_model,
+            "modules": modules,
+            "saved": self.saved,
+            "totals": {
+                "modules": self.total_modules,
+                "tensors": len(self.tensors),
+                "parameters": self.parameters,
+                "bytes": self.nbytes,
+            },
+            "dtypes": self.dtypes,
+            "config": self.config,
+            "metadata": self.metadata,
+            "warnings": [w.to_dict() for w in self.warnings],
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in self.tensors
+            ],
+        }
+        if self.base is not None:
+            document["base"] = {
+                **self.base.__dict__,
+                "coverage": [c.__dict__ for c in self.base.coverage],
+            }
+        return document
+
+
+_OPTIONAL = {"singular_values", "relative_norm"}
+
+
+def inspect(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    spectrum: bool = False,
+    layers: str | None = None,
+    include: Sequence[str] = (),
+) -> InspectReport:
+    """Report what is in an adapter directory or weights file.
+
+    Parameters
+    ----------
+    source: adapter directory, `.safetensors` or torch file. Files that are no LoRA adapter are
+        named in `format` and `description`; damaged ones raise FileError.
+    base: base model directory or file; adds coverage and ‖ΔW‖/‖W‖, and reads the adapted weights.
+    spectrum: keep each module's singular values, largest first.
+    layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
+        dotted end of it, matches one of these globs.
+
+    Norms and singular values are computed in float64 from the r × r core, never from the dense
+    product. No torch is imported.
+    """
+    adapter = read_adapter(source)
+    wanted = _layer_set(layers)
+    chosen = [m for m in adapter.modules.values() if _is_chosen(m.path, wanted, include)]
+    if adapter.modules and not chosen:
+        raise UsageError(
+            f"No module matches (layers {layers or 'all'}, globs {', '.join(include) or '*'}).",
+            "The paths look like " + next(iter(adapter.modules)) + ".",
+        )
+    notices = list(adapter.notices)
+    modules = _measure(chosen, spectrum, notices)
+    _check_replaced(adapter, notices)
+    report = InspectReport(
+        source=str(adapter.source),
+        file=str(adapter.weights),
+        format=adapter.format,
+        description=adapter.description,
+        peft_type=adapter.peft_type,
+        base_model=adapter.config.get("base_model_name_or_path"),
+        modules=modules,
+        saved={name: list(info.shape) for name, info in _saved(adapter).items()},
+        tensors=list(adapter.tensors.values()),
+        parameters=adapter.parameters,
+        nbytes=adapter.nbytes,
+        total_modules=len(adapter.modules),
+        config=adapter.config,
+        metadata=adapter.metadata,
+        warnings=notices,
+    )
+    if base is not None:
+        if adapter.format != "peft":
+            raise UsageError(
+                f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
+                "a base.",
+                "Leave --base away.",
+            )
+        report.base = _compare(adapter, modules, base, notices)
+    return report
+
+
+def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
+    rows = {f"{path} (token rows)": r.rows for path, r in adapter.token_rows.items()}
+    return {**adapter.replaced, **rows}
+
+
+def _layer_set(layers: str | None) -> set[int] | None:
+    if layers is None:
+        return None
+    found: set[int] = set()
+    for part in layers.split(","):
+        match_ = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match_ is None:
+            raise UsageError(f"Not a range of layers: {layers!r}.", "Write 3, 0-5 or 0-5,7.")
+        low, high = int(match_[1]), int(match_[2] or match_[1])
+        found.update(range(low, high + 1))
+    return found
+
+
+def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bool:
+    if layers is not None:
+        number = _LAYER.search(path)
+        if number is None or int(number[1]) not in layers:
+            return False
+    return not include or any(
+        fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}")
+        for glob in include
+    )
+
+
+def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> list[ModuleReport]:
+    """Norms of all modules: factors are read module by module, the cores solved in batches."""
+    reports = [
+        ModuleReport(
+            m.path, m.kind, m.rank, m.alpha, m.scale,
+            {"A": list(m.a.shape), "B": list(m.b.shape)}, m.a.dtype,
+            m.magnitude is not None, m.parameters,
+        )
+        for m in modules
+    ]  # fmt: skip
+    sound = [i for i, m in enumerate(modules) if _is_product(m)]
+    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        grams = dict(zip(sound, pool.map(lambda i: _grams(modules[i], files), sound), strict=True))
+    broken = [i for i, (b, a) in grams.items() if not np.isfinite(b).all() & np.isfinite(a).all()]
+    silent = [i for i, (b, a) in grams.items() if not b.any() or not a.any()]
+    if broken:
+        where = [modules[i].path for i in broken]
+        text = f"{len(where)} modules hold NaN or infinity:\n{listed(where)}"
+        notices.append(Notice("not-finite", text, where[0]))
+    if silent:
+        where = [f"{modules[i].path} ({'B' if not grams[i][0].any() else 'A'})" for i in silent]
+        text = f"{len(where)} modules do nothing, one of their factors is zero:\n{listed(where)}"
+        notices.append(Notice("zero-delta", text, modules[silent[0]].path))
+    batches: dict[int, list[int]] = defaultdict(list)
+    for i in grams.keys() - set(broken):
+        batches[modules[i].rank].append(i)
+    for batch in batches.values():
+        values = singular_values(
+            np.stack([grams[i][0] for i in batch]), np.stack([grams[i][1] for i in batch])
+        )
+        for i, own in zip(batch, values, strict=True):
+            if reports[i].scale is not None:
+                _fill_norms(reports[i], own, spectrum)
+    return reports
+
+
+def _is_product(module: LowRank) -> bool:
+    a, b = module.a.shape, module.b.shape
+    return (
+        len(a) >= 2 and len(b) >= 2 and 0 not in (*a, *b)
+        and b[1] * module.blocks_b == a[0] and module.a.is_float and module.b.is_float
+    )  # fmt: skip
+
+
+def _grams(module: LowRank, files: FilePool) -> tuple[Any, Any]:
+    b, a = module.factors(files)
+    return gram(b.T), gram(a)
+
+
+def _fill_norms(report: ModuleReport, values: Any, spectrum: bool) -> None:
+    assert report.scale is not None
+    scaled = np.abs(report.scale) * values
+    report.delta_norm = float(math.sqrt(float(np.sum(scaled**2))))
+    report.spectral_norm = float(scaled[0])
+    if scaled[0] > 0:
+        report.stable_rank = float((report.delta_norm / scaled[0]) ** 2)
+    if spectrum:
+        report.singular_values = [float(v) for v in scaled]
+
+
+def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
+    """NaN and infinity in what is not a factor: heads, biases, magnitudes, token rows."""
+    others = [*_saved(adapter).values()]
+    others += [t for m in adapter.modules.values() for t in (m.magnitude, m.bias) if t is not None]
+    with FilePool() as files:
+        broken = [
+            t.name for t in others if t.is_float and not np.isfinite(read_float32(t, files)).all()
+        ]
+    if broken:
+        text = f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}"
+        notices.append(Notice("not-finite", text, broken[0]))
+
+
+def _compare(
+    adapter: Adapter, modules: list[ModuleReport], base: str | Path, notices: list[Notice]
+) -> BaseReport:
+    checkpoint = open_checkpoint(base)
+    if checkpoint.model_type:
+        # The base's config.json settles what the adapter alone leaves open.
+        notices[:] = [n for n in notices if n.code != "square-conv1d"]
+    layout = Layout(checkpoint)
+    found = match(adapter, layout)
+    by_path = {m.path: m for m in modules}
+    adapted = set()
+    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        measured = [(d, by_path[d.module.path]) for d in found.deltas if d.module.path in by_path]
+        targets = [checkpoint.tensors.get(d.tensor) for d, _ in measured]
+        if layout.tied is not None:
+            whole = checkpoint.tensors[layout.tied.embedding]
+            targets = [t or whole for t in targets]
+        known = [t for t in targets if t is not None]
+        norms = dict(
+            zip(
+                (t.name for t in known),
+                pool.map(lambda t: math.sqrt(squared_norm(t, files)) if t.is_float else 0, known),
+                strict=True,
+            )
+        )
+        for (_, report), target in zip(measured, targets, strict=True):
+            norm = norms.get(target.name, 0.0) if target is not None else 0.0
+            if norm and report.delta_norm is not None:
+                report.relative_norm = report.delta_norm / norm
+    adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
+    adapted |= {name for name, _ in found.rows}
+    if found.unmatched:
+        lost = [f"{what}: {reason}" for what, reason in found.unmatched]
+        text = f"{len(lost)} parts of the adapter do not fit this base:\n{listed(lost)}"
+        notices.append(Notice("unmatched", text, str(base)))
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, info in checkpoint.tensors.items():
+        if len(info.shape) >= 2:
+            entry = counts[re.sub(r"\b\d+\b", "*", name)]
+            entry[0] += name in adapted
+            entry[1] += 1
+    return BaseReport(
+        source=str(base),
+        model_type=checkpoint.model_type,
+        parameters=checkpoint.parameters,
+        trainable_share=adapter.parameters / checkpoint.parameters,
+        coverage=[Coverage(name, *entry) for name, entry in counts.items()],
+        unmatched=[what for what, _ in found.unmatched],
+    )

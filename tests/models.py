@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -35,7 +35,7 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 
 class Holder(nn.Module):
-    """A model that is nothing but its layers, under the names they are given."""
+    """A model that is nothing but its layers, one after the other, under the names given."""
 
     def __init__(self, **layers: nn.Module) -> None:
         super().__init__()
@@ -43,6 +43,8 @@ class Holder(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.children():
+            x = layer(x)
         return x
 
 
@@ -81,41 +83,51 @@ def shake(model: nn.Module, amount: float = 0.05) -> None:
     magnitudes, biases, saved modules, token rows."""
     for name, parameter in model.named_parameters():
         factor = ("lora_A." in name or "lora_B." in name) and name.endswith(".weight")
-        if parameter.requires_grad and not factor and "lora_embedding" not in name:
+        random = (factor or "lora_embedding" in name) and bool(parameter.any())
+        if parameter.requires_grad and not random:
             noise = amount * torch.randn(parameter.shape)
             parameter.data += noise.to(parameter.dtype)
+
+
+def write_base(
+    folder: Path, model: nn.Module, base_config: dict[str, Any] | None = None
+) -> None:
+    """Write a plain model as a base directory, with a config.json if one is given."""
+    folder.mkdir(parents=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    if base_config is not None:
+        write_json(folder / "config.json", base_config)
+
+
+def write_adapter(folder: Path, model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Adapt `model` in place, give the adapter values and write it."""
+    adapted = get_peft_model(model, config)
+    shake(adapted)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
 
 
 def train(
     folder: Path,
     model: nn.Module,
-    config: LoraConfig,
+    config: PeftConfig,
     dtype: torch.dtype = torch.float32,
     base_config: dict[str, Any] | None = None,
 ) -> Trained:
     """Write `model` to folder/base, adapt it and write the adapter to folder/adapter."""
     torch.manual_seed(1)
-    model = model.to(dtype)
     base, adapter = folder / "base", folder / "adapter"
-    base.mkdir(parents=True)
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, base / "model.safetensors")
-    if base_config is not None:
-        write_json(base / "config.json", base_config)
-    adapted = get_peft_model(model, config)
-    shake(adapted)
-    adapted.save_pretrained(adapter)
-    return Trained(base, adapter, adapted.eval())
+    write_base(base, model.to(dtype), base_config)
+    return Trained(base, adapter, write_adapter(adapter, model, config))
 
 
-def train_on_disk(folder: Path, model: PreTrainedModel, config: LoraConfig) -> Trained:
+def train_on_disk(folder: Path, model: PreTrainedModel, config: PeftConfig) -> Trained:
     """Like `train`, for a transformers model, which writes its base itself as on the Hub."""
     torch.manual_seed(1)
     base, adapter = folder / "base", folder / "adapter"
     model.save_pretrained(base)
-    adapted = get_peft_model(model, config)
-    shake(adapted)
-    adapted.save_pretrained(adapter)
-    return Trained(base, adapter, adapted.eval())
+    return Trained(base, adapter, write_adapter(adapter, model, config))
 
 
 def tiny_llama_config(**options: Any) -> LlamaConfig:
@@ -179,6 +191,13 @@ def _ordered(values: torch.Tensor) -> torch.Tensor:
     smallest = torch.iinfo(bits.dtype).min
     wide = bits.long()
     return torch.where(wide < 0, smallest - wide, wide)
+
+
+def step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The distance from each number to the next larger one of `dtype`, in float64."""
+    limits = torch.finfo(dtype)
+    exponents = torch.frexp(values.double().clamp(min=limits.tiny)).exponent
+    return torch.ldexp(torch.full_like(values, limits.eps, dtype=torch.float64), exponents - 1)
 
 
 def differing(found: State, expected: State) -> dict[str, str]:

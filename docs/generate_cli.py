@@ -1,0 +1,42 @@
+"""Write docs/cli.md from the commands' own help: `python docs/generate_cli.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loratool.cli import cli
+
+
+def cli_reference() -> str:
+    """The whole reference as Markdown; a test compares it with docs/cli.md."""
+    parts = [
+        "# The command line\n",
+        "Made by `docs/generate_cli.py` from `--help`; do not edit by hand.\n",
+        _section("loratool", cli, None),
+    ]
+    context = click.Context(cli, info_name="loratool")
+    parts += [
+        _section(f"loratool {name}", command, context) for name, command in cli.commands.items()
+    ]
+    parts.append(
+        "## Exit codes\n\n"
+        "| code | meaning |\n|---|---|\n"
+        "| 0 | done |\n| 1 | failed: the error says what, where and what to do |\n"
+        "| 2 | wrong usage |\n| 130 | interrupted; nothing was left behind |\n"
+    )
+    return "\n".join(parts)
+
+
+def _section(title: str, command: click.Command, parent: click.Context | None) -> str:
+    context = click.Context(
+        command, info_name=title.split()[-1], parent=parent, max_content_width=90,
+        terminal_width=90,
+    )  # fmt: skip
+    return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
+
+
+if __name__ == "__main__":
+    target = Path(__file__).with_name("cli.md")
+    target.write_text(cli_reference(), encoding="utf-8")

@@ -171,9 +171,9 @@ def test_interrupts_exit_130_and_leave_nothing(
 ) -> None:
     """Ctrl-C and a polite kill end with code 130, no output and no leftovers."""
     slow = (
-        "import sys, time, loratool.executor as e; "
-        "run = e._RunningJob.compute; "
-        "e._RunningJob.compute = lambda *a: (time.sleep(0.3), run(*a)); "
+        "import time, loratool.arithmetic as a; "
+        "run = a.RunningJob.compute; "
+        "a.RunningJob.compute = lambda *x: (time.sleep(0.3), run(*x)); "
         "from loratool.cli import main; main()"
     )
     child = subprocess.Popen(

@@ -18,6 +18,7 @@ FLOORS = [
     {"console"},
     {"inspecting", "merging"},
     {"executor"},
+    {"arithmetic"},
     {"plan"},
     {"matching"},
     {"formats", "formats.peft", "formats.peft_config", "formats.recognise"},
@@ -30,7 +31,7 @@ FLOORS = [
     {"errors"},
 ]  # fmt: skip
 #: Siblings that may import each other.
-FAMILIES = [FLOORS[7]]
+FAMILIES = [FLOORS[8]]
 
 
 def modules() -> dict[str, ast.Module]:

@@ -118,14 +118,18 @@ class RunningJob:
         }
 
     def load(self, low: int, high: int) -> torch.Tensor:
-        """Elements `[low, high)` of the source, flat, in the working precision.
+        """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
 
         The tensor is this thread's scratch; the next call overwrites it.
         """
         raw = _scratch.get("raw", (high - low) * self.source.itemsize, torch.uint8)
         self._read_into(low, high, raw.numpy())
         values = _scratch.get("values", high - low, self.work)
-        return values.copy_(raw.view(_TORCH[self.source.dtype]))
+        values.copy_(raw.view(_TORCH[self.source.dtype]))
+        for index, row in self._token_rows.items():
+            if low <= index * self.columns < high:
+                values.view(-1, self.columns)[index - low // self.columns] = torch.from_numpy(row)
+        return values
 
     def _read_into(self, low: int, high: int, raw: Bytes) -> None:
         size = self.source.itemsize
@@ -144,14 +148,11 @@ class RunningJob:
             return
         with self._lock:
             # The first block of a tensor loads what all of them share.
-            terms, biases, rows = self._terms, self._biases, self._token_rows
+            _, terms, biases = self._token_rows, self._terms, self._biases
         values = self.load(low, high)
         matrix = values.view(-1, self.columns)
         first, last = low // self.columns, high // self.columns
         _apply(matrix, terms, first, last)
-        for index, row in rows.items():
-            if first <= index < last:
-                matrix[index - first] = torch.from_numpy(row)
         for bias in biases:
             values += bias[low:high]
         out = torch.from_numpy(block.data).view(_TORCH[self.job.dtype])
@@ -197,41 +198,46 @@ class RunningJob:
 
 
 class _Term:
-    """One delta with its factors loaded, oriented like the stored tensor.
-
-    `left [rows, r]` and `right [r, columns]` are B and A, or Aᵀ and Bᵀ where the stored matrix is
-    transposed. For DoRA, `gain` holds m/‖W + Δ‖ where the norm runs over stored columns.
-    """
+    """One delta with its factors loaded, `b [out, r]` and `a [r, in]`."""
 
     def __init__(self, delta: Delta, job: RunningJob) -> None:
         b, a = delta.module.factors(job.files)
-        left, right = (a.T, b.T) if delta.transposed else (b, a)
-        self.left = torch.from_numpy(np.ascontiguousarray(left)).to(job.work)
-        self.right = torch.from_numpy(np.ascontiguousarray(right)).to(job.work)
+        self.b = torch.from_numpy(b).to(job.work)
+        self.a = torch.from_numpy(a).to(job.work)
+        self.transposed = delta.transposed
         self.scale = delta.scale
         self.magnitude: torch.Tensor | None = None
-        self.by_column = delta.transposed
-        self.gain: torch.Tensor | None = None
+        self._column_gain: torch.Tensor | None = None
         if delta.module.magnitude is not None:
             values = read_float32(delta.module.magnitude, job.files).reshape(-1)
             self.magnitude = torch.from_numpy(values).to(job.work)
-            if self.by_column:
-                self.gain = self.magnitude / self._column_norms(job)
+            if self.transposed:
+                self._column_gain = self.magnitude / self._column_norms(job)
 
     def product(self, first: int, last: int) -> torch.Tensor:
-        """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale."""
-        shape = (last - first, self.right.shape[1])
-        out = _scratch.get("product", shape[0] * shape[1], self.right.dtype).view(shape)
-        return torch.mm(self.left[first:last], self.right, out=out).mul_(self.scale)
+        """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale.
 
-    def adapted(self, weight: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """DoRA: `m/‖W + Δ‖·(W + Δ)` for stored rows, the norm over each output's weights."""
-        direction = self.product(first, last).add_(weight)
-        if self.gain is not None:
-            return direction.mul_(self.gain)
+        Stored rows are columns of B·A where the matrix is stored transposed. The result is this
+        thread's scratch.
+        """
+        b, a = (self.b, self.a[:, first:last]) if self.transposed else (self.b[first:last], self.a)
+        shape = (len(b), a.shape[1])
+        out = _scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
+        torch.mm(b, a, out=out)
+        out *= self.scale
+        return out.T if self.transposed else out
+
+    def gain(self, direction: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """DoRA's `m/‖W + Δ‖` for stored rows of `direction = W + Δ`, ready to multiply with.
+
+        The norm runs over the weights of one output: a stored row, or a stored column where the
+        matrix is transposed.
+        """
         assert self.magnitude is not None
+        if self._column_gain is not None:
+            return self._column_gain
         norms = torch.linalg.norm(direction, dim=1, keepdim=True)
-        return direction.mul_(self.magnitude[first:last, None] / norms)
+        return torch.div(self.magnitude[first:last, None], norms)
 
     def _column_norms(self, job: RunningJob) -> torch.Tensor:
         """‖W + Δ‖ of every stored column, `[columns]`: one more pass, summed in float64."""
@@ -244,21 +250,24 @@ class _Term:
 
 
 def _apply(matrix: torch.Tensor, terms: list[_Term], first: int, last: int) -> None:
-    """`matrix += Σ Δᵢ` in place; a DoRA term adds `m/‖W + Δ‖·(W + Δ) − W` of the untouched W.
+    """Apply the terms to `matrix` in place, in their order.
 
-    That is the sum PEFT's forward pass computes when several adapters are active. (Its merge chains
-    them instead, which is another function; see docs/design.md.)
+    A plain term adds Δ. A DoRA term makes `m/‖W + Δ‖·(V + Δ)` of what came before it, V, with the
+    norm of the untouched W: that is the chain PEFT 0.21 computes in its forward pass and its merge.
     """
-    dora = [t for t in terms if t.magnitude is not None]
-    if len(terms) == 1 and dora:
-        matrix.copy_(dora[0].adapted(matrix, first, last))
-        return
-    original = matrix.clone() if dora else matrix  # the only copy: several adapters with DoRA
+    chained = len(terms) > 1 and any(term.magnitude is not None for term in terms)
+    original = matrix.clone() if chained else None
     for term in terms:
+        delta = term.product(first, last)
         if term.magnitude is None:
-            matrix += term.product(first, last)
+            matrix += delta
+        elif original is None:
+            matrix += delta
+            matrix *= term.gain(matrix, first, last)
         else:
-            matrix += term.adapted(original, first, last).sub_(original)
+            gain = term.gain(original + delta, first, last)
+            matrix += delta
+            matrix *= gain
 
 
 def _magnitudes(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:

@@ -70,7 +70,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         _match_module(found, layout, module)
     for path, rows in adapter.token_rows.items():
         name = found.naming(f"{path}.weight")
-        target = _target(found, layout.base, name)
+        target = _target(found, layout, name)
         if target is None:
             found.unmatched.append((rows.rows.name, _not_there(name, layout.base)))
         elif target.shape[1:] != rows.rows.shape[1:] or max(rows.indices) >= target.shape[0]:
@@ -89,9 +89,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
 def _match_module(found: Match, layout: Layout, module: LowRank) -> None:
     name = found.naming(module.weight_name)
     base_path = name.rpartition(".")[0]
-    target = _target(found, layout.base, name)
-    if target is None and layout.tied is not None and name == layout.tied.head:
-        target = layout.base.tensors[layout.tied.embedding]
+    target = _target(found, layout, name)
     if target is None:
         found.unmatched.append((module.path, _not_there(name, layout.base)))
         return
@@ -190,9 +188,16 @@ def _is_saved_head(adapter: Adapter, name: str) -> bool:
     return any(f".{module}." in f".{name}" for module in saved)
 
 
-def _target(found: Match, base: Checkpoint, name: str) -> TensorInfo | None:
-    """The tensor a delta or a row is added to: a replacement from the same adapter comes first."""
-    return found.replaced.get(name) or base.tensors.get(name)
+def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:
+    """The tensor that a delta or token rows change, or None.
+
+    A replacement from the same adapter comes first; a tied head is its embedding.
+    """
+    target = found.replaced.get(name) or layout.base.tensors.get(name)
+    if target is None and layout.tied is not None and name == layout.tied.head:
+        embedding = layout.tied.embedding
+        target = found.replaced.get(embedding) or layout.base.tensors[embedding]
+    return target
 
 
 def _not_there(name: str, base: Checkpoint) -> str:

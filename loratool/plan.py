@@ -134,6 +134,7 @@ def build_plan(
     _refuse_unmatched(plan, matches, allow_unmatched)
     edits, added = _collect(plan, matches, layout)
     new_head = _settle_tied(plan, layout, edits)
+    _refuse_unlike_vocabularies(plan, edits)
     _fill_shards(plan, edits, added, new_head)
     _note_config(plan, edits, added)
     plan.modules = sum(len(m.deltas) for m in matches)
@@ -245,9 +246,11 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
         return None
     base_rows = plan.base.tensors[tied.embedding].shape[0]
     resized = embedding.replacement is not None and embedding.replacement.shape[0] != base_rows
-    only_rows = bool(embedding.rows) and not (embedding.deltas or embedding.replacement)
+    if resized and embedding.deltas and not head:
+        # The head is the resized matrix, without the delta that only the embedding has.
+        head = _Edits(replacement=embedding.replacement)
     # PEFT ties trained token rows to the head too, and a resized embedding takes its head along.
-    follows = not head and (only_rows or resized)
+    follows = not head and not embedding.deltas and bool(embedding.rows or resized)
     if follows or _change_alike(plan, embedding, head):
         if tied.head_on_disk:
             edits[tied.head] = embedding
@@ -256,6 +259,7 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
                 Notice("head-follows", f"{tied.head} stays tied to the resized {tied.embedding}.")
             )
         return None
+    head.rows = head.rows or list(embedding.rows)
     plan.config_changes["tie_word_embeddings"] = False
     plan.notices.append(
         Notice(
@@ -271,6 +275,22 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
     return _job(plan, tied.head, source, head, "add")
 
 
+def _refuse_unlike_vocabularies(plan: Plan, edits: dict[str, _Edits]) -> None:
+    """An adapter that resizes only one of embedding and head gives a model that does not load."""
+    rows = {}
+    for name, info in plan.base.tensors.items():
+        if is_vocabulary(name) and len(info.shape) == 2:
+            source = edits[name].replacement if name in edits else None
+            rows[name] = (source or info).shape[0]
+    resized = [n for n, count in rows.items() if count != plan.base.tensors[n].shape[0]]
+    if resized and len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise MatchError(
+            f"The adapter resizes {resized[0]} alone, so the vocabularies differ: {counts} rows.",
+            "Save the other one too: modules_to_save=['embed_tokens', 'lm_head'].",
+        )
+
+
 def _change_alike(plan: Plan, embedding: _Edits, head: _Edits) -> bool:
     """True if both matrices get the same: equal replacements, and deltas that are transposes.
 
@@ -279,21 +299,27 @@ def _change_alike(plan: Plan, embedding: _Edits, head: _Edits) -> bool:
     if (embedding.replacement is None) != (head.replacement is None):
         return False
     if embedding.replacement is not None and head.replacement is not None:
-        one, other = embedding.replacement, head.replacement
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
+        if not _same_values(embedding.replacement, head.replacement):
             return False
-        if not np.array_equal(read_raw(one), read_raw(other)):
-            return False
-    if embedding.rows != head.rows or len(embedding.deltas) != len(head.deltas):
+    if len(embedding.rows) != len(head.rows) or len(embedding.deltas) != len(head.deltas):
         return False
+    for one, other in zip(embedding.rows, head.rows, strict=True):
+        if one.indices != other.indices or not _same_values(one.rows, other.rows):
+            return False
     if not all(a.config.get("ensure_weight_tying") for a in plan.adapters) and embedding.deltas:
         return False
     for ours, theirs in zip(embedding.deltas, head.deltas, strict=True):
         (b, a), (b_head, a_head) = ours.module.factors(), theirs.module.factors()
         same = np.array_equal(a_head, b.T) and np.array_equal(b_head, a.T)
-        if ours.scale != theirs.scale or not same:
+        # A DoRA magnitude belongs to a dimension here and to a token there.
+        if ours.scale != theirs.scale or not same or ours.module.magnitude is not None:
             return False
     return True
+
+
+def _same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_kind and np.array_equal(read_raw(one), read_raw(other))
 
 
 def _job(plan: Plan, name: str, source: TensorInfo, edits: _Edits, action: str = "") -> Job:

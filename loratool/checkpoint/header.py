@@ -18,6 +18,9 @@ from loratool.errors import FileError
 #: Longest header accepted, as in the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 
+#: More axes than any tensor has (NumPy's limit).
+_MAX_AXES = 64
+
 _REFETCH = "Fetch the file again; it is not a complete safetensors file."
 
 
@@ -26,10 +29,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     Raises FileError with what is wrong for anything that is not a well-formed, complete file.
     """
+    if not path.is_file():
+        what = "a directory" if path.is_dir() else "no such file"
+        raise FileError(f"{path}: {what}.", "Check the path.")
     size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(8)
+        start = stream.read(64)
         refuse_known_impostors(path, start, size)
+        start = start[:8]
         if size < 8:
             raise FileError(f"{path}: only {size} bytes long, too short for a header.", _REFETCH)
         length = int.from_bytes(start, "little")
@@ -44,6 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 f"{format_bytes(size)} there.",
                 _REFETCH,
             )
+        stream.seek(8)
         raw = stream.read(length)
     entries, metadata = _parse_json(path, raw)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
@@ -60,7 +68,7 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
             f"{path}: a Git LFS pointer, not the weights themselves.",
             "Run `git lfs pull` in that repository, or download the file from the Hub.",
         )
-    if start.lstrip().startswith((b"<!DOC", b"<html", b"<?xml")):
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doc", b"<html", b"<?xml")):
         raise FileError(f"{path}: a web page, not weights.", "The download went wrong; repeat it.")
 
 
@@ -73,15 +81,23 @@ def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]
             raise FileError(f"{path}: the header names {twice!r} twice.", _REFETCH)
         return found
 
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+        )
+        # JSON can spell half a surrogate pair, which no file name or terminal can hold.
+        json.dumps(header, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
         raise FileError(f"{path}: the header is not UTF-8 ({error}).", _REFETCH) from None
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: the header is not JSON ({error}).", _REFETCH) from None
     if not isinstance(header, dict):
         raise FileError(f"{path}: the header is not a JSON object.", _REFETCH)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileError(f"{path}: __metadata__ is not a table of strings.", _REFETCH)
     return header, metadata
@@ -98,8 +114,8 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise bad(f"has the unknown dtype {dtype!r}")
-    if not _are_counts(shape):
-        raise bad(f"has the impossible shape {shape!r}")
+    if not _are_counts(shape) or len(shape) > _MAX_AXES or math.prod(filter(None, shape)) >> 62:
+        raise bad("has an impossible shape" + (f" {shape!r}" if len(str(shape)) < 99 else ""))
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad(f"has the impossible data_offsets {offsets!r}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]

@@ -14,12 +14,11 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from loratool.checkpoint.header import refuse_known_impostors
-from loratool.checkpoint.tensors import TensorInfo
+from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo
 from loratool.errors import FileError
 
 _REFETCH = "Fetch the file again, or ask for a safetensors version of it."
@@ -31,30 +30,78 @@ _STORAGES = {
     "Float8_e4m3fnStorage": "F8_E4M3", "Float8_e5m2Storage": "F8_E5M2",
 }  # fmt: skip
 
+#: What newer torch names by dtype over an untyped storage.
+_DTYPES = {
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64",
+}  # fmt: skip
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
+#: More entries than any state dict has; a small pickle can unfold into more than the memory holds.
+_MAX_ENTRIES = 1_000_000
+_MAX_DEPTH = 50
 
-@dataclass(frozen=True)
-class _Storage:
+
+# Named tuples, because a pickle may set attributes of any object it holds, and these have none.
+
+
+class _Storage(NamedTuple):
     key: str
     dtype: str
+    numel: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     storage: _Storage
+    dtype: str
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> _Tensor:
+class _Build(NamedTuple):
+    """A function that a pickle may call."""
+
+    run: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.run(*arguments)
+
+
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any = None, _hooks: Any = None,
+    metadata: Any = None,
+) -> _Tensor:  # fmt: skip
     if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("a tensor without a storage")
+        raise pickle.UnpicklingError("it has a tensor without a storage")
+    return _checked(storage, storage.dtype, offset, shape, strides, metadata)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any,
+    metadata: Any = None,
+) -> _Tensor:  # fmt: skip
+    if not isinstance(storage, _Storage) or dtype not in _DTYPES.values():
+        raise pickle.UnpicklingError("it has a tensor of an unknown dtype")
+    return _checked(storage, dtype, offset, shape, strides, metadata)
+
+
+def _checked(
+    storage: _Storage, dtype: str, offset: Any, shape: Any, strides: Any, metadata: Any
+) -> _Tensor:
     counts = (offset, *shape, *strides)
     if not all(type(n) is int and n >= 0 for n in counts) or len(shape) != len(strides):
-        raise pickle.UnpicklingError(f"a tensor with the impossible layout {shape} {strides}")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+        raise pickle.UnpicklingError(f"it has a tensor of the impossible layout {shape} {strides}")
+    if metadata:
+        raise pickle.UnpicklingError(f"it has a tensor seen through {sorted(metadata)}")
+    return _Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _span(tensor: _Tensor) -> int:
+    """Elements from the first to the last of a tensor that is not empty."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
 
 
 def _parameter(data: Any, *_rest: Any) -> Any:
@@ -62,25 +109,34 @@ def _parameter(data: Any, *_rest: Any) -> Any:
 
 
 def _from_type(build: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-    if build is not _tensor:
-        raise pickle.UnpicklingError("a tensor of a subclass")
-    return _tensor(*arguments)
+    if not isinstance(build, _Build):
+        raise pickle.UnpicklingError("it has a tensor of a subclass")
+    return build(*arguments)
 
 
+_V2 = _Build(_tensor)
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch", "Size"): tuple,
     ("torch", "Tensor"): "Tensor",
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): "U8",
+    ("torch", "UntypedStorage"): "U8",
+    ("torch._utils", "_rebuild_tensor"): _V2,
+    ("torch._utils", "_rebuild_tensor_v2"): _V2,
+    ("torch._utils", "_rebuild_tensor_v3"): _Build(_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Build(_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Build(_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Build(_from_type),
+    **{("torch", name): dtype for name, dtype in (_STORAGES | _DTYPES).items()},
 }
 
 
 class _Unpickler(pickle.Unpickler):
     """Builds `_Tensor` descriptions; every global outside `_ALLOWED` is refused."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -89,10 +145,12 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key = pid[:3]
-        if kind != "storage" or dtype not in _STORAGES.values():
+        kind, dtype, key, _device, numel = pid[:5]
+        view = pid[5] if len(pid) > 5 else None
+        if kind != "storage" or dtype not in _STORAGES.values() or type(numel) is not int or view:
             raise pickle.UnpicklingError(f"it asks for {pid!r}")
-        return _Storage(str(key), dtype)
+        storage = _Storage(str(key), dtype, numel)
+        return self.storages.setdefault(storage.key, storage)
 
 
 def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
@@ -117,8 +175,7 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
             ) from None
         except Exception as error:  # a damaged pickle can fail in any way at all
             raise FileError(f"{path}: a damaged torch file ({error}).", _REFETCH) from None
-    found: dict[str, _Tensor] = {}
-    _flatten(top, "", found)
+    found = _flatten(path, top)
     tensors = {name: _info(path, name, item, offset_of, size) for name, item in found.items()}
     kind = "tensor" if isinstance(top, _Tensor) else type(top).__name__
     return tensors, "dict" if kind == "OrderedDict" else kind
@@ -133,15 +190,17 @@ def _load(path: Path, stream: BinaryIO) -> tuple[Any, Callable[[str], int]]:
     _protocol, system = _Unpickler(stream).load(), _Unpickler(stream).load()
     if not system.get("little_endian", True):
         raise FileError(f"{path}: written big-endian.", "Save it again on another machine.")
-    top = _Unpickler(stream).load()
+    unpickler = _Unpickler(stream)
+    top = unpickler.load()
     keys = _Unpickler(stream).load()
-    dtypes = {item.storage.key: item.storage.dtype for item in _tensors_in(top)}
     offsets: dict[str, int] = {}
     for key in keys:
+        storage = unpickler.storages[key]
         count = int.from_bytes(stream.read(8), "little")
+        if count != storage.numel:
+            raise FileError(f"{path}: storage {key} has another length than announced.", _REFETCH)
         offsets[key] = stream.tell()
-        width = TensorInfo("", dtypes.get(key, "F32"), (), path, 0).itemsize
-        stream.seek(count * width, io.SEEK_CUR)
+        stream.seek(count * DTYPE_BITS[storage.dtype] // 8, io.SEEK_CUR)
     return top, offsets.__getitem__
 
 
@@ -171,19 +230,26 @@ def _load_zip(path: Path, stream: BinaryIO) -> tuple[Any, Callable[[str], int]]:
     return top, offset_of
 
 
-def _tensors_in(top: Any) -> list[_Tensor]:
+def _flatten(path: Path, top: Any) -> dict[str, _Tensor]:
+    """The tensors in nested tables and lists, by dotted name; values of other kinds are skipped."""
     found: dict[str, _Tensor] = {}
-    _flatten(top, "", found)
-    return list(found.values())
-
-
-def _flatten(value: Any, prefix: str, found: dict[str, _Tensor]) -> None:
-    if isinstance(value, _Tensor):
-        found[prefix or "tensor"] = value
-    elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            _flatten(item, f"{prefix}.{key}" if prefix else str(key), found)
+    waiting: list[tuple[str, int, Any]] = [("", 0, top)]
+    visited = 0
+    while waiting:
+        prefix, depth, value = waiting.pop()
+        visited += 1
+        if visited > _MAX_ENTRIES or depth > _MAX_DEPTH:
+            raise FileError(f"{path}: its tables hold themselves, or have no end.", _REFETCH)
+        if isinstance(value, _Tensor):
+            name = prefix or "tensor"
+            if name in found:
+                raise FileError(f"{path}: two tensors are called {name!r}.", _REFETCH)
+            found[name] = value
+        elif isinstance(value, dict | list) or type(value) is tuple:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            start = f"{prefix}." if prefix else ""
+            waiting += reversed([(f"{start}{key}", depth + 1, item) for key, item in items])
+    return found
 
 
 def _info(
@@ -199,14 +265,14 @@ def _info(
         n == 1 or have == want
         for n, have, want in zip(tensor.shape, tensor.strides, row_major, strict=True)
     )
-    info = TensorInfo(
-        name, tensor.storage.dtype, tensor.shape, path, 0, None if plain else tensor.strides
-    )
+    info = TensorInfo(name, tensor.dtype, tensor.shape, path, 0, None if plain else tensor.strides)
+    stored = tensor.storage.numel * DTYPE_BITS[tensor.storage.dtype] // 8
+    if step and (tensor.offset + _span(tensor)) * info.itemsize > stored:
+        raise FileError(f"{path}: tensor {name!r} reaches beyond its storage.", _REFETCH)
     try:
         start = offset_of(tensor.storage.key) + tensor.offset * info.itemsize
     except KeyError:
         raise FileError(f"{path}: the data of tensor {name!r} is missing.", _REFETCH) from None
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True) if n)
-    if step and start + (last + 1) * info.itemsize > size:
+    if step and start + _span(tensor) * info.itemsize > size:
         raise FileError(f"{path}: truncated inside tensor {name!r}.", _REFETCH)
     return TensorInfo(name, info.dtype, info.shape, path, start, info.strides)

@@ -85,7 +85,13 @@ class FilePool:
     def fd(self, path: Path) -> int:
         fd = self._fds.get(path)
         if fd is None:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise FileError(
+                    f"{path}: it can no longer be read ({error.strerror}).",
+                    "It was moved or removed during the run.",
+                ) from error
             # Two threads may open the same file at once; the loser's descriptor is closed.
             kept = self._fds.setdefault(path, fd)
             if kept != fd:

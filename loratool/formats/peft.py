@@ -89,6 +89,12 @@ def fill_adapter(adapter: Adapter) -> None:
                 refused=True,
             )
         )
+    adapter.unknown += [
+        key
+        for key in adapter.inert
+        if ".original_module." in key
+        and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
+    ]
     _build_modules(adapter, parts)
     if not adapter.config.get("enable_lora"):  # refused by its config already
         _check_shapes(adapter)
@@ -118,12 +124,16 @@ def _place(
             leaf = found["side"]
         _claim(adapter, module.tensors, leaf, info)
         return
-    if "lora_" in path or "original_module." in path:
+    if "lora_" in path:
         adapter.unknown.append(key)
+    elif ".original_module." in path:
+        # The frozen original beside a saved copy; the copy is what the model computes with.
+        adapter.inert.append(key)
     else:
         # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
         # gives to the wrapped original, so the tensor means the original itself.
-        _claim(adapter, adapter.replaced, path.replace(".base_layer.", "."), info)
+        name = path.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+        _claim(adapter, adapter.replaced, name, info)
 
 
 def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: TensorInfo) -> None:

@@ -71,6 +71,9 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
     """What in a LoRA config stands in the way of a merge, or is not known."""
     where = "adapter_config.json"
     notices = []
+    known = HONOURED | HARMLESS | REFUSED.keys()
+    if config.get("peft_type") == "TRAINABLE_TOKENS":
+        known |= {"token_indices", "init_weights"}
     for field, reason in REFUSED.items():
         if config.get(field):
             notices.append(Notice(_code(field), f"{field} is set: {reason}.", where, refused=True))
@@ -90,7 +93,7 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
         notices.append(
             Notice("bdlora-dora", "use_bdlora with use_dora has no meaning in PEFT.", where, True)
         )
-    for field in sorted(config.keys() - HONOURED - HARMLESS - REFUSED.keys()):
+    for field in sorted(config.keys() - known):
         if config[field] not in (None, False, "", [], {}):
             notices.append(
                 Notice(

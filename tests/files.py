@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,26 +206,19 @@ except loratool.LoraToolError as error:
     sys.exit(error.exit_code)
 """
 
-#: A prelude that makes every block of the output take a while.
-SLOWLY = "options['progress'] = lambda *a: time.sleep(0.05)"
-
-#: Takes the right away from root to pass over file permissions.
-_BOUND = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
-
 
 def start_merge(
     base: Path,
     adapter: Path,
     output: Path,
     prelude: str = "",
-    wrapper: list[str] | None = None,
     env: dict[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[str]:
     """Start a merge in a process of its own."""
     arguments = json.dumps([str(base), str(adapter), str(output), options, prelude])
     return subprocess.Popen(
-        [*(wrapper or []), sys.executable, "-c", _CHILD, arguments],
+        [sys.executable, "-c", _CHILD, arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -239,10 +233,21 @@ def child_merge(*arguments: Any, **options: Any) -> tuple[int, dict[str, str], s
     return process.returncode, json.loads(out) if out.strip() else {}, err
 
 
-def without_privileges() -> list[str]:
-    """The command before a command that makes file permissions count for root too."""
+@contextmanager
+def permissions_that_count() -> Iterator[None]:
+    """Take the right away from root, for a while, to pass over file permissions."""
     if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None or subprocess.run([*_BOUND, "true"]).returncode:
-        pytest.skip("running as root, and setpriv cannot make file permissions count")
-    return _BOUND
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    who = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread and those it starts
+    held, lowered = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    libc.capget(who, held)
+    libc.capget(who, lowered)
+    lowered[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective set
+    if libc.capset(who, lowered):
+        pytest.skip("running as root, and its rights cannot be lowered")
+    try:
+        yield
+    finally:
+        libc.capset(who, held)

@@ -89,9 +89,7 @@ def shake(model: nn.Module, amount: float = 0.05) -> None:
             parameter.data += noise.to(parameter.dtype)
 
 
-def write_base(
-    folder: Path, model: nn.Module, base_config: dict[str, Any] | None = None
-) -> None:
+def write_base(folder: Path, model: nn.Module, base_config: dict[str, Any] | None = None) -> None:
     """Write a plain model as a base directory, with a config.json if one is given."""
     folder.mkdir(parents=True)
     state = {name: value.clone() for name, value in model.state_dict().items()}

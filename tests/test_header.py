@@ -400,9 +400,7 @@ def edits(draw: st.DrawFn) -> Edit:
 
 @settings(on_files, max_examples=600)
 @given(changes=st.lists(edits(), min_size=1, max_size=3), mend=st.booleans())
-def test_any_damage_is_refused_or_harmless(
-    tmp_path: Path, changes: list[Edit], mend: bool
-) -> None:
+def test_any_damage_is_refused_or_harmless(tmp_path: Path, changes: list[Edit], mend: bool) -> None:
     """However a file is damaged, it is FileError or reads as the reference library reads it."""
     content = SAMPLE
     for change in changes:
@@ -428,9 +426,7 @@ JSON = st.recursive(
     key=st.sampled_from(["dtype", "shape", "data_offsets", "extra", "", "__metadata__"]),
     value=JSON,
 )
-def test_any_json_in_any_field_is_refused_or_harmless(
-    tmp_path: Path, key: str, value: Any
-) -> None:
+def test_any_json_in_any_field_is_refused_or_harmless(tmp_path: Path, key: str, value: Any) -> None:
     """A field of any JSON type is FileError or reads as the reference library reads it."""
     header = entry(**{key: value}) if key not in ("", "__metadata__") else entry()
     if key == "":

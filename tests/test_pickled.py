@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -50,9 +52,9 @@ def flattened(value: Any, prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def check_like_torch(path: Path) -> None:
+def check_like_torch(path: Path, weights_only: bool = True) -> None:
     """read_pickled finds the names, dtypes, shapes and bytes that torch.load finds."""
-    wanted = flattened(torch.load(path, weights_only=True))
+    wanted = flattened(torch.load(path, weights_only=weights_only))
     found, _ = read_pickled(path)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -177,7 +179,7 @@ def test_every_pickle_protocol_reads(tmp_path: Path, zipped: bool, protocol: int
     path = tmp_path / "x.bin"
     value = {"w": torch.ones(2), "t": views()["transposed"]}
     torch.save(value, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    check_like_torch(path)
+    check_like_torch(path, weights_only=protocol < 4)  # torch's own safe reader stops at 3
 
 
 def test_many_storages_read_like_torch(tmp_path: Path) -> None:
@@ -211,15 +213,15 @@ def test_two_tensors_of_one_flat_name_are_refused(tmp_path: Path, zipped: bool) 
 def test_a_negated_view_is_not_read_with_the_wrong_sign(tmp_path: Path, zipped: bool) -> None:
     """Torch may leave a sign or conjugation to be applied on reading: apply it or refuse."""
     lazy = torch.tensor([1 + 2j, 3 - 4j]).conj()
-    path = save(tmp_path / "x.bin", {"imag": lazy.imag, "conj": lazy}, zipped)
-    assert torch.load(path, weights_only=True)["imag"].tolist() == [-2.0, 4.0]
-    try:
-        found, _ = read_pickled(path)
-    except FileError as error:
-        assert_clear(error, str(path))
-        return
-    assert read_raw(found["imag"]).view(np.float32).tolist() == [-2.0, 4.0]
-    assert read_raw(found["conj"]).view(np.complex64).tolist() == [1 - 2j, 3 + 4j]
+    for name, tensor in (("imag", lazy.imag), ("conj", lazy)):
+        path = save(tmp_path / f"{name}.bin", {name: tensor}, zipped)
+        assert torch.equal(torch.load(path, weights_only=True)[name], tensor)
+        try:
+            found, _ = read_pickled(path)
+        except FileError as error:
+            assert_clear(error, str(path))
+        else:
+            assert read_raw(found[name]).tobytes() == raw_bytes(tensor)
 
 
 # --- hostile files -------------------------------------------------------------------------------
@@ -290,6 +292,7 @@ def tensor_pickle(
     shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0, numel: int = 6
 ) -> bytes:
     """The opcodes that rebuild one float32 tensor from storage "0"."""
+
     def put(value: Any) -> bytes:
         return pickle.dumps(value, protocol=2)[2:-1]
 
@@ -386,12 +389,9 @@ def test_a_table_nested_without_end_is_refused(tmp_path: Path) -> None:
 
 def test_lists_that_double_do_not_take_for_ever(tmp_path: Path) -> None:
     """Forty lists, each holding the one before twice, stand for 10¹² entries: refused or quick."""
-    pickle_bytes = b"\x80\x02]q\x00" + b"".join(
-        b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(40)
-    ) + b"."
-    import subprocess
-    import sys
-
+    pickle_bytes = (
+        b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(40)) + b"."
+    )
     path = zip_with(tmp_path / "x.bin", pickle_bytes)
     code = (
         "import sys, pathlib\n"
@@ -400,7 +400,7 @@ def test_lists_that_double_do_not_take_for_ever(tmp_path: Path) -> None:
         "try: print(read_pickled(pathlib.Path(sys.argv[1])))\n"
         "except FileError: pass\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=10)
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=30)
 
 
 # --- damaged files -------------------------------------------------------------------------------

@@ -83,7 +83,15 @@ class RunningJob:
         self.files = files
         self.source = job.source
         self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
-        self.out_size = DTYPE_BITS[job.dtype] // 8
+        # Elements of less than a byte are only ever copied, as bytes.
+        packed = DTYPE_BITS[job.dtype] < 8
+        self.length = job.source.nbytes if packed else job.source.numel
+        self.itemsize = 1 if packed else DTYPE_BITS[job.dtype] // 8
+        smallest = {dtype: torch.finfo(_TORCH[dtype]).smallest_normal for dtype in _TORCH}
+        #: Whether rounding can make a value subnormal that was not so before.
+        self.may_underflow = job.is_arithmetic or (
+            job.checked and smallest[job.dtype] > smallest[job.source.dtype]
+        )
         self.work = torch.float64 if job.source.dtype == "F64" else torch.float32
         self._lock = threading.Lock()
 
@@ -91,7 +99,7 @@ class RunningJob:
     def block_elements(self) -> int:
         """Elements of a block: whole rows, about BLOCK_ELEMENTS of them; all if strided."""
         if self.source.strides is not None:
-            return max(1, self.source.numel)
+            return max(1, self.length)
         return max(1, BLOCK_ELEMENTS // max(1, self.columns)) * max(1, self.columns)
 
     @cached_property
@@ -116,6 +124,11 @@ class RunningJob:
             for rows in self.job.rows
             for index, row in zip(rows.indices, read_float32(rows.rows, self.files), strict=True)
         }
+
+    def prepare(self) -> None:
+        """Load what the blocks share. Called before the first block, by one thread at a time."""
+        with self._lock:
+            _ = self._token_rows, self._terms, self._biases
 
     def load(self, low: int, high: int) -> torch.Tensor:
         """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
@@ -146,34 +159,36 @@ class RunningJob:
             if self.job.checked and _magnitudes(block.data, self.job.dtype)[1]:
                 self.explain_values()
             return
-        with self._lock:
-            # The first block of a tensor loads what all of them share.
-            _, terms, biases = self._token_rows, self._terms, self._biases
-        values = self.load(low, high)
-        matrix = values.view(-1, self.columns)
-        first, last = low // self.columns, high // self.columns
-        _apply(matrix, terms, first, last)
-        for bias in biases:
-            values += bias[low:high]
+        self.prepare()
+        values = self._sum(self.load(low, high), low, high)
         out = torch.from_numpy(block.data).view(_TORCH[self.job.dtype])
+        if self.work == torch.float64 and self.job.dtype in ("F16", "BF16"):
+            values = _rounded_to_odd(values)
         out.copy_(values)
         magnitudes, broken = _magnitudes(block.data, self.job.dtype)
         if broken:
             self.explain_values()
-        _count_underflow(magnitudes, values, self.job.dtype, block)
+        if self.may_underflow:
+            _count_underflow(magnitudes, values, self.job.dtype, block)
+
+    def _sum(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
+        matrix = values.view(-1, self.columns)
+        _apply(matrix, self._terms, low // self.columns, high // self.columns)
+        for bias in self._biases:
+            values += bias[low:high]
+        return values
 
     def explain_values(self) -> None:
         """Walk through the tensor again to say what is wrong with it, and raise that."""
         dtype = _TORCH[self.job.dtype]
         from_base = from_adapter = overflow = 0
         largest = 0.0
-        with self._lock:
-            terms = self._terms
         for low, high in blocks(self.source.numel, self.block_elements):
             values = self.load(low, high)
             sound = torch.isfinite(values)
             from_base += int((~sound).sum())
-            _apply(values.view(-1, self.columns), terms, low // self.columns, high // self.columns)
+            self._sum(values, low, high)
             finite = torch.isfinite(values)
             from_adapter += int((sound & ~finite).sum())
             overflow += int((finite & ~torch.isfinite(values.to(dtype))).sum())
@@ -268,6 +283,20 @@ def _apply(matrix: torch.Tensor, terms: list[_Term], first: int, last: int) -> N
             gain = term.gain(original + delta, first, last)
             matrix += delta
             matrix *= gain
+
+
+def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """float64 as float32 such that rounding that to 16 bits equals rounding the float64 once.
+
+    torch narrows float64 to 16 bits by way of float32 and so rounds twice. Truncating the first
+    time, with the last bit set where anything was cut off, keeps the second from seeing a false tie
+    (Boldo and Melquiond, 2008, "Emulation of FMA and correctly rounded sums").
+    """
+    narrow = values.float()
+    bits = narrow.view(torch.int32)
+    bits -= (narrow.double().abs() > values.abs()).int()
+    bits |= (narrow.double() != values).int()
+    return narrow
 
 
 def _magnitudes(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:

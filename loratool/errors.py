@@ -6,7 +6,8 @@ hint that says what to do next. The command line prints both and exits with the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LoraToolError(Exception):
@@ -72,6 +73,18 @@ class UsageError(LoraToolError):
 
     code = "usage"
     exit_code = 2
+
+
+@contextmanager
+def explained_os_errors() -> Iterator[None]:
+    """Turn what the system says about an input (no permission, a bad disk) into a FileError."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(
+            f"{error.filename}: it cannot be read ({error.strerror}).",
+            "Check the path and its permissions.",
+        ) from error
 
 
 def listed(items: Iterable[str], shown: int = 5) -> str:

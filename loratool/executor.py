@@ -111,12 +111,12 @@ class _Task:
     offset: int
 
     def run(self, writer: ShardWriter, buffer: Bytes | None) -> Block:
-        size = (self.high - self.low) * self.job.out_size
+        size = (self.high - self.low) * self.job.itemsize
         if buffer is None or len(buffer) < size:
             buffer = np.empty(max(size, 1 << 21), np.uint8)
         block = Block(buffer[:size], buffer)
         self.job.compute(self.low, self.high, block)
-        writer.write(self.offset + self.low * self.job.out_size, block.data.data)
+        writer.write(self.offset + self.low * self.job.itemsize, block.data.data)
         return block
 
 
@@ -124,6 +124,6 @@ def _tasks(jobs: list[Job], files: FilePool) -> Iterator[_Task]:
     offset = 0
     for job in jobs:
         running = RunningJob(job, files)
-        for low, high in blocks(job.source.numel, running.block_elements):
+        for low, high in blocks(running.length, running.block_elements):
             yield _Task(running, low, high, offset)
         offset += job.nbytes

@@ -19,7 +19,7 @@ from loratool.adapter import Adapter, LowRank, Notice
 from loratool.checkpoint.base import open_checkpoint
 from loratool.checkpoint.layout import Layout
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
-from loratool.errors import UsageError, listed
+from loratool.errors import UsageError, explained_os_errors, listed
 from loratool.formats import read_adapter
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import match
@@ -159,7 +159,8 @@ def inspect(
     Norms and singular values are computed in float64 from the r × r core, never from the dense
     product. No torch is imported.
     """
-    adapter = read_adapter(source)
+    with explained_os_errors():
+        adapter = read_adapter(source)
     wanted = _layer_set(layers)
     chosen = [m for m in adapter.modules.values() if _is_chosen(m.path, wanted, include)]
     if adapter.modules and not chosen:
@@ -194,7 +195,8 @@ def inspect(
                 "a base.",
                 "Leave --base away.",
             )
-        report.base = _compare(adapter, modules, base, notices)
+        with explained_os_errors():
+            report.base = _compare(adapter, modules, base, notices)
     return report
 
 

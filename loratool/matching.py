@@ -185,7 +185,10 @@ def _is_saved_head(adapter: Adapter, name: str) -> bool:
     saved = set(adapter.config.get("modules_to_save") or ())
     if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         saved |= AUTOMATIC_HEADS
-    return any(f".{module}." in f".{name}" for module in saved)
+    # PEFT takes the names for endings: "classifier" saves "pre_classifier" too.
+    parts = name.split(".")
+    parents = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(parent.endswith(module) for parent in parents for module in saved)
 
 
 def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:

@@ -17,7 +17,14 @@ from loratool.checkpoint.base import open_checkpoint
 from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
 from loratool.checkpoint.tensors import FilePool, format_bytes, read_float32
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
-from loratool.errors import OutputError, UsageError, ValueRangeError, listed, nearest
+from loratool.errors import (
+    OutputError,
+    UsageError,
+    ValueRangeError,
+    explained_os_errors,
+    listed,
+    nearest,
+)
 from loratool.formats import read_lora
 from loratool.plan import DTYPES, Plan, build_plan
 
@@ -99,8 +106,12 @@ def merge(
     target = Path(output)
     inputs = [Path(base), *map(Path, sources)]
     check_output(target, inputs, overwrite)
-    checkpoint = open_checkpoint(base)
-    loras = [read_lora(source) for source in sources]
+    with explained_os_errors():
+        checkpoint = open_checkpoint(base)
+        loras = [read_lora(source) for source in sources]
+    # What the inputs link to (as files in a download cache do) must not be written to either.
+    files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
+    check_output(target, files, overwrite)
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
     folders = [a.source if a.source.is_dir() else a.weights.parent for a in loras]
     side_files = collect(checkpoint.directory, folders, checkpoint.source.is_dir())
@@ -114,9 +125,16 @@ def merge(
             f"are free at {target.absolute().parent}.",
             "Free some space, or write to another disk.",
         )
-    for lora in loras:
-        _refuse_not_finite(lora)
-    _run(plan, target, side_files, report, threads, progress)
+    with explained_os_errors():
+        for lora in loras:
+            _refuse_not_finite(lora)
+        side_files.check_readable()
+    with StagedDirectory(target, overwrite) as staged:
+        try:
+            _write(plan, staged.path, side_files, report, threads, progress)
+            staged.commit()
+        except OSError as error:
+            raise explain(error, staged.path) from error
     report.seconds = time.perf_counter() - started
     return report
 
@@ -185,9 +203,9 @@ def _refuse_not_finite(adapter: Adapter) -> None:
         )
 
 
-def _run(
+def _write(
     plan: Plan,
-    target: Path,
+    folder: Path,
     files: SideFiles,
     report: MergeReport,
     threads: int | None,
@@ -203,17 +221,12 @@ def _run(
         if progress is not None:
             progress(done, report.bytes_written, label)
 
-    with StagedDirectory(target) as staged:
-        try:
-            written = execute(plan, staged.path, advance, threads)
-            write_side_files(files, staged.path, plan.dtype, plan.config_changes)
-            if len(plan.shards) > 1:
-                _write_json(staged.path / "model.safetensors.index.json", _index(plan))
-            report.subnormal, report.zeroed = written.subnormal, written.zeroed
-            _write_json(staged.path / PROVENANCE, _provenance(plan, report, written.shards))
-            staged.commit()
-        except OSError as error:
-            raise explain(error, staged.path) from error
+    written = execute(plan, folder, advance, threads)
+    write_side_files(files, folder, plan.dtype, plan.config_changes)
+    if len(plan.shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", _index(plan))
+    report.subnormal, report.zeroed = written.subnormal, written.zeroed
+    _write_json(folder / PROVENANCE, _provenance(plan, report, written.shards))
 
 
 def _index(plan: Plan) -> dict[str, Any]:

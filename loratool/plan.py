@@ -6,6 +6,7 @@ is built, so that a plan that exists can be carried out; `--dry-run` prints it.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -239,7 +240,8 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
     Returns the job of a head that the base's files do not hold, if one is needed.
     """
     tied = layout.tied
-    if tied is None:
+    tasks = {a.config.get("task_type") for a in plan.adapters}
+    if tied is None or tasks <= _HEADLESS_TASKS:
         return None
     embedding, head = edits.get(tied.embedding, _Edits()), edits.pop(tied.head, _Edits())
     if not embedding and not head:
@@ -259,6 +261,12 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
                 Notice("head-follows", f"{tied.head} stays tied to the resized {tied.embedding}.")
             )
         return None
+    if not tied.separable:
+        raise MatchError(
+            f"{tied.embedding} and {tied.head} are one matrix in this model, and the adapter "
+            "changes one of them alone; a masked-language-model head cannot have its own.",
+            "Adapt other modules than the embedding and the head.",
+        )
     head.rows = head.rows or list(embedding.rows)
     plan.config_changes["tie_word_embeddings"] = False
     plan.notices.append(
@@ -298,9 +306,12 @@ def _change_alike(plan: Plan, embedding: _Edits, head: _Edits) -> bool:
     """
     if (embedding.replacement is None) != (head.replacement is None):
         return False
-    if embedding.replacement is not None and head.replacement is not None:
-        if not _same_values(embedding.replacement, head.replacement):
-            return False
+    if (
+        embedding.replacement is not None
+        and head.replacement is not None
+        and not _same_values(embedding.replacement, head.replacement)
+    ):
+        return False
     if len(embedding.rows) != len(head.rows) or len(embedding.deltas) != len(head.deltas):
         return False
     for one, other in zip(embedding.rows, head.rows, strict=True):
@@ -370,16 +381,20 @@ def _note_config(plan: Plan, edits: dict[str, _Edits], added: dict[str, TensorIn
         rows = found.replacement.shape[0]
         if is_vocabulary(name) and rows != plan.base.tensors[name].shape[0]:
             plan.config_changes["vocab_size"] = rows
-    tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
-    labels = [i.shape[0] for n, i in heads if n.endswith(".weight") and not is_vocabulary(n)]
-    if len(tasks) == 1 and labels:
-        task = tasks.pop()
-        if task != "QUESTION_ANS":
-            plan.config_changes["num_labels"] = labels[-1]
-        if added:
-            plan.config_changes["architecture"] = _TASK_CLASSES[task]
+    labels = {info.shape[0] for name, info in heads if _LABEL_HEAD.search(name)}
+    tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
+    if len(labels) == 1 and tasks != {"QUESTION_ANS"}:
+        plan.config_changes["num_labels"] = labels.pop()
+    if added and len(tasks) == 1:
+        plan.config_changes["architecture"] = _TASK_CLASSES[tasks.pop()]
 
+
+#: Last layers of classifiers, with a row per label.
+_LABEL_HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
+
+#: Tasks whose models have no language-model head, so that no tie matters.
+_HEADLESS_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}
 
 _TASK_CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",

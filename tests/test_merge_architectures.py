@@ -299,6 +299,7 @@ TIED = {
         for name in ("llama", "gemma", "gpt2", "gpt-neox", "opt", "bloom", "falcon", "whisper",
                      "t5", "bart", "bert-masked")
     },
+    "bert-causal": Architecture("BertLMHeadModel", "BertConfig", {**SIZES, "is_decoder": True}),
     "roberta-masked": Architecture("RobertaForMaskedLM", "RobertaConfig", SIZES),
     "distilbert-masked": Architecture("DistilBertForMaskedLM", "DistilBertConfig", DISTILBERT),
     "albert-masked": Architecture(
@@ -310,7 +311,7 @@ TIED = {
     "deberta-masked": Architecture("DebertaV2ForMaskedLM", "DebertaV2Config", SIZES),
 }  # fmt: skip
 #: Those that may be refused, because the matrix has more than two places or unusual names.
-TIED_AND_REFUSABLE = ("t5", "bart", "bert-masked", "roberta", "distilbert", "albert", "electra",
+TIED_AND_REFUSABLE = ("t5", "bart", "bert", "roberta", "distilbert", "albert", "electra",
                       "deberta")  # fmt: skip
 
 
@@ -360,6 +361,17 @@ def test_gpt2_file_without_prefix_takes_an_adapter_of_the_language_model(tmp_pat
     found = ARCHITECTURES["gpt2"]
     headless = replace(found, model="GPT2Model").make()
     check(found, adapt_loaded(tmp_path, headless, found, found.lora()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_embedding_of_a_file_without_head(name: str, tmp_path: Path) -> None:
+    """An adapted embedding does not reach the tied head that only the adapter's model class has."""
+    found = {
+        "gpt2": replace(ARCHITECTURES["gpt2"], targets=["wte"]),
+        "bloom": replace(ARCHITECTURES["bloom"], targets=["word_embeddings"]),
+    }[name]
+    headless = replace(found, model={"gpt2": "GPT2Model", "bloom": "BloomModel"}[name]).make()
+    check_or_refuse(found, adapt_loaded(tmp_path, headless, found, found.lora()))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -671,9 +671,10 @@ def test_resized_vocabulary_is_carried_over(
     assert model.get_output_embeddings().weight.shape[0] == size
 
 
-def test_resized_and_adapted_embedding_of_a_tied_model(tmp_path: Path) -> None:
-    """A tied head follows the resized embedding, but not the delta that only the embedding has."""
-    trained = train_resized(tmp_path, 53, True, lora("q_proj", "embed_tokens"))
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_resized_and_adapted_matrix_of_two_tied_ones(target: str, tmp_path: Path) -> None:
+    """The other of two tied matrices is resized along, but has no part in the delta."""
+    trained = train_resized(tmp_path, 53, True, lora("q_proj", target))
     assert same_logits(merged_model(trained), trained.model)
 
 

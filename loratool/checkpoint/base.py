@@ -23,6 +23,8 @@ _ENTRY_FILES = (
     "pytorch_model.bin",
 )
 
+_ORDER = "The base comes first: loratool merge BASE ADAPTER -o OUT."
+
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
 
 #: Tensors that only quantised checkpoints have, beside or instead of `….weight`.
@@ -96,6 +98,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         )
     if not checkpoint.tensors:
         raise BaseError(f"{source}: the base holds no tensors.", "Check the path.")
+    if any(".lora_A" in name or ".lora_embedding_A" in name for name in checkpoint.tensors):
+        raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
     config = checkpoint.directory / "config.json"
     if config.is_file():
         checkpoint.config = _read_json(config)
@@ -118,7 +122,7 @@ def _only_weights_file(directory: Path) -> Path:
     if (directory / "adapter_config.json").is_file():
         raise BaseError(
             f"{directory}: this is an adapter, not a base model.",
-            "The base comes first: loratool merge BASE ADAPTER -o OUT.",
+            _ORDER,
         )
     found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
     if len(found) == 1:
@@ -141,14 +145,15 @@ def _open_index(directory: Path, index: Path) -> Checkpoint:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise FileError(
-                f"{index}: tensor {tensor!r} is said to lie in {name!r}, outside the directory.",
+                f"{index}: tensor {tensor!a} is said to lie in {name!a}, outside the directory.",
                 "An index names files beside itself; fetch it again from a source you trust.",
             )
     names = list(dict.fromkeys(weight_map.values()))
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not _is_file(directory / name)]
     if missing:
         raise FileError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing:\n{listed(missing)}",
+            f"{index}: {len(missing)} of {len(names)} shards are missing:\n"
+            + listed(ascii(name) for name in missing),
             "Finish the download.",
         )
     tensors: dict[str, TensorInfo] = {}
@@ -170,7 +175,13 @@ def _open_index(directory: Path, index: Path) -> Checkpoint:
                 "Fetch the index again.",
             )
         tensors.update(here)
-        shards[_output_name(name)] = list(here)
+        target = _output_name(name)
+        if target in shards:
+            raise FileError(
+                f"{index}: two of its shards would both become {target}.",
+                "Keep the weights in one format: either .bin or .safetensors shards.",
+            )
+        shards[target] = list(here)
     absent = [t for t in weight_map if t not in tensors]
     if absent:
         wanted = [f"{t} (in {weight_map[t]})" for t in absent]
@@ -180,6 +191,13 @@ def _open_index(directory: Path, index: Path) -> Checkpoint:
             "Index and shards do not belong together; fetch both again.",
         )
     return Checkpoint(directory, directory, {}, tensors, shards, metadata, notes)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -213,7 +231,8 @@ def refuse_quantised(base: Checkpoint) -> None:
     method = base.config.get("quantization_config")
     if not method:
         nested = [v for v in base.config.values() if isinstance(v, dict)]
-        method = next((v["quantization_config"] for v in nested if "quantization_config" in v), {})
+        found = [v.get("quantization_config") for v in nested]
+        method = next((settings for settings in found if settings), {})
     if method:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise BaseError(

@@ -51,6 +51,7 @@ _HEAD = re.compile(
 )
 _HEAD_NAMES = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
                "xlm-roberta": "lm_head.decoder", "whisper": "proj_out"}  # fmt: skip
+_MASKED_CLASS = re.compile(r"(ForMaskedLM|ForPreTraining)$")
 _LM_CLASS = re.compile(
     r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$"
 )
@@ -85,6 +86,12 @@ class Layout:
     def __init__(self, base: Checkpoint) -> None:
         self.base = base
         self.tied = _find_tied(base)
+        #: Where each architecture's modules are: models of several parts have a config for each.
+        self._model_types = [("", base.model_type)] + [
+            ("" if key.endswith("_config") else f"{key}.", str(value.get("model_type")))
+            for key, value in base.config.items()
+            if isinstance(value, dict)
+        ]
 
     def choose_naming(self, names: Iterable[str]) -> Naming:
         """The renaming from adapter names to base names that places the most of `names`.
@@ -131,8 +138,11 @@ class Layout:
         the matrix is square: then nothing could ever show the mistake, so BaseError is raised.
         """
         if self.base.model_type:
-            pattern = _CONV1D.get(self.base.model_type)
-            return bool(pattern and re.search(pattern, path))
+            return any(
+                path.startswith(prefix) and re.search(_CONV1D[kind], path)
+                for prefix, kind in self._model_types
+                if kind in _CONV1D
+            )
         if fan_in_fan_out and square:
             raise BaseError(
                 f"{self.base.source}: {path} is square and the adapter says fan_in_fan_out, but "
@@ -151,12 +161,14 @@ class Layout:
 class Tied:
     """An output head that is the input embedding's matrix, by config and not by file.
 
-    `head_on_disk` is set where the file holds the head too, as a copy.
+    `head_on_disk` is set where the file holds the head too, as a copy. `separable` is False for
+    masked-language-model heads, which share their bias too and which config.json cannot untie.
     """
 
     embedding: str
     head: str
     head_on_disk: bool
+    separable: bool
 
 
 def _find_tied(base: Checkpoint) -> Tied | None:
@@ -175,7 +187,8 @@ def _find_tied(base: Checkpoint) -> Tied | None:
         # Two matrices on disk and nothing said about tying: they are two.
         return None
     name = _HEAD_NAMES.get(base.model_type, "lm_head") + ".weight"
-    return Tied(embeddings[0], heads[0] if heads else name, bool(heads))
+    masked = any(_MASKED_CLASS.search(str(name)) for name in architectures)
+    return Tied(embeddings[0], heads[0] if heads else name, bool(heads), not masked)
 
 
 def _identity(name: str) -> str:

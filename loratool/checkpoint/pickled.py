@@ -40,7 +40,7 @@ _DTYPES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 #: More entries than any state dict has; a small pickle can unfold into more than the memory holds.
-_MAX_ENTRIES = 1_000_000
+_MAX_ENTRIES = 250_000
 _MAX_DEPTH = 50
 
 

@@ -42,6 +42,11 @@ class SideFiles:
     def nbytes(self) -> int:
         return sum(path.stat().st_size for path in self.copied.values())
 
+    def check_readable(self) -> None:
+        """Raise OSError now for a file that could not be copied later."""
+        for path in self.copied.values():
+            path.open("rb").close()
+
 
 def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> SideFiles:
     """The side files of the base in `directory`, and the tokenizers of adapter directories.
@@ -64,7 +69,9 @@ def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> Sid
             if at_top and _WEIGHTS.search(name):
                 continue
             known = _TOKENIZER.match(name) or name in ("config.json", "generation_config.json")
-            if name.startswith(".") or (at_top and name in _LEFT_AT_TOP):
+            if not path.is_file():
+                found.left_out.append(f"{where / name} (a broken link)")
+            elif name.startswith(".") or (at_top and name in _LEFT_AT_TOP):
                 found.left_out.append(str(where / name))
             elif whole_directory or known:
                 found.copied[str(where / name)] = path

@@ -15,17 +15,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from loratool.checkpoint.header import build_header
 from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import OutputError
-
-_LOCK = ".lock"
-
-#: Files one of which must be in a directory that `--overwrite` may replace.
-_MODEL_MARKS = ("loratool.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -45,7 +41,9 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise OutputError(f"{output} exists.", "Choose another name, or replace it: --overwrite.")
     if not output.is_dir() or output.is_symlink():
         raise OutputError(f"{output} is not a directory.", "Choose another name.")
-    if any(output.iterdir()) and not any((output / name).exists() for name in _MODEL_MARKS):
+    weights = [p for p in output.iterdir() if p.suffix in (".safetensors", ".bin", ".json")]
+    model = (output / "loratool.json").exists() or {".json"} < {p.suffix for p in weights}
+    if any(output.iterdir()) and not model:
         raise OutputError(
             f"{output} does not look like a model directory, so it is not overwritten.",
             "Remove it yourself, or choose another name.",
@@ -66,25 +64,30 @@ class StagedDirectory:
     Use as a context manager; `path` is where to write.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, overwrite: bool = False) -> None:
         self.output = output.absolute()
         self.path = Path()
+        self._overwrite = overwrite
         self._lock = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> StagedDirectory:
         parent = self.output.parent
         try:
+            self._made = [p for p in (parent, *parent.parents) if not p.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.output)
             self.path = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "partial"), dir=parent))
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            # The directory itself is locked: a lock file would have to go before the rename.
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # mkdtemp makes it private; the result gets the permissions any new directory gets.
             umask = os.umask(0)
             os.umask(umask)
             self.path.chmod(0o777 & ~umask)
         except OSError as error:
-            raise explain(error, parent) from error
+            self.__exit__(type(error), error, None)
+            raise explain(error, self.output) from error
         return self
 
     def __exit__(
@@ -96,12 +99,21 @@ class StagedDirectory:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-        if self.path != self.output and self.path.exists():
+        if self.path == self.output:
+            return
+        if self.path != Path():
             shutil.rmtree(self.path, ignore_errors=True)
+        for parent in self._made:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
 
     def commit(self) -> None:
         """Flush what is not flushed yet and put the directory in the output's place."""
-        (self.path / _LOCK).unlink()
+        if os.path.lexists(self.output) and not self._overwrite:
+            raise OutputError(
+                f"{self.output} appeared while this run was writing.",
+                "Another run was faster; remove its output, or choose another name.",
+            )
         for folder, _, files in os.walk(self.path):
             for name in files:
                 sync(Path(folder) / name)
@@ -123,16 +135,20 @@ def _prefix(output: Path, what: str) -> str:
     return f".{output.name}.loratool-{what}-"
 
 
+def _beside(output: Path, what: str) -> list[Path]:
+    return [p for p in output.parent.iterdir() if p.name.startswith(_prefix(output, what))]
+
+
 def _remove_leftovers(output: Path) -> None:
     """Remove what dead runs for the same output left; leave what a living one is writing."""
-    for old in output.parent.glob(_prefix(output, "replaced") + "*"):
+    for old in _beside(output, "replaced"):
         if os.path.lexists(output):
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, output)
-    for partial in output.parent.glob(_prefix(output, "partial") + "*"):
+    for partial in _beside(output, "partial"):
         try:
-            lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue
         try:
@@ -162,7 +178,7 @@ def explain(error: OSError, path: Path) -> OutputError:
     """The error for a failed write, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"The disk is full: {format_bytes(free_bytes(path))} are left at {path.parent}.",
+            f"{path}: the disk is full, {format_bytes(free_bytes(path))} are left.",
             "Free some space, or write to another disk. Nothing was left behind.",
         )
     if error.errno == errno.EFBIG:

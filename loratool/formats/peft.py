@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import Adapter, Kind, LowRank, Notice, TokenRows
-from loratool.checkpoint.tensors import TensorInfo
+from loratool.checkpoint.tensors import TensorInfo, read_raw
 from loratool.errors import listed
 from loratool.formats.peft_config import block_counts, config_notices, rank_and_scale
 
@@ -137,11 +137,17 @@ def _place(
 
 
 def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: TensorInfo) -> None:
-    """Put a tensor in its place; a second one for the same place is never dropped in silence."""
-    if slot in table:
-        adapter.unknown.append(info.name)
-    else:
-        table[slot] = info
+    """Put a tensor in its place; a second one for the same place is never dropped in silence.
+
+    A copy of the same values is harmless: PEFT's `bias="all"` saves the biases of saved modules
+    under two names.
+    """
+    taken = table.setdefault(slot, info)
+    if taken is info:
+        return
+    same_kind = (taken.dtype, taken.shape) == (info.dtype, info.shape)
+    same = same_kind and bool((read_raw(taken) == read_raw(info)).all())
+    (adapter.inert if same else adapter.unknown).append(info.name)
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:

@@ -134,7 +134,7 @@ def merge(
             _write(plan, staged.path, side_files, report, threads, progress)
             staged.commit()
         except OSError as error:
-            raise explain(error, staged.path) from error
+            raise explain(error, target) from error
     report.seconds = time.perf_counter() - started
     return report
 

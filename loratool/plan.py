@@ -16,7 +16,7 @@ import numpy as np
 
 from loratool.adapter import Adapter, LowRank, Notice, TokenRows
 from loratool.checkpoint.base import Checkpoint, refuse_quantised
-from loratool.checkpoint.layout import Layout, is_legacy_buffer
+from loratool.checkpoint.layout import LM_CLASS, Layout, Tied, is_legacy_buffer
 from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, read_raw
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.matching import Delta, Match, is_vocabulary, match
@@ -240,26 +240,22 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
     Returns the job of a head that the base's files do not hold, if one is needed.
     """
     tied = layout.tied
-    tasks = {a.config.get("task_type") for a in plan.adapters}
-    if tied is None or tasks <= _HEADLESS_TASKS:
+    if tied is None or not _has_language_head(plan, tied):
         return None
     embedding, head = edits.get(tied.embedding, _Edits()), edits.pop(tied.head, _Edits())
     if not embedding and not head:
         return None
     base_rows = plan.base.tensors[tied.embedding].shape[0]
-    resized = embedding.replacement is not None and embedding.replacement.shape[0] != base_rows
-    if resized and embedding.deltas and not head:
-        # The head is the resized matrix, without the delta that only the embedding has.
-        head = _Edits(replacement=embedding.replacement)
-    # PEFT ties trained token rows to the head too, and a resized embedding takes its head along.
-    follows = not head and not embedding.deltas and bool(embedding.rows or resized)
-    if follows or _change_alike(plan, embedding, head):
+    for one, other in ((embedding, head), (head, embedding)):
+        if one.replacement is not None and one.replacement.shape[0] != base_rows and not other:
+            # The other one is the resized matrix too, without the delta that only this one has.
+            other.replacement = one.replacement
+            edits[tied.embedding] = embedding
+    # PEFT ties trained token rows to the head too.
+    only_rows = bool(embedding.rows) and not (embedding.deltas or embedding.replacement or head)
+    if only_rows or _change_alike(plan, embedding, head):
         if tied.head_on_disk:
             edits[tied.head] = embedding
-        if resized and follows:
-            plan.notices.append(
-                Notice("head-follows", f"{tied.head} stays tied to the resized {tied.embedding}.")
-            )
         return None
     if not tied.separable:
         raise MatchError(
@@ -281,6 +277,20 @@ def _settle_tied(plan: Plan, layout: Layout, edits: dict[str, _Edits]) -> Job | 
         return None
     source = plan.base.tensors[tied.embedding].renamed(tied.head)
     return _job(plan, tied.head, source, head, "add")
+
+
+def _has_language_head(plan: Plan, tied: Tied) -> bool:
+    """Whether the model the adapters were trained on has the head that `tied` speaks of."""
+    tasks = {a.config.get("task_type") for a in plan.adapters}
+    if tasks <= _HEADLESS_TASKS:
+        return False
+    trained = [a.config.get("auto_mapping") or {} for a in plan.adapters]
+    classes = [str(mapping.get("base_model_class")) for mapping in trained]
+    return bool(
+        tied.certain
+        or tasks & {"CAUSAL_LM", "SEQ_2_SEQ_LM"}
+        or any(LM_CLASS.search(name) for name in classes)
+    )
 
 
 def _refuse_unlike_vocabularies(plan: Plan, edits: dict[str, _Edits]) -> None:

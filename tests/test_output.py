@@ -364,6 +364,24 @@ def test_an_output_that_appears_during_the_run_is_not_replaced(
     assert beside(output) == []
 
 
+def test_an_output_that_appears_while_flushing_is_not_replaced(
+    tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flushing takes its time; what appears at the output meanwhile is not deleted either."""
+    output, real_sync = tmp_path / "out", writer.sync
+
+    def interfere(path: Path) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.tex").write_text("mine")
+        real_sync(path)
+
+    monkeypatch.setattr(writer, "sync", interfere)
+    with pytest.raises(OutputError):
+        loratool.merge(base, lora, output)
+    assert (output / "thesis.tex").read_text() == "mine"
+    assert beside(output) == []
+
+
 # --- an output that would harm an input ----------------------------------------------------------
 
 
@@ -644,7 +662,8 @@ def test_a_disk_that_fills_up_in_mid_write_leaves_nothing(
 
     with pytest.raises(OutputError) as caught:
         loratool.merge(base, lora, place / "out", progress=fill, threads=1)
-    assert_clear(caught.value, "disk is full", f"at {place}.")
+    assert_clear(caught.value, "disk is full", str(place))
+    assert "partial" not in caught.value.message  # which is gone by now
     assert os.listdir(place) == ["filler"]
     assert open_files(place) == []
     filler.unlink()
@@ -669,7 +688,8 @@ def test_a_disk_without_room_for_the_first_file_leaves_nothing(
     monkeypatch.setattr(loratool.merging, "free_bytes", lambda _: 1 << 40)
     with pytest.raises(OutputError) as caught:
         loratool.merge(base, lora, place / "out")
-    assert_clear(caught.value, "disk is full", f"at {place}.")
+    assert_clear(caught.value, "disk is full", str(place))
+    assert "partial" not in caught.value.message  # which is gone by now
     assert os.listdir(place) == before
     assert open_files(place) == []
 

@@ -52,7 +52,7 @@ _HEAD = re.compile(
 _HEAD_NAMES = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
                "xlm-roberta": "lm_head.decoder", "whisper": "proj_out"}  # fmt: skip
 _MASKED_CLASS = re.compile(r"(ForMaskedLM|ForPreTraining)$")
-_LM_CLASS = re.compile(
+LM_CLASS = re.compile(
     r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$"
 )
 
@@ -153,6 +153,8 @@ class Layout:
 
     def shared_alias(self, name: str) -> bool:
         """True for names of the matrix that encoder-decoder models share between three places."""
+        if name in self.base.tensors and self.base.config.get("tie_word_embeddings") is False:
+            return name.endswith("shared.weight")
         has_shared = any(n in self.base.tensors for n in ("shared.weight", "model.shared.weight"))
         return has_shared and _SHARED.search(name) is not None
 
@@ -161,13 +163,16 @@ class Layout:
 class Tied:
     """An output head that is the input embedding's matrix, by config and not by file.
 
-    `head_on_disk` is set where the file holds the head too, as a copy. `separable` is False for
-    masked-language-model heads, which share their bias too and which config.json cannot untie.
+    `head_on_disk` is set where the file holds the head too, as a copy. `certain` is False where the
+    base was saved without its head, so that only the adapter tells whether there is one.
+    `separable` is False for masked-language-model heads, which share their bias too and which
+    config.json cannot untie.
     """
 
     embedding: str
     head: str
     head_on_disk: bool
+    certain: bool
     separable: bool
 
 
@@ -178,17 +183,20 @@ def _find_tied(base: Checkpoint) -> Tied | None:
     if flag is None and isinstance(text_config, dict):
         flag = text_config.get("tie_word_embeddings")
     architectures = base.config.get("architectures") or []
-    has_head = any(_LM_CLASS.search(str(name)) for name in architectures)
+    has_head = any(LM_CLASS.search(str(name)) for name in architectures)
     embeddings = [n for n in base.tensors if _EMBEDDING.search(n)]
     heads = [n for n in base.tensors if _HEAD.search(n)]
-    if flag is False or not has_head or len(embeddings) != 1:
+    headless = bool(architectures) and all(str(a).endswith("Model") for a in architectures)
+    if flag is False or not (has_head or headless) or len(embeddings) != 1:
         return None
     if heads and flag is None and base.model_type not in _TIED_BY_DEFAULT:
         # Two matrices on disk and nothing said about tying: they are two.
         return None
     name = _HEAD_NAMES.get(base.model_type, "lm_head") + ".weight"
     masked = any(_MASKED_CLASS.search(str(name)) for name in architectures)
-    return Tied(embeddings[0], heads[0] if heads else name, bool(heads), not masked)
+    head = heads[0] if heads else name
+    separable = not masked and head.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
+    return Tied(embeddings[0], head, bool(heads), has_head, separable)
 
 
 def _identity(name: str) -> str:

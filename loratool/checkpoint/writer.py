@@ -174,21 +174,22 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def explain(error: OSError, path: Path) -> OutputError:
-    """The error for a failed write, in words."""
+def explain(error: OSError, output: Path) -> OutputError:
+    """The error for a write towards `output` that failed, in words."""
+    place = output.absolute().parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
-            f"{path}: the disk is full, {format_bytes(free_bytes(path))} are left.",
+            f"The disk is full: {format_bytes(free_bytes(output))} are left at {place}.",
             "Free some space, or write to another disk. Nothing was left behind.",
         )
     if error.errno == errno.EFBIG:
         return OutputError(
-            f"{path.name}: the file would grow larger than this system allows.",
+            f"{output}: one of its files would grow larger than this system allows.",
             "Raise the limit (ulimit -f), or write to another file system.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"{path}: not allowed to write there.", "Choose another place.")
-    return OutputError(f"{path}: writing failed ({error.strerror}).", "Nothing was left behind.")
+        return OutputError(f"{place}: not allowed to write there.", "Choose another place.")
+    return OutputError(f"{output}: writing failed ({error.strerror}).", "Nothing was left behind.")
 
 
 class ShardWriter:
@@ -209,17 +210,18 @@ class ShardWriter:
         self.data_start = len(header)
         self._digest = hashlib.sha256(header)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self.write(-self.data_start, memoryview(header))
+        try:
+            self.write(-self.data_start, memoryview(header))
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` bytes into the tensor data."""
         position = self.data_start + offset
-        try:
-            while data:
-                count = os.pwrite(self._fd, data, position)
-                data, position = data[count:], position + count
-        except OSError as error:
-            raise explain(error, self.path) from error
+        while data:
+            count = os.pwrite(self._fd, data, position)
+            data, position = data[count:], position + count
 
     def hash_next(self, data: memoryview) -> None:
         self._digest.update(data)
@@ -231,8 +233,6 @@ class ShardWriter:
         """Flush to the disk; called from a thread of its own, beside the writing of the next."""
         try:
             os.fsync(self._fd)
-        except OSError as error:
-            raise explain(error, self.path) from error
         finally:
             self.close()
 

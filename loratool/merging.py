@@ -26,7 +26,8 @@ from loratool.errors import (
     nearest,
 )
 from loratool.formats import read_lora
-from loratool.plan import DTYPES, Plan, build_plan
+from loratool.plan import DTYPES, Plan
+from loratool.planning import build_plan
 
 #: `progress(bytes_done, bytes_total, label)`, called as the output grows.
 Progress = Callable[[int, int, str], None]
@@ -102,6 +103,8 @@ def merge(
     """
     started = time.perf_counter()
     sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot work.", "Give a number above zero.")
     factors = _check_arguments(sources, weights, dtype)
     target = Path(output)
     inputs = [Path(base), *map(Path, sources)]
@@ -150,7 +153,10 @@ def _check_arguments(
             f"Unknown dtype {dtype!r}.",
             (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
         )
-    factors = [float(w) for w in weights] if weights else [1.0] * len(sources)
+    try:
+        factors = [float(w) for w in weights] if weights else [1.0] * len(sources)
+    except (TypeError, ValueError):
+        raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
     if len(factors) != len(sources):
         raise UsageError(
             f"{len(factors)} weights for {len(sources)} adapters.", "Give --weight once each."

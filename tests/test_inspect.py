@@ -135,7 +135,7 @@ ODD: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
         altered({"base_model.model.x.lora_secret": np.ones(3, np.float32)}), {},
         "unknown-tensors"),
     "two tensors for one place": (
-        altered({f"module.{KEY}A.weight": LINEAR[f"{KEY}A.weight"]}), {}, "unknown-tensors"),
+        altered({f"module.{KEY}A.weight": LINEAR[f"{KEY}A.weight"] + 1}), {}, "unknown-tensors"),
     "several adapters in one file": (
         {k.replace(".weight", f".{n}.weight"): v for k, v in LINEAR.items() for n in "xy"}, {},
         "several-adapters"),

@@ -98,6 +98,10 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         )
     if not checkpoint.tensors:
         raise BaseError(f"{source}: the base holds no tensors.", "Check the path.")
+    if "__metadata__" in checkpoint.tensors:
+        raise FileError(
+            f"{source}: a tensor is called __metadata__.", "Safetensors cannot hold it."
+        )
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in checkpoint.tensors):
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
     config = checkpoint.directory / "config.json"

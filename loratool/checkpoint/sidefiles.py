@@ -60,7 +60,8 @@ def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> Sid
         if not whole_directory:
             names.clear()
         for name in sorted(names):
-            if name.startswith((".", "__")) or name.lower() in _FOREIGN_FOLDERS:
+            foreign = name.startswith((".", "__")) or name.lower() in _FOREIGN_FOLDERS
+            if foreign or (Path(folder) / name).is_symlink():
                 found.left_out.append(f"{where / name}/")
         names[:] = sorted(n for n in names if f"{where / n}/" not in found.left_out)
         for name in sorted(files):

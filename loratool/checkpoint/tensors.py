@@ -160,7 +160,8 @@ def as_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
             f"Values of dtype {dtype} cannot be read as numbers.",
             "Quantised tensors must be dequantised first.",
         )
-    return raw.view(_NUMPY[dtype]).astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # a float64 may be too large; it becomes infinite
+        return raw.view(_NUMPY[dtype]).astype(np.float32, copy=False)
 
 
 def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:

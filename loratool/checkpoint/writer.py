@@ -109,15 +109,12 @@ class StagedDirectory:
 
     def commit(self) -> None:
         """Flush what is not flushed yet and put the directory in the output's place."""
-        if os.path.lexists(self.output) and not self._overwrite:
-            raise OutputError(
-                f"{self.output} appeared while this run was writing.",
-                "Another run was faster; remove its output, or choose another name.",
-            )
+        self._refuse_company()
         for folder, _, files in os.walk(self.path):
             for name in files:
                 sync(Path(folder) / name)
             sync(Path(folder))
+        self._refuse_company()
         if os.path.lexists(self.output):
             # Rename twice; a crash in between leaves the old output under a name that the next
             # run knows, and puts back.
@@ -129,6 +126,13 @@ class StagedDirectory:
             os.rename(self.path, self.output)
         sync(self.output.parent)
         self.path = self.output
+
+    def _refuse_company(self) -> None:
+        if os.path.lexists(self.output) and not self._overwrite:
+            raise OutputError(
+                f"{self.output} appeared while this run was writing.",
+                "Another run was faster; remove its output, or choose another name.",
+            )
 
 
 def _prefix(output: Path, what: str) -> str:

@@ -1,7 +1,7 @@
 """Keep the function of models whose output head is their input embedding's matrix.
 
-In PEFT's forward pass an adapter on one of the two leaves the other alone. The merged model does the
-same with two matrices and an untied config; they stay one where both change alike.
+In PEFT's forward pass an adapter on one of the two leaves the other alone. The merged model does
+the same with two matrices and an untied config; they stay one where both change alike.
 """
 
 from __future__ import annotations

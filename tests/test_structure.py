@@ -11,7 +11,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "loratool"
 
-#: Imports go from a floor to lower ones only; the middle floor's modules know nothing of each other.
+#: Imports go from a floor to lower ones only; modules of one floor know nothing of each other.
 FLOORS = [
     {"__main__"},
     {"cli"},

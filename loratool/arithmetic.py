@@ -221,6 +221,10 @@ class _Term:
         self.a = torch.from_numpy(a).to(job.work)
         self.transposed = delta.transposed
         self.scale = delta.scale
+        if math.frexp(self.scale)[0] in (0.5, -0.5):
+            # A power of two scales exactly, so B can take it, and a pass over the product is saved.
+            self.b = self.b * self.scale
+            self.scale = 1.0
         self.magnitude: torch.Tensor | None = None
         self._column_gain: torch.Tensor | None = None
         if delta.module.magnitude is not None:
@@ -239,7 +243,8 @@ class _Term:
         shape = (len(b), a.shape[1])
         out = _scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
         torch.mm(b, a, out=out)
-        out *= self.scale
+        if self.scale != 1:
+            out *= self.scale
         return out.T if self.transposed else out
 
     def gain(self, direction: torch.Tensor, first: int, last: int) -> torch.Tensor:

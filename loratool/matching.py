@@ -72,7 +72,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         name = found.naming(f"{path}.weight")
         target = _target(found, layout, name)
         if target is None:
-            found.unmatched.append((rows.rows.name, _not_there(name, layout.base)))
+            found.unmatched.append((rows.rows.name, _not_there(found, name, layout.base)))
         elif target.shape[1:] != rows.rows.shape[1:] or max(rows.indices) >= target.shape[0]:
             found.unmatched.append(
                 (
@@ -91,7 +91,7 @@ def _match_module(found: Match, layout: Layout, module: LowRank) -> None:
     base_path = name.rpartition(".")[0]
     target = _target(found, layout, name)
     if target is None:
-        found.unmatched.append((module.path, _not_there(name, layout.base)))
+        found.unmatched.append((module.path, _not_there(found, name, layout.base)))
         return
     rows, columns = module.shape
     flag = bool(found.adapter.config.get("fan_in_fan_out"))
@@ -142,7 +142,7 @@ def _match_replaced(found: Match, layout: Layout) -> None:
         if target is None and _is_saved_head(found.adapter, name):
             found.added[name] = info
         elif target is None:
-            found.unmatched.append((info.name, _not_there(target_name, base)))
+            found.unmatched.append((info.name, _not_there(found, target_name, base)))
         elif reason := _replacement_misfit(found.adapter, name, info, target):
             found.unmatched.append((info.name, reason))
         else:
@@ -203,6 +203,7 @@ def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:
     return target
 
 
-def _not_there(name: str, base: Checkpoint) -> str:
-    near = nearest(name, base.tensors)
+def _not_there(found: Match, name: str, base: Checkpoint) -> str:
+    # The nearest name costs a comparison with every tensor of the base, and five are shown.
+    near = nearest(name, base.tensors) if len(found.unmatched) < 5 else None
     return f"the base has no {name}" + (f" (nearest: {near})" if near else "")

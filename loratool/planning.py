@@ -146,7 +146,7 @@ def _fill_shards(
     """One job per tensor, in the base's order, wide dtypes first so that data stays aligned."""
     for shard, names in plan.base.shards.items():
         jobs = [make_job(plan, n, plan.base.tensors[n], edits.get(n, Edits())) for n in names]
-        if new_head is not None and any(new_head.source.start == j.source.start for j in jobs):
+        if new_head is not None and any(_same_place(new_head, job) for job in jobs):
             jobs.append(new_head)
             new_head = None
         plan.shards[shard] = jobs
@@ -156,6 +156,10 @@ def _fill_shards(
         plan.shards[last].append(new_head)
     for jobs in plan.shards.values():
         jobs.sort(key=lambda job: -DTYPE_BITS[job.dtype])
+
+
+def _same_place(one: Job, other: Job) -> bool:
+    return (one.source.file, one.source.start) == (other.source.file, other.source.start)
 
 
 def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo]) -> None:

@@ -93,7 +93,8 @@ class RunningJob:
             job.checked and smallest[job.dtype] > smallest[job.source.dtype]
         )
         self.work = torch.float64 if job.source.dtype == "F64" else torch.float32
-        self._lock = threading.Lock()
+        # Re-entrant: DoRA reads the tensor while its terms are being prepared.
+        self._lock = threading.RLock()
 
     @property
     def block_elements(self) -> int:

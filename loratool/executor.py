@@ -24,6 +24,9 @@ from loratool.checkpoint.tensors import FilePool, blocks
 from loratool.checkpoint.writer import ShardWriter
 from loratool.plan import Job, Plan
 
+#: Written bytes after which flushing begins, so that little is left to flush at the end.
+FLUSH_BYTES = 64 << 20
+
 #: `progress(bytes, shard)`: so many more output bytes are done.
 Progress = Callable[[int, str], None]
 
@@ -43,7 +46,7 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
     `progress(bytes, shard)` is called as output bytes are done. Raises ValueRangeError for NaN,
     infinity and overflow, naming the tensor, the count and the cause.
     """
-    workers = threads or min(8, len(os.sched_getaffinity(0)))
+    workers = threads or min(8, _cores())
     written = Written()
     before = torch.get_num_threads()
     with (
@@ -51,15 +54,25 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ThreadPoolExecutor(1) as flusher,
     ):
-        flushed: list[Future[None]] = []
+        flushed: list[Future[None]] = []  # one thread flushes, in the order of this list
         try:
+            unflushed = 0
             for name, jobs in plan.shards.items():
                 contents = [(j.name, j.dtype, j.source.shape) for j in jobs]
                 writer = ShardWriter(folder / name, contents, {"format": "pt"})
                 try:
-                    _write_shard(writer, jobs, files, pool, 2 * workers, progress, written)
+                    for block in _blocks(writer, jobs, files, pool, 2 * workers):
+                        writer.hash_next(block.data.data)
+                        written.subnormal += block.subnormal
+                        written.zeroed += block.zeroed
+                        unflushed += len(block.data)
+                        if unflushed > FLUSH_BYTES and all(f.done() for f in flushed):
+                            flushed.append(flusher.submit(writer.flush))
+                            unflushed = 0
+                        progress(len(block.data), name)
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
+                    flusher.shutdown(wait=True, cancel_futures=True)
                     writer.close()
                     raise
                 written.shards[name] = writer.sha256()
@@ -71,34 +84,31 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
     return written
 
 
-def _write_shard(
-    writer: ShardWriter,
-    jobs: list[Job],
-    files: FilePool,
-    pool: ThreadPoolExecutor,
-    window: int,
-    progress: Progress,
-    written: Written,
-) -> None:
-    """Compute and write all blocks of a shard, at most `window` of them in flight."""
+def _cores() -> int:
+    """Cores this process may use; not every system can tell them from those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _blocks(
+    writer: ShardWriter, jobs: list[Job], files: FilePool, pool: ThreadPoolExecutor, window: int
+) -> Iterator[Block]:
+    """Compute and write all blocks of a shard, at most `window` of them in flight.
+
+    Blocks come in file order; one is valid until the next is asked for, then its buffer is reused.
+    """
     spare: deque[Bytes] = deque()
     running: deque[Future[Block]] = deque()
-
-    def finish_one() -> None:
-        block = running.popleft().result()
-        writer.hash_next(block.data.data)
-        written.subnormal += block.subnormal
-        written.zeroed += block.zeroed
-        progress(len(block.data), writer.path.name)
-        spare.append(block.buffer)
-
     for task in _tasks(jobs, files):
         if len(running) >= window:
-            finish_one()
+            block = running.popleft().result()
+            yield block
+            spare.append(block.buffer)
         buffer = spare.popleft() if spare else None
         running.append(pool.submit(task.run, writer, buffer))
     while running:
-        finish_one()
+        yield running.popleft().result()
 
 
 @dataclass

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loratool
 
-pytestmark = pytest.mark.xdist_group("fixtures")
-
 
 def held_out_loss(model: torch.nn.Module) -> float:
     """Mean nats per byte on heldout.txt, in windows of 256 predicted bytes."""

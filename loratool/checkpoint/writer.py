@@ -233,8 +233,12 @@ class ShardWriter:
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
+    def flush(self) -> None:
+        """Flush what is written so far, beside the writing of the rest."""
+        getattr(os, "fdatasync", os.fsync)(self._fd)
+
     def flush_and_close(self) -> None:
-        """Flush to the disk; called from a thread of its own, beside the writing of the next."""
+        """Flush everything; called from a thread of its own, beside the writing of the next."""
         try:
             os.fsync(self._fd)
         finally:

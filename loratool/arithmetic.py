@@ -46,8 +46,8 @@ _BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
 
 
 @dataclass
-class Block:
-    """Output bytes of one block, in a buffer that is used again, and what rounding did."""
+class Result:
+    """Output bytes of some blocks in a buffer that is used again, and what rounding did."""
 
     data: Bytes
     buffer: Bytes
@@ -56,17 +56,26 @@ class Block:
 
 
 class _Scratch(threading.local):
-    """Buffers of one thread, kept from block to block: fresh memory costs more than the sums."""
+    """Buffers of one thread, kept from block to block: fresh memory costs more than the sums.
+
+    Views are kept too, because making one holds the interpreter's lock, which the threads share.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
 
     def get(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat tensor of `count` elements with arbitrary content."""
-        kept = self._kept.get((name, dtype))
-        if kept is None or len(kept) < count:
-            kept = self._kept[name, dtype] = torch.empty(count, dtype=dtype)
-        return kept[:count]
+        view = self._views.get((name, count, dtype))
+        if view is None:
+            size = count * dtype.itemsize
+            if name not in self._kept or self._kept[name].numel() < size:
+                self._kept[name] = torch.empty(size, dtype=torch.uint8)
+                self._views = {key: v for key, v in self._views.items() if key[0] != name}
+            view = self._kept[name][:size].view(dtype)
+            self._views[name, count, dtype] = view
+        return view
 
 
 _scratch = _Scratch()
@@ -153,24 +162,24 @@ class RunningJob:
         else:
             self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
 
-    def compute(self, low: int, high: int, block: Block) -> None:
-        """Fill `block.data` with the output bytes of elements `[low, high)`, and check them."""
+    def compute(self, low: int, high: int, data: Bytes, result: Result) -> None:
+        """Fill `data` with the output bytes of elements `[low, high)`; check and count them."""
         if self.job.is_verbatim:
-            self._read_into(low, high, block.data)
-            if self.job.checked and _magnitudes(block.data, self.job.dtype)[1]:
+            self._read_into(low, high, data)
+            if self.job.checked and _magnitudes(data, self.job.dtype)[1]:
                 self.explain_values()
             return
         self.prepare()
         values = self._sum(self.load(low, high), low, high)
-        out = torch.from_numpy(block.data).view(_TORCH[self.job.dtype])
+        out = torch.from_numpy(data).view(_TORCH[self.job.dtype])
         if self.work == torch.float64 and self.job.dtype in ("F16", "BF16"):
             values = _rounded_to_odd(values)
         out.copy_(values)
-        magnitudes, broken = _magnitudes(block.data, self.job.dtype)
+        magnitudes, broken = _magnitudes(data, self.job.dtype)
         if broken:
             self.explain_values()
         if self.may_underflow:
-            _count_underflow(magnitudes, values, self.job.dtype, block)
+            _count_underflow(magnitudes, values, self.job.dtype, result)
 
     def _sum(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
@@ -315,7 +324,7 @@ def _magnitudes(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:
 
 
 def _count_underflow(
-    magnitudes: npt.NDArray[Any], values: torch.Tensor, dtype: str, block: Block
+    magnitudes: npt.NDArray[Any], values: torch.Tensor, dtype: str, result: Result
 ) -> None:
     """Count nonzero values that rounding made subnormal or zero."""
     smallest_normal = _BITS[dtype][3]
@@ -325,5 +334,5 @@ def _count_underflow(
         return
     zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
     if zeros:
-        block.zeroed = zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
-    block.subnormal = tiny - zeros
+        result.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
+    result.subnormal += tiny - zeros

@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loratool.arithmetic import Block, Bytes, RunningJob
+from loratool.arithmetic import Bytes, Result, RunningJob
 from loratool.checkpoint.tensors import FilePool, blocks
 from loratool.checkpoint.writer import ShardWriter
 from loratool.plan import Job, Plan
+
+#: Blocks that one thread computes before it hands its result over.
+BLOCKS_PER_TASK = 8
 
 #: Written bytes after which flushing begins, so that little is left to flush at the end.
 FLUSH_BYTES = 64 << 20
@@ -61,15 +64,15 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
                 contents = [(j.name, j.dtype, j.source.shape) for j in jobs]
                 writer = ShardWriter(folder / name, contents, {"format": "pt"})
                 try:
-                    for block in _blocks(writer, jobs, files, pool, 2 * workers):
-                        writer.hash_next(block.data.data)
-                        written.subnormal += block.subnormal
-                        written.zeroed += block.zeroed
-                        unflushed += len(block.data)
+                    for result in _results(writer, jobs, files, pool, 2 * workers):
+                        writer.hash_next(result.data.data)
+                        written.subnormal += result.subnormal
+                        written.zeroed += result.zeroed
+                        unflushed += len(result.data)
                         if unflushed > FLUSH_BYTES and all(f.done() for f in flushed):
                             flushed.append(flusher.submit(writer.flush))
                             unflushed = 0
-                        progress(len(block.data), name)
+                        progress(len(result.data), name)
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     flusher.shutdown(wait=True, cancel_futures=True)
@@ -91,20 +94,20 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _blocks(
+def _results(
     writer: ShardWriter, jobs: list[Job], files: FilePool, pool: ThreadPoolExecutor, window: int
-) -> Iterator[Block]:
-    """Compute and write all blocks of a shard, at most `window` of them in flight.
+) -> Iterator[Result]:
+    """Compute and write a shard, with at most `window` tasks in flight.
 
-    Blocks come in file order; one is valid until the next is asked for, then its buffer is reused.
+    Results come in file order; one is valid until the next is asked for, then its buffer is reused.
     """
     spare: deque[Bytes] = deque()
-    running: deque[Future[Block]] = deque()
+    running: deque[Future[Result]] = deque()
     for task in _tasks(jobs, files):
         if len(running) >= window:
-            block = running.popleft().result()
-            yield block
-            spare.append(block.buffer)
+            result = running.popleft().result()
+            yield result
+            spare.append(result.buffer)
         buffer = spare.popleft() if spare else None
         running.append(pool.submit(task.run, writer, buffer))
     while running:
@@ -113,27 +116,32 @@ def _blocks(
 
 @dataclass
 class _Task:
-    """One block of one job: elements `[low, high)` of the tensor, whole rows where rows matter."""
+    """Some blocks of one job: elements `[low, high)` of the tensor, whole rows where rows matter.
+
+    Several, because handing work from thread to thread costs about as much as a tenth of a block.
+    """
 
     job: RunningJob
     low: int
     high: int
     offset: int
 
-    def run(self, writer: ShardWriter, buffer: Bytes | None) -> Block:
+    def run(self, writer: ShardWriter, buffer: Bytes | None) -> Result:
         size = (self.high - self.low) * self.job.itemsize
         if buffer is None or len(buffer) < size:
             buffer = np.empty(max(size, 1 << 21), np.uint8)
-        block = Block(buffer[:size], buffer)
-        self.job.compute(self.low, self.high, block)
-        writer.write(self.offset + self.low * self.job.itemsize, block.data.data)
-        return block
+        result = Result(buffer[:size], buffer)
+        for low, high in blocks(self.high - self.low, self.job.block_elements):
+            data = result.data[low * self.job.itemsize : high * self.job.itemsize]
+            self.job.compute(self.low + low, self.low + high, data, result)
+            writer.write(self.offset + (self.low + low) * self.job.itemsize, data.data)
+        return result
 
 
 def _tasks(jobs: list[Job], files: FilePool) -> Iterator[_Task]:
     offset = 0
     for job in jobs:
         running = RunningJob(job, files)
-        for low, high in blocks(running.length, running.block_elements):
+        for low, high in blocks(running.length, BLOCKS_PER_TASK * running.block_elements):
             yield _Task(running, low, high, offset)
         offset += job.nbytes

@@ -190,6 +190,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback reaches a user."""
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
+    # Work is spread over our own threads; BLAS threads beside them would only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A terminal that cannot show a character gets a "?" for it, not a crash.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -230,7 +230,7 @@ def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bo
 
 
 def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> list[ModuleReport]:
-    """Norms of all modules: factors are read module by module, the cores solved in batches."""
+    """Norms of all modules, each from its own factors; factors are read module by module."""
     reports = [
         ModuleReport(
             m.path, m.kind, m.rank, m.alpha, m.scale,
@@ -239,29 +239,21 @@ def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> l
         )
         for m in modules
     ]  # fmt: skip
-    sound = [i for i, m in enumerate(modules) if _is_product(m)]
+    sound = [(m, r) for m, r in zip(modules, reports, strict=True) if _is_product(m)]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        grams = dict(zip(sound, pool.map(lambda i: _grams(modules[i], files), sound), strict=True))
-    broken = [i for i, (b, a) in grams.items() if not np.isfinite(b).all() & np.isfinite(a).all()]
-    silent = [i for i, (b, a) in grams.items() if not b.any() or not a.any()]
+        found = list(pool.map(lambda pair: _fill_norms(pair[0], pair[1], files, spectrum), sound))
+    broken = [m.path for (m, _), code in zip(sound, found, strict=True) if code == "not-finite"]
+    silent = [
+        f"{m.path} ({code})"
+        for (m, _), code in zip(sound, found, strict=True)
+        if code in ("A", "B")
+    ]
     if broken:
-        where = [modules[i].path for i in broken]
-        text = f"{len(where)} modules hold NaN or infinity:\n{listed(where)}"
-        notices.append(Notice("not-finite", text, where[0]))
+        text = f"{len(broken)} modules hold NaN or infinity:\n{listed(broken)}"
+        notices.append(Notice("not-finite", text, broken[0]))
     if silent:
-        where = [f"{modules[i].path} ({'B' if not grams[i][0].any() else 'A'})" for i in silent]
-        text = f"{len(where)} modules do nothing, one of their factors is zero:\n{listed(where)}"
-        notices.append(Notice("zero-delta", text, modules[silent[0]].path))
-    batches: dict[int, list[int]] = defaultdict(list)
-    for i in grams.keys() - set(broken):
-        batches[modules[i].rank].append(i)
-    for batch in batches.values():
-        values = singular_values(
-            np.stack([grams[i][0] for i in batch]), np.stack([grams[i][1] for i in batch])
-        )
-        for i, own in zip(batch, values, strict=True):
-            if reports[i].scale is not None:
-                _fill_norms(reports[i], own, spectrum)
+        text = f"{len(silent)} modules do nothing, one of their factors is zero:\n{listed(silent)}"
+        notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
     return reports
 
 
@@ -273,20 +265,21 @@ def _is_product(module: LowRank) -> bool:
     )  # fmt: skip
 
 
-def _grams(module: LowRank, files: FilePool) -> tuple[Any, Any]:
+def _fill_norms(module: LowRank, report: ModuleReport, files: FilePool, spectrum: bool) -> str:
+    """Fill the norms of one module. Returns what is odd: "not-finite", or "A" or "B" if zero."""
     b, a = module.factors(files)
-    return gram(b.T), gram(a)
-
-
-def _fill_norms(report: ModuleReport, values: Any, spectrum: bool) -> None:
-    assert report.scale is not None
-    scaled = np.abs(report.scale) * values
-    report.delta_norm = float(math.sqrt(float(np.sum(scaled**2))))
-    report.spectral_norm = float(scaled[0])
-    if scaled[0] > 0:
-        report.stable_rank = float((report.delta_norm / scaled[0]) ** 2)
-    if spectrum:
-        report.singular_values = [float(v) for v in scaled]
+    gram_b, gram_a = gram(b.T), gram(a)
+    if not (np.isfinite(gram_b).all() and np.isfinite(gram_a).all()):
+        return "not-finite"
+    if report.scale is not None:
+        values = abs(report.scale) * singular_values(gram_b, gram_a)
+        report.delta_norm = float(math.sqrt(float(np.sum(values**2))))
+        report.spectral_norm = float(values[0])
+        if values[0] > 0:
+            report.stable_rank = float((report.delta_norm / values[0]) ** 2)
+        if spectrum:
+            report.singular_values = [float(v) for v in values]
+    return "B" if not gram_b.any() else "A" if not gram_a.any() else ""
 
 
 def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:

@@ -29,7 +29,7 @@ FLOORS = [
     {"checkpoint.base", "checkpoint.writer"},
     {"checkpoint.pickled"},
     {"checkpoint.header"},
-    {"checkpoint.tensors", "linalg.spectrum", "linalg", "checkpoint"},
+    {"checkpoint.tensors", "checkpoint.config", "linalg.spectrum", "linalg", "checkpoint"},
     {"errors"},
 ]  # fmt: skip
 #: Siblings that may import each other.

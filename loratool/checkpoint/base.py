@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.checkpoint.config import read_json
 from loratool.checkpoint.header import read_header
 from loratool.checkpoint.pickled import read_pickled
 from loratool.checkpoint.tensors import TensorInfo
@@ -106,7 +106,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
     config = checkpoint.directory / "config.json"
     if config.is_file():
-        checkpoint.config = _read_json(config)
+        checkpoint.config = read_json(config)
     return checkpoint
 
 
@@ -143,7 +143,7 @@ def _only_weights_file(directory: Path) -> Path:
 
 
 def _open_index(directory: Path, index: Path) -> Checkpoint:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index}: it has no weight_map.", "Fetch the index again.")
     for tensor, name in weight_map.items():
@@ -217,16 +217,6 @@ def _output_name(shard: str) -> str:
     if Path(shard).suffix in _TORCH_SUFFIXES:
         return Path(shard.replace("pytorch_model", "model")).with_suffix(".safetensors").name
     return shard
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not valid JSON ({error}).", "Fetch it again.") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{path}: not a JSON object.", "Fetch it again.")
-    return value
 
 
 def refuse_quantised(base: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import FileError
+from loratool.checkpoint.config import read_json
 
 _TOKENIZER = re.compile(
     r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|"
@@ -93,20 +93,11 @@ def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[s
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
-            config = updated_config(_load(source), dtype, changes)
+            config = updated_config(read_json(source), dtype, changes)
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             target.write_text(text, encoding="utf-8")
         else:
             shutil.copyfile(source, target)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(f"{path}: not valid JSON ({error}).", "Fetch it again.") from None
-    assert isinstance(config, dict)
-    return config
 
 
 def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratool.adapter import Adapter
+from loratool.checkpoint.config import read_json
 from loratool.checkpoint.header import read_header
 from loratool.checkpoint.pickled import read_pickled
 from loratool.errors import AdapterError, FileError, nearest
 from loratool.formats.peft import fill_adapter
-from loratool.formats.peft_config import read_config
 from loratool.formats.recognise import recognise
 
 #: Names of weight files in an adapter directory, the first that exists is read.
@@ -26,7 +26,8 @@ def read_adapter(source: str | Path) -> Adapter:
     """
     source = Path(source)
     weights = _find_weights(source)
-    config = read_config(weights.with_name("adapter_config.json"))
+    config_file = weights.with_name("adapter_config.json")
+    config = read_json(config_file) if config_file.is_file() else {}
     if weights.suffix in _TORCH_SUFFIXES:
         tensors, top = read_pickled(weights)
         metadata: dict[str, str] = {}

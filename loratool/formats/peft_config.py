@@ -8,15 +8,13 @@ it is empty.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Notice
-from loratool.errors import AdapterError, FileError
+from loratool.errors import AdapterError
 
 #: Fields that are read by loratool.
 HONOURED = {
@@ -52,19 +50,6 @@ REFUSED = {
 #: Initialisations that also changed the base weights, so that the base on disk is not the one the
 #: adapter belongs to.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not valid JSON ({error}).", "Repair or fetch it again.") from None
-    if not isinstance(config, dict):
-        raise FileError(f"{path}: not a JSON object.", "Repair or fetch it again.")
-    return config
 
 
 def config_notices(config: dict[str, Any]) -> list[Notice]:

@@ -76,10 +76,8 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)` of the product B·A, convolution kernels flattened into `in`."""
-        return (
-            self.b.shape[0],
-            math.prod(self.a.shape[1:]) * self.blocks_a,
-        )
+        out = self.b.shape[0] if self.b.shape else 0
+        return out, math.prod(self.a.shape[1:]) * self.blocks_a
 
     @property
     def weight_name(self) -> str:

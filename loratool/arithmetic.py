@@ -179,7 +179,10 @@ class RunningJob:
         if broken:
             self.explain_values()
         if self.may_underflow:
-            _count_underflow(magnitudes, values, self.job.dtype, result)
+            raw = None
+            if self.source.dtype == self.job.dtype:
+                raw = _scratch.get("raw", len(data), torch.uint8).numpy()
+            _count_underflow(magnitudes, values, raw, self.job.dtype, result)
 
     def _sum(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
@@ -324,10 +327,18 @@ def _magnitudes(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:
 
 
 def _count_underflow(
-    magnitudes: npt.NDArray[Any], values: torch.Tensor, dtype: str, result: Result
+    magnitudes: npt.NDArray[Any],
+    values: torch.Tensor,
+    raw: Bytes | None,
+    dtype: str,
+    result: Result,
 ) -> None:
-    """Count nonzero values that rounding made subnormal or zero."""
-    smallest_normal = _BITS[dtype][3]
+    """Count values that became subnormal, and nonzero sums that rounding made zero.
+
+    `raw` holds the source's bytes where it has the output's dtype: what was subnormal there did not
+    become so here.
+    """
+    kind, mask, _, smallest_normal = _BITS[dtype]
     flags = _scratch.get("flags", magnitudes.size, torch.bool).numpy()
     tiny = int(np.count_nonzero(np.less(magnitudes, smallest_normal, out=flags)))
     if not tiny:
@@ -336,3 +347,9 @@ def _count_underflow(
     if zeros:
         result.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
     result.subnormal += tiny - zeros
+    if raw is not None:
+        before = raw.view(kind) & kind(mask)
+        kept = (before > 0) & (before < smallest_normal)
+        result.subnormal -= int(
+            np.count_nonzero(kept & (magnitudes > 0) & (magnitudes < smallest_normal))
+        )

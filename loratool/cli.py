@@ -39,8 +39,9 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
     choices = ("float16", "bfloat16", "float32", "base")
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        aliases = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "half": "float16"}
-        name = aliases.get(str(value), str(value))
+        aliases = {"fp16": "float16", "f16": "float16", "half": "float16", "bf16": "bfloat16",
+                   "fp32": "float32", "f32": "float32"}  # fmt: skip
+        name = aliases.get(str(value).lower(), str(value))
         if name not in self.choices:
             near = nearest(name, self.choices)
             self.fail(
@@ -215,7 +216,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was left behind", err=True)
         code = 130
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"error: the answer could not be printed ({error.strerror})\n")
+            os._exit(1)
         # The reader (head, less) has seen enough. Keep the interpreter from complaining at exit.
         sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
         code = 0

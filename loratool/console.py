@@ -1,4 +1,4 @@
-"""Words and tables for people. The only module that prints.
+"""Words and tables for people.
 
 stdout carries the answer, stderr the conversation: progress, warnings, errors, hints.
 """
@@ -34,6 +34,9 @@ from loratool.merging import MergeReport
 
 #: From this width on, a table shows kinds, both factor shapes and ranges in every column.
 WIDE = 120
+
+#: Below this width only the module, its rank and its norm are shown, rather than broken columns.
+NARROW = 78
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -117,14 +120,16 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
     size = f"{_count(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
     facts.add_row("size", size)
-    for key, value in report.metadata.items():
+    for key, value in list(report.metadata.items())[:5]:
         shown = value if len(value) <= 60 else value[:57] + "…"
         facts.add_row("metadata", escape(f"{key} = {shown}"))
+    if len(report.metadata) > 5:
+        facts.add_row("", f"and {len(report.metadata) - 5} more entries (--json shows all)")
     out.print(facts)
     if report.modules:
         out.print()
         out.print(_module_table(report.modules, full or len(report.modules) == 1))
-    if spectrum:
+    if spectrum and report.modules:
         _show_spectra(report.modules)
     if report.base is not None:
         _show_base(report)
@@ -194,6 +199,8 @@ def _module_table(modules: list[ModuleReport], full: bool) -> Table:
     headings = ["module", "kind", "r", "alpha", "scale", "A", "B", "dtype", "‖ΔW‖", "σ₁",
                 "stable rank"] if wide else [
                 "module", "r/α", "scale", "out×in", "‖ΔW‖", "σ₁ max", "s.rank"]  # fmt: skip
+    if out.width < NARROW:
+        headings = ["module", "r/α", "‖ΔW‖"]
     if relative:
         headings.append("‖ΔW‖/‖W‖")
     table = _table(*headings)
@@ -349,8 +356,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
     if report.dry_run:
         facts.add_row("to read", format_bytes(report.bytes_to_read))
         free = format_bytes(report.bytes_free)
-        room = "" if report.bytes_free > report.bytes_written else " [bold red](not enough)[/]"
-        facts.add_row("to write", f"{format_bytes(report.bytes_written)} of {free} free{room}")
+        room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
+        facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
     else:
         rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
         facts.add_row(
@@ -360,11 +367,11 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             f"{report.seconds:.1f} s ({rate}/s)",
         )
         if report.subnormal or report.zeroed:
-            share = (report.subnormal + report.zeroed) / max(1, report.parameters)
+            share = 100 * (report.subnormal + report.zeroed) / max(1, report.parameters)
             facts.add_row(
                 "small values",
                 f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
-                f"({share:.2g} of all)",
+                f"({share:.2g}% of all)",
             )
         facts.add_row("output", escape(report.output))
     out.print(facts)

@@ -60,9 +60,11 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
         flushed: list[Future[None]] = []  # one thread flushes, in the order of this list
         try:
             unflushed = 0
+            writers: list[ShardWriter] = []
             for name, jobs in plan.shards.items():
                 contents = [(j.name, j.dtype, j.source.shape) for j in jobs]
                 writer = ShardWriter(folder / name, contents, {"format": "pt"})
+                writers.append(writer)
                 try:
                     for result in _results(writer, jobs, files, pool, 2 * workers):
                         writer.hash_next(result.data.data)
@@ -76,7 +78,8 @@ def execute(plan: Plan, folder: Path, progress: Progress, threads: int | None = 
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     flusher.shutdown(wait=True, cancel_futures=True)
-                    writer.close()
+                    for opened in writers:
+                        opened.close()
                     raise
                 written.shards[name] = writer.sha256()
                 flushed.append(flusher.submit(writer.flush_and_close))

@@ -210,8 +210,8 @@ def _layer_set(layers: str | None) -> set[int] | None:
         return None
     found: set[int] = set()
     for part in layers.split(","):
-        match_ = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match_ is None:
+        match_ = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match_ is None or int(match_[1]) > int(match_[2] or match_[1]):
             raise UsageError(f"Not a range of layers: {layers!r}.", "Write 3, 0-5 or 0-5,7.")
         low, high = int(match_[1]), int(match_[2] or match_[1])
         found.update(range(low, high + 1))
@@ -273,6 +273,8 @@ def _fill_norms(module: LowRank, report: ModuleReport, files: FilePool, spectrum
         return "not-finite"
     if report.scale is not None:
         values = abs(report.scale) * singular_values(gram_b, gram_a)
+        if not np.isfinite(np.sum(values**2)):
+            return "not-finite"
         report.delta_norm = float(math.sqrt(float(np.sum(values**2))))
         report.spectral_norm = float(values[0])
         if values[0] > 0:

@@ -15,6 +15,7 @@ from loratool.checkpoint.layout import Layout, Naming
 from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import AdapterError, nearest
 from loratool.formats.peft import AUTOMATIC_HEADS
+from loratool.formats.peft_config import string_list
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,11 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         target = _target(found, layout, name)
         if target is None:
             found.unmatched.append((rows.rows.name, _not_there(found, name, layout.base)))
-        elif target.shape[1:] != rows.rows.shape[1:] or max(rows.indices) >= target.shape[0]:
-            found.unmatched.append(
-                (
-                    rows.rows.name,
-                    f"rows {list(rows.rows.shape)} up to index {max(rows.indices)} do not fit "
-                    f"{name} {list(target.shape)}",
-                )
-            )
+        elif target.shape[1:] != rows.rows.shape[1:] or any(
+            index >= target.shape[0] for index in rows.indices
+        ):
+            reason = f"rows {list(rows.rows.shape)} do not fit {name} {list(target.shape)}"
+            found.unmatched.append((rows.rows.name, reason))
         else:
             found.rows.append((name, rows))
     return found
@@ -155,6 +153,8 @@ def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: T
     A trained head may have another number of classes. An embedding may have grown, or lost the
     padding of its vocabulary (less than a tenth), but fewer rows than that are not an embedding.
     """
+    if info.is_float != target.is_float:
+        return f"it is {info.dtype}, {target.name} is {target.dtype}"
     if info.shape == target.shape:
         return ""
     same_width = len(info.shape) == len(target.shape) and info.shape[1:] == target.shape[1:]
@@ -182,7 +182,7 @@ def is_vocabulary(name: str) -> bool:
 
 
 def _is_saved_head(adapter: Adapter, name: str) -> bool:
-    saved = set(adapter.config.get("modules_to_save") or ())
+    saved = set(string_list(adapter.config, "modules_to_save"))
     if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         saved |= AUTOMATIC_HEADS
     # PEFT takes the names for endings: "classifier" saves "pre_classifier" too.

@@ -51,6 +51,7 @@ class MergeReport:
     parameters: int
     bytes_to_read: int
     bytes_written: int
+    bytes_needed: int
     bytes_free: int
     changes: dict[str, list[str]]
     config_changes: dict[str, Any]
@@ -105,11 +106,11 @@ def merge(
     sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads cannot work.", "Give a number above zero.")
-    factors = _check_arguments(sources, weights, dtype)
+    factors = _check_arguments(base, sources, output, weights, dtype)
     target = Path(output)
     inputs = [Path(base), *map(Path, sources)]
-    check_output(target, inputs, overwrite)
     with explained_os_errors():
+        check_output(target, inputs, overwrite)
         checkpoint = open_checkpoint(base)
         loras = [read_lora(source) for source in sources]
     # What the inputs link to (as files in a download cache do) must not be written to either.
@@ -117,21 +118,23 @@ def merge(
     check_output(target, files, overwrite)
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
     folders = [a.source if a.source.is_dir() else a.weights.parent for a in loras]
-    side_files = collect(checkpoint.directory, folders, checkpoint.source.is_dir())
+    index = {p.name for p in checkpoint.directory.glob("*.index.json")}
+    names = {path.name for path in checkpoint.files} | index
+    with explained_os_errors():
+        side_files = collect(checkpoint.directory, names, folders, checkpoint.source.is_dir())
     report = _report(plan, target, side_files, dry_run)
-    needed = report.bytes_written + side_files.nbytes
-    if dry_run:
-        return report
-    if needed > report.bytes_free:
-        raise OutputError(
-            f"The output needs {format_bytes(needed)}, but only {format_bytes(report.bytes_free)} "
-            f"are free at {target.absolute().parent}.",
-            "Free some space, or write to another disk.",
-        )
     with explained_os_errors():
         for lora in loras:
             _refuse_not_finite(lora)
         side_files.check_readable()
+    if dry_run:
+        return report
+    if report.bytes_needed > report.bytes_free:
+        raise OutputError(
+            f"The output needs {format_bytes(report.bytes_needed)}, but only "
+            f"{format_bytes(report.bytes_free)} are free at {target.absolute().parent}.",
+            "Free some space, or write to another disk.",
+        )
     with StagedDirectory(target, overwrite) as staged:
         try:
             _write(plan, staged.path, side_files, report, threads, progress)
@@ -143,8 +146,14 @@ def merge(
 
 
 def _check_arguments(
-    sources: Sequence[str | Path], weights: Sequence[float] | None, dtype: str
+    base: str | Path,
+    sources: Sequence[str | Path],
+    output: str | Path,
+    weights: Sequence[float] | None,
+    dtype: str,
 ) -> list[float]:
+    if not all(str(path) for path in (base, output, *sources)):
+        raise UsageError("A path is empty.", "Check the variables in your command.")
     if not sources:
         raise UsageError("No adapter given.", "loratool merge BASE ADAPTER -o OUT")
     if dtype not in DTYPES:
@@ -159,7 +168,8 @@ def _check_arguments(
         raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
     if len(factors) != len(sources):
         raise UsageError(
-            f"{len(factors)} weights for {len(sources)} adapters.", "Give --weight once each."
+            f"{len(factors)} weights for {len(sources)} adapters.",
+            "Give --weight once per adapter, in their order.",
         )
     if not all(np.isfinite(factors)):
         raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
@@ -184,6 +194,7 @@ def _report(plan: Plan, target: Path, files: SideFiles, dry_run: bool) -> MergeR
         parameters=sum(job.source.numel for job in plan.jobs),
         bytes_to_read=plan.bytes_to_read,
         bytes_written=plan.bytes_to_write,
+        bytes_needed=plan.bytes_to_write + files.nbytes,
         bytes_free=free_bytes(target),
         changes=changes,
         config_changes=plan.config_changes,
@@ -229,7 +240,7 @@ def _write(
 
     written = execute(plan, folder, advance, threads)
     write_side_files(files, folder, plan.dtype, plan.config_changes)
-    if len(plan.shards) > 1:
+    if list(plan.shards) != ["model.safetensors"]:
         _write_json(folder / "model.safetensors.index.json", _index(plan))
     report.subnormal, report.zeroed = written.subnormal, written.zeroed
     _write_json(folder / PROVENANCE, _provenance(plan, report, written.shards))

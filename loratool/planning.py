@@ -75,7 +75,7 @@ def _refuse_unmatched(plan: Plan, matches: list[Match], allow: bool) -> None:
     if not lost:
         return
     text = f"{len(lost)} parts of the adapter do not fit the base:\n{listed(lost)}"
-    placed = sum(len(m.deltas) + len(m.replaced) + len(m.added) + len(m.rows) for m in matches)
+    placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
     if not allow or not placed:
         names = ", ".join(
             repr(m.adapter.config["base_model_name_or_path"])
@@ -171,7 +171,7 @@ def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInf
         if is_vocabulary(name) and rows != plan.base.tensors[name].shape[0]:
             plan.config_changes["vocab_size"] = rows
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
-    labels = {info.shape[0] for name, info in heads if _LABEL_HEAD.search(name)}
+    labels = {i.shape[0] for n, i in heads if _LABEL_HEAD.search(n) and len(i.shape) == 2}
     tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
     if len(labels) == 1 and tasks != {"QUESTION_ANS"}:
         plan.config_changes["num_labels"] = labels.pop()

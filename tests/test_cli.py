@@ -114,7 +114,7 @@ def test_json_is_the_only_thing_on_stdout(adapter: Path, base: Path, tmp_path: P
         (["merge", "{base}", "{base}/config.json", "-o", "{out}"], 1, "not a safetensors file"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/out"], 1, "is in the input"),
         (["inspect", "{adapter}x"], 1, "Did you mean"),
-        (["inspect", "{base}"], 1, "no adapter_model.safetensors"),
+        (["inspect", "{base}"], 1, "this is a base model"),
         (["inspect", "{base}/model-00001-of-00003.safetensors", "--base", "{base}"], 2,
          "nothing to compare"),
     ],

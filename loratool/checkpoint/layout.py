@@ -182,7 +182,8 @@ def _find_tied(base: Checkpoint) -> Tied | None:
     flag = base.config.get("tie_word_embeddings")
     if flag is None and isinstance(text_config, dict):
         flag = text_config.get("tie_word_embeddings")
-    architectures = base.config.get("architectures") or []
+    architectures = base.config.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     has_head = any(LM_CLASS.search(str(name)) for name in architectures)
     embeddings = [n for n in base.tensors if _EMBEDDING.search(n)]
     heads = [n for n in base.tensors if _HEAD.search(n)]

@@ -48,26 +48,41 @@ class SideFiles:
             path.open("rb").close()
 
 
-def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> SideFiles:
+def collect(
+    directory: Path, weights: set[str], adapters: list[Path], whole_directory: bool
+) -> SideFiles:
     """The side files of the base in `directory`, and the tokenizers of adapter directories.
+
+    `weights` names the files the base consists of. Folders with weights of their own (checkpoints
+    of a training run, adapters) are left out, but for those that modules.json names: they are parts
+    of a sentence-transformers model.
 
     With `whole_directory` False (the base was given as one file, whose neighbours may be anything)
     only config and tokenizer are taken.
     """
     found = SideFiles()
-    for folder, names, files in os.walk(directory):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    listed = _sentence_modules(directory)
+    for folder, names, files in os.walk(directory, onerror=fail):
         where = Path(folder).relative_to(directory)
         if not whole_directory:
             names.clear()
         for name in sorted(names):
             foreign = name.startswith((".", "__")) or name.lower() in _FOREIGN_FOLDERS
-            if foreign or (Path(folder) / name).is_symlink():
+            inside = Path(folder) / name
+            unknown = str(where / name) not in listed and _has_weights(inside)
+            if foreign or unknown or inside.is_symlink():
                 found.left_out.append(f"{where / name}/")
         names[:] = sorted(n for n in names if f"{where / n}/" not in found.left_out)
         for name in sorted(files):
             path = Path(folder) / name
             at_top = where == Path()
             if at_top and _WEIGHTS.search(name):
+                if name not in weights:
+                    found.left_out.append(name)
                 continue
             known = _TOKENIZER.match(name) or name in ("config.json", "generation_config.json")
             if not path.is_file():
@@ -82,6 +97,19 @@ def collect(directory: Path, adapters: list[Path], whole_directory: bool) -> Sid
                 if path.is_file() and _TOKENIZER.match(path.name):
                     found.copied[path.name] = path
     return found
+
+
+def _sentence_modules(directory: Path) -> set[str]:
+    path = directory / "modules.json"
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return {str(module["path"]) for module in modules}
+    except (ValueError, TypeError, KeyError):
+        return set()
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(_WEIGHTS.search(p.name) for p in folder.rglob("*"))
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:

@@ -178,13 +178,13 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
 def squared_norm(info: TensorInfo, files: FilePool) -> float:
     """Sum of squares of a tensor's elements, read in blocks, summed in float64."""
     if info.strides is not None:
-        values = read_float32(info, files).reshape(-1)
+        values = read_float32(info, files).reshape(-1).astype(np.float64)
         return float(np.dot(values, values))
     total = 0.0
     for low, high in blocks(info.numel, BLOCK_ELEMENTS):
         raw = np.empty((high - low) * info.itemsize, np.uint8)
         files.read_into(info.file, info.start + low * info.itemsize, raw.data)
-        values = as_float32(raw, info.dtype)
+        values = as_float32(raw, info.dtype).astype(np.float64)
         total += float(np.dot(values, values))
     return total
 

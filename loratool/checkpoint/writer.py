@@ -77,10 +77,9 @@ class StagedDirectory:
             self._made = [p for p in (parent, *parent.parents) if not p.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.output)
-            self.path = Path(tempfile.mkdtemp(prefix=_prefix(self.output, "partial"), dir=parent))
-            # The directory itself is locked: a lock file would have to go before the rename.
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._refuse_company()  # a leftover may have been the old output, put back
+            while not self._make_and_lock():
+                pass
             # mkdtemp makes it private; the result gets the permissions any new directory gets.
             umask = os.umask(0)
             os.umask(umask)
@@ -106,6 +105,25 @@ class StagedDirectory:
         for parent in self._made:
             with suppress(OSError):  # not empty: somebody else uses it by now
                 parent.rmdir()
+
+    def _make_and_lock(self) -> bool:
+        """Make the directory and lock it; False if another run took it for a leftover meanwhile.
+
+        The directory itself is locked: a lock file would have to go before the rename.
+        """
+        prefix = _prefix(self.output, "partial")
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.path.exists():
+                return True
+        except (FileNotFoundError, BlockingIOError):
+            pass
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        return False
 
     def commit(self) -> None:
         """Flush what is not flushed yet and put the directory in the output's place."""

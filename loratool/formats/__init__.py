@@ -65,6 +65,11 @@ def _find_weights(source: Path) -> Path:
     for name in WEIGHT_NAMES:
         if (source / name).is_file():
             return source / name
+    if (source / "model.safetensors.index.json").is_file():
+        raise FileError(
+            f"{source}: this is a base model (sharded weights), not an adapter.",
+            "Name the adapter, or one of the shards to look into it.",
+        )
     inside = sorted(
         str(p.relative_to(source))
         for p in [*source.glob("*"), *source.glob("*/adapter_model.*")]

@@ -15,7 +15,12 @@ from typing import Any
 from loratool.adapter import Adapter, Kind, LowRank, Notice, TokenRows
 from loratool.checkpoint.tensors import TensorInfo, read_raw
 from loratool.errors import listed
-from loratool.formats.peft_config import block_counts, config_notices, rank_and_scale
+from loratool.formats.peft_config import (
+    block_counts,
+    config_notices,
+    rank_and_scale,
+    string_list,
+)
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LEAVES = [
@@ -151,7 +156,9 @@ def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: Tens
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
-    resolve = rank_and_scale(adapter.config) if adapter.config else None
+    # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
+    fused = bool(adapter.config.get("enable_lora"))
+    resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
     halves, wrong_ranks = [], []
     for path, found in parts.items():
         tensors = found.tensors
@@ -171,9 +178,11 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
         if resolve is not None:
             rank, alpha, scale = resolve(owner)
             scale *= 2 if kind == "attention-out" else 1
-            fused = bool(adapter.config.get("enable_lora"))
-            if len(a.shape) > 1 and a.shape[0] not in (0, rank) and not fused:
+            if len(a.shape) > 1 and a.shape[0] not in (0, rank):
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
+        if plain in adapter.modules:
+            adapter.unknown += [a.name, b.name]
+            continue
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
             plain, kind, a, b, alpha, scale,
@@ -214,11 +223,12 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
     if isinstance(setting, dict):
         setting = next((v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None)
     valid = isinstance(setting, list) and all(type(i) is int and i >= 0 for i in setting)
-    if not valid or len(setting) != rows.shape[0]:
+    count = rows.shape[0] if len(rows.shape) == 2 else 0
+    if not valid or len(setting) != count or len(set(setting)) != count:
         adapter.notices.append(
             Notice(
                 "token-indices",
-                f"{rows.shape[0]} trained token rows, but trainable_token_indices of the config "
+                f"{count} trained token rows, but trainable_token_indices of the config "
                 f"is {setting!r}.",
                 path,
                 refused=True,
@@ -238,6 +248,8 @@ _SHAPE_TROUBLES = {
     "enable-lora": "are in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
     "PEFT 0.2",
     "target-parameters": "adapt a bare parameter (a stack of experts), which cannot be placed yet",
+    "quantised-factors": "hold integers or 8-bit floats, which loratool does not read as numbers; "
+    "save the adapter in float16, bfloat16 or float32",
     "pair-mismatch": "have factors of different ranks",
 }
 
@@ -256,6 +268,8 @@ def _check_shapes(adapter: Adapter) -> None:
             code = "enable-lora"
         elif path.endswith((".base_layer", ".experts")):
             code = "target-parameters"
+        elif not (module.a.is_float and module.b.is_float):
+            code = "quantised-factors"
         elif b[1] * module.blocks_b != a[0] or any(n != 1 for n in b[2:]):
             code = "pair-mismatch"
         if code:
@@ -281,7 +295,7 @@ def _check_expectations(adapter: Adapter) -> None:
                     "adapter_config.json",
                 )
             )
-    saved = config.get("modules_to_save") or []
+    saved = string_list(config, "modules_to_save")
     absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
     if len(saved) > len(absent):
         absent = [s for s in absent if s not in AUTOMATIC_HEADS]
@@ -323,14 +337,15 @@ def _check_expectations(adapter: Adapter) -> None:
                 square[0],
             )
         )
-    partial = [n for n in adapter.replaced if _EMBEDDING.search(n)]
+    partial = [n for n, t in adapter.replaced.items() if _EMBEDDING.search(n) and t.shape]
     partial = [n for n in partial if adapter.replaced[n].shape[0] < _SMALLEST_VOCABULARY]
     if partial:
+        counts = ", ".join(f"{name} {adapter.replaced[name].shape[0]}" for name in partial)
         notices.append(
             Notice(
                 "partial-embedding-rows",
-                f"{', '.join(partial)} has only {adapter.replaced[partial[0]].shape[0]} rows: "
-                "perhaps the added tokens alone, not the whole embedding.",
+                f"Very few rows are saved ({counts}): perhaps the added tokens alone, not the "
+                "whole embedding.",
                 partial[0],
             )
         )

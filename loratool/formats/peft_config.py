@@ -142,12 +142,26 @@ def _patterns(config: dict[str, Any], field: str) -> list[tuple[re.Pattern[str],
     return compiled
 
 
-def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def string_list(config: dict[str, Any], field: str) -> list[str]:
+    """A list of names in the config; [] where there is none, AdapterError for anything else."""
+    value = config.get(field) or []
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise AdapterError(
-            f"adapter_config.json: {field} is {value!r}; it must be a number.", "Correct it."
+            f"adapter_config.json: {field} is {config[field]!r}; it must be a list of names.",
+            "Correct it.",
         )
     return value
+
+
+def _number(value: Any, field: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not -1e30 < value < 1e30:
+        raise AdapterError(
+            f"adapter_config.json: {field} is {value!r}; it must be a plain number.", "Correct it."
+        )
+    return float(value) if isinstance(value, float) else int(value)
 
 
 def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
@@ -167,6 +181,6 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
             "above zero.",
             "Correct it.",
         )
-    in_a = any(part in leaf for part in settings.get("target_modules_bd_a") or ())
-    in_b = any(part in leaf for part in settings.get("target_modules_bd_b") or ())
+    in_a = any(part in leaf for part in string_list(settings, "target_modules_bd_a"))
+    in_b = any(part in leaf for part in string_list(settings, "target_modules_bd_b"))
     return count if in_a else 1, count if in_b else 1

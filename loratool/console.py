@@ -359,12 +359,15 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
         facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
     else:
-        rate = format_bytes(report.bytes_written / max(report.seconds, 1e-9))
+        # The seconds include the import of torch, which says nothing about small models' speed.
+        rate = ""
+        if report.bytes_written > 100e6:
+            rate = f" ({format_bytes(report.bytes_written / max(report.seconds, 1e-9))}/s)"
         facts.add_row(
             "written",
             f"{format_bytes(report.bytes_written)} in {len(report.shards)} "
             f"{'file' if len(report.shards) == 1 else 'files'}, "
-            f"{report.seconds:.1f} s ({rate}/s)",
+            f"{report.seconds:.1f} s{rate}",
         )
         if report.subnormal or report.zeroed:
             share = 100 * (report.subnormal + report.zeroed) / max(1, report.parameters)

@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             error.show()
             code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left behind", err=True)
+        click.echo("interrupted; no unfinished output is left behind", err=True)
         code = 130
     except OSError as error:
         if not isinstance(error, BrokenPipeError):

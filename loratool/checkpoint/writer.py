@@ -142,8 +142,9 @@ class StagedDirectory:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(self.path, self.output)
-        sync(self.output.parent)
         self.path = self.output
+        with suppress(PermissionError):  # a parent one may write to but not read
+            sync(self.output.parent)
 
     def _refuse_company(self) -> None:
         if os.path.lexists(self.output) and not self._overwrite:

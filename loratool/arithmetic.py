@@ -28,8 +28,7 @@ from loratool.checkpoint.tensors import (
 from loratool.errors import ValueRangeError
 from loratool.matching import Delta
 from loratool.plan import Job
-
-Bytes = npt.NDArray[np.uint8]
+from loratool.workers import Bytes
 
 _TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -46,13 +45,16 @@ _BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
 
 
 @dataclass
-class Result:
-    """Output bytes of some blocks in a buffer that is used again, and what rounding did."""
+class Counts:
+    """How many values rounding made subnormal, and how many nonzero ones it made zero."""
 
-    data: Bytes
-    buffer: Bytes
     subnormal: int = 0
     zeroed: int = 0
+
+    def __iadd__(self, other: Counts) -> Counts:
+        self.subnormal += other.subnormal
+        self.zeroed += other.zeroed
+        return self
 
 
 class _Scratch(threading.local):
@@ -162,7 +164,7 @@ class RunningJob:
         else:
             self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
 
-    def compute(self, low: int, high: int, data: Bytes, result: Result) -> None:
+    def compute(self, low: int, high: int, data: Bytes, counts: Counts) -> None:
         """Fill `data` with the output bytes of elements `[low, high)`; check and count them."""
         if self.job.is_verbatim:
             self._read_into(low, high, data)
@@ -182,7 +184,7 @@ class RunningJob:
             raw = None
             if self.source.dtype == self.job.dtype:
                 raw = _scratch.get("raw", len(data), torch.uint8).numpy()
-            _count_underflow(magnitudes, values, raw, self.job.dtype, result)
+            _count_underflow(magnitudes, values, raw, self.job.dtype, counts)
 
     def _sum(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
@@ -331,7 +333,7 @@ def _count_underflow(
     values: torch.Tensor,
     raw: Bytes | None,
     dtype: str,
-    result: Result,
+    counts: Counts,
 ) -> None:
     """Count values that became subnormal, and nonzero sums that rounding made zero.
 
@@ -345,11 +347,11 @@ def _count_underflow(
         return
     zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
     if zeros:
-        result.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
-    result.subnormal += tiny - zeros
+        counts.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
+    counts.subnormal += tiny - zeros
     if raw is not None:
         before = raw.view(kind) & kind(mask)
         kept = (before > 0) & (before < smallest_normal)
-        result.subnormal -= int(
+        counts.subnormal -= int(
             np.count_nonzero(kept & (magnitudes > 0) & (magnitudes < smallest_normal))
         )

@@ -6,57 +6,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import click
 
 from loratool import __version__
-from loratool.errors import LoraToolError, UsageError, nearest
-
-Callback = TypeVar("Callback", bound=Callable[..., Any])
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
-
-
-class Commands(click.Group):
-    """A group that suggests the command somebody may have meant."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            near = nearest(args[0], self.list_commands(ctx))
-            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near!r}?" if near else ""))
-        return super().resolve_command(ctx, args)
-
-
-class Dtype(click.ParamType):  # type: ignore[type-arg]
-    """A dtype by name, with a suggestion for a misspelt one."""
-
-    name = "dtype"
-    choices = ("float16", "bfloat16", "float32", "base")
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        aliases = {"fp16": "float16", "f16": "float16", "half": "float16", "bf16": "bfloat16",
-                   "fp32": "float32", "f32": "float32"}  # fmt: skip
-        name = aliases.get(str(value).lower(), str(value))
-        if name not in self.choices:
-            near = nearest(name, self.choices)
-            self.fail(
-                f"{value!r} is not one of {', '.join(self.choices)}."
-                + (f" Did you mean {near}?" if near else ""),
-                param,
-                ctx,
-            )
-        return name
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."
-)
+from loratool.errors import LoraToolError, UsageError
+from loratool.options import CONTEXT, Commands, Dtype, json_option, quiet_option
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -109,16 +66,17 @@ def inspect(
       loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
       loratool inspect adapter/ --base base/ --json
     """
-    from loratool import console
+    from loratool.console import common
+    from loratool.console.inspect import show_inspect
     from loratool.inspecting import inspect as run
 
     report = run(source, base=base, spectrum=spectrum, layers=layers, include=include)
     if as_json:
-        console.print_json(report.to_dict())
+        common.print_json(report.to_dict())
         return
-    console.show_inspect(report, full, tensors, spectrum)
+    show_inspect(report, full, tensors, spectrum)
     if not quiet:
-        console.print_warnings(report.warnings)
+        common.print_warnings(report.warnings)
 
 
 @cli.command(short_help="Merge adapters into a base model.")
@@ -170,21 +128,22 @@ def merge(
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
     """
-    from loratool import console
+    from loratool.console import common
+    from loratool.console.merge import show_merge
     from loratool.merging import merge as run
 
-    with console.progress_bar(not (quiet or as_json or dry_run)) as progress:
+    with common.progress_bar(not (quiet or as_json or dry_run)) as progress:
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, overwrite=overwrite, dry_run=dry_run,
             threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
-        console.print_json(report.to_dict())
+        common.print_json(report.to_dict())
         return
-    console.show_merge(report, verbose)
+    show_merge(report, verbose)
     if not quiet:
-        console.print_warnings(report.warnings)
+        common.print_warnings(report.warnings)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -240,7 +199,7 @@ def _fail(error: LoraToolError, as_json: bool) -> int:
     if as_json:
         sys.stderr.write(json.dumps(error.to_dict(), ensure_ascii=False) + "\n")
     else:
-        from loratool.console import print_error
+        from loratool.console.common import print_error
 
         print_error(error)
     return error.exit_code

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +26,10 @@ from loratool.errors import (
 from loratool.formats import read_lora
 from loratool.plan import DTYPES, Plan
 from loratool.planning import build_plan
+from loratool.provenance import PROVENANCE, describe, write_json
 
 #: `progress(bytes_done, bytes_total, label)`, called as the output grows.
 Progress = Callable[[int, int, str], None]
-
-PROVENANCE = "loratool.json"
 
 
 @dataclass
@@ -241,9 +238,10 @@ def _write(
     written = execute(plan, folder, advance, threads)
     write_side_files(files, folder, plan.dtype, plan.config_changes)
     if list(plan.shards) != ["model.safetensors"]:
-        _write_json(folder / "model.safetensors.index.json", _index(plan))
-    report.subnormal, report.zeroed = written.subnormal, written.zeroed
-    _write_json(folder / PROVENANCE, _provenance(plan, report, written.shards))
+        write_json(folder / "model.safetensors.index.json", _index(plan))
+    report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
+    result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
+    write_json(folder / PROVENANCE, describe(plan, "merge", written.shards, result))
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -252,60 +250,3 @@ def _index(plan: Plan) -> dict[str, Any]:
         "metadata": {"total_size": plan.bytes_to_write},
         "weight_map": dict(sorted(weight_map.items())),
     }
-
-
-def _provenance(plan: Plan, report: MergeReport, shards: dict[str, str]) -> dict[str, Any]:
-    """How the output came about; holds no date and no path, so that equal inputs give it too."""
-    import torch
-
-    from loratool import __version__
-
-    return {
-        "schema_version": 1,
-        "command": "merge",
-        "versions": {"loratool": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "options": {"dtype": plan.dtype, "weights": plan.weights},
-        "base": {
-            "name": plan.base.name,
-            "model_type": plan.base.model_type,
-            "architectures": plan.base.config.get("architectures"),
-            "tensors": len(plan.base.tensors),
-            "bytes": plan.base.nbytes,
-            "header_sha256": plan.base.identity(),
-        },
-        "adapters": [
-            {
-                "name": adapter.name,
-                "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-                "weight": weight,
-                "files": {path.name: _sha256(path) for path in _adapter_files(adapter)},
-            }
-            for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
-        ],
-        "result": {
-            "modules": report.modules,
-            "tensors": report.tensors,
-            "subnormal": report.subnormal,
-            "zeroed": report.zeroed,
-            "config_changes": plan.config_changes,
-            "warnings": [n.to_dict() for n in plan.notices],
-        },
-        "shards": shards,
-    }
-
-
-def _adapter_files(adapter: Adapter) -> list[Path]:
-    config = adapter.weights.with_name("adapter_config.json")
-    return [adapter.weights, *([config] if config.is_file() else [])]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -67,6 +67,7 @@ class Plan:
     adapters: list[Adapter]
     weights: list[float]
     dtype: str
+    allow_unmatched: bool = False
     shards: dict[str, list[Job]] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)

@@ -33,14 +33,14 @@ def build_plan(
     MatchError where a part of an adapter finds no place (unless `allow_unmatched`).
     """
     refuse_quantised(base)
-    plan = Plan(base, list(adapters), list(weights), dtype)
+    plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched)
     plan.notices += [Notice("base-note", note, str(base.source)) for note in base.notes]
     layout = Layout(base)
     matches = []
     for adapter in adapters:
-        _refuse_unmergeable(plan, adapter, allow_unmatched)
+        _refuse_unmergeable(plan, adapter)
         matches.append(match(adapter, layout))
-    _refuse_unmatched(plan, matches, allow_unmatched)
+    _refuse_unmatched(plan, matches)
     edits, added = _collect(plan, matches, layout)
     new_head = settle_tied(plan, layout, edits)
     refuse_unlike_vocabularies(plan, edits)
@@ -50,8 +50,8 @@ def build_plan(
     return plan
 
 
-def _refuse_unmergeable(plan: Plan, adapter: Adapter, allow_unmatched: bool) -> None:
-    tolerated = ("unknown-tensors", "half-a-pair") if allow_unmatched else ()
+def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
+    tolerated = ("unknown-tensors", "half-a-pair") if plan.allow_unmatched else ()
     reasons = [n for n in adapter.notices if n.refused and n.code not in tolerated]
     if reasons:
         raise AdapterError(
@@ -70,13 +70,13 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, allow_unmatched: bool) -> 
         raise AdapterError(f"{adapter.source}: the adapter adapts nothing.", "Check the file.")
 
 
-def _refuse_unmatched(plan: Plan, matches: list[Match], allow: bool) -> None:
+def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
     lost = [f"{what}: {reason}" for m in matches for what, reason in m.unmatched]
     if not lost:
         return
     text = f"{len(lost)} parts of the adapter do not fit the base:\n{listed(lost)}"
     placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
-    if not allow or not placed:
+    if not plan.allow_unmatched or not placed:
         names = ", ".join(
             repr(m.adapter.config["base_model_name_or_path"])
             for m in matches

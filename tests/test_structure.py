@@ -15,11 +15,12 @@ PACKAGE = ROOT / "loratool"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"console"},
+    {"console.inspect", "console.merge"},
+    {"console.common", "console"},
     {"inspecting", "merging"},
     {"executor"},
     {"arithmetic"},
-    {"planning"},
+    {"planning", "provenance"},
     {"tying"},
     {"plan"},
     {"matching"},
@@ -30,10 +31,11 @@ FLOORS = [
     {"checkpoint.pickled"},
     {"checkpoint.header"},
     {"checkpoint.tensors", "checkpoint.config", "linalg.spectrum", "linalg", "checkpoint"},
+    {"workers", "folding", "options"},
     {"errors"},
 ]  # fmt: skip
 #: Siblings that may import each other.
-FAMILIES = [FLOORS[10]]
+FAMILIES = [next(floor for floor in FLOORS if "formats" in floor)]
 
 
 def modules() -> dict[str, ast.Module]:

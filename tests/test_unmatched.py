@@ -97,7 +97,8 @@ def test_provenance_names_inputs_by_hash(tmp_path: Path) -> None:
     adapter = FIXTURES / "adapter" / "adapter_model.safetensors"
     expected = hashlib.sha256(adapter.read_bytes()).hexdigest()
     assert record["adapters"][0]["files"]["adapter_model.safetensors"] == expected
-    assert record["options"] == {"dtype": "float16", "weights": [0.5]}
+    options = {"dtype": "float16", "weights": [0.5], "allow_unmatched": False}
+    assert record["options"] == options
     assert record["versions"].keys() == {"loratool", "torch", "numpy"}
     assert len(record["base"]["header_sha256"]) == 64
     assert record["shards"].keys() == {p.name for p in (tmp_path / "out").glob("*.safetensors")}

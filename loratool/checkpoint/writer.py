@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from loratool.checkpoint.header import build_header
 from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import OutputError
 
@@ -216,22 +214,14 @@ def explain(error: OSError, output: Path) -> OutputError:
 
 
 class ShardWriter:
-    """One safetensors file, written by position from any thread and hashed in order.
+    """One safetensors file, written by position from any thread, in any order.
 
-    The header is known beforehand, so every byte has its place. `write` may be called in any
-    order; `hash_next` must be called with the data in file order.
+    The header is known beforehand, so every byte has its place.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: list[tuple[str, str, tuple[int, ...]]],
-        metadata: dict[str, str],
-    ) -> None:
+    def __init__(self, path: Path, header: bytes) -> None:
         self.path = path
-        header = build_header(tensors, metadata)
         self.data_start = len(header)
-        self._digest = hashlib.sha256(header)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             self.write(-self.data_start, memoryview(header))
@@ -245,12 +235,6 @@ class ShardWriter:
         while data:
             count = os.pwrite(self._fd, data, position)
             data, position = data[count:], position + count
-
-    def hash_next(self, data: memoryview) -> None:
-        self._digest.update(data)
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
     def flush(self) -> None:
         """Flush what is written so far, beside the writing of the rest."""

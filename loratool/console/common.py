@@ -1,0 +1,113 @@
+"""Words and tables for people; one module per verb shows its report.
+
+stdout carries the answer, stderr the conversation: progress, warnings, errors, hints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from loratool.adapter import Notice
+from loratool.errors import LoraToolError
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    # Strict JSON: a NaN would break the reader's parser, so it must never get here.
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_error(error: LoraToolError) -> None:
+    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.hint:
+        err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+
+
+def print_warnings(notices: Iterable[Notice]) -> None:
+    for notice in notices:
+        label = "[bold red]cannot merge" if notice.refused else "[bold yellow]warning"
+        err.print(f"{label}:[/] \\[{notice.code}] {escape(notice.message)}", soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(enabled: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar with bytes, rate and time left on a terminal; nothing elsewhere."""
+    if not enabled or not err.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(),
+        TransferSpeedColumn(), TimeRemainingColumn(compact=True),
+    )  # fmt: skip
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("merging", total=None)
+
+        def advance(done: int, total: int, label: str) -> None:
+            short = re.sub(r"^model-|\.safetensors$", "", label)
+            bar.update(task, completed=done, total=total, description=short)
+
+        yield advance
+
+
+def fact_grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def number_text(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def span_text(values: Sequence[float | None], digits: int = 2) -> str:
+    """ "0.12" for one value, "0.12–0.34" for several that differ."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    low, high = number_text(min(known), digits), number_text(max(known), digits)
+    return number_text(known[0]) if len(known) == 1 else low if low == high else f"{low}–{high}"
+
+
+def count_text(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def make_table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for heading in headings:
+        numeric = heading in NUMERIC
+        table.add_column(
+            heading,
+            justify="right" if numeric else "left",
+            no_wrap=numeric,
+            overflow="fold",
+        )
+    return table
+
+
+NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
+            "‖ΔW‖/‖W‖"}  # fmt: skip
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -1,0 +1,194 @@
+"""Show what `inspect` found."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from loratool.checkpoint.tensors import format_bytes
+from loratool.console.common import (
+    count_text,
+    fact_grid,
+    make_table,
+    number_text,
+    out,
+    shape_text,
+    span_text,
+)
+from loratool.folding import pattern, ranged, split
+from loratool.inspecting import InspectReport, ModuleReport
+
+#: From this width on, a table shows kinds, both factor shapes and ranges in every column.
+WIDE = 120
+
+#: Below this width only the module, its rank and its norm are shown, rather than broken columns.
+NARROW = 78
+
+
+def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:
+    facts = fact_grid()
+    facts.add_row("file", escape(report.file))
+    facts.add_row("format", escape(report.description))
+    if report.peft_type:
+        facts.add_row("PEFT type", escape(report.peft_type))
+    if report.base_model:
+        facts.add_row("base model", escape(report.base_model))
+    if report.format == "peft":
+        _lora_facts(facts, report)
+    dtypes = ", ".join(f"{n}× {d}" for d, n in report.dtypes.items())
+    facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
+    size = f"{count_text(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
+    facts.add_row("size", size)
+    for key, value in list(report.metadata.items())[:5]:
+        shown = value if len(value) <= 60 else value[:57] + "…"
+        facts.add_row("metadata", escape(f"{key} = {shown}"))
+    if len(report.metadata) > 5:
+        facts.add_row("", f"and {len(report.metadata) - 5} more entries (--json shows all)")
+    out.print(facts)
+    if report.modules:
+        out.print()
+        out.print(_module_table(report.modules, full or len(report.modules) == 1))
+    if spectrum and report.modules:
+        _show_spectra(report.modules)
+    if report.base is not None:
+        _show_base(report)
+    if tensors or (report.format not in ("peft", "empty") and len(report.tensors) <= 8):
+        table = make_table("tensor", "dtype", "shape")
+        for info in report.tensors:
+            table.add_row(escape(info.name), info.dtype, shape_text(info.shape))
+        out.print()
+        out.print(table)
+
+
+def _lora_facts(facts: Table, report: InspectReport) -> None:
+    config = report.config
+    if config:
+        said = f"r {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)}"
+        flags = [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
+        flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
+        facts.add_row("configured", escape(", ".join([said, *flags])))
+        targets = config.get("target_modules")
+        shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
+        facts.add_row("targets", escape(shown))
+    ranks = sorted({m.rank for m in report.modules})
+    scales = sorted({m.scale for m in report.modules if m.scale is not None})
+    if ranks:
+        found = f"rank {_values(ranks)}, scale {_values(scales) or 'unknown'}"
+        facts.add_row("found", found)
+    chosen = len(report.modules)
+    shown = "" if chosen == report.total_modules else f" ({chosen} shown)"
+    facts.add_row("modules", f"{report.total_modules}{shown}")
+    if report.saved:
+        names = [f"{name} {shape_text(shape)}" for name, shape in report.saved.items()]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        facts.add_row("saved whole", escape(", ".join(names[:4]) + more))
+
+
+def _values(numbers: Sequence[float]) -> str:
+    if len(numbers) > 4:
+        return f"{numbers[0]:g}–{numbers[-1]:g}"
+    return ", ".join(f"{n:g}" for n in numbers)
+
+
+def _module_table(modules: list[ModuleReport], full: bool) -> Table:
+    """One line per group of modules that differ only in their numbers, under their layers."""
+    wide = out.width >= WIDE
+    relative = any(m.relative_norm is not None for m in modules)
+    headings = ["module", "kind", "r", "alpha", "scale", "A", "B", "dtype", "‖ΔW‖", "σ₁",
+                "stable rank"] if wide else [
+                "module", "r/α", "scale", "out×in", "‖ΔW‖", "σ₁ max", "s.rank"]  # fmt: skip
+    if out.width < NARROW:
+        headings = ["module", "r/α", "‖ΔW‖"]
+    if relative:
+        headings.append("‖ΔW‖/‖W‖")
+    table = make_table(*headings)
+    section = ""
+    for name, group in _folded(modules, full):
+        head, leaf = split(name)
+        if head != section and head:
+            table.add_row(f"[cyan]{escape(head)}[/]")
+        section = head
+        table.add_row(*_module_cells(leaf, bool(head), group, headings))
+    return table
+
+
+def _module_cells(
+    leaf: str, indented: bool, group: list[ModuleReport], headings: list[str]
+) -> list[str]:
+    one = group[0]
+    stable = [m.stable_rank for m in group if m.stable_rank is not None]
+    largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
+    cells = {
+        "module": ("  " if indented else "") + escape(leaf) + (" (DoRA)" if one.dora else ""),
+        "kind": one.kind,
+        "r": str(one.rank),
+        "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
+        "r/α": f"{one.rank}/" + ("?" if one.alpha is None else f"{one.alpha:g}"),
+        "scale": "?" if one.scale is None else f"{one.scale:.4g}",
+        "A": shape_text(one.shapes["A"]),
+        "B": shape_text(one.shapes["B"]),
+        "out×in": f"{one.shapes['B'][0]}×{math.prod(one.shapes['A'][1:])}"
+        if one.shapes["B"] else "–",
+        "dtype": one.dtype,
+        "‖ΔW‖": span_text([m.delta_norm for m in group]),
+        "σ₁": span_text([m.spectral_norm for m in group]),
+        "σ₁ max": number_text(max(largest) if largest else None),
+        "stable rank": span_text([m.stable_rank for m in group]),
+        "s.rank": number_text(statistics.median(stable) if stable else None, 2),
+        "‖ΔW‖/‖W‖": span_text([m.relative_norm for m in group]),
+    }  # fmt: skip
+    return [cells[heading] for heading in headings]
+
+
+def _folded(modules: list[ModuleReport], full: bool) -> list[tuple[str, list[ModuleReport]]]:
+    """Modules alike but for the numbers in their paths, as `(path with ranges, modules)`."""
+    if full:
+        return [(m.path, [m]) for m in modules]
+    groups: dict[tuple[Any, ...], list[ModuleReport]] = {}
+    for m in modules:
+        key = (pattern(m.path), m.kind, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora)
+        groups.setdefault(key, []).append(m)
+    return [(ranged([m.path for m in group]), group) for group in groups.values()]
+
+
+def _show_spectra(modules: list[ModuleReport]) -> None:
+    table = make_table("module", "singular values of ΔW", "σ₁", "σᵣ")
+    for m in modules:
+        values = m.singular_values or []
+        bars = _bars(values)
+        first, last = (number_text(values[0]), number_text(values[-1])) if values else ("–", "–")
+        table.add_row(escape(m.path), bars, first, last)
+    out.print()
+    out.print(table)
+
+
+def _bars(values: Sequence[float], width: int = 16) -> str:
+    """Singular values as a line of bars, the first one full height."""
+    if not values or values[0] <= 0:
+        return "–"
+    step = max(1, math.ceil(len(values) / width))
+    shown = values[::step]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v / values[0]))] for v in shown)
+
+
+def _show_base(report: InspectReport) -> None:
+    base = report.base
+    assert base is not None
+    facts = fact_grid()
+    facts.add_row("base", f"{escape(base.source)} ({escape(base.model_type or 'no config')}, "
+                  f"{count_text(base.parameters, 'parameter')})")  # fmt: skip
+    facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
+    if base.unmatched:
+        facts.add_row("unmatched", f"[red]{len(base.unmatched)} parts do not fit this base[/]")
+    out.print()
+    out.print(facts)
+    table = make_table("base weight", "adapted", "of")
+    for entry in base.coverage:
+        style = "dim" if not entry.adapted else ""
+        table.add_row(escape(entry.name), str(entry.adapted), str(entry.total), style=style)
+    out.print(table)

@@ -1,0 +1,63 @@
+"""Show what `merge` did or would do."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from loratool.checkpoint.tensors import format_bytes
+from loratool.console.common import fact_grid, out
+from loratool.merging import MergeReport
+
+
+def show_merge(report: MergeReport, verbose: bool) -> None:
+    if report.dry_run:
+        out.print("[bold]Plan[/] (nothing was written)")
+    facts = fact_grid()
+    facts.add_row("base", escape(report.base))
+    for adapter, weight in zip(report.adapters, report.weights, strict=True):
+        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+    kept = "each tensor's own" if report.dtype == "base" else report.dtype
+    facts.add_row("dtype", kept)
+    facts.add_row("modules", f"{report.modules} merged")
+    words = {"merge": "merged", "replace": "replaced", "add": "added", "cast": "cast",
+             "copy": "copied"}  # fmt: skip
+    done = [f"{n} {words[action]}" for action, n in report.tensors.items() if n]
+    facts.add_row("tensors", ", ".join(done))
+    for action in ("replace", "add"):
+        names = report.changes[action]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 and not verbose else ""
+            shown = names if verbose else names[:5]
+            facts.add_row(words[action], escape(", ".join(shown)) + more)
+    if verbose:
+        facts.add_row("merged", escape("\n".join(report.changes["merge"])))
+    if report.config_changes:
+        changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
+        facts.add_row("config.json", escape(changed))
+    if report.left_out:
+        facts.add_row("left out", escape(", ".join(report.left_out)))
+    if report.dry_run:
+        facts.add_row("to read", format_bytes(report.bytes_to_read))
+        free = format_bytes(report.bytes_free)
+        room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
+        facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
+    else:
+        # The seconds include the import of torch, which says nothing about small models' speed.
+        rate = ""
+        if report.bytes_written > 100e6:
+            rate = f" ({format_bytes(report.bytes_written / max(report.seconds, 1e-9))}/s)"
+        facts.add_row(
+            "written",
+            f"{format_bytes(report.bytes_written)} in {len(report.shards)} "
+            f"{'file' if len(report.shards) == 1 else 'files'}, "
+            f"{report.seconds:.1f} s{rate}",
+        )
+        if report.subnormal or report.zeroed:
+            share = 100 * (report.subnormal + report.zeroed) / max(1, report.parameters)
+            facts.add_row(
+                "small values",
+                f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
+                f"({share:.2g}% of all)",
+            )
+        facts.add_row("output", escape(report.output))
+    out.print(facts)

@@ -1,0 +1,81 @@
+"""Worker threads: blocks are computed in any order, their results taken in the order asked for.
+
+Every worker computes with one BLAS thread, so that a result depends neither on the number of
+workers nor on the cores of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+#: Blocks that one worker computes before it hands its result over: handing work from thread to
+#: thread costs about as much as a tenth of a block.
+BLOCKS_PER_TASK = 8
+
+Bytes = npt.NDArray[np.uint8]
+R = TypeVar("R")
+
+
+class Workers:
+    """Threads and the large buffers that travel between them. Use as a context manager."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._count = threads or min(8, _cores())
+        self._spare: deque[Bytes] = deque()
+
+    def __enter__(self) -> Workers:
+        self._torch_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(
+            self._count, initializer=torch.set_num_threads, initargs=(1,)
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(self._torch_threads)
+
+    def stop(self) -> None:
+        """Wait for the calls that run, drop the others: nothing is written after this."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def in_order(self, calls: Iterable[Callable[[], R]]) -> Iterator[R]:
+        """The results of `calls` in their order, with two calls per worker in flight."""
+        running: deque[Future[R]] = deque()
+        for call in calls:
+            if len(running) >= 2 * self._count:
+                yield running.popleft().result()
+            running.append(self._pool.submit(call))
+        while running:
+            yield running.popleft().result()
+
+    def take(self, size: int) -> Bytes:
+        """A buffer of at least `size` bytes with arbitrary content; give it back after use."""
+        try:
+            buffer = self._spare.popleft()
+        except IndexError:
+            buffer = np.empty(0, np.uint8)
+        return buffer if len(buffer) >= size else np.empty(max(size, 1 << 21), np.uint8)
+
+    def give(self, buffer: Bytes) -> None:
+        self._spare.append(buffer)
+
+
+def _cores() -> int:
+    """Cores this process may use; not every system can tell them from those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

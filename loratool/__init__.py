@@ -12,16 +12,28 @@ if TYPE_CHECKING:
     from loratool.errors import LoraToolError
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
+    from loratool.unmerging import UnmergeReport, unmerge
 
 __version__ = "0.1.0"
 
-__all__ = ["InspectReport", "LoraToolError", "MergeReport", "__version__", "inspect", "merge"]
+__all__ = [
+    "InspectReport",
+    "LoraToolError",
+    "MergeReport",
+    "UnmergeReport",
+    "__version__",
+    "inspect",
+    "merge",
+    "unmerge",
+]
 
 _HOMES = {
     "inspect": "inspecting",
     "InspectReport": "inspecting",
     "merge": "merging",
     "MergeReport": "merging",
+    "unmerge": "unmerging",
+    "UnmergeReport": "unmerging",
     "LoraToolError": "errors",
 }
 

@@ -28,9 +28,9 @@ from loratool.checkpoint.tensors import (
 from loratool.errors import ValueRangeError
 from loratool.matching import Delta
 from loratool.plan import Job
-from loratool.workers import Bytes
+from loratool.workers import BLOCKS_PER_TASK, Bytes
 
-_TORCH = {
+TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ class _Scratch(threading.local):
         return view
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 class RunningJob:
@@ -98,7 +98,7 @@ class RunningJob:
         packed = DTYPE_BITS[job.dtype] < 8
         self.length = job.source.nbytes if packed else job.source.numel
         self.itemsize = 1 if packed else DTYPE_BITS[job.dtype] // 8
-        smallest = {dtype: torch.finfo(_TORCH[dtype]).smallest_normal for dtype in _TORCH}
+        smallest = {dtype: torch.finfo(TORCH[dtype]).smallest_normal for dtype in TORCH}
         #: Whether rounding can make a value subnormal that was not so before.
         self.may_underflow = job.is_arithmetic or (
             job.checked and smallest[job.dtype] > smallest[job.source.dtype]
@@ -113,6 +113,10 @@ class RunningJob:
         if self.source.strides is not None:
             return max(1, self.length)
         return max(1, BLOCK_ELEMENTS // max(1, self.columns)) * max(1, self.columns)
+
+    @property
+    def task_elements(self) -> int:
+        return BLOCKS_PER_TASK * self.block_elements
 
     @cached_property
     def _strided(self) -> Bytes:
@@ -137,26 +141,36 @@ class RunningJob:
             for index, row in zip(rows.indices, read_float32(rows.rows, self.files), strict=True)
         }
 
+    @property
+    def gains(self) -> list[torch.Tensor | None]:
+        """What DoRA multiplies rows or columns with, for each delta; filled block by block."""
+        return [term.gains for term in self._terms]
+
     def prepare(self) -> None:
         """Load what the blocks share. Called before the first block, by one thread at a time."""
         with self._lock:
             _ = self._token_rows, self._terms, self._biases
 
-    def load(self, low: int, high: int) -> torch.Tensor:
+    def load(self, low: int, high: int, raw: Bytes | None = None) -> torch.Tensor:
         """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
 
-        The tensor is this thread's scratch; the next call overwrites it.
+        Their bytes are left in `raw`. The tensor is this thread's scratch; the next call overwrites
+        it.
         """
-        raw = _scratch.get("raw", (high - low) * self.source.itemsize, torch.uint8)
-        self._read_into(low, high, raw.numpy())
-        values = _scratch.get("values", high - low, self.work)
-        values.copy_(raw.view(_TORCH[self.source.dtype]))
+        if raw is None:
+            raw = self._raw_scratch(low, high)
+        self.read_into(low, high, raw)
+        values = scratch.get("values", high - low, self.work)
+        values.copy_(torch.from_numpy(raw).view(TORCH[self.source.dtype]))
         for index, row in self._token_rows.items():
             if low <= index * self.columns < high:
                 values.view(-1, self.columns)[index - low // self.columns] = torch.from_numpy(row)
         return values
 
-    def _read_into(self, low: int, high: int, raw: Bytes) -> None:
+    def _raw_scratch(self, low: int, high: int) -> Bytes:
+        return scratch.get("raw", (high - low) * self.source.itemsize, torch.uint8).numpy()
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
         size = self.source.itemsize
         if self.source.strides is not None:
             with self._lock:
@@ -164,16 +178,23 @@ class RunningJob:
         else:
             self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
 
-    def compute(self, low: int, high: int, data: Bytes, counts: Counts) -> None:
-        """Fill `data` with the output bytes of elements `[low, high)`; check and count them."""
+    def compute(
+        self, low: int, high: int, data: Bytes, counts: Counts, raw: Bytes | None = None
+    ) -> None:
+        """Fill `data` with the output bytes of elements `[low, high)`; check and count them.
+
+        The source's bytes are left in `raw` where it is given, unless they are the output's.
+        """
         if self.job.is_verbatim:
-            self._read_into(low, high, data)
+            self.read_into(low, high, data)
             if self.job.checked and _magnitudes(data, self.job.dtype)[1]:
                 self.explain_values()
             return
         self.prepare()
-        values = self._sum(self.load(low, high), low, high)
-        out = torch.from_numpy(data).view(_TORCH[self.job.dtype])
+        if raw is None:
+            raw = self._raw_scratch(low, high)
+        values = self.add(self.load(low, high, raw), low, high)
+        out = torch.from_numpy(data).view(TORCH[self.job.dtype])
         if self.work == torch.float64 and self.job.dtype in ("F16", "BF16"):
             values = _rounded_to_odd(values)
         out.copy_(values)
@@ -181,12 +202,10 @@ class RunningJob:
         if broken:
             self.explain_values()
         if self.may_underflow:
-            raw = None
-            if self.source.dtype == self.job.dtype:
-                raw = _scratch.get("raw", len(data), torch.uint8).numpy()
-            _count_underflow(magnitudes, values, raw, self.job.dtype, counts)
+            before = raw if self.source.dtype == self.job.dtype else None
+            _count_underflow(magnitudes, values, before, self.job.dtype, counts)
 
-    def _sum(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    def add(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
         matrix = values.view(-1, self.columns)
         _apply(matrix, self._terms, low // self.columns, high // self.columns)
@@ -196,14 +215,14 @@ class RunningJob:
 
     def explain_values(self) -> None:
         """Walk through the tensor again to say what is wrong with it, and raise that."""
-        dtype = _TORCH[self.job.dtype]
+        dtype = TORCH[self.job.dtype]
         from_base = from_adapter = overflow = 0
         largest = 0.0
         for low, high in blocks(self.source.numel, self.block_elements):
             values = self.load(low, high)
             sound = torch.isfinite(values)
             from_base += int((~sound).sum())
-            self._sum(values, low, high)
+            self.add(values, low, high)
             finite = torch.isfinite(values)
             from_adapter += int((sound & ~finite).sum())
             overflow += int((finite & ~torch.isfinite(values.to(dtype))).sum())
@@ -241,12 +260,14 @@ class _Term:
             self.b = self.b * self.scale
             self.scale = 1.0
         self.magnitude: torch.Tensor | None = None
-        self._column_gain: torch.Tensor | None = None
+        self.gains: torch.Tensor | None = None
         if delta.module.magnitude is not None:
             values = read_float32(delta.module.magnitude, job.files).reshape(-1)
             self.magnitude = torch.from_numpy(values).to(job.work)
             if self.transposed:
-                self._column_gain = self.magnitude / self._column_norms(job)
+                self.gains = self.magnitude / self._column_norms(job)
+            else:
+                self.gains = torch.empty_like(self.magnitude)
 
     def product(self, first: int, last: int) -> torch.Tensor:
         """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale.
@@ -256,7 +277,7 @@ class _Term:
         """
         b, a = (self.b, self.a[:, first:last]) if self.transposed else (self.b[first:last], self.a)
         shape = (len(b), a.shape[1])
-        out = _scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
+        out = scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
         torch.mm(b, a, out=out)
         if self.scale != 1:
             out *= self.scale
@@ -269,10 +290,11 @@ class _Term:
         matrix is transposed.
         """
         assert self.magnitude is not None
-        if self._column_gain is not None:
-            return self._column_gain
-        norms = torch.linalg.norm(direction, dim=1, keepdim=True)
-        return torch.div(self.magnitude[first:last, None], norms)
+        assert self.gains is not None
+        if self.transposed:
+            return self.gains
+        norms = torch.linalg.norm(direction, dim=1)
+        return torch.div(self.magnitude[first:last], norms, out=self.gains[first:last])[:, None]
 
     def _column_norms(self, job: RunningJob) -> torch.Tensor:
         """‖W + Δ‖ of every stored column, `[columns]`: one more pass, summed in float64."""
@@ -323,7 +345,7 @@ def _magnitudes(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:
     """The bits of |x|, and whether any is infinite or NaN."""
     kind, mask, infinity, _ = _BITS[dtype]
     values = data.view(kind)
-    bits = _scratch.get("bits", len(data), torch.uint8).numpy().view(kind)
+    bits = scratch.get("bits", len(data), torch.uint8).numpy().view(kind)
     np.bitwise_and(values, kind(mask), out=bits)
     return bits, bool(bits.size) and int(bits.max()) >= infinity
 
@@ -341,7 +363,7 @@ def _count_underflow(
     become so here.
     """
     kind, mask, _, smallest_normal = _BITS[dtype]
-    flags = _scratch.get("flags", magnitudes.size, torch.bool).numpy()
+    flags = scratch.get("flags", magnitudes.size, torch.bool).numpy()
     tiny = int(np.count_nonzero(np.less(magnitudes, smallest_normal, out=flags)))
     if not tiny:
         return

@@ -62,6 +62,12 @@ class ValueRangeError(LoraToolError):
     code = "bad-values"
 
 
+class RestoreError(LoraToolError):
+    """A merge that cannot be taken back as asked."""
+
+    code = "not-restored"
+
+
 class OutputError(LoraToolError):
     """The output cannot be written: it exists, the disk is full, it would harm an input."""
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from loratool.adapter import Adapter, Notice
-from loratool.checkpoint.base import open_checkpoint
-from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
-from loratool.checkpoint.tensors import FilePool, format_bytes, read_float32
+from loratool.adapter import Notice
+from loratool.checkpoint.base import Checkpoint, open_checkpoint
+from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
+from loratool.checkpoint.tensors import format_bytes
+from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
-from loratool.errors import (
-    OutputError,
-    UsageError,
-    ValueRangeError,
-    explained_os_errors,
-    listed,
-    nearest,
-)
+from loratool.errors import explained_os_errors
 from loratool.formats import read_lora
-from loratool.plan import DTYPES, Plan
+from loratool.inputs import (
+    as_list,
+    check_dtype,
+    check_paths,
+    check_threads,
+    check_weights,
+    refuse_not_finite,
+)
+from loratool.output import INDEX, Progress, refuse_full_disk, side_files_of, write_model
+from loratool.plan import Plan
 from loratool.planning import build_plan
-from loratool.provenance import PROVENANCE, describe, write_json
+from loratool.provenance import describe, file_sha256, write_json
 
-#: `progress(bytes_done, bytes_total, label)`, called as the output grows.
-Progress = Callable[[int, int, str], None]
+if TYPE_CHECKING:
+    from loratool.recording import Recorder
 
 
 @dataclass
@@ -50,6 +53,8 @@ class MergeReport:
     bytes_written: int
     bytes_needed: int
     bytes_free: int
+    reversible: bool
+    undo_bytes: int
     changes: dict[str, list[str]]
     config_changes: dict[str, Any]
     side_files: list[str]
@@ -75,6 +80,7 @@ def merge(
     allow_unmatched: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    reversible: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -91,6 +97,7 @@ def merge(
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
     overwrite: replace an output that exists.
     dry_run: plan and report only; nothing is written.
+    reversible: also write what `unmerge` needs to give the base back bit for bit.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -100,41 +107,42 @@ def merge(
     ValueRangeError: NaN, infinity or overflow. OutputError: the output cannot be written.
     """
     started = time.perf_counter()
-    sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads cannot work.", "Give a number above zero.")
-    factors = _check_arguments(base, sources, output, weights, dtype)
+    sources = as_list(adapters)
+    check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
+    check_threads(threads)
+    check_dtype(dtype)
+    factors = check_weights(weights, sources)
     target = Path(output)
-    inputs = [Path(base), *map(Path, sources)]
     with explained_os_errors():
-        check_output(target, inputs, overwrite)
+        check_output(target, [Path(base), *map(Path, sources)], overwrite)
         checkpoint = open_checkpoint(base)
         loras = [read_lora(source) for source in sources]
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
     check_output(target, files, overwrite)
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
-    folders = [a.source if a.source.is_dir() else a.weights.parent for a in loras]
-    index = {p.name for p in checkpoint.directory.glob("*.index.json")}
-    names = {path.name for path in checkpoint.files} | index
-    with explained_os_errors():
-        side_files = collect(checkpoint.directory, names, folders, checkpoint.source.is_dir())
-    report = _report(plan, target, side_files, dry_run)
+    side_files = side_files_of(checkpoint, loras)
+    report = _report(plan, target, side_files, dry_run, reversible)
     with explained_os_errors():
         for lora in loras:
-            _refuse_not_finite(lora)
-        side_files.check_readable()
+            refuse_not_finite(lora)
     if dry_run:
+        if reversible:
+            from loratool.sampling import undo_bytes
+
+            _note_undo(report, plan, undo_bytes(plan))
         return report
-    if report.bytes_needed > report.bytes_free:
-        raise OutputError(
-            f"The output needs {format_bytes(report.bytes_needed)}, but only "
-            f"{format_bytes(report.bytes_free)} are free at {target.absolute().parent}.",
-            "Free some space, or write to another disk.",
-        )
+    refuse_full_disk(report.bytes_needed, target)
     with StagedDirectory(target, overwrite) as staged:
         try:
-            _write(plan, staged.path, side_files, report, threads, progress)
+            with _recorder(plan, staged.path, side_files) if reversible else nullcontext() as undo:
+                written = write_model(plan, staged.path, side_files, progress, threads, undo)
+            report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
+            if undo is not None:
+                _note_undo(report, plan, undo.nbytes)
+            result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
+            record = describe(plan, "merge", written.shards, result)
+            write_json(staged.path / PROVENANCE, record)
             staged.commit()
         except OSError as error:
             raise explain(error, target) from error
@@ -142,38 +150,49 @@ def merge(
     return report
 
 
-def _check_arguments(
-    base: str | Path,
-    sources: Sequence[str | Path],
-    output: str | Path,
-    weights: Sequence[float] | None,
-    dtype: str,
-) -> list[float]:
-    if not all(str(path) for path in (base, output, *sources)):
-        raise UsageError("A path is empty.", "Check the variables in your command.")
-    if not sources:
-        raise UsageError("No adapter given.", "loratool merge BASE ADAPTER -o OUT")
-    if dtype not in DTYPES:
-        near = nearest(dtype, DTYPES)
-        raise UsageError(
-            f"Unknown dtype {dtype!r}.",
-            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
-        )
-    try:
-        factors = [float(w) for w in weights] if weights else [1.0] * len(sources)
-    except (TypeError, ValueError):
-        raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
-    if len(factors) != len(sources):
-        raise UsageError(
-            f"{len(factors)} weights for {len(sources)} adapters.",
-            "Give --weight once per adapter, in their order.",
-        )
-    if not all(np.isfinite(factors)):
-        raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
-    return factors
+def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
+    """Make the folder of the undo file; everything beside the base's weights is noted in it."""
+    from loratool.recording import Recorder
+
+    base = plan.base
+    own = side_files_of(base).copied
+    kept = {
+        name: path.read_bytes()
+        for name, path in own.items()
+        if name == "config.json" or files.copied.get(name) != path
+    }
+    if base.source.is_dir() and (base.directory / INDEX).is_file():
+        kept[INDEX] = (base.directory / INDEX).read_bytes()
+    (folder / FOLDER).mkdir()
+    for path in _previous(base):
+        target = folder / FOLDER / BEFORE / path.name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
+    hashes = {name: file_sha256(path) for name, path in own.items()}
+    return Recorder(plan, folder / FOLDER / UNDO, hashes, kept)
 
 
-def _report(plan: Plan, target: Path, files: SideFiles, dry_run: bool) -> MergeReport:
+def _previous(base: Checkpoint) -> list[Path]:
+    return previous(base.directory) if base.source.is_dir() else []
+
+
+def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
+    report.undo_bytes = nbytes
+    if nbytes > plan.base.nbytes // 4:
+        report.warnings.append(
+            Notice(
+                "undo-large",
+                f"The undo file takes {format_bytes(nbytes)}, the base itself "
+                f"{format_bytes(plan.base.nbytes)}: {plan.dtype} keeps so little of it that "
+                "keeping the base is simpler, and takes less work.",
+            )
+        )
+
+
+def _report(
+    plan: Plan, target: Path, files: SideFiles, dry_run: bool, reversible: bool
+) -> MergeReport:
+    carried = {path.name for path in _previous(plan.base)} if reversible else set()
     changes: dict[str, list[str]] = {"merge": [], "replace": [], "add": []}
     for job in plan.jobs:
         if job.action in changes:
@@ -193,60 +212,11 @@ def _report(plan: Plan, target: Path, files: SideFiles, dry_run: bool) -> MergeR
         bytes_written=plan.bytes_to_write,
         bytes_needed=plan.bytes_to_write + files.nbytes,
         bytes_free=free_bytes(target),
+        reversible=reversible,
+        undo_bytes=0,
         changes=changes,
         config_changes=plan.config_changes,
         side_files=sorted(files.copied),
-        left_out=files.left_out,
+        left_out=[n for n in files.left_out if n.rstrip("/") not in carried],
         warnings=plan.notices,
     )
-
-
-def _refuse_not_finite(adapter: Adapter) -> None:
-    """Raise before anything is written if an adapter holds NaN or infinity."""
-    broken = []
-    with FilePool() as files:
-        for name, info in adapter.tensors.items():
-            if info.is_float and name not in adapter.inert:
-                count = int((~np.isfinite(read_float32(info, files))).sum())
-                if count:
-                    broken.append(f"{name}: {count} of {info.numel} values")
-    if broken:
-        raise ValueRangeError(
-            f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
-            "Training diverged or the file is damaged; use an earlier checkpoint.",
-        )
-
-
-def _write(
-    plan: Plan,
-    folder: Path,
-    files: SideFiles,
-    report: MergeReport,
-    threads: int | None,
-    progress: Progress | None,
-) -> None:
-    from loratool.executor import execute  # torch: about two seconds to import
-
-    done = 0
-
-    def advance(count: int, label: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, report.bytes_written, label)
-
-    written = execute(plan, folder, advance, threads)
-    write_side_files(files, folder, plan.dtype, plan.config_changes)
-    if list(plan.shards) != ["model.safetensors"]:
-        write_json(folder / "model.safetensors.index.json", _index(plan))
-    report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
-    result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
-    write_json(folder / PROVENANCE, describe(plan, "merge", written.shards, result))
-
-
-def _index(plan: Plan) -> dict[str, Any]:
-    weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
-    return {
-        "metadata": {"total_size": plan.bytes_to_write},
-        "weight_map": dict(sorted(weight_map.items())),
-    }

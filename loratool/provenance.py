@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loratool.adapter import Adapter
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.config import read_json
+from loratool.checkpoint.sidefiles import PROVENANCE
+from loratool.errors import FileError, RestoreError, listed
 from loratool.plan import Plan
 
-PROVENANCE = "loratool.json"
+CONFIG = "adapter_config.json"
 
 
 def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
@@ -41,14 +47,10 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
             "bytes": plan.base.nbytes,
             "dtypes": sorted({t.dtype for t in plan.base.tensors.values() if t.is_float}),
             "header_sha256": plan.base.identity(),
+            "adapters": _held_by(plan.base),
         },
         "adapters": [
-            {
-                "name": adapter.name,
-                "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
-                "weight": weight,
-                "files": adapter_files(adapter),
-            }
+            describe_adapter(adapter, weight)
             for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
         ],
         "result": {
@@ -62,9 +64,26 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
     }
 
 
+def _held_by(base: Checkpoint) -> list[dict[str, Any]]:
+    """What the base itself was merged from, by its own record, the oldest first."""
+    if not base.source.is_dir():
+        return []
+    held = [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
+    return [entry.document for entry in held]
+
+
+def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
+    return {
+        "name": adapter.name,
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "weight": weight,
+        "files": adapter_files(adapter),
+    }
+
+
 def adapter_files(adapter: Adapter) -> dict[str, str]:
     """sha256 of the adapter's weights and of its config, by file name."""
-    config = adapter.weights.with_name("adapter_config.json")
+    config = adapter.weights.with_name(CONFIG)
     paths = [adapter.weights, *([config] if config.is_file() else [])]
     return {path.name: file_sha256(path) for path in paths}
 
@@ -79,3 +98,93 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter that a model holds, by its record."""
+
+    name: str
+    weight: float
+    #: sha256 of the weights and of adapter_config.json ("" if there was none).
+    weights_sha256: str
+    config_sha256: str
+    document: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name} (weight {self.weight:g}, sha256 {self.weights_sha256[:12]}…)"
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a model directory; None if it has none. Raises FileError if it is damaged."""
+    path = directory / PROVENANCE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not isinstance(record.get("adapters"), list) or not isinstance(record.get("options"), dict):
+        raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
+    return record
+
+
+def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
+    """The adapters that the model in `directory` holds by its record, in the order of merging.
+
+    With `of_base` those that its base held already.
+    """
+    record = read_record(directory)
+    if record is None:
+        return []
+    try:
+        entries = record["base"].get("adapters", []) if of_base else record["adapters"]
+        return [_merged(entry) for entry in entries]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{directory / PROVENANCE}: its list of adapters is damaged ({error!r}).",
+            "Fetch it again, or remove it.",
+        ) from None
+
+
+def _merged(entry: dict[str, Any]) -> Merged:
+    files = dict(entry["files"])
+    config = str(files.pop(CONFIG, ""))
+    (weights,) = files.values()
+    return Merged(str(entry["name"]), float(entry["weight"]), str(weights), config, entry)
+
+
+def identify(
+    adapters: Sequence[Adapter], held: Sequence[Merged], weights: Sequence[float] | None
+) -> list[int]:
+    """Which of the recorded adapters the given ones are, as indices into `held`.
+
+    Raises RestoreError for an adapter that is none of them, by the hash of its files, and for a
+    weight that is not the one it was merged with.
+    """
+    found: list[int] = []
+    for position, adapter in enumerate(adapters):
+        files = adapter_files(adapter)
+        config, digest = files.pop(CONFIG, ""), next(iter(files.values()))
+        same = [
+            i for i, entry in enumerate(held) if entry.weights_sha256 == digest and i not in found
+        ]
+        exact = [i for i in same if held[i].config_sha256 == config]
+        if weights is not None:
+            exact.sort(key=lambda i: held[i].weight != weights[position])
+        if not exact:
+            what = (
+                f"its {CONFIG} is not the one it was merged with"
+                if same
+                else "it is not among the adapters merged into the model, by the hash of its files"
+            )
+            raise RestoreError(
+                f"{adapter.source}: {what}. The model holds:\n{listed(map(str, held))}",
+                "Give the adapters as they were when they were merged.",
+            )
+        index = exact[0]
+        if weights is not None and held[index].weight != weights[position]:
+            raise RestoreError(
+                f"{adapter.source} was merged with weight {held[index].weight:g}, "
+                f"not {weights[position]:g}.",
+                "Leave --weight out; loratool.json knows the weights.",
+            )
+        found.append(index)
+    return found

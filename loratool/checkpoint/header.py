@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_tiling(path, tensors, 8 + length, size)
     return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
+
+
+def header_bytes(path: Path) -> bytes:
+    """The bytes of a well-formed file before its data."""
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        return start + stream.read(int.from_bytes(start, "little"))
 
 
 def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
@@ -154,11 +162,14 @@ def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
 
 
 def build_header(
-    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: dict[str, str],
+    size: int = 0,
 ) -> bytes:
     """The first bytes of a safetensors file holding `(name, dtype, shape)` in this order.
 
-    The data starts at a multiple of 8 bytes, as in files of the reference implementation.
+    The data starts at a multiple of 8 bytes, as in files of the reference implementation. With
+    `size` the header is filled up with spaces to that many bytes.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
@@ -167,5 +178,5 @@ def build_header(
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, size - 8 - len(text))
     return len(text).to_bytes(8, "little") + text

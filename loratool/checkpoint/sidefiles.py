@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.checkpoint.config import read_json
+from loratool.checkpoint.undo import FOLDER
 
 _TOKENIZER = re.compile(
     r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|"
@@ -28,7 +29,9 @@ _WEIGHTS = re.compile(
 )
 #: Folders that hold the unmerged model in other formats.
 _FOREIGN_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "tflite", "metal"}
-_LEFT_AT_TOP = {"README.md", "adapter_config.json", "loratool.json"}
+#: How an output came about; written by every command that makes a model.
+PROVENANCE = "loratool.json"
+_LEFT_AT_TOP = {"README.md", "adapter_config.json", PROVENANCE}
 
 
 @dataclass
@@ -97,6 +100,12 @@ def collect(
                 if path.is_file() and _TOKENIZER.match(path.name):
                     found.copied[path.name] = path
     return found
+
+
+def previous(directory: Path) -> list[Path]:
+    """What a reversible merge left in a model that is now a base: how it came about itself."""
+    found = [directory / PROVENANCE, directory / FOLDER]
+    return [path for path in found if path.exists()]
 
 
 def _sentence_modules(directory: Path) -> set[str]:

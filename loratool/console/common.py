@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from loratool.adapter import Notice
+from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import LoraToolError
 
 out = Console(highlight=False, soft_wrap=False)
@@ -49,7 +50,7 @@ def print_warnings(notices: Iterable[Notice]) -> None:
 
 
 @contextmanager
-def progress_bar(enabled: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+def progress_bar(enabled: bool, verb: str) -> Iterator[Callable[[int, int, str], None] | None]:
     """A bar with bytes, rate and time left on a terminal; nothing elsewhere."""
     if not enabled or not err.is_terminal:
         yield None
@@ -59,7 +60,7 @@ def progress_bar(enabled: bool) -> Iterator[Callable[[int, int, str], None] | No
         TransferSpeedColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
+        task = bar.add_task(verb, total=None)
 
         def advance(done: int, total: int, label: str) -> None:
             short = re.sub(r"^model-|\.safetensors$", "", label)
@@ -111,3 +112,9 @@ NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "st
 
 def shape_text(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
+
+
+def written_text(nbytes: int, files: int, seconds: float) -> str:
+    # The seconds include the import of torch, which says nothing about small models' speed.
+    rate = f" ({format_bytes(nbytes / max(seconds, 1e-9))}/s)" if nbytes > 100e6 else ""
+    return f"{format_bytes(nbytes)} in {count_text(files, 'file')}, {seconds:.1f} s{rate}"

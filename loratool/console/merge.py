@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.checkpoint.tensors import format_bytes
-from loratool.console.common import fact_grid, out
+from loratool.console.common import fact_grid, out, written_text
 from loratool.merging import MergeReport
 
 
@@ -41,16 +41,13 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         free = format_bytes(report.bytes_free)
         room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
         facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
+        if report.reversible:
+            share = report.undo_bytes / max(1, report.bytes_written)
+            undo = f"about {format_bytes(report.undo_bytes)} more ({share:.1%}), from a sample"
+            facts.add_row("undo file", undo)
     else:
-        # The seconds include the import of torch, which says nothing about small models' speed.
-        rate = ""
-        if report.bytes_written > 100e6:
-            rate = f" ({format_bytes(report.bytes_written / max(report.seconds, 1e-9))}/s)"
         facts.add_row(
-            "written",
-            f"{format_bytes(report.bytes_written)} in {len(report.shards)} "
-            f"{'file' if len(report.shards) == 1 else 'files'}, "
-            f"{report.seconds:.1f} s{rate}",
+            "written", written_text(report.bytes_written, len(report.shards), report.seconds)
         )
         if report.subnormal or report.zeroed:
             share = 100 * (report.subnormal + report.zeroed) / max(1, report.parameters)
@@ -59,5 +56,9 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
                 f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
                 f"({share:.2g}% of all)",
             )
+        if report.reversible:
+            share = report.undo_bytes / max(1, report.bytes_written)
+            undo = f"{format_bytes(report.undo_bytes)} ({share:.2%} of the output)"
+            facts.add_row("undo file", undo)
         facts.add_row("output", escape(report.output))
     out.print(facts)

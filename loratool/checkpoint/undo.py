@@ -1,0 +1,267 @@
+"""The undo file of a reversible merge: all that is needed to get the base back, bit for bit.
+
+`OUT/loratool/undo.safetensors`, in a folder of its own because programs that load a model take
+every safetensors file beside it for weights. Its entries:
+
+* `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`
+* `whole:NAME`      all elements of a tensor that was replaced, in compressed pieces
+* `gain:NAME:k`     the k-th factor that DoRA multiplied NAME's rows or columns with
+* `header:FILE`     the first bytes of a base shard, compressed
+* `file:PATH`       a file of the base that is not in the output as it was, compressed
+* `base`            compressed JSON: every tensor with dtype, shape, sha256 and the sizes of its
+                    chunks; the shards; sha256 of the files beside them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.header import build_header, read_header
+from loratool.checkpoint.residual import (
+    DamagedChunk,
+    Distances,
+    Positions,
+    compress,
+    decode,
+    decode_whole,
+    decompress,
+)
+from loratool.checkpoint.tensors import FilePool, TensorInfo, read_raw
+from loratool.errors import FileError
+
+#: Where the undo file lies in an output.
+FOLDER = "loratool"
+UNDO = "undo.safetensors"
+#: What the base had of these itself, because it was the result of a reversible merge.
+BEFORE = "before"
+
+VERSION = 1
+
+#: Refuse to unpack more than this for a header, a side file or the table of tensors.
+_MAX_UNPACKED = 1 << 30
+
+_LARGEST_OFFSET = 10**15
+
+
+class UndoWriter:
+    """Writes an undo file entry after entry, in the order of `add` and `append`.
+
+    A safetensors file begins with the sizes of its entries, which are known only at the end. So
+    room is kept for a header that names all of `entries`, and what is not needed becomes spaces.
+    """
+
+    def __init__(self, path: Path, entries: list[str]) -> None:
+        widest = [(name, "U8", (_LARGEST_OFFSET + i,)) for i, name in enumerate([*entries, "base"])]
+        self._room = len(build_header(widest, {"format": "loratool-undo"}))
+        self._entries: dict[str, int] = {}
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._end = self._room
+
+    def append(self, entry: str, data: bytes) -> None:
+        """Add to the newest entry, or begin a new one."""
+        if not data:
+            return
+        assert entry not in self._entries or entry == next(reversed(self._entries))
+        self._entries[entry] = self._entries.get(entry, 0) + len(data)
+        _write_all(self._fd, data, self._end)
+        self._end += len(data)
+
+    def finish(self, base: dict[str, Any]) -> int:
+        """Write the table of the base and the header, close; returns the size of the file."""
+        self.append("base", compress(json.dumps({"version": VERSION, **base}).encode()))
+        shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
+        header = build_header(shapes, {"format": "loratool-undo"}, self._room)
+        _write_all(self._fd, header, 0)
+        self.close()
+        return self._end
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _write_all(fd: int, data: bytes, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, position)
+        view, position = view[count:], position + count
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """A tensor of the base as the undo file knows it.
+
+    `step` elements are coded to a chunk, and `sizes` are the bytes of the chunks; both are 0 and
+    empty where the subtraction misses nothing. `whole` marks a tensor that is stored itself.
+    """
+
+    info: TensorInfo
+    sha256: str
+    whole: bool
+    step: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaseShard:
+    """A file of the base: its tensors in the order of their data, and its first bytes.
+
+    `header` is empty where the base was no safetensors file, or held more than its index said.
+    """
+
+    file: str
+    tensors: tuple[str, ...]
+    header: bytes
+
+
+@dataclass
+class Undo:
+    """An undo file, open for reading. Data is read when asked for."""
+
+    path: Path
+    tensors: dict[str, BaseTensor]
+    shards: list[BaseShard]
+    #: Files of the base that the output holds otherwise or not at all.
+    files: dict[str, bytes]
+    #: sha256 of all files beside the base's weights that a merge carries over.
+    side_files: dict[str, str]
+    _entries: dict[str, TensorInfo] = field(default_factory=dict)
+    _places: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.path.stat().st_size
+
+    def base(self, name: Path) -> Checkpoint:
+        """The base as a checkpoint without data: names, dtypes, shapes, shards and config."""
+        config = json.loads(self.files["config.json"]) if "config.json" in self.files else {}
+        tensors = {name: tensor.info for name, tensor in self.tensors.items()}
+        shards = {shard.file: list(shard.tensors) for shard in self.shards}
+        return Checkpoint(name, name, config, tensors, shards)
+
+    def residual(self, name: str, low: int, files: FilePool) -> tuple[Positions, Distances]:
+        """What is missing in the elements from `low` on, a multiple of `step`; positions count
+        from `low`."""
+        tensor = self.tensors[name]
+        elements = min(tensor.step, tensor.info.numel - low)
+        with self._damage(f"residual:{name}"):
+            return decode(self._chunk("residual", name, low, files), elements, tensor.info.itemsize)
+
+    def whole(self, name: str, low: int, files: FilePool) -> npt.NDArray[np.uint8]:
+        """The bytes of the elements from `low` on, a multiple of `step`, of a replaced tensor."""
+        tensor = self.tensors[name]
+        elements = min(tensor.step, tensor.info.numel - low)
+        with self._damage(f"whole:{name}"):
+            chunk = self._chunk("whole", name, low, files)
+            return decode_whole(chunk, elements, tensor.info.itemsize)
+
+    def gain(self, name: str, index: int, dtype: str, files: FilePool) -> npt.NDArray[Any] | None:
+        """The factor of the `index`-th delta of a tensor; None where it has none."""
+        entry = self._entries.get(f"gain:{name}:{index}")
+        return None if entry is None else read_raw(entry, files).view(dtype)
+
+    def _chunk(self, kind: str, name: str, low: int, files: FilePool) -> bytes:
+        entry = self._entries.get(f"{kind}:{name}")
+        if entry is None:
+            return b""
+        places = self._places[name]
+        index = low // self.tensors[name].step
+        buffer = bytearray(places[index + 1] - places[index])
+        files.read_into(entry.file, entry.start + places[index], memoryview(buffer))
+        return bytes(buffer)
+
+    def _damage(self, entry: str) -> _Damage:
+        return _Damage(self.path, entry)
+
+
+class _Damage:
+    """Turns a damaged chunk into an error that names file and entry."""
+
+    def __init__(self, path: Path, entry: str) -> None:
+        self._where = path, entry
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (DamagedChunk, KeyError, ValueError, TypeError, IndexError)):
+            path, entry = self._where
+            raise FileError(
+                f"{path}: the undo file is damaged at {entry} ({error}).",
+                "Fetch it again. `loratool unmerge --subtract` does without it, but not exactly.",
+            ) from None
+
+
+def read_undo(path: Path) -> Undo:
+    """Open an undo file. Raises FileError for one that is damaged or of a later version."""
+    entries, metadata = read_header(path)
+    if metadata.get("format") != "loratool-undo" or "base" not in entries:
+        raise FileError(f"{path}: not an undo file of loratool.", "Check the path.")
+    with FilePool() as files, _Damage(path, "base"):
+        table = json.loads(_unpack(entries["base"], files))
+        if table["version"] != VERSION:
+            raise FileError(
+                f"{path}: it was written by a later loratool (undo version {table['version']}).",
+                "Use that version.",
+            )
+        kept = {
+            name.partition(":")[2]: _unpack(info, files)
+            for name, info in entries.items()
+            if name.startswith("file:")
+        }
+        headers = {
+            name.partition(":")[2]: _unpack(info, files)
+            for name, info in entries.items()
+            if name.startswith("header:")
+        }
+        tensors = dict(_tensors(table["tensors"]))
+        shards = [
+            BaseShard(s["file"], tuple(s["tensors"]), headers.get(s["file"], b""))
+            for s in table["shards"]
+        ]
+        undo = Undo(path, tensors, shards, kept, table["side_files"], entries)
+        for name, tensor in tensors.items():
+            undo._places[name] = [0, *np.cumsum(tensor.sizes, dtype=np.int64).tolist()]
+        _check(undo)
+    return undo
+
+
+def _unpack(info: TensorInfo, files: FilePool) -> bytes:
+    return decompress(read_raw(info, files).tobytes(), _MAX_UNPACKED)
+
+
+def _tensors(table: dict[str, Any]) -> Iterator[tuple[str, BaseTensor]]:
+    place = 0
+    for name, t in table.items():
+        # No file is there; the place only tells tensors apart.
+        info = TensorInfo(name, t["dtype"], tuple(t["shape"]), Path("base"), place)
+        place += info.nbytes
+        yield name, BaseTensor(info, t["sha256"], t["whole"], t["step"], tuple(t["sizes"]))
+
+
+def _check(undo: Undo) -> None:
+    """Raise ValueError where the table and the entries of the file contradict each other."""
+    for name, tensor in undo.tensors.items():
+        kind = "whole" if tensor.whole else "residual"
+        entry = undo._entries.get(f"{kind}:{name}")
+        chunks = -(-tensor.info.numel // tensor.step) if tensor.step else 0
+        if len(tensor.sizes) not in (0, chunks) or min(tensor.sizes, default=0) < 0:
+            raise ValueError(f"{name} has {len(tensor.sizes)} chunks instead of {chunks}")
+        if sum(tensor.sizes) != (entry.nbytes if entry else 0):
+            raise ValueError(f"the chunks of {name} do not fill their entry")
+    named = [name for shard in undo.shards for name in shard.tensors]
+    if sorted(named) != sorted(undo.tensors):
+        raise ValueError("its shards and its tensors differ")
+    for path in [*undo.files, *undo.side_files, *(shard.file for shard in undo.shards)]:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(f"{path!r} lies outside the model")

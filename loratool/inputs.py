@@ -1,0 +1,73 @@
+"""What every verb on models asks of its arguments, before and after the files are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from loratool.adapter import Adapter
+from loratool.checkpoint.tensors import FilePool, read_float32
+from loratool.errors import UsageError, ValueRangeError, listed, nearest
+from loratool.plan import DTYPES
+
+Source = str | Path
+
+
+def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
+    return [adapters] if isinstance(adapters, str | Path) else list(adapters)
+
+
+def check_paths(paths: Sequence[Source], adapters: Sequence[Source], usage: str) -> None:
+    """Raise UsageError for an empty path and for no adapter at all."""
+    if not all(str(path) for path in (*paths, *adapters)):
+        raise UsageError("A path is empty.", "Check the variables in your command.")
+    if not adapters:
+        raise UsageError("No adapter given.", usage)
+
+
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot work.", "Give a number above zero.")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        near = nearest(dtype, DTYPES)
+        raise UsageError(
+            f"Unknown dtype {dtype!r}.",
+            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
+        )
+
+
+def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
+    """The weights as floats, 1.0 each if none were given. Raises UsageError."""
+    try:
+        factors = [float(w) for w in weights] if weights else [1.0] * len(adapters)
+    except (TypeError, ValueError):
+        raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
+    if len(factors) != len(adapters):
+        raise UsageError(
+            f"{len(factors)} weights for {len(adapters)} adapters.",
+            "Give --weight once per adapter, in their order.",
+        )
+    if not all(np.isfinite(factors)):
+        raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
+    return factors
+
+
+def refuse_not_finite(adapter: Adapter) -> None:
+    """Raise before anything is written if an adapter holds NaN or infinity."""
+    broken = []
+    with FilePool() as files:
+        for name, info in adapter.tensors.items():
+            if info.is_float and name not in adapter.inert:
+                count = int((~np.isfinite(read_float32(info, files))).sum())
+                if count:
+                    broken.append(f"{name}: {count} of {info.numel} values")
+    if broken:
+        raise ValueRangeError(
+            f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
+            "Training diverged or the file is damaged; use an earlier checkpoint.",
+        )

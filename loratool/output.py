@@ -1,0 +1,87 @@
+"""The model directory that a plan makes: shards, index, config and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapter import Adapter
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
+from loratool.checkpoint.tensors import format_bytes
+from loratool.checkpoint.writer import free_bytes
+from loratool.errors import OutputError, explained_os_errors
+from loratool.plan import Plan
+from loratool.provenance import write_json
+
+if TYPE_CHECKING:
+    from loratool.executor import Written
+    from loratool.recording import Recorder
+
+#: `progress(bytes_done, bytes_total, label)`, called as the output grows.
+Progress = Callable[[int, int, str], None]
+
+INDEX = "model.safetensors.index.json"
+
+
+def counting(progress: Progress | None, total: int) -> Callable[[int, str], None]:
+    """Turn counts of single steps into calls of `progress` with their sum."""
+    done = 0
+
+    def advance(count: int, label: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, label)
+
+    return advance
+
+
+def side_files_of(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> SideFiles:
+    """What lies beside the weights of `checkpoint`, with the adapters' tokenizers on top.
+
+    Raises FileError for a file that cannot be read.
+    """
+    folders = [a.source if a.source.is_dir() else a.weights.parent for a in adapters]
+    index = {path.name for path in checkpoint.directory.glob("*.index.json")}
+    names = {path.name for path in checkpoint.files} | index
+    with explained_os_errors():
+        found = collect(checkpoint.directory, names, folders, checkpoint.source.is_dir())
+        found.check_readable()
+    return found
+
+
+def refuse_full_disk(needed: int, target: Path) -> None:
+    free = free_bytes(target)
+    if needed > free:
+        raise OutputError(
+            f"The output needs {format_bytes(needed)}, but only "
+            f"{format_bytes(free)} are free at {target.absolute().parent}.",
+            "Free some space, or write to another disk.",
+        )
+
+
+def write_model(
+    plan: Plan,
+    folder: Path,
+    files: SideFiles,
+    progress: Progress | None,
+    threads: int | None,
+    recorder: Recorder | None = None,
+) -> Written:
+    """Write everything but the provenance into `folder`."""
+    from loratool.executor import execute  # torch: about two seconds to import
+
+    written = execute(plan, folder, counting(progress, plan.bytes_to_write), threads, recorder)
+    write_side_files(files, folder, plan.dtype, plan.config_changes)
+    if list(plan.shards) != ["model.safetensors"]:
+        weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
+        write_index(folder, weight_map, plan.bytes_to_write)
+    return written
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    """Write which tensor lies in which shard; `total` is the bytes of all tensors."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
     from loratool.unmerging import UnmergeReport, unmerge
+    from loratool.verifying import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -21,10 +22,12 @@ __all__ = [
     "LoraToolError",
     "MergeReport",
     "UnmergeReport",
+    "VerifyReport",
     "__version__",
     "inspect",
     "merge",
     "unmerge",
+    "verify",
 ]
 
 _HOMES = {
@@ -34,6 +37,8 @@ _HOMES = {
     "MergeReport": "merging",
     "unmerge": "unmerging",
     "UnmergeReport": "unmerging",
+    "verify": "verifying",
+    "VerifyReport": "verifying",
     "LoraToolError": "errors",
 }
 

@@ -194,10 +194,7 @@ class RunningJob:
         if raw is None:
             raw = self._raw_scratch(low, high)
         values = self.add(self.load(low, high, raw), low, high)
-        out = torch.from_numpy(data).view(TORCH[self.job.dtype])
-        if self.work == torch.float64 and self.job.dtype in ("F16", "BF16"):
-            values = _rounded_to_odd(values)
-        out.copy_(values)
+        narrowed(values, torch.from_numpy(data).view(TORCH[self.job.dtype]))
         magnitudes, broken = _magnitudes(data, self.job.dtype)
         if broken:
             self.explain_values()
@@ -325,6 +322,13 @@ def _apply(matrix: torch.Tensor, terms: list[_Term], first: int, last: int) -> N
             gain = term.gain(original + delta, first, last)
             matrix += delta
             matrix *= gain
+
+
+def narrowed(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Round `values` once into `out`."""
+    if values.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+        values = _rounded_to_odd(values)
+    out.copy_(values)
 
 
 def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,12 @@ class FileError(LoraToolError):
     code = "bad-file"
 
 
+class TruncatedError(FileError):
+    """A weights file that ends before its data does."""
+
+    code = "truncated"
+
+
 class AdapterError(LoraToolError):
     """An adapter that cannot be used as asked: wrong kind, inconsistent, or not merged honestly."""
 
@@ -66,6 +72,13 @@ class RestoreError(LoraToolError):
     """A merge that cannot be taken back as asked."""
 
     code = "not-restored"
+
+
+class VerifyError(LoraToolError):
+    """What was written is not what was computed."""
+
+    code = "not-verified"
+    exit_code = 3
 
 
 class OutputError(LoraToolError):

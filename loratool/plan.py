@@ -50,6 +50,10 @@ class Job:
         return bool(self.deltas or self.biases or self.rows)
 
     @property
+    def is_adapted(self) -> bool:
+        return self.is_arithmetic or self.action in ("replace", "add")
+
+    @property
     def is_verbatim(self) -> bool:
         return not self.is_arithmetic and self.dtype == self.source.dtype
 

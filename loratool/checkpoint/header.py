@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, format_bytes
-from loratool.errors import FileError
+from loratool.errors import FileError, TruncatedError
 
 #: Longest header accepted, as in the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
@@ -47,7 +47,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 "Check what the file really is; its name does not fit its content.",
             )
         if 8 + length > size:
-            raise FileError(
+            raise TruncatedError(
                 f"{path}: truncated in its header: {format_bytes(8 + length)} announced, "
                 f"{format_bytes(size)} there.",
                 _REFETCH,
@@ -152,7 +152,7 @@ def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
             )
         position += info.nbytes
     if position > size:
-        raise FileError(
+        raise TruncatedError(
             f"{path}: truncated: the header describes {format_bytes(position)}, "
             f"{format_bytes(size)} are there ({position - size} bytes missing).",
             _REFETCH,

@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from loratool.errors import FileError
+from loratool.errors import FileError, TruncatedError
 
 #: Bits per element of every dtype that the safetensors format names.
 DTYPE_BITS = {
@@ -106,7 +106,7 @@ class FilePool:
         while done < len(buffer):
             count = os.preadv(fd, [buffer[done:]], start + done)
             if count == 0:
-                raise FileError(
+                raise TruncatedError(
                     f"{path}: the file ended {len(buffer) - done} bytes early while being read.",
                     "It is truncated, or it was changed during the run. Fetch it again.",
                 )

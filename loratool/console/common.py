@@ -89,6 +89,15 @@ def span_text(values: Sequence[float | None], digits: int = 2) -> str:
     return number_text(known[0]) if len(known) == 1 else low if low == high else f"{low}–{high}"
 
 
+def percent_text(share: float) -> str:
+    """Three digits where they matter: 100 % only if nothing is missing from it."""
+    if 0.9995 < share < 1:
+        return "<100%"
+    if 0 < share < 0.00005:
+        return "<0.01%"
+    return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
+
+
 def count_text(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
@@ -107,7 +116,8 @@ def make_table(*headings: str) -> Table:
 
 
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
-            "‖ΔW‖/‖W‖"}  # fmt: skip
+            "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
+            "max dev."}  # fmt: skip
 
 
 def shape_text(shape: Iterable[int]) -> str:

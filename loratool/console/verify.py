@@ -1,0 +1,96 @@
+"""Show what `verify` found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from loratool.checkpoint.tensors import format_bytes
+from loratool.console.common import (
+    count_text,
+    fact_grid,
+    make_table,
+    number_text,
+    out,
+    percent_text,
+)
+from loratool.findings import Finding
+from loratool.folding import pattern, ranged, split
+from loratool.verifying import VerifyReport
+
+#: From this width on the table shows how far values are off, too.
+WIDE = 100
+
+
+def show_verify(report: VerifyReport, full: bool) -> None:
+    facts = fact_grid()
+    facts.add_row("merged", escape(report.merged))
+    facts.add_row("base", escape(report.base))
+    for adapter, weight in zip(report.adapters, report.weights, strict=True):
+        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+    if report.findings:
+        equal = f"{percent_text(report.equal)} of the adapted weights have the once-rounded value"
+        facts.add_row("equal", equal)
+        facts.add_row("untouched", f"{count_text(report.untouched, 'tensor')} as in the base")
+    if report.lost is not None:
+        facts.add_row("rounding", f"took {percent_text(report.lost)} of the delta")
+    if report.bytes_read:
+        rate = ""
+        if report.bytes_read > 100e6:
+            rate = f", {format_bytes(report.bytes_read / max(report.seconds, 1e-9))}/s"
+        facts.add_row("read", f"{format_bytes(report.bytes_read)}, {report.seconds:.1f} s{rate}")
+    out.print(facts)
+    shown = [f for f in report.findings if f.adapted]
+    if shown:
+        out.print()
+        out.print(_table(shown, full or len(shown) == 1))
+    out.print()
+    for sentence in report.summary:
+        out.print(escape(sentence[0].upper() + sentence[1:] + "."), soft_wrap=True)
+    if report.verdict == "yes":
+        out.print("[bold green]yes:[/] the merged model is base + adapters", soft_wrap=True)
+    else:
+        out.print("[bold red]no:[/] the merged model is not base + adapters", soft_wrap=True)
+
+
+def _table(findings: Sequence[Finding], full: bool) -> Table:
+    """One line per group of tensors with one finding, under their layers."""
+    headings = ["module", "finding", "weight", "equal", "lost", "unexplained"]
+    if out.width >= WIDE:
+        headings += ["values off", "max ulp", "max dev."]
+    table = make_table(*headings)
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for f in findings:
+        key = (f.module,) if full else (pattern(f.module), f.code)
+        groups.setdefault(key, []).append(f)
+    section = ""
+    for group in groups.values():
+        head, leaf = split(ranged([f.module for f in group]))
+        if head != section and head:
+            table.add_row(f"[cyan]{escape(head)}[/]")
+        section = head
+        cells = {
+            "module": ("  " if head else "") + escape(leaf),
+            "finding": group[0].code if group[0].sound else f"[red]{group[0].code}[/]",
+            "weight": _weights([f.applied for f in group]),
+            "equal": percent_text(min(f.equal for f in group)),
+            "lost": _percents([f.lost for f in group]),
+            "unexplained": _percents([f.unexplained for f in group]),
+            "values off": f"{sum(f.off for f in group):,}",
+            "max ulp": f"{max(f.largest_ulp for f in group):,}",
+            "max dev.": number_text(max(f.largest for f in group), 2),
+        }
+        table.add_row(*[cells[heading] for heading in headings])
+    return table
+
+
+def _percents(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return percent_text(max(known)) if known else "–"
+
+
+def _weights(values: Sequence[float | None]) -> str:
+    shown = sorted({f"{v + 0.0:.2f}" for v in values if v is not None}, key=float)
+    return "–".join(shown if len(shown) < 2 else (shown[0], shown[-1])) or "–"

@@ -1,0 +1,299 @@
+"""What a comparison counts of a tensor, what that means, and how to say it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.folding import pattern, ranged
+
+#: Upper ends of the bins that distances in units in the last place are counted in.
+BINS = (0, 1, 2, 4, 16, 256)
+
+
+@dataclass
+class Stats:
+    """What a comparison of one tensor counted. Sums of squares and products are over elements.
+
+    W is the base, x = W + Δ, E the once-rounded x, M the merged tensor; Δ includes what DoRA does.
+    `outside_…` are the parts of the sums that elements outside of all tolerances contributed.
+    """
+
+    elements: int = 0
+    equal: int = 0
+    #: Elements that differ by no more than the order of a float32 sum explains.
+    noise: int = 0
+    #: Elements that differ by no more than another rounding to half precision explains.
+    rounding: int = 0
+    outside: int = 0
+    #: Elements unlike the base's in blocks where some were not as expected.
+    unlike_base: int = 0
+    bins: list[int] = field(default_factory=lambda: [0] * (len(BINS) + 1))
+    largest_ulp: int = 0
+    largest: float = 0.0
+    delta: float = 0.0  # Σ Δ²
+    change: float = 0.0  # Σ (M - W)²
+    along: float = 0.0  # Σ (M - W)·Δ
+    expected_along: float = 0.0  # Σ (E - W)·Δ
+    lost: float = 0.0  # Σ (M - x)²
+    expected_lost: float = 0.0  # Σ (E - x)²
+    outside_along: float = 0.0
+    outside_expected: float = 0.0
+    #: How many differing elements each named way of rounding explains.
+    ways: Counter[str] = field(default_factory=Counter)
+
+    def __iadd__(self, other: Stats) -> Stats:
+        for name, value in other.__dict__.items():
+            mine = getattr(self, name)
+            if name == "bins":
+                self.bins = [a + b for a, b in zip(mine, value, strict=True)]
+            elif name in ("largest", "largest_ulp"):
+                setattr(self, name, max(mine, value))
+            else:
+                setattr(self, name, mine + value)
+        return self
+
+
+#: Findings that mean "this is base + adapters".
+SOUND = ("once", "twice", "low-precision", "same", "same-twice")
+
+#: Ways of rounding twice, in words.
+_WAYS = {
+    "delta": "the delta was rounded to {} before it was added, as PEFT's safe_merge, PEFT's "
+    "embeddings and mlx-lm do",
+    "through": "the sum was rounded to {} before it was stored",
+    "cast": "the base was rounded to {} before the delta was added",
+    "both": "base and delta were rounded to {} before they were added",
+}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+
+#: A weight this near to 1 is 1.
+_NEAR = 0.02
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One tensor of the merged model: `code` says what became of it.
+
+    once, twice, low-precision: merged, with one rounding, with two, or with a product in half
+    precision. same, same-twice: as the adapter leaves it. not-merged; weight: merged with
+    `applied` times what it should be; damaged: merged, but some values are off; other: changed in a
+    way the adapters do not explain; changed: touched although no adapter does; missing, added,
+    shape, dtype: the tensor itself is not as expected.
+    """
+
+    tensor: str
+    code: str
+    adapted: bool
+    elements: int = 0
+    #: Share of elements equal to the once-rounded result.
+    equal: float = 0.0
+    #: Distances in units in the last place, by the upper end of their bin ("0", "1", …, "more").
+    ulps: dict[str, int] = field(default_factory=dict)
+    largest_ulp: int = 0
+    largest: float = 0.0
+    #: Least-squares coefficient of (merged - base) on the delta; None where there is no delta.
+    applied: float | None = None
+    #: Share of ‖merged - base‖ that is neither along the delta nor rounding.
+    unexplained: float | None = None
+    #: ‖realised - Δ‖/‖Δ‖: how much of the delta rounding lost.
+    lost: float | None = None
+    #: Values beyond every tolerance.
+    off: int = 0
+    way: str = ""
+    note: str = ""
+
+    @property
+    def sound(self) -> bool:
+        return self.code in SOUND
+
+    @property
+    def module(self) -> str:
+        return self.tensor.removesuffix(".weight")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def judge(tensor: str, stats: Stats, arithmetic: bool, replaced: bool) -> Finding:
+    """The finding for a tensor that both models have.
+
+    `arithmetic`: deltas are added to it. `replaced`: an adapter holds it whole.
+    """
+    code, way = _code(stats, arithmetic, replaced)
+    applied = unexplained = lost = None
+    if arithmetic and stats.delta > 0:
+        applied = _finite(stats.along / stats.delta)
+        lost = _finite(math.sqrt(stats.lost / stats.delta) if stats.lost >= 0 else math.nan)
+        unexplained = _unexplained(stats)
+    labels = [str(end) for end in BINS] + ["more"]
+    return Finding(
+        tensor, code, arithmetic or replaced, stats.elements,
+        stats.equal / stats.elements if stats.elements else 1.0,
+        dict(zip(labels, stats.bins, strict=True)), stats.largest_ulp, stats.largest,
+        applied, unexplained, lost, stats.outside, way,
+    )  # fmt: skip
+
+
+def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
+    differing = stats.elements - stats.equal
+    if not arithmetic:
+        if not differing:
+            return "same", ""
+        way, explained = _best_way(stats)
+        if explained == differing:
+            return "same-twice", way
+        return ("other" if replaced else "changed"), ""
+    if not stats.rounding and not stats.outside:
+        return "once", ""
+    if not stats.unlike_base and not _moved(stats):
+        return "not-merged", ""
+    if not stats.outside and _applied_right(stats.along, stats.expected_along, stats):
+        way, explained = _best_way(stats)
+        return ("twice", way) if explained >= 0.99 * differing else ("low-precision", "")
+    few = stats.outside <= max(8, stats.elements // 1000) and stats.outside * 10 < stats.elements
+    inside = stats.along - stats.outside_along
+    if few and stats.outside:
+        # One wrong exponent bit outweighs all other values, so they are judged without it.
+        expected = stats.expected_along - stats.outside_expected
+        if _applied_right(inside, expected, stats):
+            return "damaged", ""
+    unexplained = _unexplained(stats)
+    ratio = _ratio(stats)
+    if unexplained is None or ratio is None or unexplained > 0.1:
+        return "other", ""
+    if abs(ratio) < _NEAR:
+        return "not-merged", ""
+    return ("damaged" if abs(ratio - 1) <= _NEAR and few else "weight"), ""
+
+
+def _moved(stats: Stats) -> bool:
+    """Whether the tensor differs from the base along the delta at all."""
+    return stats.delta > 0 and abs(stats.along) > _NEAR * stats.delta
+
+
+def _ratio(stats: Stats) -> float | None:
+    """The applied weight, set against what rounding leaves of the right one."""
+    if not stats.delta > 0:
+        return None
+    expected = stats.expected_along / stats.delta
+    return _finite(stats.along / stats.delta / (expected if expected > 0.05 else 1.0))
+
+
+def _applied_right(along: float, expected: float, stats: Stats) -> bool:
+    """Whether the part along the delta is what it should be, within what rounding scatters."""
+    if not stats.delta > 0 or not math.isfinite(along):
+        return False
+    # Rounding errors do not follow the delta, so their part along it is random: √(‖e‖²‖Δ‖²/n).
+    scatter = math.sqrt(stats.expected_lost * stats.delta / max(1, stats.elements))
+    return abs(along - expected) <= 0.05 * abs(expected) + 5 * scatter
+
+
+def _unexplained(stats: Stats) -> float | None:
+    if not stats.delta > 0 or not stats.change > 0:
+        return None
+    # ‖M - W - cΔ‖², twice the same but for cancellation: the first is good for c near 0, the second
+    # for c near 1.
+    weight = stats.along / stats.delta
+    rest = min(
+        stats.change - weight * stats.along, stats.lost - (1 - weight) ** 2 * stats.delta
+    ) - 3 * stats.expected_lost  # fmt: skip
+    return _finite(math.sqrt(max(0.0, rest) / stats.change))
+
+
+def _best_way(stats: Stats) -> tuple[str, int]:
+    if not stats.ways:
+        return "", 0
+    way, explained = max(stats.ways.items(), key=lambda item: item[1])
+    kind, _, dtype = way.partition("-")
+    return _WAYS[kind].format(_DTYPES[dtype]), explained
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------------------- in words
+
+
+def sentences(findings: Sequence[Finding]) -> list[str]:
+    """What was found, the bad first, modules of one kind together."""
+    modules = [f for f in findings if f.adapted and f.code not in ("missing", "added", "shape")]
+    said = []
+    for phrase, group in _grouped([f for f in findings if not f.sound]):
+        whole = modules if group[0].adapted and group[0].code not in _OF_TENSORS else []
+        said.append(_sentence(phrase, group, whole))
+    for phrase, group in _grouped([f for f in findings if f.sound and f.adapted]):
+        said.append(_sentence(phrase, group, modules))
+    return said
+
+
+_OF_TENSORS = ("missing", "added", "shape", "dtype", "changed")
+
+
+def _grouped(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(_phrase(finding), []).append(finding)
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
+
+
+def _phrase(f: Finding) -> str:
+    """What happened, to follow "3 modules …"."""
+    if f.code == "weight":
+        assert f.applied is not None
+        times = f"{f.applied:.2f}"
+        return "were merged twice" if times == "2.00" else f"were merged with weight {times}"
+    return {
+        "once": "are the once-rounded result",
+        "same": "are as the adapter holds them",
+        "same-twice": f"are as the adapter holds them; {f.way}",
+        "twice": f"are merged and rounded twice: {f.way}",
+        "low-precision": "are merged, with a product in half precision",
+        "not-merged": "were never merged",
+        "damaged": "are merged, but some of their values are off",
+        "other": "changed in a way that the adapters do not explain",
+        "changed": "changed although no adapter touches them",
+        "missing": "are missing",
+        "added": "are not in the base",
+        "shape": "have another shape",
+        "dtype": "have a dtype that cannot hold them",
+    }[f.code]
+
+
+def _sentence(phrase: str, group: list[Finding], whole: Sequence[Finding]) -> str:
+    noun = "module" if whole else "tensor"
+    if len(group) == 1:
+        for many, one in (("are ", "is "), ("were ", "was "), ("have ", "has "),
+                          (" them", " it"), (" their ", " its ")):  # fmt: skip
+            phrase = phrase.replace(many, one) if many.startswith(" ") else (
+                one + phrase.removeprefix(many) if phrase.startswith(many) else phrase
+            )  # fmt: skip
+    count = f"{len(group)} of {len(whole)} {noun}s" if whole else (
+        f"{len(group)} {noun}" + ("s" if len(group) > 1 else ""))  # fmt: skip
+    if whole and len(group) == len(whole) > 1:
+        return f"all {len(whole)} {noun}s {phrase}"
+    return f"{count} {phrase}: {_places(group, whole)}"
+
+
+def _places(group: Sequence[Finding], whole: Sequence[Finding]) -> str:
+    """ "all of mlp.down_proj" where every module of that name is meant, else names with ranges."""
+    kinds: dict[str, list[str]] = {}
+    for finding in group:
+        name = finding.module if whole else finding.tensor
+        kinds.setdefault(pattern(name), []).append(name)
+    sizes: dict[str, int] = {}
+    for finding in whole:
+        kind = pattern(finding.module)
+        sizes[kind] = sizes.get(kind, 0) + 1
+    named = []
+    for kind, members in kinds.items():
+        if len(members) > 1 and sizes.get(kind) == len(members):
+            named.append("all of " + kind.rpartition("#.")[2])
+        else:
+            named.append(ranged(members))
+    more = f" and {len(named) - 5} more kinds" if len(named) > 5 else ""
+    return ", ".join(named[:5]) + more

@@ -1,0 +1,182 @@
+"""verify: is a merged model base + adapters?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Notice
+from loratool.checkpoint.base import open_checkpoint, refuse_quantised
+from loratool.errors import TruncatedError, explained_os_errors
+from loratool.findings import Finding, Stats, judge, sentences
+from loratool.formats import read_lora
+from loratool.inputs import (
+    Source,
+    as_list,
+    check_paths,
+    check_threads,
+    check_weights,
+    refuse_not_finite,
+)
+from loratool.output import Progress, counting
+from loratool.plan import Job, Plan
+from loratool.planning import build_plan
+
+if TYPE_CHECKING:
+    from loratool.comparison import Pair
+
+
+@dataclass
+class VerifyReport:
+    """Whether a merged model is base + adapters, and why not.
+
+    `verdict` is "yes" or "no"; `summary` says it in sentences. `findings` has an entry for every
+    adapted tensor and for every other tensor that is not as expected. `equal` is the share of the
+    adapted weights that have the once-rounded value, `lost` what rounding took of the delta:
+    ‖realised − Δ‖/‖Δ‖ over the modules that are merged.
+    """
+
+    merged: str
+    base: str
+    adapters: list[str]
+    weights: list[float]
+    verdict: str
+    summary: list[str]
+    modules: int
+    tensors: int
+    untouched: int
+    equal: float
+    lost: float | None
+    bytes_read: int
+    findings: list[Finding] = field(default_factory=list)
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("warnings", "findings")}
+        return {
+            "schema_version": 1,
+            **fields,
+            "findings": [f.to_dict() for f in self.findings],
+            "warnings": [w.to_dict() for w in self.warnings],
+        }
+
+
+def verify(
+    merged: str | Path,
+    base: str | Path,
+    adapters: Source | Sequence[Source],
+    *,
+    weights: Sequence[float] | None = None,
+    allow_unmatched: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check whether a model on disk is `base` with `adapters` merged into it, whoever merged them.
+
+    Parameters
+    ----------
+    merged: the model to check: directory or weights file, in any dtype and any split into shards.
+    base, adapters, weights, allow_unmatched: as for `merge`.
+    threads: worker threads; the result does not depend on it.
+    progress: called with (bytes done, bytes in all, tensor name).
+
+    Raises
+    ------
+    FileError, AdapterError, BaseError, MatchError: there is no telling.
+    """
+    from loratool.comparison import compare  # torch: about two seconds to import
+    from loratool.pairing import pair_up
+
+    started = time.perf_counter()
+    sources = as_list(adapters)
+    check_paths([merged, base], sources, "loratool verify MERGED --base BASE ADAPTER")
+    check_threads(threads)
+    factors = check_weights(weights, sources)
+    with explained_os_errors():
+        original = open_checkpoint(base)
+        loras = [read_lora(source) for source in sources]
+        plan = build_plan(original, loras, factors, "base", allow_unmatched)
+        for lora in loras:
+            refuse_not_finite(lora)
+        report = _report(plan, merged)
+        try:
+            model = open_checkpoint(merged)
+        except TruncatedError as error:
+            report.summary = [error.message]
+        else:
+            refuse_quantised(model)
+            found = pair_up(plan, model)
+            report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
+            stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
+            findings = [_judged(pair, stats[pair.job.name]) for pair in found.pairs]
+            findings = _look_again(findings, found.pairs, plan, threads)
+            _conclude(report, [*findings, *found.findings], stats)
+            report.warnings += found.notices
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _judged(pair: Pair, stats: Stats) -> Finding:
+    job = pair.job
+    return judge(job.name, stats, job.is_arithmetic, job.action in ("replace", "add"))
+
+
+def _look_again(
+    findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
+) -> list[Finding]:
+    """Where an adapter's saved tensor is not there, ask whether it is still the base's."""
+    from loratool.comparison import Pair, compare
+
+    unlike = {f.tensor for f in findings if f.code == "other"}
+    again = []
+    for pair in pairs:
+        source = plan.base.tensors.get(pair.job.name)
+        if pair.job.name in unlike and pair.job.action == "replace" and source is not None:
+            plain = Job(pair.job.name, pair.job.dtype, source, "copy", checked=False)
+            again.append(Pair(plain, pair.merged))
+    still = {
+        name
+        for name, stats in compare(again, lambda *_: None, threads).items()
+        if stats.equal == stats.elements
+    }
+    return [replace(f, code="not-merged") if f.tensor in still else f for f in findings]
+
+
+def _report(plan: Plan, merged: str | Path) -> VerifyReport:
+    return VerifyReport(
+        merged=str(merged),
+        base=str(plan.base.source),
+        adapters=[str(a.source) for a in plan.adapters],
+        weights=plan.weights,
+        verdict="no",
+        summary=[],
+        modules=sum(job.is_adapted for job in plan.jobs),
+        tensors=len(plan.jobs),
+        untouched=0,
+        equal=0.0,
+        lost=None,
+        bytes_read=0,
+        warnings=list(plan.notices),
+    )
+
+
+def _conclude(report: VerifyReport, findings: list[Finding], stats: dict[str, Stats]) -> None:
+    """Fill in what the findings come to."""
+    report.verdict = "yes" if all(f.sound for f in findings) else "no"
+    report.summary = sentences(findings)
+    report.untouched = sum(f.sound and not f.adapted for f in findings)
+    report.findings = [f for f in findings if f.adapted or not f.sound]
+    report.modules = sum(f.adapted for f in findings)
+    adapted = [stats[f.tensor] for f in findings if f.adapted and f.tensor in stats]
+    elements = sum(s.elements for s in adapted)
+    report.equal = sum(s.equal for s in adapted) / elements if elements else 1.0
+    sound = [stats[f.tensor] for f in findings if f.sound and f.lost is not None]
+    delta, lost = sum(s.delta for s in sound), sum(s.lost for s in sound)
+    if delta > 0 and math.isfinite(lost / delta):
+        report.lost = math.sqrt(lost / delta)

@@ -101,6 +101,7 @@ def inspect(
     "--reversible", is_flag=True,
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
 )  # fmt: skip
+@click.option("--verify", is_flag=True, help="Read the output again and check every value.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
 @json_option
@@ -115,6 +116,7 @@ def merge(
     allow_unmatched: bool,
     overwrite: bool,
     reversible: bool,
+    verify: bool,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -141,7 +143,7 @@ def merge(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, overwrite=overwrite, dry_run=dry_run,
-            reversible=reversible, threads=threads, progress=progress,
+            reversible=reversible, verify=verify, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())
@@ -151,7 +153,7 @@ def merge(
         common.print_warnings(report.warnings)
 
 
-@cli.command(short_help="Check whether a model is base + adapters.")
+@cli.command("verify", short_help="Check whether a model is base + adapters.")
 @click.argument("merged")
 @click.option("--base", required=True, metavar="BASE", help="The model before the merge.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
@@ -167,7 +169,7 @@ def merge(
 @json_option
 @quiet_option
 @click.pass_context
-def verify(
+def verify_command(
     context: click.Context,
     merged: str,
     base: str,

@@ -12,17 +12,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from loratool.arithmetic import TORCH, RunningJob, narrowed, scratch
-from loratool.checkpoint.residual import find
+from loratool.arithmetic import RunningJob
+from loratool.checkpoint.residual import find, ordered
 from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
+from loratool.rounding import TORCH, narrowed, scratch
 from loratool.workers import Bytes, Workers
 
 Values = npt.NDArray[np.floating[Any]]
@@ -126,14 +128,23 @@ class _Comparing(RunningJob):
         expected_out = scratch.get("expected", size, torch.uint8).view(TORCH[self.job.dtype])
         narrowed(x, expected_out)
         expected = expected_out.view(torch.uint8).numpy()
-        positions, distances = find(merged, expected, self.itemsize)
+        positions, _ = find(merged, expected, self.itemsize)
         stats.equal += count - positions.size
         stats.bins[0] += count - positions.size
         got = scratch.get("got", count, self.work)
         got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
         self._sum(before, x, got, expected_out if positions.size else None, stats)
         if positions.size:
-            self._judge(low, positions, distances, before, x, got, expected_out, stats)
+            _count_steps(merged, expected, self.itemsize, stats)
+            everywhere = positions.size * 8 > count
+            index = slice(None) if everywhere else torch.from_numpy(positions)
+            reach = self._reach(low, high, None if everywhere else positions)
+            values = _Values(before[index], x[index], got[index], expected_out[index], reach)
+            self._judge(values, stats)
+            # Names for what was done need a sample only; what nobody touched is looked at whole.
+            few = positions if not self.job.is_arithmetic else positions[:: 1 + count // 8192]
+            w, t, m = (v[few].double().numpy() for v in (before, x, got))
+            self._name(w, t, m, stats)
 
     def _sum(
         self,
@@ -167,88 +178,99 @@ class _Comparing(RunningJob):
             difference -= delta
             stats.expected_lost += float(torch.dot(difference, difference))
 
-    def _judge(
-        self,
-        low: int,
-        positions: npt.NDArray[np.int64],
-        distances: npt.NDArray[np.signedinteger],
-        before: torch.Tensor,
-        x: torch.Tensor,
-        got: torch.Tensor,
-        expected: torch.Tensor,
-        stats: Stats,
-    ) -> None:
-        """Sort the elements that are not as expected by what may explain them."""
-        steps = np.abs(distances.astype(np.int64))
-        stats.largest_ulp = max(stats.largest_ulp, int(steps.max()))
-        bins = np.searchsorted(BINS, steps)
-        for index, number in zip(*np.unique(bins, return_counts=True), strict=True):
-            stats.bins[int(index)] += int(number)
-        w, t, m, e = (
-            v.double().numpy()[positions] for v in (before, x, got, expected.to(self.work))
-        )
-        with np.errstate(all="ignore"):  # a damaged file may hold anything
-            deviation = np.abs(m - t)
-            apart = np.abs(m - e)
-            finite = apart[np.isfinite(apart)]
-            stats.largest = max(stats.largest, float(finite.max()) if finite.size else 0.0)
-            reach = self._reach(low + positions)
-            unit = torch.finfo(self.work).eps / 2
-            noise = _NOISE * unit * (np.abs(w) + np.abs(t) + reach)
-            once = deviation <= ulp(t, self.job.dtype) / 2 + noise
-            wide = noise + ulp(t, self.job.dtype) / 2
-            if self.halves and self.job.is_arithmetic:
-                wide = wide + np.max([_slack(w, t, reach, half) for half in self.halves], axis=0)
-            inside = deviation <= wide
-            cast = before.to(TORCH[self.job.dtype]).to(self.work).double().numpy()
-            unlike = got.double().numpy() != cast
-            self._name(w, t, m, stats)
-        stats.unlike_base += int(unlike.sum())
-        stats.noise += int(once.sum())
-        stats.rounding += int((inside & ~once).sum())
-        outside = ~(inside | once)
-        stats.outside += int(outside.sum())
-        if outside.any():
-            with np.errstate(all="ignore"):
-                stats.outside_along += float(((m - w) * (t - w))[outside].sum())
-                stats.outside_expected += float(((e - w) * (t - w))[outside].sum())
+    def _judge(self, values: _Values, stats: Stats) -> None:
+        """Sort elements that are not as expected by what may explain them."""
+        w, x, got = values.w, values.x, values.got
+        expected = values.expected.to(self.work)
+        apart = (got - expected).abs_()
+        if not math.isfinite(largest := float(apart.max())):
+            apart.nan_to_num_(nan=0.0, posinf=0.0)  # a damaged file may hold anything
+            largest = float(apart.max())
+        stats.largest = max(stats.largest, largest)
+        deviation = (got - x).abs_()
+        delta = x - w
+        noise = (w.abs() + x.abs()).add_(values.reach).mul_(_NOISE * torch.finfo(self.work).eps / 2)
+        noise.add_(ulp(x, self.job.dtype), alpha=0.5)
+        same = got == expected
+        once = deviation <= noise
+        inside = once.clone()
+        for half in self.halves if self.job.is_arithmetic else ():
+            slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
+            slack.add_(values.reach, alpha=math.ldexp(1.0, -_FORMATS[half][0]))
+            inside |= deviation <= slack.add_(noise)
+        outside = ~(inside | same)
+        stats.unlike_base += int((values.w.to(TORCH[self.job.dtype]).to(self.work) != got).sum())
+        stats.noise += int((once & ~same).sum())
+        stats.rounding += int((inside & ~once & ~same).sum())
+        beyond = int(outside.sum())
+        stats.outside += beyond
+        if 0 < beyond * 8 <= len(w):  # their sums matter only where they are few
+            delta = delta[outside].double()
+            stats.outside_along += float(((got - w)[outside].double() * delta).sum())
+            stats.outside_expected += float(((expected - w)[outside].double() * delta).sum())
 
-    def _reach(self, positions: npt.NDArray[np.int64]) -> Values:
-        """Upper bounds of Σ|scale·b·a| at these elements: ‖b‖·‖a‖ of their rows and columns."""
-        rows, columns = np.divmod(positions, self.columns)
-        total = np.zeros(len(positions))
+    def _reach(self, low: int, high: int, positions: npt.NDArray[np.int64] | None) -> torch.Tensor:
+        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, at some or all elements from `low` on."""
+        first, last = low // self.columns, high // self.columns
+        total = torch.zeros(high - low if positions is None else len(positions), dtype=self.work)
         for (b, a), term in zip(self._norms, self._terms, strict=True):
-            out, width = (columns, rows) if term.transposed else (rows, columns)
-            reach = b[out] * a[width]
             if term.gains is not None:
-                reach *= np.maximum(1, np.abs(term.gains.double().numpy()[out]))
-            total += reach
+                b = b * term.gains.abs().clamp(min=1)
+            rows, columns = (a, b) if term.transposed else (b, a)
+            if positions is None:
+                total += torch.outer(rows[first:last], columns).view(-1)
+            else:
+                row, column = np.divmod(low + positions, self.columns)
+                total += rows[row] * columns[column]
         return total
 
     @cached_property
-    def _norms(self) -> list[tuple[Values, Values]]:
+    def _norms(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each delta ‖scale·b‖ of the rows of B, and ‖a‖ of the columns of A."""
         return [
-            (
-                torch.linalg.norm(term.b.double(), dim=1).numpy() * abs(term.scale),
-                torch.linalg.norm(term.a.double(), dim=0).numpy(),
-            )
+            (torch.linalg.norm(term.b, dim=1) * abs(term.scale), torch.linalg.norm(term.a, dim=0))
             for term in self._terms
         ]
 
-    def _name(self, w: Values, t: Values, m: Values, stats: Stats) -> None:
-        """Count how many of the differing elements the known ways of rounding twice explain."""
+    def _name(self, w: Values, x: Values, m: Values, stats: Stats) -> None:
+        """Count how many of these differing elements the known ways of rounding twice explain."""
         out = self.job.dtype
-        delta = t - w
-        for half in self.halves:
-            if self.job.is_arithmetic:
-                stats.ways[f"delta-{half}"] += _count_equal(m, w + rounded(delta, half), out)
-            if half != out:
-                stats.ways[f"through-{half}"] += _count_equal(m, rounded(t, half), out)
-        if self.job.is_arithmetic and out in self.halves and self.source.dtype != out:
-            cast = rounded(w, out)
-            stats.ways[f"cast-{out}"] += _count_equal(m, cast + delta, out)
-            stats.ways[f"both-{out}"] += _count_equal(m, cast + rounded(delta, out), out)
+        delta = x - w
+        stats.named += len(m)
+        with np.errstate(all="ignore"):  # a damaged file may hold anything
+            for half in self.halves:
+                if self.job.is_arithmetic:
+                    stats.ways[f"delta-{half}"] += _count_equal(m, w + rounded(delta, half), out)
+                if half != out:
+                    stats.ways[f"through-{half}"] += _count_equal(m, rounded(x, half), out)
+            if self.job.is_arithmetic and out in self.halves and self.source.dtype != out:
+                cast = rounded(w, out)
+                both = cast + rounded(delta, out)
+                stats.ways[f"cast-{out}"] += _count_equal(m, cast + delta, out)
+                stats.ways[f"both-{out}"] += _count_equal(m, both, out)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Some or all elements of a block: base, exact sum, merged, expected, and Σ|scale·b·a|."""
+
+    w: torch.Tensor
+    x: torch.Tensor
+    got: torch.Tensor
+    expected: torch.Tensor
+    reach: torch.Tensor
+
+
+def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) -> None:
+    """Count the differing elements of a block by their distance in units in the last place."""
+    wide = np.int32 if itemsize == 2 else np.int64
+    one, other = (ordered(v.view(f"i{itemsize}")).astype(wide) for v in (merged, expected))
+    steps = np.abs(one - other)
+    stats.largest_ulp = max(stats.largest_ulp, int(steps.max()))
+    counts = np.bincount(np.minimum(steps, BINS[-1] + 1), minlength=BINS[-1] + 2)
+    edges = [1, *(end + 1 for end in BINS[1:]), BINS[-1] + 2]  # 0 is counted by the caller
+    for index, (begin, end) in enumerate(pairwise(edges), 1):
+        stats.bins[index] += int(counts[begin:end].sum())
 
 
 def _count_equal(found: Values, value: Values, dtype: str) -> int:
@@ -262,16 +284,13 @@ def rounded(values: Values, dtype: str) -> Values:
     return wide
 
 
-def ulp(values: Values, dtype: str) -> Values:
-    """The distance of neighbouring numbers of `dtype` at these values."""
+def ulp(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The distance of neighbouring numbers of `dtype` at these float32 or float64 values."""
     fraction, smallest = _FORMATS[dtype]
-    exponent = np.frexp(np.where(np.isfinite(values), values, 0))[1] - 1
-    unit: Values = np.ldexp(1.0, np.maximum(exponent, smallest) - fraction)
-    return unit
-
-
-def _slack(w: Values, t: Values, reach: Values, half: str) -> Values:
-    """How far rounding W, Δ, their sum, and the factors of the product to `half` may lead."""
-    steps = (ulp(w, half) + ulp(t, half) + ulp(t - w, half)) / 2
-    wide: Values = steps + reach * math.ldexp(1.0, -_FORMATS[half][0])
-    return wide
+    own = _FORMATS["F64" if values.dtype == torch.float64 else "F32"]
+    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
+    # With the fraction's bits cut off, what is left is a power of two, infinity, or zero.
+    power = (values.abs().view(integer) >> own[0] << own[0]).view(values.dtype)
+    return power.clamp_(min=math.ldexp(1.0, max(smallest, own[1]))).mul_(
+        math.ldexp(1.0, -fraction)
+    )  # fmt: skip

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.arithmetic import Counts
 from loratool.checkpoint.header import build_header
 from loratool.checkpoint.tensors import FilePool
 from loratool.plan import Job, Plan
 from loratool.recording import MergeTask, Merging, Recorder
+from loratool.rounding import Counts
 from loratool.streaming import Part, Progress, Shard, Task, write_shards
 from loratool.workers import Bytes, Workers
 

@@ -42,7 +42,8 @@ class Stats:
     expected_lost: float = 0.0  # Σ (E - x)²
     outside_along: float = 0.0
     outside_expected: float = 0.0
-    #: How many differing elements each named way of rounding explains.
+    #: How many differing elements were looked at for a name, and how many each way explains.
+    named: int = 0
     ways: Counter[str] = field(default_factory=Counter)
 
     def __iadd__(self, other: Stats) -> Stats:
@@ -144,7 +145,7 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
         if not differing:
             return "same", ""
         way, explained = _best_way(stats)
-        if explained == differing:
+        if explained == stats.named > 0:
             return "same-twice", way
         return ("other" if replaced else "changed"), ""
     if not stats.rounding and not stats.outside:
@@ -153,7 +154,7 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
         return "not-merged", ""
     if not stats.outside and _applied_right(stats.along, stats.expected_along, stats):
         way, explained = _best_way(stats)
-        return ("twice", way) if explained >= 0.99 * differing else ("low-precision", "")
+        return ("twice", way) if explained >= 0.99 * stats.named else ("low-precision", "")
     few = stats.outside <= max(8, stats.elements // 1000) and stats.outside * 10 < stats.elements
     inside = stats.along - stats.outside_along
     if few and stats.outside:

@@ -26,7 +26,14 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
-from loratool.output import INDEX, Progress, refuse_full_disk, side_files_of, write_model
+from loratool.output import (
+    INDEX,
+    Progress,
+    counting,
+    refuse_full_disk,
+    side_files_of,
+    write_model,
+)
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe, file_sha256, write_json
@@ -37,7 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class MergeReport:
-    """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds."""
+    """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds.
+
+    `lost` is how much of the delta rounding took, ‖realised − Δ‖/‖Δ‖, on a sample of the blocks.
+    """
 
     base: str
     adapters: list[str]
@@ -62,6 +72,8 @@ class MergeReport:
     warnings: list[Notice] = field(default_factory=list)
     subnormal: int = 0
     zeroed: int = 0
+    lost: float | None = None
+    verified: bool = False
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +93,7 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
     reversible: bool = False,
+    verify: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -98,6 +111,7 @@ def merge(
     overwrite: replace an output that exists.
     dry_run: plan and report only; nothing is written.
     reversible: also write what `unmerge` needs to give the base back bit for bit.
+    verify: read what was written and compare it with the merge computed anew.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -105,6 +119,7 @@ def merge(
     ------
     FileError, AdapterError, BaseError, MatchError: the inputs do not allow an honest merge.
     ValueRangeError: NaN, infinity or overflow. OutputError: the output cannot be written.
+    VerifyError: it was written, but is not what was computed.
     """
     started = time.perf_counter()
     sources = as_list(adapters)
@@ -138,6 +153,13 @@ def merge(
             with _recorder(plan, staged.path, side_files) if reversible else nullcontext() as undo:
                 written = write_model(plan, staged.path, side_files, progress, threads, undo)
             report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
+            report.lost = written.counts.share_lost
+            if verify:
+                from loratool.pairing import check_written
+
+                again = counting(progress, report.bytes_written)
+                check_written(plan, staged.path, again, threads)
+                report.verified = True
             if undo is not None:
                 _note_undo(report, plan, undo.nbytes)
             result = {"subnormal": report.subnormal, "zeroed": report.zeroed}

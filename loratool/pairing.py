@@ -6,12 +6,15 @@ copy of a tied head. All of that is understood here; what remains is missing, ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from loratool.adapter import Notice
-from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.layout import Layout, is_legacy_buffer
-from loratool.comparison import Pair
+from loratool.comparison import Pair, compare
+from loratool.errors import VerifyError, listed
 from loratool.findings import Finding
 from loratool.plan import Job, Plan
 
@@ -55,6 +58,24 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
         if name not in taken and not is_legacy_buffer(name, info.shape):
             found.findings.append(Finding(name, "added", False))
     return found
+
+
+def check_written(
+    plan: Plan, folder: Path, progress: Callable[[int, str], None], threads: int | None
+) -> None:
+    """Read what a merge wrote into `folder` and compute it anew. Raises VerifyError."""
+    written = open_checkpoint(folder).tensors
+    pairs = [Pair(job, written[job.name]) for job in plan.jobs]
+    stats = compare(pairs, progress, threads)
+    wrong = [
+        f"{n}: {s.elements - s.equal} values" for n, s in stats.items() if s.equal < s.elements
+    ]
+    if wrong:
+        raise VerifyError(
+            f"{len(wrong)} tensors cannot be read back as they were computed:\n{listed(wrong)}",
+            "The disk or the memory of this machine is at fault, or an input changed during the "
+            "merge. Nothing was left behind.",
+        )
 
 
 def _settle_heads(

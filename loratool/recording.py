@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.arithmetic import Counts, RunningJob
+from loratool.arithmetic import RunningJob
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.header import header_bytes, read_header
 from loratool.checkpoint.residual import (
@@ -33,6 +33,7 @@ from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, bl
 from loratool.checkpoint.undo import UndoWriter
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
+from loratool.rounding import Counts
 from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
 
 
@@ -45,13 +46,19 @@ class Merging(RunningJob):
 
 @dataclass
 class MergeTask:
-    """Some blocks of one job."""
+    """Some blocks of one job. Rounding is measured on the first of them."""
 
     job: RunningJob
     counts: Counts = field(default_factory=Counts)
+    _unmeasured: bool = True
 
     def compute(self, low: int, high: int, data: Bytes) -> None:
-        self.job.compute(low, high, data, self.counts)
+        self._compute(low, high, data, None)
+
+    def _compute(self, low: int, high: int, data: Bytes, raw: Bytes | None) -> None:
+        measured = self._unmeasured and self.job.job.is_arithmetic
+        self._unmeasured = False
+        self.job.compute(low, high, data, self.counts, raw, measured)
 
     def finish(self) -> None:
         pass
@@ -92,14 +99,14 @@ class RecordedTask(MergeTask):
 
     def compute(self, low: int, high: int, data: Bytes) -> None:
         if self.job.job.is_verbatim:
-            super().compute(low, high, data)
+            self._compute(low, high, data, None)
             return
         size = self.job.source.itemsize
         if self.base is None:
             assert self.workers is not None
             self.base = self.workers.take((self.high - self.low) * size)
         raw = self.base[(low - self.low) * size : (high - self.low) * size]
-        self.job.compute(low, high, data, self.counts, raw)
+        self._compute(low, high, data, raw)
         positions, distances = find(raw, self.job.reversal.predict(low, high, data), size)
         self._found.append((positions + (low - self.low), distances))
 

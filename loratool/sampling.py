@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from loratool.arithmetic import TORCH, RunningJob
+from loratool.arithmetic import RunningJob
 from loratool.checkpoint.tensors import FilePool
 from loratool.plan import Job, Plan
 from loratool.recording import RecordedMerging, RecordedTask
+from loratool.rounding import TORCH
 from loratool.workers import Workers
 
 #: Blocks in a sample.

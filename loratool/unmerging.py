@@ -49,6 +49,7 @@ from loratool.provenance import (
     read_record,
     write_json,
 )
+from loratool.subtraction import plan_subtraction, refuse_irreversible
 
 
 @dataclass
@@ -305,19 +306,20 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
                 "merged into it, or with which weights. `loratool verify` can tell, with the base.",
             )
         )
-    known = record.get("base", {}).get("dtypes", [])
-    names = {code: name for name, code in DTYPES.items()}
     if dtype is None:
-        dtype = names[known[0]] if len(known) == 1 and known[0] in names else "base"
-    negative = [-w for w in request.weights]
-    plan = build_plan(merged, request.adapters, negative, dtype)
-    _refuse_irreversible(request, plan)
+        known = record.get("base", {}).get("dtypes", [])
+        names = {code: name for name, code in DTYPES.items()}
+        dtype = names.get(known[0], "base") if len(known) == 1 else "base"
+    found = plan_subtraction(
+        merged, request.adapters, request.weights, dtype, base, request.threads
+    )
+    plan = found.plan
+    refuse_irreversible(found, record)
     report = _report(request, plan, plan.bytes_to_write)
-    report.dtype = dtype
-    from loratool.sampling import changed_by_cycle
+    report.dtype, report.copied_from_base = dtype, len(found.originals)
+    from loratool.sampling import changed_by_cycle  # torch: about two seconds to import
 
-    forward = build_plan(merged, request.adapters, request.weights, dtype)
-    report.expected_changed = changed_by_cycle(forward, plan)
+    report.expected_changed = changed_by_cycle(found.forward, plan)
     if request.dry_run:
         return report
     files = side_files_of(merged)
@@ -335,27 +337,6 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         except OSError as error:
             raise explain(error, request.target) from error
     return report
-
-
-def _refuse_irreversible(request: _Request, plan: Plan) -> None:
-    reasons = []
-    for adapter in request.adapters:
-        dora = [m.path for m in adapter.modules.values() if m.magnitude is not None]
-        if dora:
-            reasons.append(f"DoRA rescales {len(dora)} modules, such as {dora[0]}")
-        if adapter.replaced:
-            some = next(iter(adapter.replaced))
-            reasons.append(f"{len(adapter.replaced)} tensors were replaced, such as {some}")
-        reasons += [f"rows of {path} were replaced" for path in adapter.token_rows]
-    added = request.record.get("result", {}).get("tensors", {}).get("add", 0)
-    if added:
-        reasons.append(f"the merge added {added} tensors that the base does not have")
-    if reasons:
-        raise RestoreError(
-            f"{request.merged.source}: this cannot be taken back by subtraction:\n"
-            f"{listed(reasons)}",
-            "The undo file that `loratool merge --reversible` writes takes back all of it.",
-        )
 
 
 def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:

@@ -110,7 +110,7 @@ def test_json_is_the_only_thing_on_stdout(adapter: Path, base: Path, tmp_path: P
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "1", "--weight", "2"], 2,
          "2 weights for 1 adapters"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "nan"], 2, "finite"),
-        (["merge", "{adapter}", "{base}", "-o", "{out}"], 1, "The base comes first"),
+        (["merge", "{adapter}", "{base}", "-o", "{out}"], 1, "Models come first"),
         (["merge", "{base}", "{base}/config.json", "-o", "{out}"], 1, "not a safetensors file"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/out"], 1, "is in the input"),
         (["inspect", "{adapter}x"], 1, "Did you mean"),

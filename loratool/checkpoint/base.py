@@ -23,7 +23,7 @@ _ENTRY_FILES = (
     "pytorch_model.bin",
 )
 
-_ORDER = "The base comes first: loratool merge BASE ADAPTER -o OUT."
+_ORDER = "Models come first, adapters after them: loratool merge BASE ADAPTER -o OUT."
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
 
@@ -76,8 +76,10 @@ class Checkpoint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     """Read the headers of a base model: a directory, or one weights file.
+
+    With `partial` a directory may lack some of the shards in its index, but not all.
 
     Raises FileError for what is missing or damaged, BaseError for what is no base model.
     """
@@ -88,7 +90,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             source, source.parent, {}, tensors, {"model.safetensors": list(tensors)}, metadata
         )
     elif source.is_dir():
-        checkpoint = _open_directory(source)
+        checkpoint = _open_directory(source, partial)
     else:
         siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
         near = nearest(source.name, siblings)
@@ -110,7 +112,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def _open_directory(directory: Path) -> Checkpoint:
+def _open_directory(directory: Path, partial: bool) -> Checkpoint:
     entry = next((directory / n for n in _ENTRY_FILES if (directory / n).is_file()), None)
     if entry is None:
         entry = _only_weights_file(directory)
@@ -119,7 +121,7 @@ def _open_directory(directory: Path) -> Checkpoint:
         return Checkpoint(
             directory, directory, {}, tensors, {"model.safetensors": list(tensors)}, metadata
         )
-    return _open_index(directory, entry)
+    return _open_index(directory, entry, partial)
 
 
 def _only_weights_file(directory: Path) -> Path:
@@ -142,7 +144,7 @@ def _only_weights_file(directory: Path) -> Path:
     )
 
 
-def _open_index(directory: Path, index: Path) -> Checkpoint:
+def _open_index(directory: Path, index: Path, partial: bool) -> Checkpoint:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index}: it has no weight_map.", "Fetch the index again.")
@@ -154,7 +156,10 @@ def _open_index(directory: Path, index: Path) -> Checkpoint:
             )
     names = list(dict.fromkeys(weight_map.values()))
     missing = [name for name in names if not _is_file(directory / name)]
-    if missing:
+    if partial and len(missing) < len(names):
+        names = [name for name in names if name not in missing]
+        weight_map = {t: name for t, name in weight_map.items() if name not in missing}
+    elif missing:
         raise FileError(
             f"{index}: {len(missing)} of {len(names)} shards are missing:\n"
             + listed(ascii(name) for name in missing),

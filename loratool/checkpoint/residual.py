@@ -50,16 +50,16 @@ def find(true: Bytes, predicted: Bytes, itemsize: int) -> tuple[Positions, Dista
     kind = np.dtype(f"i{itemsize}")
     wanted, given = true.view(kind), predicted.view(kind)
     positions = np.flatnonzero(wanted != given)
-    return positions, _ordered(wanted[positions]) - _ordered(given[positions])
+    return positions, ordered(wanted[positions]) - ordered(given[positions])
 
 
 def apply(predicted: Bytes, positions: Positions, distances: Distances) -> None:
     """Move the elements at `positions` by `distances`, in place: the inverse of `find`."""
     values = predicted.view(distances.dtype)
-    values[positions] = _ordered(_ordered(values[positions]) + distances)
+    values[positions] = ordered(ordered(values[positions]) + distances)
 
 
-def _ordered(bits: Distances) -> Distances:
+def ordered(bits: Distances) -> Distances:
     """Bits of floats as integers in the order of the values; its own inverse."""
     return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.checkpoint.tensors import format_bytes
-from loratool.console.common import fact_grid, out, written_text
+from loratool.console.common import fact_grid, out, percent_text, written_text
 from loratool.merging import MergeReport
 
 
@@ -56,6 +56,10 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
                 f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
                 f"({share:.2g}% of all)",
             )
+        if report.lost is not None:
+            facts.add_row("rounding", f"took about {percent_text(report.lost)} of the delta")
+        if report.verified:
+            facts.add_row("verified", "[green]every value read back as computed[/]")
         if report.reversible:
             share = report.undo_bytes / max(1, report.bytes_written)
             undo = f"{format_bytes(report.undo_bytes)} ({share:.2%} of the output)"

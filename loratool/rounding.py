@@ -1,0 +1,137 @@
+"""Rounding to the output's dtype, what it does to values, and the buffers work goes through."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loratool.workers import Bytes
+
+TORCH = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+#: For each output dtype: unsigned type of the bits, mask of the magnitude, bits of infinity, bits
+#: of the smallest normal number. Magnitudes compare like their bits.
+_BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
+    "F16": (np.uint16, 0x7FFF, 0x7C00, 0x0400),
+    "BF16": (np.uint16, 0x7FFF, 0x7F80, 0x0080),
+    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000, 0x00800000),
+    "F64": (np.uint64, (1 << 63) - 1, 0x7FF << 52, 1 << 52),
+}
+
+
+@dataclass
+class Counts:
+    """What rounding did: values made subnormal, and nonzero ones made zero.
+
+    `lost` and `delta` are ‖rounded - x‖² and ‖Δ‖² over a sample of the adapted blocks.
+    """
+
+    subnormal: int = 0
+    zeroed: int = 0
+    lost: float = 0.0
+    delta: float = 0.0
+
+    def __iadd__(self, other: Counts) -> Counts:
+        self.subnormal += other.subnormal
+        self.zeroed += other.zeroed
+        self.lost += other.lost
+        self.delta += other.delta
+        return self
+
+    @property
+    def share_lost(self) -> float | None:
+        """‖realised - Δ‖/‖Δ‖: how much of the delta rounding took."""
+        return math.sqrt(self.lost / self.delta) if self.delta > 0 else None
+
+
+class _Scratch(threading.local):
+    """Buffers of one thread, kept from block to block: fresh memory costs more than the sums.
+
+    Views are kept too, because making one holds the interpreter's lock, which the threads share.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+
+    def get(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor of `count` elements with arbitrary content."""
+        view = self._views.get((name, count, dtype))
+        if view is None:
+            size = count * dtype.itemsize
+            if name not in self._kept or self._kept[name].numel() < size:
+                self._kept[name] = torch.empty(size, dtype=torch.uint8)
+                self._views = {key: v for key, v in self._views.items() if key[0] != name}
+            view = self._kept[name][:size].view(dtype)
+            self._views[name, count, dtype] = view
+        return view
+
+
+scratch = _Scratch()
+
+
+def narrowed(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Round `values` once into `out`."""
+    if values.dtype == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+        values = _rounded_to_odd(values)
+    out.copy_(values)
+
+
+def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
+    """float64 as float32 such that rounding that to 16 bits equals rounding the float64 once.
+
+    torch narrows float64 to 16 bits by way of float32 and so rounds twice. Truncating the first
+    time, with the last bit set where anything was cut off, keeps the second from seeing a false tie
+    (Boldo and Melquiond, 2008, "Emulation of FMA and correctly rounded sums").
+    """
+    narrow = values.float()
+    bits = narrow.view(torch.int32)
+    bits -= (narrow.double().abs() > values.abs()).int()
+    bits |= (narrow.double() != values).int()
+    return narrow
+
+
+def magnitudes_of(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:
+    """The bits of |x|, and whether any is infinite or NaN."""
+    kind, mask, infinity, _ = _BITS[dtype]
+    values = data.view(kind)
+    bits = scratch.get("bits", len(data), torch.uint8).numpy().view(kind)
+    np.bitwise_and(values, kind(mask), out=bits)
+    return bits, bool(bits.size) and int(bits.max()) >= infinity
+
+
+def count_underflow(
+    magnitudes: npt.NDArray[Any],
+    values: torch.Tensor,
+    raw: Bytes | None,
+    dtype: str,
+    counts: Counts,
+) -> None:
+    """Count values that became subnormal, and nonzero sums that rounding made zero.
+
+    `raw` holds the source's bytes where it has the output's dtype: what was subnormal there did not
+    become so here.
+    """
+    kind, mask, _, smallest_normal = _BITS[dtype]
+    flags = scratch.get("flags", magnitudes.size, torch.bool).numpy()
+    tiny = int(np.count_nonzero(np.less(magnitudes, smallest_normal, out=flags)))
+    if not tiny:
+        return
+    zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
+    if zeros:
+        counts.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
+    counts.subnormal += tiny - zeros
+    if raw is not None:
+        before = raw.view(kind) & kind(mask)
+        kept = (before > 0) & (before < smallest_normal)
+        counts.subnormal -= int(
+            np.count_nonzero(kept & (magnitudes > 0) & (magnitudes < smallest_normal))
+        )

@@ -1,0 +1,112 @@
+"""The plan that takes adapters out of a model by subtraction: a merge with negated weights.
+
+Where originals are at hand they are copied instead, once it is clear that they are the originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.checkpoint.base import Checkpoint, open_checkpoint
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.errors import RestoreError, listed
+from loratool.findings import judge
+from loratool.plan import Edits, Plan, make_job
+from loratool.planning import build_plan
+
+
+@dataclass(frozen=True)
+class Subtraction:
+    """`plan` subtracts, `forward` would add the same; `originals` are copied, by name."""
+
+    plan: Plan
+    forward: Plan
+    originals: dict[str, TensorInfo]
+
+
+def plan_subtraction(
+    merged: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: str,
+    base: str | Path | None,
+    threads: int | None,
+) -> Subtraction:
+    """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
+    plan = build_plan(merged, adapters, [-w for w in weights], dtype)
+    forward = build_plan(merged, adapters, weights, dtype)
+    originals = {}
+    if base is not None:
+        originals = _originals(base, merged, forward, threads)
+    for shard, jobs in plan.shards.items():
+        plan.shards[shard] = [
+            make_job(plan, job.name, originals[job.name], Edits()) if job.name in originals else job
+            for job in jobs
+        ]
+    return Subtraction(plan, forward, originals)
+
+
+def _originals(
+    base: str | Path, merged: Checkpoint, forward: Plan, threads: int | None
+) -> dict[str, TensorInfo]:
+    """The tensors of `base` that `merged` was made from, checked by merging them again."""
+    from loratool.comparison import Pair, compare  # torch: about two seconds to import
+
+    there = open_checkpoint(base, partial=True).tensors
+    pairs = []
+    for job in forward.jobs:
+        original, now = there.get(job.name), merged.tensors.get(job.name)
+        if original is not None and now is not None and original.shape == now.shape:
+            source = job.source if job.action == "replace" else original
+            again = replace(job, source=source, dtype=now.dtype, checked=False)
+            pairs.append(Pair(again, now))
+    stats = compare(pairs, lambda *_: None, threads)
+    findings = [
+        judge(p.job.name, stats[p.job.name], p.job.is_arithmetic, p.job.action == "replace")
+        for p in pairs
+    ]
+    wrong = [finding.tensor for finding in findings if not finding.sound]
+    if wrong or not pairs:
+        raise RestoreError(
+            f"{base}: {len(wrong)} of its {len(pairs)} tensors do not give those of "
+            f"{merged.source} with these adapters:\n{listed(wrong)}"
+            if pairs
+            else f"{base}: it has no tensor of {merged.source}.",
+            "It is another base, or the adapters were merged otherwise: see `loratool verify`.",
+        )
+    return {pair.job.name: there[pair.job.name] for pair in pairs}
+
+
+def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
+    """Raise RestoreError for what no subtraction takes back and no original replaces."""
+    rescaled, replaced, rows = [], [], []
+    for job in found.forward.jobs:
+        if job.name in found.originals:
+            continue
+        if any(delta.module.magnitude is not None for delta in job.deltas):
+            rescaled.append(job.name)
+        if job.action in ("replace", "add"):
+            replaced.append(job.name)
+        if job.rows:
+            rows.append(job.name)
+    reasons = []
+    for names, what in (
+        (rescaled, "tensors were rescaled (DoRA)"),
+        (replaced, "tensors were replaced or added whole"),
+        (rows, "embeddings had rows replaced"),
+    ):
+        if names:
+            reasons.append(f"{len(names)} {what}, such as {names[0]}")
+    added = record.get("result", {}).get("tensors", {}).get("add", 0)
+    if added:
+        reasons.append(f"the merge added {added} tensors that the base does not have")
+    if reasons:
+        raise RestoreError(
+            f"{found.plan.base.source}: this cannot be taken back by subtraction:\n"
+            f"{listed(reasons)}",
+            "The undo file that `loratool merge --reversible` writes takes back all of it.",
+        )

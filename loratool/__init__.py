@@ -1,4 +1,4 @@
-"""LoRA adapter checkpoints: inspect them, merge them into base models, without loading a model.
+"""LoRA adapter checkpoints: inspect, merge, verify, unmerge, without loading a model.
 
 The public functions are imported when first used, so that `import loratool` costs nothing.
 """

@@ -19,7 +19,7 @@ from loratool.options import CONTEXT, Commands, Dtype, json_option, quiet_option
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect LoRA adapter checkpoints and merge them into base models.
+    """Inspect LoRA adapter checkpoints, merge them, prove a merge, take it back.
 
     Works on files: no model is loaded, memory stays flat, and an output appears
     complete or not at all.
@@ -27,7 +27,9 @@ def cli() -> None:
     \b
     Examples:
       loratool inspect adapter/
-      loratool merge base/ adapter/ -o merged/
+      loratool merge base/ adapter/ -o merged/ --reversible
+      loratool verify merged/ --base base/ adapter/
+      loratool unmerge merged/ adapter/ -o base-again/
     """
 
 
@@ -134,6 +136,7 @@ def merge(
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
+      loratool merge base/ adapter/ -o merged/ --reversible --verify
     """
     from loratool.console import common
     from loratool.console.merge import show_merge

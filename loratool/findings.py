@@ -277,7 +277,8 @@ def _sentence(phrase: str, group: list[Finding], whole: Sequence[Finding]) -> st
         f"{len(group)} {noun}" + ("s" if len(group) > 1 else ""))  # fmt: skip
     if whole and len(group) == len(whole) > 1:
         return f"all {len(whole)} {noun}s {phrase}"
-    return f"{count} {phrase}: {_places(group, whole)}"
+    # Where all is well, the places would only be in the way of those where it is not.
+    return f"{count} {phrase}" + ("" if group[0].sound else f": {_places(group, whole)}")
 
 
 def _places(group: Sequence[Finding], whole: Sequence[Finding]) -> str:

@@ -20,6 +20,9 @@ from loratool.findings import Finding
 from loratool.folding import pattern, ranged, split
 from loratool.verifying import VerifyReport
 
+#: Below this width only module, finding and weight are shown.
+NARROW = 78
+
 #: From this width on the table shows how far values are off, too.
 WIDE = 100
 
@@ -57,20 +60,28 @@ def show_verify(report: VerifyReport, full: bool) -> None:
 
 def _table(findings: Sequence[Finding], full: bool) -> Table:
     """One line per group of tensors with one finding, under their layers."""
-    headings = ["module", "finding", "weight", "equal", "lost", "unexplained"]
+    headings = ["module", "finding", "weight"]
+    if out.width >= NARROW:
+        headings += ["equal", "lost", "unexplained"]
     if out.width >= WIDE:
         headings += ["values off", "max ulp", "max dev."]
     table = make_table(*headings)
     groups: dict[tuple[str, ...], list[Finding]] = {}
+    layers: dict[str, list[str]] = {}
     for f in findings:
         key = (f.module,) if full else (pattern(f.module), f.code)
         groups.setdefault(key, []).append(f)
+        head = split(f.module)[0]
+        layers.setdefault(pattern(head), []).append(head)
     section = ""
     for group in groups.values():
         head, leaf = split(ranged([f.module for f in group]))
-        if head != section and head:
-            table.add_row(f"[cyan]{escape(head)}[/]")
-        section = head
+        everywhere = head if full else ranged(layers[pattern(split(group[0].module)[0])])
+        if everywhere != section and head:
+            table.add_row(f"[cyan]{escape(everywhere)}[/]")
+        section = everywhere
+        if head != everywhere:  # only some of the layers
+            leaf += " " + head.rpartition(".")[2]
         cells = {
             "module": ("  " if head else "") + escape(leaf),
             "finding": group[0].code if group[0].sound else f"[red]{group[0].code}[/]",

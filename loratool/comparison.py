@@ -70,6 +70,33 @@ def _calls(
             yield partial(running.task, low, high)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """The least-squares coefficient of (M - W) on each delta, and Σ of squares that they leave."""
+
+    weights: list[float]
+    rest: float
+
+
+def attribute(pairs: Sequence[Pair], threads: int | None = None) -> dict[str, Shares]:
+    """How much of each of its deltas every merged tensor holds; plain deltas only."""
+    sums: dict[str, Values] = {}
+    with FilePool() as files, Workers(threads) as workers:
+        calls = (
+            partial(running.correlations, low, high)
+            for running in (_Comparing(pair, files) for pair in pairs)
+            for low, high in blocks(running.length, running.block_elements)
+        )
+        for name, products in workers.in_order(calls):
+            sums[name] = sums.get(name, 0) + products
+    found = {}
+    for name, products in sums.items():
+        gram, along, total = products[:-1, :-1], products[:-1, -1], products[-1, -1]
+        weights = np.linalg.lstsq(gram, along, rcond=None)[0]
+        found[name] = Shares(weights.tolist(), float(total - weights @ along))
+    return found
+
+
 class _Comparing(RunningJob):
     """A job whose blocks are compared instead of written."""
 
@@ -89,6 +116,18 @@ class _Comparing(RunningJob):
         for first, last in blocks(high - low, self.block_elements):
             self._compare(low + first, low + last, stats)
         return self.job.name, (high - low) * self.itemsize, stats
+
+    def correlations(self, low: int, high: int) -> tuple[str, Values]:
+        """The scalar products of all deltas and M - W in a block, `[deltas + 1, deltas + 1]`."""
+        self.prepare()
+        merged = np.empty((high - low) * self.itemsize, np.uint8)
+        self._read_merged(low, high, merged)
+        change = torch.from_numpy(merged).view(TORCH[self.job.dtype]).to(self.work)
+        change -= self.load(low, high)
+        first, last = low // self.columns, high // self.columns
+        deltas = [term.product(first, last).reshape(-1).clone() for term in self._terms]
+        rows = torch.stack([*deltas, change])
+        return self.job.name, (rows @ rows.T).double().numpy()
 
     def _read_merged(self, low: int, high: int, raw: Bytes) -> None:
         size = self.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.folding import pattern, ranged
@@ -81,9 +81,10 @@ class Finding:
 
     once, twice, low-precision: merged, with one rounding, with two, or with a product in half
     precision. same, same-twice: as the adapter leaves it. not-merged; weight: merged with
-    `applied` times what it should be; damaged: merged, but some values are off; other: changed in a
-    way the adapters do not explain; changed: touched although no adapter does; missing, added,
-    shape, dtype: the tensor itself is not as expected.
+    `applied` times what it should be; weights: with another weight for each adapter, `by_adapter`;
+    damaged: merged, but some values are off; other: changed in a way the adapters do not explain;
+    changed: touched although no adapter does; missing, added, shape, dtype: the tensor itself is
+    not as expected.
     """
 
     tensor: str
@@ -106,6 +107,8 @@ class Finding:
     off: int = 0
     way: str = ""
     note: str = ""
+    #: With several adapters the applied weight of each, where the verdict is not clear without.
+    by_adapter: dict[str, float] = field(default_factory=dict)
 
     @property
     def sound(self) -> bool:
@@ -169,6 +172,19 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
     if abs(ratio) < _NEAR:
         return "not-merged", ""
     return ("damaged" if abs(ratio - 1) <= _NEAR and few else "weight"), ""
+
+
+def split_by_adapter(
+    finding: Finding, names: Sequence[str], weights: Sequence[float], rest: float, stats: Stats
+) -> Finding:
+    """The finding for a tensor that holds each adapter with a weight of its own, if it does."""
+    left = math.sqrt(max(0.0, rest - 3 * stats.expected_lost) / stats.change)
+    if not left <= 0.1 or all(abs(w - weights[0]) < _NEAR for w in weights):
+        return finding
+    shown = {
+        name: 0.0 if abs(w) < 0.005 else round(w, 4) for name, w in zip(names, weights, strict=True)
+    }
+    return replace(finding, code="weights", by_adapter=shown, unexplained=left)
 
 
 def _moved(stats: Stats) -> bool:
@@ -247,7 +263,9 @@ def _phrase(f: Finding) -> str:
     if f.code == "weight":
         assert f.applied is not None
         times = f"{f.applied:.2f}"
-        return "were merged twice" if times == "2.00" else f"were merged with weight {times}"
+        if times == "2.00":
+            return "were merged twice, or with twice the weight"
+        return f"were merged with {times} times the weight"
     return {
         "once": "are the once-rounded result",
         "same": "are as the adapter holds them",
@@ -255,6 +273,9 @@ def _phrase(f: Finding) -> str:
         "twice": f"are merged and rounded twice: {f.way}",
         "low-precision": "are merged, with a product in half precision",
         "not-merged": "were never merged",
+        "weights": "were merged with "
+        + " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())
+        + " of what was asked",
         "damaged": "are merged, but some of their values are off",
         "other": "changed in a way that the adapters do not explain",
         "changed": "changed although no adapter touches them",

@@ -19,7 +19,7 @@ from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.config import read_json
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, RestoreError, listed
-from loratool.plan import Plan
+from loratool.plan import DTYPES, Plan
 
 CONFIG = "adapter_config.json"
 
@@ -121,7 +121,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    if not isinstance(record.get("adapters"), list) or not isinstance(record.get("options"), dict):
+    sound = isinstance(record.get("adapters"), list) and all(
+        isinstance(record.get(part), dict) for part in ("options", "base", "result")
+    )
+    if not sound or record["options"].get("dtype") not in DTYPES:
         raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
     return record
 

@@ -220,7 +220,11 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
     options = request.record["options"]
     base = undo.base(merged.source)
     plan = build_plan(
-        base, request.adapters, request.weights, options["dtype"], options["allow_unmatched"]
+        base,
+        request.adapters,
+        request.weights,
+        options["dtype"],
+        bool(options.get("allow_unmatched")),
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
@@ -307,7 +311,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
             )
         )
     if dtype is None:
-        known = record.get("base", {}).get("dtypes", [])
+        known = record["base"].get("dtypes", []) if record else []
         names = {code: name for name, code in DTYPES.items()}
         dtype = names.get(known[0], "base") if len(known) == 1 else "base"
     found = plan_subtraction(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapter import Notice
 from loratool.checkpoint.base import open_checkpoint, refuse_quantised
 from loratool.errors import TruncatedError, explained_os_errors
-from loratool.findings import Finding, Stats, judge, sentences
+from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
 from loratool.formats import read_lora
 from loratool.inputs import (
     Source,
@@ -115,7 +115,8 @@ def verify(
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
             stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
             findings = [_judged(pair, stats[pair.job.name]) for pair in found.pairs]
-            findings = _look_again(findings, found.pairs, plan, threads)
+            findings = _look_for_base(findings, found.pairs, plan, threads)
+            findings = _look_for_adapters(findings, found.pairs, stats, plan, threads)
             _conclude(report, [*findings, *found.findings], stats)
             report.warnings += found.notices
     report.seconds = time.perf_counter() - started
@@ -127,7 +128,7 @@ def _judged(pair: Pair, stats: Stats) -> Finding:
     return judge(job.name, stats, job.is_arithmetic, job.action in ("replace", "add"))
 
 
-def _look_again(
+def _look_for_base(
     findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
 ) -> list[Finding]:
     """Where an adapter's saved tensor is not there, ask whether it is still the base's."""
@@ -146,6 +147,38 @@ def _look_again(
         if stats.equal == stats.elements
     }
     return [replace(f, code="not-merged") if f.tensor in still else f for f in findings]
+
+
+def _look_for_adapters(
+    findings: list[Finding],
+    pairs: Sequence[Pair],
+    stats: dict[str, Stats],
+    plan: Plan,
+    threads: int | None,
+) -> list[Finding]:
+    """Where several adapters were not merged as asked, tell their weights apart."""
+    from loratool.comparison import attribute
+
+    names = {id(m): a.name for a in plan.adapters for m in a.modules.values()}
+    unclear = {f.tensor: f for f in findings if f.code in ("weight", "other", "damaged")}
+    asked = [
+        pair
+        for pair in pairs
+        if pair.job.name in unclear
+        and len(pair.job.deltas) > 1
+        and all(delta.module.magnitude is None for delta in pair.job.deltas)
+    ]
+    shares = attribute(asked, threads)
+    for pair in asked:
+        name, deltas = pair.job.name, pair.job.deltas
+        called = [names[id(delta.module)] for delta in deltas]
+        if len(set(called)) < len(called):
+            called = [f"{n} ({i})" for i, n in enumerate(called, 1)]
+        share = shares[name]
+        unclear[name] = split_by_adapter(
+            unclear[name], called, share.weights, share.rest, stats[name]
+        )
+    return [unclear.get(f.tensor, f) for f in findings]
 
 
 def _report(plan: Plan, merged: str | Path) -> VerifyReport:

@@ -70,8 +70,8 @@ class RunningJob:
         return read_raw(self.source, self.files)
 
     @cached_property
-    def _terms(self) -> list[_Term]:
-        return [_Term(delta, self) for delta in self.job.deltas]
+    def terms(self) -> list[Term]:
+        return [Term(delta, self) for delta in self.job.deltas]
 
     @cached_property
     def _biases(self) -> list[torch.Tensor]:
@@ -91,12 +91,12 @@ class RunningJob:
     @property
     def gains(self) -> list[torch.Tensor | None]:
         """What DoRA multiplies rows or columns with, for each delta; filled block by block."""
-        return [term.gains for term in self._terms]
+        return [term.gains for term in self.terms]
 
     def prepare(self) -> None:
         """Load what the blocks share. Called before the first block, by one thread at a time."""
         with self._lock:
-            _ = self._token_rows, self._terms, self._biases
+            _ = self._token_rows, self.terms, self._biases
 
     def load(self, low: int, high: int, raw: Bytes | None = None) -> torch.Tensor:
         """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
@@ -166,7 +166,7 @@ class RunningJob:
     def add(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
         matrix = values.view(-1, self.columns)
-        _apply(matrix, self._terms, low // self.columns, high // self.columns)
+        _apply(matrix, self.terms, low // self.columns, high // self.columns)
         for bias in self._biases:
             values += bias[low:high]
         return values
@@ -204,7 +204,7 @@ class RunningJob:
         )
 
 
-class _Term:
+class Term:
     """One delta with its factors loaded, `b [out, r]` and `a [r, in]`."""
 
     def __init__(self, delta: Delta, job: RunningJob) -> None:
@@ -264,7 +264,7 @@ class _Term:
         return total.sqrt_().to(job.work)
 
 
-def _apply(matrix: torch.Tensor, terms: list[_Term], first: int, last: int) -> None:
+def _apply(matrix: torch.Tensor, terms: list[Term], first: int, last: int) -> None:
     """Apply the terms to `matrix` in place, in their order.
 
     A plain term adds Δ. A DoRA term makes `m/‖W + Δ‖·(V + Δ)` of what came before it, V, with the

@@ -24,13 +24,11 @@ from loratool.checkpoint.residual import find, ordered
 from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
-from loratool.rounding import TORCH, narrowed, scratch
+from loratool.rounding import FORMATS, TORCH, narrowed, scratch, ulp
+from loratool.ways import Ways
 from loratool.workers import Bytes, Workers
 
 Values = npt.NDArray[np.floating[Any]]
-
-#: Bits of the fraction, and exponent of the smallest normal number.
-_FORMATS = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
 
 #: How often the order of a sum may move its result by half a unit of the working dtype.
 _NOISE = 16.0
@@ -104,12 +102,10 @@ class _Comparing(RunningJob):
         super().__init__(pair.job, files)
         self.merged = pair.merged
         self._merged_strided: Bytes | None = None
-        #: The half-precision dtypes that another tool may have rounded to on the way.
-        self.halves = ["BF16", "F16"]
-        if pair.job.is_arithmetic:
-            seen = {d.module.a.dtype for d in pair.job.deltas}
-            seen |= {pair.job.dtype, self.source.dtype}
-            self.halves = sorted(seen & {"F16", "BF16"})
+        #: The half-precision dtypes in play, that another tool may have rounded to on the way.
+        seen = {d.module.a.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
+        self.halves = sorted(seen & {"F16", "BF16"})
+        self._ways = Ways(self)
 
     def task(self, low: int, high: int) -> tuple[str, int, Stats]:
         stats = Stats()
@@ -125,7 +121,7 @@ class _Comparing(RunningJob):
         change = torch.from_numpy(merged).view(TORCH[self.job.dtype]).to(self.work)
         change -= self.load(low, high)
         first, last = low // self.columns, high // self.columns
-        deltas = [term.product(first, last).reshape(-1).clone() for term in self._terms]
+        deltas = [term.product(first, last).reshape(-1).clone() for term in self.terms]
         rows = torch.stack([*deltas, change])
         return self.job.name, (rows @ rows.T).double().numpy()
 
@@ -172,18 +168,21 @@ class _Comparing(RunningJob):
         stats.bins[0] += count - positions.size
         got = scratch.get("got", count, self.work)
         got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
-        self._sum(before, x, got, expected_out if positions.size else None, stats)
+        along = self._sum(before, x, got, expected_out if positions.size else None, stats)
         if positions.size:
             _count_steps(merged, expected, self.itemsize, stats)
+            self._ways.count(before, x, got, low, stats)
             everywhere = positions.size * 8 > count
             index = slice(None) if everywhere else torch.from_numpy(positions)
             reach = self._reach(low, high, None if everywhere else positions)
             values = _Values(before[index], x[index], got[index], expected_out[index], reach)
-            self._judge(values, stats)
-            # Names for what was done need a sample only; what nobody touched is looked at whole.
-            few = positions if not self.job.is_arithmetic else positions[:: 1 + count // 8192]
-            w, t, m = (v[few].double().numpy() for v in (before, x, got))
-            self._name(w, t, m, stats)
+            outside = self._judge(values, stats)
+            if 0 < int(outside.sum()) * 8 <= count:
+                # A few wrong values may outweigh all others, which are judged without them.
+                where = torch.arange(count)[index][outside]
+                got[where] = x[where]
+            along = float(torch.dot(got - before, x - before))
+        stats.inside_along += along
 
     def _sum(
         self,
@@ -192,14 +191,14 @@ class _Comparing(RunningJob):
         got: torch.Tensor,
         expected: torch.Tensor | None,
         stats: Stats,
-    ) -> None:
-        """Add the block's sums; `expected` is None where it equals `got`."""
+    ) -> float:
+        """Add the block's sums; `expected` is None where it equals `got`. Returns Σ (M - W)·Δ."""
         difference = scratch.get("difference", len(x), self.work)
         torch.sub(got, x, out=difference)
         lost = float(torch.dot(difference, difference))
         stats.lost += lost
-        if not self.job.is_arithmetic:
-            return
+        if not self.job.is_sum:
+            return 0.0
         delta = scratch.get("product", len(x), self.work)
         torch.sub(x, before, out=delta)
         stats.delta += float(torch.dot(delta, delta))
@@ -216,9 +215,10 @@ class _Comparing(RunningJob):
             stats.expected_along += float(torch.dot(difference, delta))
             difference -= delta
             stats.expected_lost += float(torch.dot(difference, difference))
+        return along
 
-    def _judge(self, values: _Values, stats: Stats) -> None:
-        """Sort elements that are not as expected by what may explain them."""
+    def _judge(self, values: _Values, stats: Stats) -> torch.Tensor:
+        """Sort elements by what may explain that they are not as expected; True: nothing does."""
         w, x, got = values.w, values.x, values.got
         expected = values.expected.to(self.work)
         apart = (got - expected).abs_()
@@ -233,26 +233,28 @@ class _Comparing(RunningJob):
         same = got == expected
         once = deviation <= noise
         inside = once.clone()
-        for half in self.halves if self.job.is_arithmetic else ():
+        for half in self.halves if self.job.is_sum else ():
             slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
-            slack.add_(values.reach, alpha=math.ldexp(1.0, -_FORMATS[half][0]))
+            slack.add_(values.reach, alpha=math.ldexp(1.0, -FORMATS[half][0]))
             inside |= deviation <= slack.add_(noise)
+        # Graphics cards multiply float32 with the fraction of a float16 if they are let (TF32).
+        inside |= deviation <= noise.add_(values.reach, alpha=math.ldexp(1.0, -10))
         outside = ~(inside | same)
-        stats.unlike_base += int((values.w.to(TORCH[self.job.dtype]).to(self.work) != got).sum())
+        cast = values.w.to(TORCH[self.job.dtype]).to(self.work)
+        moved = cast != expected
+        stats.unlike_base += int((cast != got).sum())
+        stats.to_move += int(moved.sum())
+        stats.unmoved += int((moved & (cast == got)).sum())
         stats.noise += int((once & ~same).sum())
         stats.rounding += int((inside & ~once & ~same).sum())
-        beyond = int(outside.sum())
-        stats.outside += beyond
-        if 0 < beyond * 8 <= len(w):  # their sums matter only where they are few
-            delta = delta[outside].double()
-            stats.outside_along += float(((got - w)[outside].double() * delta).sum())
-            stats.outside_expected += float(((expected - w)[outside].double() * delta).sum())
+        stats.outside += int(outside.sum())
+        return outside
 
     def _reach(self, low: int, high: int, positions: npt.NDArray[np.int64] | None) -> torch.Tensor:
         """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, at some or all elements from `low` on."""
         first, last = low // self.columns, high // self.columns
         total = torch.zeros(high - low if positions is None else len(positions), dtype=self.work)
-        for (b, a), term in zip(self._norms, self._terms, strict=True):
+        for (b, a), term in zip(self._norms, self.terms, strict=True):
             if term.gains is not None:
                 b = b * term.gains.abs().clamp(min=1)
             rows, columns = (a, b) if term.transposed else (b, a)
@@ -268,25 +270,8 @@ class _Comparing(RunningJob):
         """For each delta ‖scale·b‖ of the rows of B, and ‖a‖ of the columns of A."""
         return [
             (torch.linalg.norm(term.b, dim=1) * abs(term.scale), torch.linalg.norm(term.a, dim=0))
-            for term in self._terms
+            for term in self.terms
         ]
-
-    def _name(self, w: Values, x: Values, m: Values, stats: Stats) -> None:
-        """Count how many of these differing elements the known ways of rounding twice explain."""
-        out = self.job.dtype
-        delta = x - w
-        stats.named += len(m)
-        with np.errstate(all="ignore"):  # a damaged file may hold anything
-            for half in self.halves:
-                if self.job.is_arithmetic:
-                    stats.ways[f"delta-{half}"] += _count_equal(m, w + rounded(delta, half), out)
-                if half != out:
-                    stats.ways[f"through-{half}"] += _count_equal(m, rounded(x, half), out)
-            if self.job.is_arithmetic and out in self.halves and self.source.dtype != out:
-                cast = rounded(w, out)
-                both = cast + rounded(delta, out)
-                stats.ways[f"cast-{out}"] += _count_equal(m, cast + delta, out)
-                stats.ways[f"both-{out}"] += _count_equal(m, both, out)
 
 
 @dataclass(frozen=True)
@@ -310,26 +295,3 @@ def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) ->
     edges = [1, *(end + 1 for end in BINS[1:]), BINS[-1] + 2]  # 0 is counted by the caller
     for index, (begin, end) in enumerate(pairwise(edges), 1):
         stats.bins[index] += int(counts[begin:end].sum())
-
-
-def _count_equal(found: Values, value: Values, dtype: str) -> int:
-    return int(np.count_nonzero(found == rounded(value, dtype)))
-
-
-def rounded(values: Values, dtype: str) -> Values:
-    """float64 values rounded to a dtype and widened again, by way of float32."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values)).float()
-    wide: Values = tensor.to(TORCH[dtype]).double().numpy()
-    return wide
-
-
-def ulp(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The distance of neighbouring numbers of `dtype` at these float32 or float64 values."""
-    fraction, smallest = _FORMATS[dtype]
-    own = _FORMATS["F64" if values.dtype == torch.float64 else "F32"]
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    # With the fraction's bits cut off, what is left is a power of two, infinity, or zero.
-    power = (values.abs().view(integer) >> own[0] << own[0]).view(values.dtype)
-    return power.clamp_(min=math.ldexp(1.0, max(smallest, own[1]))).mul_(
-        math.ldexp(1.0, -fraction)
-    )  # fmt: skip

@@ -19,7 +19,7 @@ class Stats:
     """What a comparison of one tensor counted. Sums of squares and products are over elements.
 
     W is the base, x = W + Δ, E the once-rounded x, M the merged tensor; Δ includes what DoRA does.
-    `outside_…` are the parts of the sums that elements outside of all tolerances contributed.
+    `inside_along` leaves out elements outside of all tolerances where these are few in their block.
     """
 
     elements: int = 0
@@ -37,20 +37,28 @@ class Stats:
     delta: float = 0.0  # Σ Δ²
     change: float = 0.0  # Σ (M - W)²
     along: float = 0.0  # Σ (M - W)·Δ
+    inside_along: float = 0.0
     expected_along: float = 0.0  # Σ (E - W)·Δ
     lost: float = 0.0  # Σ (M - x)²
     expected_lost: float = 0.0  # Σ (E - x)²
-    outside_along: float = 0.0
-    outside_expected: float = 0.0
-    #: How many differing elements were looked at for a name, and how many each way explains.
-    named: int = 0
-    ways: Counter[str] = field(default_factory=Counter)
+    #: Of the elements looked at closely: those where E is not W, and where M is W nevertheless.
+    to_move: int = 0
+    unmoved: int = 0
+    #: Elements that ways of rounding were tried on; by way, how many it misses, and by far; how
+    #: many it moves away from the base, and how many of these are as it says.
+    tried: int = 0
+    astray: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    moved: Counter[str] = field(default_factory=Counter)
+    met: Counter[str] = field(default_factory=Counter)
 
     def __iadd__(self, other: Stats) -> Stats:
         for name, value in other.__dict__.items():
             mine = getattr(self, name)
             if name == "bins":
                 self.bins = [a + b for a, b in zip(mine, value, strict=True)]
+            elif isinstance(mine, Counter):
+                mine.update(value)  # unlike +, it keeps what was counted as 0
             elif name in ("largest", "largest_ulp"):
                 setattr(self, name, max(mine, value))
             else:
@@ -61,13 +69,16 @@ class Stats:
 #: Findings that mean "this is base + adapters".
 SOUND = ("once", "twice", "low-precision", "same", "same-twice")
 
-#: Ways of rounding twice, in words.
+#: Ways of rounding more than once, in words; see `ways`.
 _WAYS = {
     "delta": "the delta was rounded to {} before it was added, as PEFT's safe_merge, PEFT's "
     "embeddings and mlx-lm do",
     "through": "the sum was rounded to {} before it was stored",
+    "product": "factors, product and sum were all {}",
     "cast": "the base was rounded to {} before the delta was added",
     "both": "base and delta were rounded to {} before they were added",
+    "within": "the model was {} when it was merged, and stored otherwise",
+    "within-both": "the model and the delta were {} when they were merged, and stored otherwise",
 }
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 
@@ -130,7 +141,8 @@ def judge(tensor: str, stats: Stats, arithmetic: bool, replaced: bool) -> Findin
     code, way = _code(stats, arithmetic, replaced)
     applied = unexplained = lost = None
     if arithmetic and stats.delta > 0:
-        applied = _finite(stats.along / stats.delta)
+        along = stats.inside_along if code == "damaged" else stats.along
+        applied = _finite(along / stats.delta)
         lost = _finite(math.sqrt(stats.lost / stats.delta) if stats.lost >= 0 else math.nan)
         unexplained = _unexplained(stats)
     labels = [str(end) for end in BINS] + ["more"]
@@ -143,35 +155,43 @@ def judge(tensor: str, stats: Stats, arithmetic: bool, replaced: bool) -> Findin
 
 
 def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
-    differing = stats.elements - stats.equal
     if not arithmetic:
-        if not differing:
+        if stats.equal == stats.elements:
             return "same", ""
-        way, explained = _best_way(stats)
-        if explained == stats.named > 0:
-            return "same-twice", way
-        return ("other" if replaced else "changed"), ""
-    if not stats.rounding and not stats.outside:
+        way = next((way for way, missed in stats.missed.items() if not missed), "")
+        return ("same-twice", way) if way else ("other" if replaced else "changed", "")
+    off = stats.rounding + stats.outside
+    if not off:
         return "once", ""
-    if not stats.unlike_base and not _moved(stats):
-        return "not-merged", ""
-    if not stats.outside and _applied_right(stats.along, stats.expected_along, stats):
-        way, explained = _best_way(stats)
-        return ("twice", way) if explained >= 0.99 * stats.named else ("low-precision", "")
-    few = stats.outside <= max(8, stats.elements // 1000) and stats.outside * 10 < stats.elements
-    inside = stats.along - stats.outside_along
-    if few and stats.outside:
-        # One wrong exponent bit outweighs all other values, so they are judged without it.
-        expected = stats.expected_along - stats.outside_expected
-        if _applied_right(inside, expected, stats):
-            return "damaged", ""
-    unexplained = _unexplained(stats)
-    ratio = _ratio(stats)
+    if not stats.unlike_base and stats.unmoved == stats.to_move:
+        # One value may be the base's by chance; many may not.
+        if 100 * stats.to_move > stats.elements or not _applied_right(stats, 0.5):
+            return "not-merged", ""
+    way = _proven_way(stats)
+    if way:
+        return ("low-precision" if way.startswith("product") else "twice"), way
+    few = off <= max(2, stats.elements // 1000) and off * 8 <= stats.elements
+    if few and _applied_right(stats, 0.05, 5):
+        return "damaged", ""
+    if not stats.outside and _applied_right(stats, 0.004, 4) and _scatter(stats) < 0.02:
+        return "low-precision", ""
+    unexplained, ratio = _unexplained(stats), _ratio(stats)
     if unexplained is None or ratio is None or unexplained > 0.1:
         return "other", ""
     if abs(ratio) < _NEAR:
         return "not-merged", ""
+    few = stats.outside <= max(8, stats.elements // 1000)
     return ("damaged" if abs(ratio - 1) <= _NEAR and few else "weight"), ""
+
+
+def _proven_way(stats: Stats) -> str:
+    """The way of rounding that gives all values, and all those that it moves off the base."""
+    for way, missed in sorted(stats.missed.items(), key=lambda item: item[1]):
+        moved = stats.moved[way]
+        right = missed <= stats.tried // 1000 and stats.met[way] >= 0.98 * moved > 0
+        if right and not stats.astray[way] and 4 * missed <= stats.rounding + stats.outside:
+            return way
+    return ""
 
 
 def split_by_adapter(
@@ -187,11 +207,6 @@ def split_by_adapter(
     return replace(finding, code="weights", by_adapter=shown, unexplained=left)
 
 
-def _moved(stats: Stats) -> bool:
-    """Whether the tensor differs from the base along the delta at all."""
-    return stats.delta > 0 and abs(stats.along) > _NEAR * stats.delta
-
-
 def _ratio(stats: Stats) -> float | None:
     """The applied weight, set against what rounding leaves of the right one."""
     if not stats.delta > 0:
@@ -200,13 +215,21 @@ def _ratio(stats: Stats) -> float | None:
     return _finite(stats.along / stats.delta / (expected if expected > 0.05 else 1.0))
 
 
-def _applied_right(along: float, expected: float, stats: Stats) -> bool:
-    """Whether the part along the delta is what it should be, within what rounding scatters."""
-    if not stats.delta > 0 or not math.isfinite(along):
+def _scatter(stats: Stats) -> float:
+    """How far rounding may move the applied weight by chance.
+
+    Rounding errors do not follow the delta, so their part along it is random: √(‖e‖²‖Δ‖²/n).
+    """
+    if not stats.delta > 0 or not stats.expected_along > 0:
+        return math.inf
+    return math.sqrt(stats.expected_lost * stats.delta / stats.elements) / stats.expected_along
+
+
+def _applied_right(stats: Stats, share: float, scatters: float = 0) -> bool:
+    """Whether the part along the delta is what it should be."""
+    if not stats.expected_along > 0 or not math.isfinite(stats.inside_along):
         return False
-    # Rounding errors do not follow the delta, so their part along it is random: √(‖e‖²‖Δ‖²/n).
-    scatter = math.sqrt(stats.expected_lost * stats.delta / max(1, stats.elements))
-    return abs(along - expected) <= 0.05 * abs(expected) + 5 * scatter
+    return abs(stats.inside_along / stats.expected_along - 1) <= share + scatters * _scatter(stats)
 
 
 def _unexplained(stats: Stats) -> float | None:
@@ -215,18 +238,12 @@ def _unexplained(stats: Stats) -> float | None:
     # ‖M - W - cΔ‖², twice the same but for cancellation: the first is good for c near 0, the second
     # for c near 1.
     weight = stats.along / stats.delta
+    if not math.isfinite(stats.change) or not math.isfinite(stats.along):
+        return None
     rest = min(
         stats.change - weight * stats.along, stats.lost - (1 - weight) ** 2 * stats.delta
     ) - 3 * stats.expected_lost  # fmt: skip
     return _finite(math.sqrt(max(0.0, rest) / stats.change))
-
-
-def _best_way(stats: Stats) -> tuple[str, int]:
-    if not stats.ways:
-        return "", 0
-    way, explained = max(stats.ways.items(), key=lambda item: item[1])
-    kind, _, dtype = way.partition("-")
-    return _WAYS[kind].format(_DTYPES[dtype]), explained
 
 
 def _finite(value: float) -> float | None:
@@ -266,12 +283,14 @@ def _phrase(f: Finding) -> str:
         if times == "2.00":
             return "were merged twice, or with twice the weight"
         return f"were merged with {times} times the weight"
+    kind, _, half = f.way.rpartition("-")
+    way = _WAYS[kind].format(_DTYPES[half]) if f.way else ""
     return {
         "once": "are the once-rounded result",
         "same": "are as the adapter holds them",
-        "same-twice": f"are as the adapter holds them; {f.way}",
-        "twice": f"are merged and rounded twice: {f.way}",
-        "low-precision": "are merged, with a product in half precision",
+        "same-twice": f"are as they should be, but rounded twice: {way}",
+        "twice": f"are merged and rounded twice: {way}",
+        "low-precision": "are merged, with a product of low precision" + (way and f": {way}"),
         "not-merged": "were never merged",
         "weights": "were merged with "
         + " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())
@@ -296,7 +315,9 @@ def _sentence(phrase: str, group: list[Finding], whole: Sequence[Finding]) -> st
             )  # fmt: skip
     count = f"{len(group)} of {len(whole)} {noun}s" if whole else (
         f"{len(group)} {noun}" + ("s" if len(group) > 1 else ""))  # fmt: skip
-    if whole and len(group) == len(whole) > 1:
+    if len(whole) == 1:
+        return f"the only {noun} {phrase}" + ("" if group[0].sound else f": {group[0].tensor}")
+    if whole and len(group) == len(whole):
         return f"all {len(whole)} {noun}s {phrase}"
     # Where all is well, the places would only be in the way of those where it is not.
     return f"{count} {phrase}" + ("" if group[0].sound else f": {_places(group, whole)}")

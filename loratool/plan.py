@@ -42,6 +42,8 @@ class Job:
     deltas: tuple[Delta, ...] = ()
     biases: tuple[BiasTerm, ...] = ()
     rows: tuple[TokenRows, ...] = ()
+    #: A copy of the embedding that becomes a head of its own.
+    untied: bool = False
     #: False for integers and for legacy buffers, which may hold -inf by design.
     checked: bool = True
 
@@ -50,8 +52,14 @@ class Job:
         return bool(self.deltas or self.biases or self.rows)
 
     @property
+    def is_sum(self) -> bool:
+        """True if something is added, False if elements are replaced or nothing happens."""
+        return bool(self.deltas or self.biases)
+
+    @property
     def is_adapted(self) -> bool:
-        return self.is_arithmetic or self.action in ("replace", "add")
+        """True if an adapter changes or brings the tensor; a head that is untied it does not."""
+        return self.is_arithmetic or (self.action in ("replace", "add") and not self.untied)
 
     @property
     def is_verbatim(self) -> bool:

@@ -17,6 +17,9 @@ TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
+#: Bits of the fraction, and exponent of the smallest normal number.
+FORMATS = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
+
 #: For each output dtype: unsigned type of the bits, mask of the magnitude, bits of infinity, bits
 #: of the smallest normal number. Magnitudes compare like their bits.
 _BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
@@ -135,3 +138,15 @@ def count_underflow(
         counts.subnormal -= int(
             np.count_nonzero(kept & (magnitudes > 0) & (magnitudes < smallest_normal))
         )
+
+
+def ulp(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The distance of neighbouring numbers of `dtype` at these float32 or float64 values."""
+    fraction, smallest = FORMATS[dtype]
+    own = FORMATS["F64" if values.dtype == torch.float64 else "F32"]
+    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
+    # With the fraction's bits cut off, what is left is a power of two, infinity, or zero.
+    power = (values.abs().view(integer) >> own[0] << own[0]).view(values.dtype)
+    return power.clamp_(min=math.ldexp(1.0, max(smallest, own[1]))).mul_(
+        math.ldexp(1.0, -fraction)
+    )  # fmt: skip

@@ -61,12 +61,13 @@ def _originals(
     for job in forward.jobs:
         original, now = there.get(job.name), merged.tensors.get(job.name)
         if original is not None and now is not None and original.shape == now.shape:
-            source = job.source if job.action == "replace" else original
+            held = job.source is not now  # an adapter's tensor, with or without a delta on it
+            source = job.source if held else original
             again = replace(job, source=source, dtype=now.dtype, checked=False)
             pairs.append(Pair(again, now))
     stats = compare(pairs, lambda *_: None, threads)
     findings = [
-        judge(p.job.name, stats[p.job.name], p.job.is_arithmetic, p.job.action == "replace")
+        judge(p.job.name, stats[p.job.name], p.job.is_sum, p.job.is_adapted and not p.job.is_sum)
         for p in pairs
     ]
     wrong = [finding.tensor for finding in findings if not finding.sound]
@@ -89,7 +90,7 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
             continue
         if any(delta.module.magnitude is not None for delta in job.deltas):
             rescaled.append(job.name)
-        if job.action in ("replace", "add"):
+        if job.source is not found.plan.base.tensors.get(job.name):
             replaced.append(job.name)
         if job.rows:
             rows.append(job.name)

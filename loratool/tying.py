@@ -6,6 +6,8 @@ the same with two matrices and an untied config; they stay one where both change
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from loratool.adapter import Notice
@@ -63,7 +65,7 @@ def settle_tied(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> Job | No
         edits[tied.head] = head
         return None
     source = plan.base.tensors[tied.embedding].renamed(tied.head)
-    return make_job(plan, tied.head, source, head, "add")
+    return replace(make_job(plan, tied.head, source, head, "add"), untied=True)
 
 
 def _has_language_head(plan: Plan, tied: Tied) -> bool:

@@ -108,9 +108,9 @@ def verify(
         try:
             model = open_checkpoint(merged)
         except TruncatedError as error:
-            report.summary = [error.message]
+            report.summary = [error.message.rstrip(".")]
         else:
-            refuse_quantised(model)
+            refuse_quantised(model, "model to verify", _QUANTISED)
             found = pair_up(plan, model)
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
             stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
@@ -123,22 +123,26 @@ def verify(
     return report
 
 
+_QUANTISED = "Verify the model as it was merged, before it was quantised."
+
+
 def _judged(pair: Pair, stats: Stats) -> Finding:
     job = pair.job
-    return judge(job.name, stats, job.is_arithmetic, job.action in ("replace", "add"))
+    return judge(job.name, stats, job.is_sum, job.is_adapted and not job.is_sum)
 
 
 def _look_for_base(
     findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
 ) -> list[Finding]:
-    """Where an adapter's saved tensor is not there, ask whether it is still the base's."""
+    """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
     from loratool.comparison import Pair, compare
 
     unlike = {f.tensor for f in findings if f.code == "other"}
     again = []
     for pair in pairs:
         source = plan.base.tensors.get(pair.job.name)
-        if pair.job.name in unlike and pair.job.action == "replace" and source is not None:
+        held = pair.job.action == "replace" or pair.job.rows
+        if pair.job.name in unlike and held and source is not None:
             plain = Job(pair.job.name, pair.job.dtype, source, "copy", checked=False)
             again.append(Pair(plain, pair.merged))
     still = {

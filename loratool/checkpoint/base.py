@@ -224,9 +224,12 @@ def _output_name(shard: str) -> str:
     return shard
 
 
-def refuse_quantised(base: Checkpoint) -> None:
+def refuse_quantised(
+    base: Checkpoint,
+    role: str = "base",
+    hint: str = "Merge into the unquantised base this one was made from, then quantise the result.",
+) -> None:
     """Raise BaseError where the weights are stored quantised, by config or by their tensors."""
-    hint = "Merge into the unquantised base this one was made from, then quantise the result."
     method = base.config.get("quantization_config")
     if not method:
         nested = [v for v in base.config.values() if isinstance(v, dict)]
@@ -235,8 +238,8 @@ def refuse_quantised(base: Checkpoint) -> None:
     if method:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise BaseError(
-            f"{base.source}: a quantised base (quantization_config: {name or method}). "
-            "Adding to packed weights would corrupt them.",
+            f"{base.source}: a quantised {role} (quantization_config: {name or method}). "
+            "Its packed weights cannot be computed with.",
             hint,
         )
     packed = [n for n in base.tensors if _QUANTISED.search(n)]
@@ -244,7 +247,7 @@ def refuse_quantised(base: Checkpoint) -> None:
     if packed:
         kinds = Counter(base.tensors[n].dtype for n in packed).most_common(1)[0][0]
         raise BaseError(
-            f"{base.source}: a quantised base: {len(packed)} tensors such as {packed[0]!r} "
+            f"{base.source}: a quantised {role}: {len(packed)} tensors such as {packed[0]!r} "
             f"({kinds}) hold packed weights or their scales.",
             hint,
         )

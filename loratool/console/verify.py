@@ -51,7 +51,9 @@ def show_verify(report: VerifyReport, full: bool) -> None:
         out.print(_table(shown, full or len(shown) == 1))
     out.print()
     for sentence in report.summary:
-        out.print(escape(sentence[0].upper() + sentence[1:] + "."), soft_wrap=True)
+        plain = sentence.partition(" ")[0].isalpha()  # a path keeps its first letter
+        said = sentence[0].upper() + sentence[1:] if plain else sentence
+        out.print(escape(said + "."), soft_wrap=True)
     if report.verdict == "yes":
         out.print("[bold green]yes:[/] the merged model is base + adapters", soft_wrap=True)
     else:

@@ -24,7 +24,8 @@ def cli_reference() -> str:
         "## Exit codes\n\n"
         "| code | meaning |\n|---|---|\n"
         "| 0 | done |\n| 1 | failed: the error says what, where and what to do |\n"
-        "| 2 | wrong usage |\n| 3 | the check said no: `verify`, `merge --verify` |\n| 130 | interrupted; no unfinished output is left behind |\n"
+        "| 2 | wrong usage |\n| 3 | the check said no: `verify`, `merge --verify` |\n"
+        "| 130 | interrupted; no unfinished output is left behind |\n"
     )
     return "\n".join(parts)
 

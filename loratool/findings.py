@@ -163,10 +163,15 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
     off = stats.rounding + stats.outside
     if not off:
         return "once", ""
-    if not stats.unlike_base and stats.unmoved == stats.to_move:
-        # One value may be the base's by chance; many may not.
-        if 100 * stats.to_move > stats.elements or not _applied_right(stats, 0.5):
-            return "not-merged", ""
+    if (
+        not stats.unlike_base
+        and stats.unmoved == stats.to_move
+        and (
+            # One value may be the base's by chance; many may not.
+            100 * stats.to_move > stats.elements or not _applied_right(stats, 0.5)
+        )
+    ):
+        return "not-merged", ""
     way = _proven_way(stats)
     if way:
         return ("low-precision" if way.startswith("product") else "twice"), way

@@ -200,7 +200,7 @@ def _previous(base: Checkpoint) -> list[Path]:
 
 def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
     report.undo_bytes = nbytes
-    if nbytes > plan.base.nbytes // 4:
+    if nbytes > 5_000 + plan.base.nbytes // 4:  # of which some thousand are there anyway
         report.warnings.append(
             Notice(
                 "undo-large",
@@ -240,5 +240,5 @@ def _report(
         config_changes=plan.config_changes,
         side_files=sorted(files.copied),
         left_out=[n for n in files.left_out if n.rstrip("/") not in carried],
-        warnings=plan.notices,
+        warnings=list(plan.notices),
     )

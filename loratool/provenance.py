@@ -121,12 +121,23 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    sound = isinstance(record.get("adapters"), list) and all(
-        isinstance(record.get(part), dict) for part in ("options", "base", "result")
-    )
-    if not sound or record["options"].get("dtype") not in DTYPES:
+    if not _is_sound(record):
         raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
     return record
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether all that is read of a record has the right type."""
+    if not all(isinstance(record.get(part), dict) for part in ("options", "base", "result")):
+        return False
+    dtypes, counts = record["base"].get("dtypes", []), record["result"].get("tensors", {})
+    return (
+        isinstance(record.get("adapters"), list)
+        and str(record["options"].get("dtype")) in DTYPES
+        and isinstance(dtypes, list)
+        and all(isinstance(code, str) for code in dtypes)
+        and isinstance(counts, dict)
+    )
 
 
 def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:

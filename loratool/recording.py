@@ -30,7 +30,7 @@ from loratool.checkpoint.residual import (
     find,
 )
 from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, blocks, read_raw
-from loratool.checkpoint.undo import UndoWriter
+from loratool.checkpoint.undo import UndoWriter, sha256
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
 from loratool.rounding import Counts
@@ -193,13 +193,16 @@ class Recorder:
             info = self.plan.base.tensors[name]
             self._digests[name] = hashlib.sha256()
             self._table[name] = {
-                "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": []
+                "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
+                "gains": [],
             }  # fmt: skip
         return self._table[name]
 
     def _end_tensor(self, part: RecordedMerging) -> None:
         if not part.job.is_verbatim:
+            gains = self._table[part.job.name]["gains"]
             for index, gain in enumerate(part.gains):
+                gains.append(0 if gain is None else gain.numel())
                 if gain is not None:
                     entry = f"gain:{part.job.name}:{index}"
                     self._writer.append(entry, gain.numpy().tobytes())
@@ -229,6 +232,8 @@ class Recorder:
                     for shard, names in self.plan.base.shards.items()
                 ],
                 "side_files": self.side_files,
+                "files": {name: sha256(content) for name, content in self.kept.items()},
+                "headers": {name: sha256(header) for name, header in self._headers.items()},
             }
         )
 

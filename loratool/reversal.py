@@ -74,6 +74,8 @@ class Reversal:
                 usable = torch.isfinite(part) & (part != 0)
                 matrix /= torch.where(usable, part, torch.ones_like(part))
             matrix -= product.rows(first, last, self.work)
+        if any(gain is not None for gain in self.gains):
+            back.nan_to_num_()  # the sign of a NaN from ∞ - ∞ depends on the processor
         predicted = scratch.get("predicted", high - low, self.base_dtype)
         predicted.copy_(back)
         return predicted.view(torch.uint8).numpy()

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from loratool.arithmetic import RunningJob
 from loratool.checkpoint.tensors import FilePool
 from loratool.plan import Job, Plan
 from loratool.recording import RecordedMerging, RecordedTask
-from loratool.rounding import TORCH
+from loratool.rounding import TORCH, ulp
 from loratool.workers import Workers
 
 #: Blocks in a sample.
 _SAMPLES = 48
+
+#: What a tensor takes in the undo file's header and table, about.
+_ROW_BYTES = 250
 
 
 def undo_bytes(plan: Plan) -> int:
@@ -35,17 +39,20 @@ def undo_bytes(plan: Plan) -> int:
             elements, coded = elements + high - low, coded + len(task.chunk)
     total = sum(job.source.numel for job in recorded)
     # A replaced tensor is stored compressed, to about three quarters for trained weights.
-    return round(coded * total / max(1, elements)) + sum(3 * info.nbytes // 4 for info in whole)
+    stored = sum(3 * info.nbytes // 4 for info in whole)
+    return round(coded * total / max(1, elements)) + stored + _ROW_BYTES * len(plan.base.tensors)
 
 
 def changed_by_cycle(forward: Plan, backward: Plan) -> float:
     """The share of adapted weights that differ after the deltas are added and taken away again.
 
-    Both plans are of the merged model, `backward` with negated weights. Its weights stand for those
-    of the base, which are not at hand and are distributed alike.
+    Both plans are of the merged model, `backward` with negated weights. The base is not at hand, so
+    weights that may have been its are made: the merged ones without the delta, and without what
+    rounding may have moved them by.
     """
     there = {job.name: job for job in forward.jobs}
     back = [job for job in backward.jobs if job.is_arithmetic]
+    generator = torch.Generator().manual_seed(0)
     changed = elements = 0
     with FilePool() as files:
         for job, place in _places(back):
@@ -53,9 +60,15 @@ def changed_by_cycle(forward: Plan, backward: Plan) -> float:
             low, high = _block(subtracting, place)
             adding.prepare()
             subtracting.prepare()
-            before = subtracting.load(low, high).to(TORCH[job.dtype])
-            merged = adding.add(before.to(adding.work), low, high).to(TORCH[job.source.dtype])
-            after = subtracting.add(merged.to(adding.work), low, high).to(TORCH[job.dtype])
+            values = subtracting.load(low, high).clone()
+            delta = values - subtracting.add(values.clone(), low, high)
+            moved = (torch.rand(len(values), generator=generator) - 0.5) * ulp(
+                values, job.source.dtype
+            )
+            before = (values.double() + moved - delta.double()).to(TORCH[job.dtype])
+            merged = adding.add(before.to(adding.work, copy=True), low, high)
+            merged = merged.to(TORCH[job.source.dtype]).to(adding.work, copy=True)
+            after = subtracting.add(merged, low, high).to(TORCH[job.dtype])
             changed += int((after != before).sum())
             elements += high - low
     return changed / max(1, elements)

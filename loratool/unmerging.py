@@ -159,7 +159,12 @@ def unmerge(
         record = read_record(checkpoint.directory) if checkpoint.source.is_dir() else None
         undo_path = checkpoint.directory / FOLDER / UNDO
         undo = None
-        if record is not None and undo_path.is_file() and not subtract:
+        if undo_path.is_file() and not subtract:
+            if record is None:
+                raise RestoreError(
+                    f"{merged}: its {PROVENANCE} is missing, which says what the undo file undoes.",
+                    "Put it back. `--subtract` does without both, but not exactly.",
+                )
             undo = read_undo(undo_path)
         inputs = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
         check_output(target, inputs, overwrite)
@@ -324,10 +329,10 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     from loratool.sampling import changed_by_cycle  # torch: about two seconds to import
 
     report.expected_changed = changed_by_cycle(found.forward, plan)
-    if request.dry_run:
-        return report
     files = side_files_of(merged)
     report.side_files = sorted(files.copied)
+    if request.dry_run:
+        return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     with StagedDirectory(request.target, request.overwrite) as staged:
         try:

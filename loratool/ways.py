@@ -26,7 +26,6 @@ class Ways:
 
     def __init__(self, job: RunningJob) -> None:
         self.job = job
-        self._out = TORCH[job.job.dtype]
         self._dead: set[str] = set()
 
     def count(
@@ -55,7 +54,7 @@ class Ways:
             stats.met[name] += int((moved & hit).sum())
 
     def _stored(self, values: torch.Tensor) -> torch.Tensor:
-        return values.to(self._out).to(values.dtype)
+        return values.to(TORCH[self.job.job.dtype]).to(values.dtype)
 
     def _predictions(
         self, w: torch.Tensor, x: torch.Tensor, low: int
@@ -69,7 +68,7 @@ class Ways:
             def narrow(values: torch.Tensor, half: torch.dtype = half) -> torch.Tensor:
                 return values.to(half).to(values.dtype)
 
-            if half != self._out and self._may(f"through-{code}"):
+            if half != TORCH[self.job.job.dtype] and self._may(f"through-{code}"):
                 yield f"through-{code}", self._stored(narrow(x))
             if not adds:
                 continue
@@ -83,7 +82,7 @@ class Ways:
                     yield f"cast-{code}", self._stored(narrow(w) + delta)
                 if self._may(f"both-{code}"):
                     yield f"both-{code}", self._stored(narrow(w) + narrow(delta))
-            if half != self._out:
+            if half != TORCH[self.job.job.dtype]:
                 if self._may(f"within-{code}"):
                     yield f"within-{code}", self._stored(narrow(narrow(w) + delta))
                 if self._may(f"within-both-{code}"):

@@ -380,7 +380,8 @@ def test_a_delta_that_swallows_the_weights_is_taken_back(stored: str, tmp_path: 
     lora_dir = lora_on(tmp_path / "lora", np.full((64, 1), 192.0), np.full((1, 64), 177.0))
     report = loratool.merge(base, lora_dir, tmp_path / "out", reversible=True)
     assert len(load(tmp_path / "out")[ADAPTED].unique()) == 1
-    assert "undo-large" in codes(report)
+    if stored in ("F32", "F64"):  # in the others the file's own few thousand bytes outweigh it
+        assert "undo-large" in codes(report)
     loratool.unmerge(tmp_path / "out", lora_dir, tmp_path / "back")
     assert sha256s(tmp_path / "back") == sha256s(base)
 

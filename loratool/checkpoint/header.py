@@ -67,6 +67,13 @@ def header_bytes(path: Path) -> bytes:
         return start + stream.read(int.from_bytes(start, "little"))
 
 
+def described(path: Path, start: bytes) -> list[TensorInfo]:
+    """The tensors that the first bytes of a file describe, in the order of their data."""
+    entries, _ = _parse_json(path, start[8:])
+    tensors = [_tensor(path, name, entry, len(start)) for name, entry in entries.items()]
+    return sorted(tensors, key=lambda info: info.start)
+
+
 def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
     """Name the usual things found where weights should be: nothing, an LFS pointer, a web page."""
     if size == 0:

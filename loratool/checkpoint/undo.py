@@ -14,7 +14,9 @@ every safetensors file beside it for weights. Its entries:
 
 from __future__ import annotations
 
+import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.header import build_header, read_header
+from loratool.checkpoint.header import build_header, described, read_header
 from loratool.checkpoint.residual import (
     DamagedChunk,
     Distances,
@@ -50,6 +52,10 @@ VERSION = 1
 _MAX_UNPACKED = 1 << 30
 
 _LARGEST_OFFSET = 10**15
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class UndoWriter:
@@ -103,6 +109,7 @@ class BaseTensor:
 
     `step` elements are coded to a chunk, and `sizes` are the bytes of the chunks; both are 0 and
     empty where the subtraction misses nothing. `whole` marks a tensor that is stored itself.
+    `gains` counts the factors of each delta, 0 for plain ones.
     """
 
     info: TensorInfo
@@ -110,6 +117,7 @@ class BaseTensor:
     whole: bool
     step: int
     sizes: tuple[int, ...]
+    gains: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,13 @@ class Undo:
         return _Damage(self.path, entry)
 
 
+#: What a damaged or contradictory undo file leads to.
+_DAMAGE = (
+    DamagedChunk, KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
+
+
 class _Damage:
     """Turns a damaged chunk into an error that names file and entry."""
 
@@ -194,7 +209,7 @@ class _Damage:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (DamagedChunk, KeyError, ValueError, TypeError, IndexError)):
+        if isinstance(error, _DAMAGE):
             path, entry = self._where
             raise FileError(
                 f"{path}: the undo file is damaged at {entry} ({error}).",
@@ -214,16 +229,8 @@ def read_undo(path: Path) -> Undo:
                 f"{path}: it was written by a later loratool (undo version {table['version']}).",
                 "Use that version.",
             )
-        kept = {
-            name.partition(":")[2]: _unpack(info, files)
-            for name, info in entries.items()
-            if name.startswith("file:")
-        }
-        headers = {
-            name.partition(":")[2]: _unpack(info, files)
-            for name, info in entries.items()
-            if name.startswith("header:")
-        }
+        kept = _unpack_all("file", table["files"], entries, files)
+        headers = _unpack_all("header", table["headers"], entries, files)
         tensors = dict(_tensors(table["tensors"]))
         shards = [
             BaseShard(s["file"], tuple(s["tensors"]), headers.get(s["file"], b""))
@@ -240,17 +247,39 @@ def _unpack(info: TensorInfo, files: FilePool) -> bytes:
     return decompress(read_raw(info, files).tobytes(), _MAX_UNPACKED)
 
 
+def _unpack_all(
+    kind: str, hashes: dict[str, str], entries: dict[str, TensorInfo], files: FilePool
+) -> dict[str, bytes]:
+    """The contents of `kind:NAME` for every name that has a hash, checked by it."""
+    found = {name: _unpack(entries[f"{kind}:{name}"], files) for name in hashes}
+    for name, content in found.items():
+        if sha256(content) != hashes[name]:
+            raise ValueError(f"{kind}:{name} does not have its sha256")
+    return found
+
+
 def _tensors(table: dict[str, Any]) -> Iterator[tuple[str, BaseTensor]]:
     place = 0
     for name, t in table.items():
         # No file is there; the place only tells tensors apart.
-        info = TensorInfo(name, t["dtype"], tuple(t["shape"]), Path("base"), place)
+        shape = tuple(operator.index(n) for n in t["shape"])
+        info = TensorInfo(name, t["dtype"], shape, Path("base"), place)
         place += info.nbytes
-        yield name, BaseTensor(info, t["sha256"], t["whole"], t["step"], tuple(t["sizes"]))
+        if not (isinstance(t["sha256"], str) and min(shape, default=0) >= 0 <= t["step"]):
+            raise ValueError(f"{name} is not described")
+        yield (
+            name,
+            BaseTensor(
+                info, t["sha256"], t["whole"], t["step"], tuple(t["sizes"]), tuple(t["gains"])
+            ),
+        )
 
 
 def _check(undo: Undo) -> None:
     """Raise ValueError where the table and the entries of the file contradict each other."""
+    expected = {"base"}
+    expected |= {f"file:{name}" for name in undo.files}
+    expected |= {f"header:{shard.file}" for shard in undo.shards if shard.header}
     for name, tensor in undo.tensors.items():
         kind = "whole" if tensor.whole else "residual"
         entry = undo._entries.get(f"{kind}:{name}")
@@ -259,9 +288,44 @@ def _check(undo: Undo) -> None:
             raise ValueError(f"{name} has {len(tensor.sizes)} chunks instead of {chunks}")
         if sum(tensor.sizes) != (entry.nbytes if entry else 0):
             raise ValueError(f"the chunks of {name} do not fill their entry")
+        if entry is not None:
+            expected.add(entry.name)
+        size = 8 if tensor.info.dtype == "F64" else 4
+        for index, count in enumerate(tensor.gains):
+            gain = f"gain:{name}:{index}"
+            if count and undo._entries[gain].nbytes != count * size:
+                raise ValueError(f"{gain} does not hold {count} factors")
+            expected |= {gain} if count else set()
+    if undo._entries.keys() != expected:
+        raise ValueError("its entries are not those of its table")
     named = [name for shard in undo.shards for name in shard.tensors]
     if sorted(named) != sorted(undo.tensors):
         raise ValueError("its shards and its tensors differ")
-    for path in [*undo.files, *undo.side_files, *(shard.file for shard in undo.shards)]:
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise ValueError(f"{path!r} lies outside the model")
+    for shard in undo.shards:
+        infos = [undo.tensors[name].info for name in shard.tensors]
+        if not infos or (shard.header and not _describes(shard.header, infos)):
+            raise ValueError(f"the header of {shard.file} is not of its tensors")
+    _check_names(undo)
+
+
+def _describes(header: bytes, infos: list[TensorInfo]) -> bool:
+    found = [(i.name, i.dtype, i.shape) for i in described(Path("header"), header)]
+    return found == [(i.name, i.dtype, i.shape) for i in infos]
+
+
+def _check_names(undo: Undo) -> None:
+    """Every file has a place of its own, inside the model."""
+    shards = [shard.file for shard in undo.shards]
+    beside = undo.files.keys() | undo.side_files.keys()
+    if len(set(shards)) < len(shards) or beside & set(shards):
+        raise ValueError("two files have one name")
+    for name in [*beside, *shards]:
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name:
+            raise ValueError(f"{name!r} is no place inside the model")
+    if any(Path(name).suffix != ".safetensors" for name in shards):
+        raise ValueError("a shard is not called .safetensors")
+    if not all(isinstance(digest, str) for digest in undo.side_files.values()):
+        raise ValueError("a hash is no text")
+    if "config.json" in undo.files and not isinstance(json.loads(undo.files["config.json"]), dict):
+        raise ValueError("config.json is no JSON object")

@@ -41,8 +41,6 @@ class FileError(LoraToolError):
 class TruncatedError(FileError):
     """A weights file that ends before its data does."""
 
-    code = "truncated"
-
 
 class AdapterError(LoraToolError):
     """An adapter that cannot be used as asked: wrong kind, inconsistent, or not merged honestly."""

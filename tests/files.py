@@ -177,7 +177,7 @@ def refused(
     """Merge, expecting this error with `parts` in its message, and nothing on the disk."""
     with pytest.raises(LoraToolError) as caught:
         loratool.merge(base, adapter, output, **options)
-    assert type(caught.value) is kind, caught.value
+    assert isinstance(caught.value, kind), caught.value
     assert_clear(caught.value, *parts)
     assert_clean(output)
     return caught.value

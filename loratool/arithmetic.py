@@ -148,7 +148,8 @@ class RunningJob:
         if raw is None:
             raw = self._raw_scratch(low, high)
         values = self.load(low, high, raw)
-        before = values.clone() if measured else values
+        if measured:
+            before = scratch.get("before", high - low, self.work).copy_(values)
         self.add(values, low, high)
         out = torch.from_numpy(data).view(TORCH[self.job.dtype])
         narrowed(values, out)
@@ -156,8 +157,9 @@ class RunningJob:
         if broken:
             self.explain_values()
         if measured:
-            delta, lost = values - before, out.to(self.work) - values
+            delta = before.sub_(values)
             counts.delta += float(torch.dot(delta, delta))
+            lost = before.copy_(out).sub_(values)
             counts.lost += float(torch.dot(lost, lost))
         if self.may_underflow:
             unchanged = raw if self.source.dtype == self.job.dtype else None

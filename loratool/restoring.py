@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from loratool.checkpoint.undo import BaseShard, BaseTensor, Undo
 from loratool.errors import RestoreError
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
+from loratool.rounding import scratch
 from loratool.streaming import Part, Progress, Shard, Task, write_shards
 from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
 
@@ -188,17 +189,13 @@ class _ReversedTask:
     low: int
     positions: Positions
     distances: Distances
-    _merged: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
 
     def compute(self, low: int, high: int, data: Bytes) -> None:
         part = self.part
         if part.job.is_verbatim:
             part.read_into(low, data)
             return
-        size = (high - low) * part.merged.itemsize
-        if len(self._merged) < size:
-            self._merged = np.empty(size, np.uint8)
-        merged = self._merged[:size]
+        merged = scratch.get("merged", (high - low) * part.merged.itemsize, torch.uint8).numpy()
         part.read_into(low, merged)
         data[:] = part.reversal.predict(low, high, merged)
         first, last = np.searchsorted(self.positions, (low - self.low, high - self.low))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from loratool.arithmetic import RunningJob
-from loratool.checkpoint.residual import find, ordered
+from loratool.checkpoint.residual import ordered
 from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
@@ -29,6 +29,9 @@ from loratool.ways import Ways
 from loratool.workers import Bytes, Workers
 
 Values = npt.NDArray[np.floating[Any]]
+
+#: Elements that are judged together.
+_PIECE = 1 << 17
 
 #: How often the order of a sum may move its result by half a unit of the working dtype.
 _NOISE = 16.0
@@ -163,25 +166,23 @@ class _Comparing(RunningJob):
         expected_out = scratch.get("expected", size, torch.uint8).view(TORCH[self.job.dtype])
         narrowed(x, expected_out)
         expected = expected_out.view(torch.uint8).numpy()
-        positions, _ = find(merged, expected, self.itemsize)
-        stats.equal += count - positions.size
-        stats.bins[0] += count - positions.size
+        kind = f"i{self.itemsize}"
+        different = merged.view(kind) != expected.view(kind)
+        unlike = int(np.count_nonzero(different))
+        stats.equal += count - unlike
+        stats.bins[0] += count - unlike
         got = scratch.get("got", count, self.work)
         got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
-        along = self._sum(before, x, got, expected_out if positions.size else None, stats)
-        if positions.size:
+        along = self._sum(before, x, got, expected_out if unlike else None, stats)
+        if unlike:
             _count_steps(merged, expected, self.itemsize, stats)
-            self._ways.count(before, x, got, low, stats)
-            everywhere = positions.size * 8 > count
-            index = slice(None) if everywhere else torch.from_numpy(positions)
-            reach = self._reach(low, high, None if everywhere else positions)
-            values = _Values(before[index], x[index], got[index], expected_out[index], reach)
-            outside = self._judge(values, stats)
-            if 0 < int(outside.sum()) * 8 <= count:
-                # A few wrong values may outweigh all others, which are judged without them.
-                where = torch.arange(count)[index][outside]
-                got[where] = x[where]
-            along = float(torch.dot(got - before, x - before))
+            # In pieces, so that what judging them takes stays small and in the cache.
+            for first, last in blocks(count, max(1, _PIECE // self.columns) * self.columns):
+                if different[first:last].any():
+                    piece = slice(first, last)
+                    values = before[piece], x[piece], got[piece], expected_out[piece]
+                    self._judge(low + first, *values, stats)
+            along = float(torch.dot(got.sub_(before), x.sub_(before)))
         stats.inside_along += along
 
     def _sum(
@@ -217,10 +218,24 @@ class _Comparing(RunningJob):
             stats.expected_lost += float(torch.dot(difference, difference))
         return along
 
-    def _judge(self, values: _Values, stats: Stats) -> torch.Tensor:
-        """Sort elements by what may explain that they are not as expected; True: nothing does."""
-        w, x, got = values.w, values.x, values.got
-        expected = values.expected.to(self.work)
+    def _judge(
+        self,
+        low: int,
+        w: torch.Tensor,
+        x: torch.Tensor,
+        got: torch.Tensor,
+        stored: torch.Tensor,
+        stats: Stats,
+    ) -> None:
+        """Sort elements from `low` on by what may explain that they are not as expected.
+
+        `stored` are the expected values in the output's dtype. Where a few are outside of all
+        tolerances, `got` is changed to `x` there: they may outweigh all others in the sums, and
+        those are judged without them.
+        """
+        self._ways.count(w, x, got, low, stats)
+        expected = stored.to(self.work)
+        reach = self._reach(low, low + len(w))
         apart = (got - expected).abs_()
         if not math.isfinite(largest := float(apart.max())):
             apart.nan_to_num_(nan=0.0, posinf=0.0)  # a damaged file may hold anything
@@ -228,41 +243,39 @@ class _Comparing(RunningJob):
         stats.largest = max(stats.largest, largest)
         deviation = (got - x).abs_()
         delta = x - w
-        noise = (w.abs() + x.abs()).add_(values.reach).mul_(_NOISE * torch.finfo(self.work).eps / 2)
+        noise = (w.abs() + x.abs()).add_(reach).mul_(_NOISE * torch.finfo(self.work).eps / 2)
         noise.add_(ulp(x, self.job.dtype), alpha=0.5)
         same = got == expected
         once = deviation <= noise
         inside = once.clone()
         for half in self.halves if self.job.is_sum else ():
             slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
-            slack.add_(values.reach, alpha=math.ldexp(1.0, -FORMATS[half][0]))
+            slack.add_(reach, alpha=math.ldexp(1.0, -FORMATS[half][0]))
             inside |= deviation <= slack.add_(noise)
         # Graphics cards multiply float32 with the fraction of a float16 if they are let (TF32).
-        inside |= deviation <= noise.add_(values.reach, alpha=math.ldexp(1.0, -10))
+        inside |= deviation <= noise.add_(reach, alpha=math.ldexp(1.0, -10))
         outside = ~(inside | same)
-        cast = values.w.to(TORCH[self.job.dtype]).to(self.work)
+        cast = w.to(stored.dtype).to(self.work)
         moved = cast != expected
         stats.unlike_base += int((cast != got).sum())
         stats.to_move += int(moved.sum())
         stats.unmoved += int((moved & (cast == got)).sum())
         stats.noise += int((once & ~same).sum())
         stats.rounding += int((inside & ~once & ~same).sum())
-        stats.outside += int(outside.sum())
-        return outside
+        beyond = int(outside.sum())
+        stats.outside += beyond
+        if 0 < beyond * 8 <= len(w):
+            torch.where(outside, x, got, out=got)
 
-    def _reach(self, low: int, high: int, positions: npt.NDArray[np.int64] | None) -> torch.Tensor:
-        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, at some or all elements from `low` on."""
+    def _reach(self, low: int, high: int) -> torch.Tensor:
+        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
         first, last = low // self.columns, high // self.columns
-        total = torch.zeros(high - low if positions is None else len(positions), dtype=self.work)
+        total = torch.zeros(high - low, dtype=self.work)
         for (b, a), term in zip(self._norms, self.terms, strict=True):
             if term.gains is not None:
                 b = b * term.gains.abs().clamp(min=1)
             rows, columns = (a, b) if term.transposed else (b, a)
-            if positions is None:
-                total += torch.outer(rows[first:last], columns).view(-1)
-            else:
-                row, column = np.divmod(low + positions, self.columns)
-                total += rows[row] * columns[column]
+            total += torch.outer(rows[first:last], columns).view(-1)
         return total
 
     @cached_property
@@ -272,17 +285,6 @@ class _Comparing(RunningJob):
             (torch.linalg.norm(term.b, dim=1) * abs(term.scale), torch.linalg.norm(term.a, dim=0))
             for term in self.terms
         ]
-
-
-@dataclass(frozen=True)
-class _Values:
-    """Some or all elements of a block: base, exact sum, merged, expected, and Σ|scale·b·a|."""
-
-    w: torch.Tensor
-    x: torch.Tensor
-    got: torch.Tensor
-    expected: torch.Tensor
-    reach: torch.Tensor
 
 
 def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) -> None:

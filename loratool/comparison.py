@@ -24,7 +24,7 @@ from loratool.checkpoint.residual import ordered
 from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
-from loratool.rounding import FORMATS, TORCH, narrowed, scratch, ulp
+from loratool.rounding import FORMATS, TORCH, magnitudes_of, narrowed, scratch, ulp
 from loratool.ways import Ways
 from loratool.workers import Bytes, Workers
 
@@ -168,20 +168,25 @@ class _Comparing(RunningJob):
         expected = expected_out.view(torch.uint8).numpy()
         kind = f"i{self.itemsize}"
         different = merged.view(kind) != expected.view(kind)
+        got = scratch.get("got", count, self.work)
+        got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
+        if magnitudes_of(merged, self.job.dtype)[1]:
+            # Infinity where the base has none is not what anybody wanted, even if it is expected.
+            different |= (~torch.isfinite(got) & torch.isfinite(before)).numpy()
         unlike = int(np.count_nonzero(different))
         stats.equal += count - unlike
         stats.bins[0] += count - unlike
-        got = scratch.get("got", count, self.work)
-        got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
         along = self._sum(before, x, got, expected_out if unlike else None, stats)
         if unlike:
             _count_steps(merged, expected, self.itemsize, stats)
             # In pieces, so that what judging them takes stays small and in the cache.
             for first, last in blocks(count, max(1, _PIECE // self.columns) * self.columns):
-                if different[first:last].any():
+                if different[first:last].any() or not self.job.is_sum:
                     piece = slice(first, last)
                     values = before[piece], x[piece], got[piece], expected_out[piece]
                     self._judge(low + first, *values, stats)
+            apart = scratch.get("difference", count, self.work).copy_(expected_out).sub_(got)
+            stats.inside_apart += float(torch.dot(apart, apart))
             along = float(torch.dot(got.sub_(before), x.sub_(before)))
         stats.inside_along += along
 
@@ -254,7 +259,7 @@ class _Comparing(RunningJob):
             inside |= deviation <= slack.add_(noise)
         # Graphics cards multiply float32 with the fraction of a float16 if they are let (TF32).
         inside |= deviation <= noise.add_(reach, alpha=math.ldexp(1.0, -10))
-        outside = ~(inside | same)
+        outside = ~(inside | same) | (~torch.isfinite(got) & torch.isfinite(w))
         cast = w.to(stored.dtype).to(self.work)
         moved = cast != expected
         stats.unlike_base += int((cast != got).sum())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.folding import pattern, ranged
+from loratool.plan import Job
 
 #: Upper ends of the bins that distances in units in the last place are counted in.
 BINS = (0, 1, 2, 4, 16, 256)
@@ -19,7 +20,7 @@ class Stats:
     """What a comparison of one tensor counted. Sums of squares and products are over elements.
 
     W is the base, x = W + Δ, E the once-rounded x, M the merged tensor; Δ includes what DoRA does.
-    `inside_along` leaves out elements outside of all tolerances where these are few in their block.
+    `inside_…` leave out elements outside of all tolerances where these are few in their block.
     """
 
     elements: int = 0
@@ -38,6 +39,7 @@ class Stats:
     change: float = 0.0  # Σ (M - W)²
     along: float = 0.0  # Σ (M - W)·Δ
     inside_along: float = 0.0
+    inside_apart: float = 0.0  # Σ (M - E)²
     expected_along: float = 0.0  # Σ (E - W)·Δ
     lost: float = 0.0  # Σ (M - x)²
     expected_lost: float = 0.0  # Σ (E - x)²
@@ -110,6 +112,8 @@ class Finding:
     largest: float = 0.0
     #: Least-squares coefficient of (merged - base) on the delta; None where there is no delta.
     applied: float | None = None
+    #: The same, set against that of the right merge, of which rounding may have taken a part.
+    times: float | None = None
     #: Share of ‖merged - base‖ that is neither along the delta nor rounding.
     unexplained: float | None = None
     #: ‖realised - Δ‖/‖Δ‖: how much of the delta rounding lost.
@@ -133,11 +137,9 @@ class Finding:
         return dict(self.__dict__)
 
 
-def judge(tensor: str, stats: Stats, arithmetic: bool, replaced: bool) -> Finding:
-    """The finding for a tensor that both models have.
-
-    `arithmetic`: deltas are added to it. `replaced`: an adapter holds it whole.
-    """
+def judge(job: Job, stats: Stats) -> Finding:
+    """The finding for a tensor that both models have."""
+    arithmetic, replaced = job.is_sum, job.is_adapted and not job.is_sum
     code, way = _code(stats, arithmetic, replaced)
     applied = unexplained = lost = None
     if arithmetic and stats.delta > 0:
@@ -147,10 +149,10 @@ def judge(tensor: str, stats: Stats, arithmetic: bool, replaced: bool) -> Findin
         unexplained = _unexplained(stats)
     labels = [str(end) for end in BINS] + ["more"]
     return Finding(
-        tensor, code, arithmetic or replaced, stats.elements,
+        job.name, code, arithmetic or replaced, stats.elements,
         stats.equal / stats.elements if stats.elements else 1.0,
         dict(zip(labels, stats.bins, strict=True)), stats.largest_ulp, stats.largest,
-        applied, unexplained, lost, stats.outside, way,
+        applied, _ratio(stats), unexplained, lost, stats.outside, way,
     )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
         way = next((way for way, missed in stats.missed.items() if not missed), "")
         return ("same-twice", way) if way else ("other" if replaced else "changed", "")
     off = stats.rounding + stats.outside
-    if not off:
+    if not off and (stats.equal == stats.elements or _applied_right(stats, 0.01, 5)):
         return "once", ""
     if (
         not stats.unlike_base
@@ -203,6 +205,9 @@ def split_by_adapter(
     finding: Finding, names: Sequence[str], weights: Sequence[float], rest: float, stats: Stats
 ) -> Finding:
     """The finding for a tensor that holds each adapter with a weight of its own, if it does."""
+    known = (rest, stats.change, stats.expected_lost, *weights)
+    if not all(map(math.isfinite, known)) or not stats.change > 0:
+        return finding
     left = math.sqrt(max(0.0, rest - 3 * stats.expected_lost) / stats.change)
     if not left <= 0.1 or all(abs(w - weights[0]) < _NEAR for w in weights):
         return finding
@@ -216,18 +221,19 @@ def _ratio(stats: Stats) -> float | None:
     """The applied weight, set against what rounding leaves of the right one."""
     if not stats.delta > 0:
         return None
-    expected = stats.expected_along / stats.delta
-    return _finite(stats.along / stats.delta / (expected if expected > 0.05 else 1.0))
+    if not stats.expected_along > 0.05 * stats.delta:
+        return None  # rounding leaves too little of it to tell
+    return _finite(stats.along / stats.expected_along)
 
 
 def _scatter(stats: Stats) -> float:
-    """How far rounding may move the applied weight by chance.
+    """How far the differences from the expected values may move the applied weight by chance.
 
-    Rounding errors do not follow the delta, so their part along it is random: √(‖e‖²‖Δ‖²/n).
+    Errors that do not follow the delta have a random part along it: √(‖M - E‖²‖Δ‖²/n).
     """
-    if not stats.delta > 0 or not stats.expected_along > 0:
+    if not stats.delta > 0 or not stats.expected_along > 0 or not stats.inside_apart >= 0:
         return math.inf
-    return math.sqrt(stats.expected_lost * stats.delta / stats.elements) / stats.expected_along
+    return math.sqrt(stats.inside_apart * stats.delta / stats.elements) / stats.expected_along
 
 
 def _applied_right(stats: Stats, share: float, scatters: float = 0) -> bool:
@@ -283,8 +289,8 @@ def _grouped(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
 def _phrase(f: Finding) -> str:
     """What happened, to follow "3 modules …"."""
     if f.code == "weight":
-        assert f.applied is not None
-        times = f"{f.applied:.2f}"
+        assert f.times is not None
+        times = f"{f.times:.2f}"
         if times == "2.00":
             return "were merged twice, or with twice the weight"
         return f"were merged with {times} times the weight"

@@ -53,7 +53,7 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
             note = f"{info.dtype} instead of {job.dtype}"
             found.findings.append(Finding(job.name, "dtype", job.is_adapted, note=note))
         else:
-            found.pairs.append(Pair(replace(job, dtype=info.dtype, checked=False), info))
+            found.pairs.append(Pair(replace(job, dtype=info.dtype), info))
     for name, info in merged.tensors.items():
         if name not in taken and not is_legacy_buffer(name, info.shape):
             found.findings.append(Finding(name, "added", False))
@@ -73,8 +73,8 @@ def check_written(
     if wrong:
         raise VerifyError(
             f"{len(wrong)} tensors cannot be read back as they were computed:\n{listed(wrong)}",
-            "The disk or the memory of this machine is at fault, or an input changed during the "
-            "merge. Nothing was left behind.",
+            "An input changed during the merge, or the memory or the disk of this machine is at "
+            "fault. Nothing was left behind.",
         )
 
 
@@ -101,5 +101,13 @@ def _settle_heads(
                     "does not. `loratool merge` unties them.",
                 )
             )
+    elif plan.config_changes.get("tie_word_embeddings") is False and layout.tied is not None:
+        found.notices.append(
+            Notice(
+                "still-tied",
+                f"The merged model's config.json ties {base.head} to {base.embedding}: programs "
+                "that load it drop the head that the merge made. It must say false.",
+            )
+        )
     elif head is None and base.head in merged.tensors:
         jobs[base.head] = replace(embedding, name=base.head)  # a copy of the tied matrix

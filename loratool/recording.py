@@ -76,9 +76,7 @@ class RecordedMerging(Merging):
         if self._reversal is None:
             with self._lock:
                 self.prepare()
-                reversal = Reversal(self.job, self.source.dtype, self.files, self.gains)
-                _ = reversal.products
-                self._reversal = reversal
+                self._reversal = Reversal(self.job, self.source.dtype, self.files, self.gains)
         return self._reversal
 
     def begin(self, low: int, high: int, workers: Workers) -> MergeTask:

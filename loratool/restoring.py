@@ -8,6 +8,7 @@ prediction misses is added, and its sha256 must be that of the base.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,6 +153,7 @@ class ReversedPart(RestoredPart):
         super().__init__(tensor, undo, files)
         self.job = job
         self.merged = merged
+        self._lock = threading.Lock()
 
     @property
     def block_elements(self) -> int:
@@ -165,6 +167,8 @@ class ReversedPart(RestoredPart):
     def read_into(self, low: int, data: Bytes) -> None:
         size = self.merged.itemsize
         if self.merged.strides is not None:
+            with self._lock:
+                _ = self._strided
             data[:] = self._strided[low * size : low * size + len(data)]
         else:
             self.files.read_into(self.merged.file, self.merged.start + low * size, data.data)
@@ -178,6 +182,10 @@ class ReversedPart(RestoredPart):
         ]
         tensors = [None if gain is None else torch.from_numpy(gain) for gain in gains]
         return Reversal(self.job, self.info.dtype, self.files, tensors)
+
+    def prepared(self) -> Reversal:
+        with self._lock:
+            return self.reversal
 
     def begin(self, low: int, high: int, workers: Workers) -> Task:
         return _ReversedTask(self, low, *self.undo.residual(self.info.name, low, self.files))
@@ -197,7 +205,7 @@ class _ReversedTask:
             return
         merged = scratch.get("merged", (high - low) * part.merged.itemsize, torch.uint8).numpy()
         part.read_into(low, merged)
-        data[:] = part.reversal.predict(low, high, merged)
+        data[:] = part.prepared().predict(low, high, merged)
         first, last = np.searchsorted(self.positions, (low - self.low, high - self.low))
         apply(data, self.positions[first:last] - (low - self.low), self.distances[first:last])
 

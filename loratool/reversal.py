@@ -13,6 +13,7 @@ What the grid cuts off only makes the prediction a little worse, and what it mis
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -43,6 +44,7 @@ class Reversal:
         self.files = files
         self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
         self.gains = gains
+        self._lock = threading.Lock()
         self.base_dtype = TORCH[base_dtype]
         self.work = torch.float64 if base_dtype == "F64" else torch.float32
 
@@ -57,11 +59,17 @@ class Reversal:
             for t in self.job.biases
         ]
 
+    def _prepare(self) -> None:
+        """Load what the blocks share, by one thread."""
+        with self._lock:
+            _ = self.products, self._biases
+
     def predict(self, low: int, high: int, data: Bytes) -> Bytes:
         """The predicted base bytes of elements `[low, high)`, from their output bytes.
 
         They lie in this thread's scratch, until the next call.
         """
+        self._prepare()
         back = scratch.get("back", high - low, self.work)
         back.copy_(torch.from_numpy(data).view(TORCH[self.job.dtype]))
         for bias in self._biases:
@@ -97,6 +105,7 @@ class ExactProduct:
         shape = (len(b), a.shape[1])
         exact = scratch.get("exact", shape[0] * shape[1], torch.float64).view(shape)
         torch.mm(b, a, out=exact)
+        exact += 0.0  # the sign of a zero is the only thing that still depends on the BLAS
         if work == torch.float32:
             rounded = scratch.get("product", shape[0] * shape[1], work).view(shape)
             exact = rounded.copy_(exact)

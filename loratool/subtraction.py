@@ -12,7 +12,7 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.tensors import TensorInfo
+from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo
 from loratool.errors import RestoreError, listed
 from loratool.findings import judge
 from loratool.plan import Edits, Plan, make_job
@@ -34,24 +34,27 @@ def plan_subtraction(
     weights: Sequence[float],
     dtype: str,
     base: str | Path | None,
+    record: dict[str, Any],
     threads: int | None,
 ) -> Subtraction:
     """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
-    plan = build_plan(merged, adapters, [-w for w in weights], dtype)
-    forward = build_plan(merged, adapters, weights, dtype)
+    unmatched = bool(record.get("options", {}).get("allow_unmatched"))
+    plan = build_plan(merged, adapters, [-w for w in weights], dtype, unmatched)
+    forward = build_plan(merged, adapters, weights, dtype, unmatched)
     originals = {}
     if base is not None:
-        originals = _originals(base, merged, forward, threads)
+        originals = _originals(base, merged, forward, bool(record), threads)
     for shard, jobs in plan.shards.items():
         plan.shards[shard] = [
             make_job(plan, job.name, originals[job.name], Edits()) if job.name in originals else job
             for job in jobs
         ]
+        plan.shards[shard].sort(key=lambda job: -DTYPE_BITS[job.dtype])
     return Subtraction(plan, forward, originals)
 
 
 def _originals(
-    base: str | Path, merged: Checkpoint, forward: Plan, threads: int | None
+    base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, threads: int | None
 ) -> dict[str, TensorInfo]:
     """The tensors of `base` that `merged` was made from, checked by merging them again."""
     from loratool.comparison import Pair, compare  # torch: about two seconds to import
@@ -66,11 +69,9 @@ def _originals(
             again = replace(job, source=source, dtype=now.dtype, checked=False)
             pairs.append(Pair(again, now))
     stats = compare(pairs, lambda *_: None, threads)
-    findings = [
-        judge(p.job.name, stats[p.job.name], p.job.is_sum, p.job.is_adapted and not p.job.is_sum)
-        for p in pairs
-    ]
-    wrong = [finding.tensor for finding in findings if not finding.sound]
+    findings = [judge(pair.job, stats[pair.job.name]) for pair in pairs]
+    # What loratool merged comes out the same again; other tools round otherwise.
+    wrong = [f.tensor for f in findings if not f.sound or (exact and f.equal < 1)]
     if wrong or not pairs:
         raise RestoreError(
             f"{base}: {len(wrong)} of its {len(pairs)} tensors do not give those of "

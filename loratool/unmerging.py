@@ -159,7 +159,7 @@ def unmerge(
         record = read_record(checkpoint.directory) if checkpoint.source.is_dir() else None
         undo_path = checkpoint.directory / FOLDER / UNDO
         undo = None
-        if undo_path.is_file() and not subtract:
+        if checkpoint.source.is_dir() and undo_path.is_file() and not subtract:
             if record is None:
                 raise RestoreError(
                     f"{merged}: its {PROVENANCE} is missing, which says what the undo file undoes.",
@@ -320,7 +320,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         names = {code: name for name, code in DTYPES.items()}
         dtype = names.get(known[0], "base") if len(known) == 1 else "base"
     found = plan_subtraction(
-        merged, request.adapters, request.weights, dtype, base, request.threads
+        merged, request.adapters, request.weights, dtype, base, record, request.threads
     )
     plan = found.plan
     refuse_irreversible(found, record)

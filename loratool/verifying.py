@@ -114,7 +114,7 @@ def verify(
             found = pair_up(plan, model)
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
             stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
-            findings = [_judged(pair, stats[pair.job.name]) for pair in found.pairs]
+            findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
             findings = _look_for_base(findings, found.pairs, plan, threads)
             findings = _look_for_adapters(findings, found.pairs, stats, plan, threads)
             _conclude(report, [*findings, *found.findings], stats)
@@ -124,11 +124,6 @@ def verify(
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."
-
-
-def _judged(pair: Pair, stats: Stats) -> Finding:
-    job = pair.job
-    return judge(job.name, stats, job.is_sum, job.is_adapted and not job.is_sum)
 
 
 def _look_for_base(
@@ -142,7 +137,8 @@ def _look_for_base(
     for pair in pairs:
         source = plan.base.tensors.get(pair.job.name)
         held = pair.job.action == "replace" or pair.job.rows
-        if pair.job.name in unlike and held and source is not None:
+        fits = source is not None and source.shape == pair.merged.shape
+        if pair.job.name in unlike and held and source is not None and fits:
             plain = Job(pair.job.name, pair.job.dtype, source, "copy", checked=False)
             again.append(Pair(plain, pair.merged))
     still = {

@@ -39,7 +39,7 @@ class Ways:
         cast = self._stored(w)
         stats.tried += len(w)
         for name, values in self._predictions(w, x, low):
-            hit = values == got
+            hit = (values == got) & torch.isfinite(values)
             missed = len(w) - int(hit.sum())
             moved = values != cast
             if missed > _HOPELESS * len(w):

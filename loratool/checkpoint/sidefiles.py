@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.checkpoint.config import read_json
-from loratool.checkpoint.undo import FOLDER
+from loratool.checkpoint.undo import FOLDER, UNDO
 
 _TOKENIZER = re.compile(
     r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|"
@@ -104,8 +104,9 @@ def collect(
 
 def previous(directory: Path) -> list[Path]:
     """What a reversible merge left in a model that is now a base: how it came about itself."""
-    found = [directory / PROVENANCE, directory / FOLDER]
-    return [path for path in found if path.exists()]
+    if not (directory / FOLDER / UNDO).is_file():
+        return []
+    return [path for path in (directory / PROVENANCE, directory / FOLDER) if path.exists()]
 
 
 def _sentence_modules(directory: Path) -> set[str]:

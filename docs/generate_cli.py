@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli import cli
+from loratool.options import CONTEXT
 
 
 def cli_reference() -> str:
@@ -23,7 +24,8 @@ def cli_reference() -> str:
     parts.append(
         "## Exit codes\n\n"
         "| code | meaning |\n|---|---|\n"
-        "| 0 | done |\n| 1 | failed: the error says what, where and what to do |\n"
+        "| 0 | done; `verify`: yes |\n"
+        "| 1 | failed: the error says what, where and what to do; `verify`: no telling |\n"
         "| 2 | wrong usage |\n| 3 | the check said no: `verify`, `merge --verify` |\n"
         "| 130 | interrupted; no unfinished output is left behind |\n"
     )
@@ -33,7 +35,7 @@ def cli_reference() -> str:
 def _section(title: str, command: click.Command, parent: click.Context | None) -> str:
     context = click.Context(
         command, info_name=title.split()[-1], parent=parent, max_content_width=90,
-        terminal_width=90,
+        terminal_width=90, help_option_names=CONTEXT["help_option_names"],
     )  # fmt: skip
     return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
 

@@ -205,13 +205,15 @@ def verify_command(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
             threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-    else:
-        show_verify(report, full)
-        if not quiet:
-            common.print_warnings(report.warnings)
-    context.exit(0 if report.verdict == "yes" else 3)
+    try:
+        if as_json:
+            common.print_json(report.to_dict())
+        else:
+            show_verify(report, full)
+            if not quiet:
+                common.print_warnings(report.warnings)
+    finally:  # the answer stands, even where the reader of the words has gone
+        context.exit(0 if report.verdict == "yes" else 3)
 
 
 @cli.command(short_help="Take adapters out of a merged model.")
@@ -292,8 +294,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    # A polite kill cleans up like Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill cleans up like Ctrl-C
+    code = 0
     try:
         # A command that says no exits with a code; click hands it over as the result.
         code = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
@@ -317,8 +320,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             os._exit(1)
         # The reader (head, less) has seen enough. Keep the interpreter from complaining at exit.
         sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
-        code = 0
     _exit(code)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Stop, once: a second Ctrl-C must not stop the cleaning up after the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _exit(code: int) -> NoReturn:

@@ -69,7 +69,7 @@ class Stats:
 
 
 #: Findings that mean "this is base + adapters".
-SOUND = ("once", "twice", "low-precision", "same", "same-twice")
+SOUND = ("once", "rounded-twice", "low-precision", "same", "same-rounded")
 
 #: Ways of rounding more than once, in words; see `ways`.
 _WAYS = {
@@ -92,8 +92,8 @@ _NEAR = 0.02
 class Finding:
     """One tensor of the merged model: `code` says what became of it.
 
-    once, twice, low-precision: merged, with one rounding, with two, or with a product in half
-    precision. same, same-twice: as the adapter leaves it. not-merged; weight: merged with
+    once, rounded-twice, low-precision: merged, with one rounding, two, or a product in half
+    precision. same, same-rounded: as the adapter leaves it. not-merged; weight: merged with
     `applied` times what it should be; weights: with another weight for each adapter, `by_adapter`;
     damaged: merged, but some values are off; other: changed in a way the adapters do not explain;
     changed: touched although no adapter does; missing, added, shape, dtype: the tensor itself is
@@ -161,7 +161,7 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
         if stats.equal == stats.elements:
             return "same", ""
         way = next((way for way, missed in stats.missed.items() if not missed), "")
-        return ("same-twice", way) if way else ("other" if replaced else "changed", "")
+        return ("same-rounded", way) if way else ("other" if replaced else "changed", "")
     off = stats.rounding + stats.outside
     if not off and (stats.equal == stats.elements or _applied_right(stats, 0.01, 5)):
         return "once", ""
@@ -176,7 +176,7 @@ def _code(stats: Stats, arithmetic: bool, replaced: bool) -> tuple[str, str]:
         return "not-merged", ""
     way = _proven_way(stats)
     if way:
-        return ("low-precision" if way.startswith("product") else "twice"), way
+        return ("low-precision" if way.startswith("product") else "rounded-twice"), way
     few = off <= max(2, stats.elements // 1000) and off * 8 <= stats.elements
     if few and _applied_right(stats, 0.05, 5):
         return "damaged", ""
@@ -202,9 +202,16 @@ def _proven_way(stats: Stats) -> str:
 
 
 def split_by_adapter(
-    finding: Finding, names: Sequence[str], weights: Sequence[float], rest: float, stats: Stats
+    finding: Finding,
+    asked: Sequence[tuple[str, float]],
+    weights: Sequence[float],
+    rest: float,
+    stats: Stats,
 ) -> Finding:
-    """The finding for a tensor that holds each adapter with a weight of its own, if it does."""
+    """The finding for a tensor that holds each adapter with a weight of its own, if it does.
+
+    `asked` names the adapters and their weights, of which it holds `weights` times as much.
+    """
     known = (rest, stats.change, stats.expected_lost, *weights)
     if not all(map(math.isfinite, known)) or not stats.change > 0:
         return finding
@@ -212,7 +219,8 @@ def split_by_adapter(
     if not left <= 0.1 or all(abs(w - weights[0]) < _NEAR for w in weights):
         return finding
     shown = {
-        name: 0.0 if abs(w) < 0.005 else round(w, 4) for name, w in zip(names, weights, strict=True)
+        name: 0.0 if abs(times) < 0.005 else round(times * weight, 4)
+        for (name, weight), times in zip(asked, weights, strict=True)
     }
     return replace(finding, code="weights", by_adapter=shown, unexplained=left)
 
@@ -266,7 +274,7 @@ def _finite(value: float) -> float | None:
 
 def sentences(findings: Sequence[Finding]) -> list[str]:
     """What was found, the bad first, modules of one kind together."""
-    modules = [f for f in findings if f.adapted and f.code not in ("missing", "added", "shape")]
+    modules = [f for f in findings if f.adapted]
     said = []
     for phrase, group in _grouped([f for f in findings if not f.sound]):
         whole = modules if group[0].adapted and group[0].code not in _OF_TENSORS else []
@@ -299,13 +307,13 @@ def _phrase(f: Finding) -> str:
     return {
         "once": "are the once-rounded result",
         "same": "are as the adapter holds them",
-        "same-twice": f"are as they should be, but rounded twice: {way}",
-        "twice": f"are merged and rounded twice: {way}",
+        "same-rounded": f"are as they should be, but rounded twice: {way}",
+        "rounded-twice": f"are merged and rounded twice: {way}",
         "low-precision": "are merged, with a product of low precision" + (way and f": {way}"),
         "not-merged": "were never merged",
         "weights": "were merged with "
         + " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())
-        + " of what was asked",
+        + " instead of what was asked",
         "damaged": "are merged, but some of their values are off",
         "other": "changed in a way that the adapters do not explain",
         "changed": "changed although no adapter touches them",

@@ -164,6 +164,8 @@ def merge(
                 _note_undo(report, plan, undo.nbytes)
             result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
             record = describe(plan, "merge", written.shards, result)
+            if undo is not None:
+                record["undo"] = {"file": f"{FOLDER}/{UNDO}", "bytes": undo.nbytes}
             write_json(staged.path / PROVENANCE, record)
             staged.commit()
         except OSError as error:

@@ -100,6 +100,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _hashes(adapter: Adapter) -> tuple[str, str]:
+    """sha256 of the adapter's weights and of its config ("" without one)."""
+    files = adapter_files(adapter)
+    config = files.pop(CONFIG, "")
+    return next(iter(files.values())), config
+
+
 @dataclass(frozen=True)
 class Merged:
     """An adapter that a model holds, by its record."""
@@ -166,17 +173,22 @@ def _merged(entry: dict[str, Any]) -> Merged:
 
 
 def identify(
-    adapters: Sequence[Adapter], held: Sequence[Merged], weights: Sequence[float] | None
+    adapters: Sequence[Adapter],
+    held: Sequence[Merged],
+    weights: Sequence[float] | None,
+    beneath: Sequence[Merged] = (),
 ) -> list[int]:
     """Which of the recorded adapters the given ones are, as indices into `held`.
+
+    `beneath` are those merged before, which cannot be taken off yet.
 
     Raises RestoreError for an adapter that is none of them, by the hash of its files, and for a
     weight that is not the one it was merged with.
     """
     found: list[int] = []
+    given = [_hashes(adapter) for adapter in adapters]
     for position, adapter in enumerate(adapters):
-        files = adapter_files(adapter)
-        config, digest = files.pop(CONFIG, ""), next(iter(files.values()))
+        digest, config = given[position]
         same = [
             i for i, entry in enumerate(held) if entry.weights_sha256 == digest and i not in found
         ]
@@ -189,9 +201,19 @@ def identify(
                 if same
                 else "it is not among the adapters merged into the model, by the hash of its files"
             )
+            hint = "Give the adapters as they were when they were merged."
+            if any(entry.weights_sha256 == digest for entry in beneath):
+                what = "it was merged earlier, before those that came last"
+                hint = "Take the last ones off first; what comes out knows how to go on."
             raise RestoreError(
-                f"{adapter.source}: {what}. The model holds:\n{listed(map(str, held))}",
-                "Give the adapters as they were when they were merged.",
+                f"{adapter.source}: {what}. Merged last:\n{listed(map(str, held))}", hint
+            )
+        copies = given[position:].count(given[position])
+        if weights is None and len(exact) > copies and len({held[i].weight for i in exact}) > 1:
+            raise RestoreError(
+                f"{adapter.source} was merged more than once, with different weights:\n"
+                f"{listed(str(held[i]) for i in exact)}",
+                "Say which with --weight, or give the adapter once for each.",
             )
         index = exact[0]
         if weights is not None and held[index].weight != weights[position]:

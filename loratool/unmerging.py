@@ -166,6 +166,11 @@ def unmerge(
                     "Put it back. `--subtract` does without both, but not exactly.",
                 )
             undo = read_undo(undo_path)
+        elif record is not None and record.get("undo") and not subtract:
+            raise RestoreError(
+                f"{merged}: {FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
+                "Put it back. `--subtract` does without it, but not exactly.",
+            )
         inputs = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
         check_output(target, inputs, overwrite)
         for lora in loras:
@@ -196,13 +201,14 @@ def _recognise(request: _Request, weights: list[float] | None, exact: bool) -> N
     """Put the adapters into the order of merging and take their weights from the record."""
     held = merged_into(request.merged.directory)
     # With the undo file, what the base held before stays where it was.
-    everything = held if exact else [*merged_into(request.merged.directory, of_base=True), *held]
+    earlier = merged_into(request.merged.directory, of_base=True)
+    everything = held if exact else [*earlier, *held]
     if not everything:
         raise RestoreError(
             f"{request.merged.source}: by its {PROVENANCE} no adapter is merged into it.",
             "It may be what `unmerge` made; check the path.",
         )
-    found = identify(request.adapters, everything, weights)
+    found = identify(request.adapters, everything, weights, earlier if exact else ())
     order = sorted(range(len(found)), key=lambda i: found[i])
     request.adapters = [request.adapters[i] for i in order]
     request.weights = [everything[found[i]].weight for i in order]
@@ -328,7 +334,11 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     report.dtype, report.copied_from_base = dtype, len(found.originals)
     from loratool.sampling import changed_by_cycle  # torch: about two seconds to import
 
-    report.expected_changed = changed_by_cycle(found.forward, plan)
+    adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
+    subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
+    share = subtracted / max(1, adapted)
+    report.expected_changed = share * changed_by_cycle(found.forward, plan)
+    report.exact = len(found.originals) == len(plan.jobs) and not request.remaining
     files = side_files_of(merged)
     report.side_files = sorted(files.copied)
     if request.dry_run:

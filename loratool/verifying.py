@@ -175,8 +175,9 @@ def _look_for_adapters(
         if len(set(called)) < len(called):
             called = [f"{n} ({i})" for i, n in enumerate(called, 1)]
         share = shares[name]
+        weighted = [(n, delta.weight) for n, delta in zip(called, deltas, strict=True)]
         unclear[name] = split_by_adapter(
-            unclear[name], called, share.weights, share.rest, stats[name]
+            unclear[name], weighted, share.weights, share.rest, stats[name]
         )
     return [unclear.get(f.tensor, f) for f in findings]
 

@@ -248,7 +248,7 @@ def test_base_that_was_merely_cast_was_never_merged(dtype: str, tmp_path: Path) 
 
 
 WEIGHTS = {
-    "twice": (2.0, "all 28 modules were merged twice, or with twice the weight"),
+    "rounded-twice": (2.0, "all 28 modules were merged twice, or with twice the weight"),
     "half": (0.5, "all 28 modules were merged with 0.50 times the weight"),
     "rslora-misread": (math.sqrt(8), "all 28 modules were merged with 2.83 times the weight"),
     "rslora-unseen": (1 / math.sqrt(8), "all 28 modules were merged with 0.35 times the weight"),
@@ -673,7 +673,7 @@ def test_trained_token_rows_rounded_on_the_way_pass(
     state[name][[2, 3, 11]] = trained.bfloat16().float()
     report = loratool.verify(written(tmp_path / "m", state, base), base, adapter)
     assert report.verdict == "yes"
-    assert finding(report, name).code in ("twice", "same-twice")
+    assert finding(report, name).code in ("rounded-twice", "same-rounded")
 
 
 # ------------------------------------------------------------------------------------ small deltas

@@ -44,7 +44,7 @@ import loratool
 from loratool.verifying import VerifyReport
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
-SOUND = {"once", "twice", "low-precision", "same", "same-twice"}
+SOUND = {"once", "rounded-twice", "low-precision", "same", "same-rounded"}
 
 
 def codes(report: VerifyReport) -> Counter[str]:
@@ -96,10 +96,10 @@ def test_pefts_merge_of_the_fixtures_passes(
         assert codes(report) == {"once": 28}
         assert report.summary == ["all 28 modules are the once-rounded result"]
     elif autocast:
-        assert codes(report) == {"twice": 28}
+        assert codes(report) == {"rounded-twice": 28}
         assert f"the delta was rounded to {dtype} before it was added" in report.summary[0]
     else:  # A and B were rounded too, and their product
-        assert set(codes(report)) <= {"twice", "low-precision"}
+        assert set(codes(report)) <= {"rounded-twice", "low-precision"}
     assert all(f.applied == pytest.approx(1, abs=0.01) for f in report.findings)
     assert report.untouched == 11
 
@@ -117,9 +117,9 @@ def test_merge_in_bfloat16_stored_otherwise_is_rounded_twice(
     report = yes(tmp_path / "m")
     assert report.untouched == 11
     if safe:
-        assert set(codes(report)) <= {"twice", "low-precision"}
+        assert set(codes(report)) <= {"rounded-twice", "low-precision"}
     else:
-        assert codes(report) == {"twice": 28}
+        assert codes(report) == {"rounded-twice": 28}
         assert report.summary == [
             "all 28 modules are merged and rounded twice: the sum was rounded to bfloat16 before "
             "it was stored"
@@ -273,10 +273,10 @@ def double(w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype
 
 
 TOOLS: dict[str, tuple[Way, set[str]]] = {
-    "mlx": (mlx, {"twice"}),
-    "axolotl": (axolotl, {"twice", "low-precision"}),
+    "mlx": (mlx, {"rounded-twice"}),
+    "axolotl": (axolotl, {"rounded-twice", "low-precision"}),
     "scaled-first": (scaled_first, {"once"}),
-    "pairs-in-half": (pairs_in_half, {"twice", "low-precision"}),
+    "pairs-in-half": (pairs_in_half, {"rounded-twice", "low-precision"}),
     "double": (double, {"once"}),
 }
 

@@ -104,9 +104,8 @@ def collect(
 
 def previous(directory: Path) -> list[Path]:
     """What a reversible merge left in a model that is now a base: how it came about itself."""
-    if not (directory / FOLDER / UNDO).is_file():
-        return []
-    return [path for path in (directory / PROVENANCE, directory / FOLDER) if path.exists()]
+    found = [directory / PROVENANCE] if (directory / PROVENANCE).is_file() else []
+    return found + ([directory / FOLDER] if (directory / FOLDER / UNDO).is_file() else [])
 
 
 def _sentence_modules(directory: Path) -> set[str]:

@@ -28,8 +28,15 @@ from loratool.adapter import Notice
 from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import LoraToolError
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, which knows the exit code; Rich would exit with 1."""
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False, soft_wrap=False)
+err = _Console(stderr=True, highlight=False)
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -19,19 +19,21 @@ def show_unmerge(report: UnmergeReport) -> None:
     for name in report.remaining:
         facts.add_row("stays", escape(name))
     facts.add_row("modules", f"{report.modules} taken back")
-    if report.exact:
+    if report.undo_bytes:
         checked = "will be checked" if report.dry_run else "checked"
         text = f"bit for bit, the sha256 of {count_text(report.tensors, 'tensor')} {checked}"
         facts.add_row("exact", f"[green]{text}[/]")
         facts.add_row("undo file", format_bytes(report.undo_bytes))
+    elif report.exact:
+        facts.add_row("exact", "[green]all tensors are copies of the base's[/]")
     else:
         facts.add_row("exact", "[yellow]no: subtracted and rounded once more[/]")
         facts.add_row("dtype", "each tensor's own" if report.dtype == "base" else report.dtype)
         if report.expected_changed is not None:
             share = f"about {report.expected_changed:.2%} of the adapted weights"
-            facts.add_row("lost", f"{share} will differ from the base's (estimated)")
-            facts.add_row("", "each by the rounding of the merge: at most half a unit in the last "
-                          "place of the merged value, and half of the result's")  # fmt: skip
+            facts.add_row("lost", f"{share} differ from those before the merge, each by at most "
+                          "half a unit in the last place of the merged value and half of the "
+                          "result's")  # fmt: skip
     if report.copied_from_base:
         facts.add_row("copied", f"{count_text(report.copied_from_base, 'tensor')} from the base")
     if report.dry_run:

@@ -53,11 +53,11 @@ def show_verify(report: VerifyReport, full: bool) -> None:
     for sentence in report.summary:
         plain = sentence.partition(" ")[0].isalpha()  # a path keeps its first letter
         said = sentence[0].upper() + sentence[1:] if plain else sentence
-        out.print(escape(said + "."), soft_wrap=True)
+        out.print(escape(said + "."))
     if report.verdict == "yes":
-        out.print("[bold green]yes:[/] the merged model is base + adapters", soft_wrap=True)
+        out.print("[bold green]yes:[/] the merged model is base + adapters")
     else:
-        out.print("[bold red]no:[/] the merged model is not base + adapters", soft_wrap=True)
+        out.print("[bold red]no:[/] the merged model is not base + adapters")
 
 
 def _table(findings: Sequence[Finding], full: bool) -> Table:
@@ -105,5 +105,8 @@ def _percents(values: Sequence[float | None]) -> str:
 
 
 def _weights(values: Sequence[float | None]) -> str:
-    shown = sorted({f"{v + 0.0:.2f}" for v in values if v is not None}, key=float)
-    return "–".join(shown if len(shown) < 2 else (shown[0], shown[-1])) or "–"
+    rounded = sorted({round(v, 2) + 0.0 for v in values if v is not None})
+    shown = [f"{v:.2f}" for v in rounded]
+    if len(shown) < 2:
+        return "".join(shown) or "–"
+    return f"{shown[0]} to {shown[-1]}" if rounded[0] < 0 else f"{shown[0]}–{shown[-1]}"

@@ -77,6 +77,7 @@ _WAYS = {
     "embeddings and mlx-lm do",
     "through": "the sum was rounded to {} before it was stored",
     "product": "factors, product and sum were all {}",
+    "steps": "the adapters were merged one after the other, with the model {} between them",
     "cast": "the base was rounded to {} before the delta was added",
     "both": "base and delta were rounded to {} before they were added",
     "within": "the model was {} when it was merged, and stored otherwise",
@@ -309,7 +310,9 @@ def _phrase(f: Finding) -> str:
         "same": "are as the adapter holds them",
         "same-rounded": f"are as they should be, but rounded twice: {way}",
         "rounded-twice": f"are merged and rounded twice: {way}",
-        "low-precision": "are merged, with a product of low precision" + (way and f": {way}"),
+        "low-precision": f"are merged, with a product of low precision: {way}"
+        if way
+        else "are merged, with less precision than by rounding once",
         "not-merged": "were never merged",
         "weights": "were merged with "
         + " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())

@@ -77,6 +77,8 @@ class Ways:
             if self._may(f"product-{code}"):
                 product = narrow(self._product_in(half, low, low + len(w), delta))
                 yield f"product-{code}", self._stored(narrow(narrow(w) + product))
+            if len(self.job.terms) > 1 and self._may(f"steps-{code}"):
+                yield f"steps-{code}", self._stored(self._in_steps(half, w, low))
             if self.job.source.dtype != code:
                 if self._may(f"cast-{code}"):
                     yield f"cast-{code}", self._stored(narrow(w) + delta)
@@ -100,6 +102,15 @@ class Ways:
         total = torch.zeros_like(w)
         for term in terms:
             total += term.product(first, last).reshape(-1)
+        return total
+
+    def _in_steps(self, half: torch.dtype, w: torch.Tensor, low: int) -> torch.Tensor:
+        """One adapter merged after the other, each result rounded to `half`."""
+        first, last = low // self.job.columns, (low + len(w)) // self.job.columns
+        total = w.clone()
+        for term in self.job.terms:
+            total += term.product(first, last).reshape(-1)
+            total.copy_(total.to(half))
         return total
 
     def _product_in(

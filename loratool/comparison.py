@@ -265,7 +265,6 @@ class _Comparing(RunningJob):
         stats.unlike_base += int((cast != got).sum())
         stats.to_move += int(moved.sum())
         stats.unmoved += int((moved & (cast == got)).sum())
-        stats.noise += int((once & ~same).sum())
         stats.rounding += int((inside & ~once & ~same).sum())
         beyond = int(outside.sum())
         stats.outside += beyond

@@ -25,8 +25,6 @@ class Stats:
 
     elements: int = 0
     equal: int = 0
-    #: Elements that differ by no more than the order of a float32 sum explains.
-    noise: int = 0
     #: Elements that differ by no more than another rounding to half precision explains.
     rounding: int = 0
     outside: int = 0

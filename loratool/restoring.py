@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +94,7 @@ def _part(
     return ReversedPart(tensor, undo, files, job, merged)
 
 
-class RestoredPart:
+class RestoredPart(ABC):
     """A tensor of the base as a part of its shard."""
 
     def __init__(self, tensor: BaseTensor, undo: Undo, files: FilePool) -> None:
@@ -119,8 +120,9 @@ class RestoredPart:
         """The elements of a chunk, so that a task needs one."""
         return self.tensor.step or BLOCKS_PER_TASK * self.block_elements
 
+    @abstractmethod
     def begin(self, low: int, high: int, workers: Workers) -> Task:
-        raise NotImplementedError
+        """The task that restores elements `[low, high)`."""
 
 
 class WholePart(RestoredPart):

@@ -163,3 +163,34 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
     child.communicate(timeout=60)
     assert child.returncode == 130
     assert beside(out) == []
+
+
+def test_originals_must_give_the_merge_to_the_last_bit(tmp_path: Path) -> None:
+    """A base that is almost the one is no original, where loratool's own record says that the
+    merge comes out the same again."""
+    state = small_state(64)
+    base, lora = write_base(tmp_path / "base", state), small_lora(tmp_path / "lora", 64)
+    loratool.merge(base, lora, tmp_path / "out")
+    almost = {**state, ADAPTED: state[ADAPTED] * (1 + 2e-5)}
+    assert loratool.verify(tmp_path / "out", write_base(tmp_path / "b", almost), lora).equal < 1
+    other = write_base(tmp_path / "other", almost)
+    with pytest.raises(loratool.LoraToolError, match="do not give those of"):
+        loratool.unmerge(tmp_path / "out", lora, tmp_path / "back", base=other)
+    report = loratool.unmerge(tmp_path / "out", lora, tmp_path / "back", base=base)
+    assert report.exact
+    back = load(tmp_path / "back")
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_a_head_that_the_config_drops_is_warned_about(tmp_path: Path) -> None:
+    """Two matrices, but a config.json that still ties them: loaders would drop the merged head."""
+    state = {"model.embed_tokens.weight": torch.randn(16, 8), **small_state()}
+    base = write_base(tmp_path / "base", state, config={"tie_word_embeddings": True})
+    lora = lora_on(tmp_path / "lora", np.ones((16, 1)), np.ones((1, 8)), "lm_head.weight")
+    loratool.merge(base, lora, tmp_path / "out", dtype="base")
+    report = loratool.verify(tmp_path / "out", base, lora)
+    assert report.verdict == "yes"
+    assert "still-tied" not in {notice.code for notice in report.warnings}
+    (tmp_path / "out" / "config.json").write_bytes((base / "config.json").read_bytes())
+    report = loratool.verify(tmp_path / "out", base, lora)
+    assert "still-tied" in {notice.code for notice in report.warnings}

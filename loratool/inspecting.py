@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 import re
@@ -23,8 +22,7 @@ from loratool.errors import UsageError, explained_os_errors, listed
 from loratool.formats import read_adapter
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import match
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+from loratool.selection import selected
 
 
 @dataclass
@@ -161,13 +159,8 @@ def inspect(
     """
     with explained_os_errors():
         adapter = read_adapter(source)
-    wanted = _layer_set(layers)
-    chosen = [m for m in adapter.modules.values() if _is_chosen(m.path, wanted, include)]
-    if adapter.modules and not chosen:
-        raise UsageError(
-            f"No module matches (layers {layers or 'all'}, globs {', '.join(include) or '*'}).",
-            "The paths look like " + next(iter(adapter.modules)) + ".",
-        )
+    paths = selected(list(adapter.modules), layers, include)
+    chosen = [adapter.modules[path] for path in paths]
     notices = list(adapter.notices)
     modules = _measure(chosen, spectrum, notices)
     _check_replaced(adapter, notices)
@@ -203,30 +196,6 @@ def inspect(
 def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
     rows = {f"{path} (token rows)": r.rows for path, r in adapter.token_rows.items()}
     return {**adapter.replaced, **rows}
-
-
-def _layer_set(layers: str | None) -> set[int] | None:
-    if layers is None:
-        return None
-    found: set[int] = set()
-    for part in layers.split(","):
-        match_ = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
-        if match_ is None or int(match_[1]) > int(match_[2] or match_[1]):
-            raise UsageError(f"Not a range of layers: {layers!r}.", "Write 3, 0-5 or 0-5,7.")
-        low, high = int(match_[1]), int(match_[2] or match_[1])
-        found.update(range(low, high + 1))
-    return found
-
-
-def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bool:
-    if layers is not None:
-        number = _LAYER.search(path)
-        if number is None or int(number[1]) not in layers:
-            return False
-    return not include or any(
-        fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}")
-        for glob in include
-    )
 
 
 def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> list[ModuleReport]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import Notice
+from loratool.checking import Pair, compare
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.layout import Layout, is_legacy_buffer
-from loratool.comparison import Pair, compare
 from loratool.errors import VerifyError, listed
 from loratool.findings import Finding
 from loratool.plan import Job, Plan

@@ -57,7 +57,7 @@ def _originals(
     base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, threads: int | None
 ) -> dict[str, TensorInfo]:
     """The tensors of `base` that `merged` was made from, checked by merging them again."""
-    from loratool.comparison import Pair, compare  # torch: about two seconds to import
+    from loratool.checking import Pair, compare  # torch: about two seconds to import
 
     there = open_checkpoint(base, partial=True).tensors
     pairs = []

@@ -27,7 +27,7 @@ from loratool.plan import Job, Plan
 from loratool.planning import build_plan
 
 if TYPE_CHECKING:
-    from loratool.comparison import Pair
+    from loratool.checking import Pair
 
 
 @dataclass
@@ -90,7 +90,7 @@ def verify(
     ------
     FileError, AdapterError, BaseError, MatchError: there is no telling.
     """
-    from loratool.comparison import compare  # torch: about two seconds to import
+    from loratool.checking import compare  # torch: about two seconds to import
     from loratool.pairing import pair_up
 
     started = time.perf_counter()
@@ -130,7 +130,7 @@ def _look_for_base(
     findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
 ) -> list[Finding]:
     """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
-    from loratool.comparison import Pair, compare
+    from loratool.checking import Pair, compare
 
     unlike = {f.tensor for f in findings if f.code == "other"}
     again = []
@@ -157,7 +157,7 @@ def _look_for_adapters(
     threads: int | None,
 ) -> list[Finding]:
     """Where several adapters were not merged as asked, tell their weights apart."""
-    from loratool.comparison import attribute
+    from loratool.checking import attribute
 
     names = {id(m): a.name for a in plan.adapters for m in a.modules.values()}
     unclear = {f.tensor: f for f in findings if f.code in ("weight", "other", "damaged")}

@@ -6,30 +6,29 @@ workers nor on the cores of the machine.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from loratool.threads import R, cores, in_order
 
 #: Blocks that one worker computes before it hands its result over: handing work from thread to
 #: thread costs about as much as a tenth of a block.
 BLOCKS_PER_TASK = 8
 
 Bytes = npt.NDArray[np.uint8]
-R = TypeVar("R")
 
 
 class Workers:
     """Threads and the large buffers that travel between them. Use as a context manager."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._count = threads or min(8, _cores())
+        self._count = threads or min(8, cores())
         self._spare: deque[Bytes] = deque()
 
     def __enter__(self) -> Workers:
@@ -54,13 +53,7 @@ class Workers:
 
     def in_order(self, calls: Iterable[Callable[[], R]]) -> Iterator[R]:
         """The results of `calls` in their order, with two calls per worker in flight."""
-        running: deque[Future[R]] = deque()
-        for call in calls:
-            if len(running) >= 2 * self._count:
-                yield running.popleft().result()
-            running.append(self._pool.submit(call))
-        while running:
-            yield running.popleft().result()
+        return in_order(self._pool, self._count, calls)
 
     def take(self, size: int) -> Bytes:
         """A buffer of at least `size` bytes with arbitrary content; give it back after use."""
@@ -72,10 +65,3 @@ class Workers:
 
     def give(self, buffer: Bytes) -> None:
         self._spare.append(buffer)
-
-
-def _cores() -> int:
-    """Cores this process may use; not every system can tell them from those of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

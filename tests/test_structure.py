@@ -19,7 +19,7 @@ FLOORS = [
     {"console.common", "console"},
     {"inspecting", "merging", "unmerging", "verifying"},
     {"output", "pairing", "subtraction"},
-    {"executor", "restoring", "sampling", "comparison"},
+    {"executor", "restoring", "sampling", "checking"},
     {"recording", "ways"},
     {"streaming", "reversal", "findings"},
     {"arithmetic"},
@@ -37,8 +37,8 @@ FLOORS = [
     {"checkpoint.header"},
     {"checkpoint.tensors", "checkpoint.config", "checkpoint.residual", "checkpoint"},
     {"linalg.spectrum", "linalg"},
-    {"workers", "folding", "options"},
-    {"errors"},
+    {"workers", "folding", "options", "selection"},
+    {"threads", "errors"},
 ]  # fmt: skip
 #: Siblings that may import each other.
 FAMILIES = [next(floor for floor in FLOORS if "formats" in floor)]

@@ -1,0 +1,44 @@
+"""Threads whose results come in order, each computing with one BLAS thread.
+
+So a result depends neither on the number of threads nor on the cores of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """Cores this process may use; not every system can tell them from those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def in_order(pool: ThreadPoolExecutor, count: int, calls: Iterable[Callable[[], R]]) -> Iterator[R]:
+    """The results of `calls` in their order, with two calls per thread of the pool in flight."""
+    running: deque[Future[R]] = deque()
+    for call in calls:
+        if len(running) >= 2 * count:
+            yield running.popleft().result()
+        running.append(pool.submit(call))
+    while running:
+        yield running.popleft().result()
+
+
+def computed(calls: Iterable[Callable[[], R]], threads: int | None = None) -> Iterator[R]:
+    """The results of NumPy computations in their order; at most a few are held at a time."""
+    count = threads or min(8, cores())
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
+        try:
+            yield from in_order(pool, count, calls)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -9,10 +9,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint
@@ -26,14 +25,10 @@ CONFIG = "adapter_config.json"
 
 def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
     """The document for an output made by `plan`. `shards` maps file names to their sha256."""
-    import torch
-
-    from loratool import __version__
-
     return {
         "schema_version": 1,
         "command": command,
-        "versions": {"loratool": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "versions": versions("torch", "numpy"),
         "options": {
             "dtype": plan.dtype,
             "weights": plan.weights,
@@ -62,6 +57,13 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
         },
         "shards": shards,
     }
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of loratool and of what computed."""
+    from loratool import __version__
+
+    return {"loratool": __version__, **{name: version(name) for name in libraries}}
 
 
 def _held_by(base: Checkpoint) -> list[dict[str, Any]]:

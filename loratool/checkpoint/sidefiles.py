@@ -96,10 +96,17 @@ def collect(
                 found.copied[str(where / name)] = path
     for adapter in adapters:
         if adapter.is_dir():
-            for path in sorted(adapter.iterdir()):
-                if path.is_file() and _TOKENIZER.match(path.name):
-                    found.copied[path.name] = path
+            found.copied |= tokenizer_files(adapter)
     return found
+
+
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """The files of a tokenizer in a directory, by name."""
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and _TOKENIZER.match(path.name)
+    }
 
 
 def previous(directory: Path) -> list[Path]:

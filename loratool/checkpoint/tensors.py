@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,9 @@ DTYPE_BITS = {
 #: The floating dtypes loratool computes with. Narrower ones are quantised storage.
 FLOATS = ("F16", "BF16", "F32", "F64")
 
-_NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_NUMPY: dict[str, type[np.floating[Any]]] = {
+    "F16": np.float16, "F32": np.float32, "F64": np.float64,
+}  # fmt: skip
 
 #: Elements per block when a tensor is walked through: 2 MB of float32, so that a block and its
 #: product stay in the second-level cache of one core.
@@ -162,6 +165,17 @@ def as_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
         )
     with np.errstate(over="ignore"):  # a float64 may be too large; it becomes infinite
         return raw.view(_NUMPY[dtype]).astype(np.float32, copy=False)
+
+
+def as_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+    """The bytes of `values` rounded to a floating dtype, in row-major order."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype in _NUMPY:
+            return np.ascontiguousarray(values, _NUMPY[dtype]).reshape(-1).view(np.uint8)
+        # BF16: the upper half of a float32, rounded to nearest, ties to even.
+        bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
+        upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        return upper.astype(np.uint16).view(np.uint8)
 
 
 def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:

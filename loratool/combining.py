@@ -1,0 +1,274 @@
+"""combine: several adapters as one, by a method of choice, from their factors alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.adapter import Adapter, Notice
+from loratool.adapter_output import (
+    ModuleChange,
+    Shrunk,
+    output_dtype,
+    shrink,
+    write_adapter,
+)
+from loratool.beside import CLASHES, settle
+from loratool.checkpoint.tensors import FilePool
+from loratool.checkpoint.writer import check_output
+from loratool.errors import UsageError, explained_os_errors, nearest
+from loratool.formats import read_lora
+from loratool.inputs import as_list, check_paths, check_threads, check_weights
+from loratool.joining import Joined, Part, join
+from loratool.linalg.lowrank import Factor, decompose, inner, stacked
+from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
+from loratool.linalg.ranks import Criterion
+from loratool.output import Progress
+from loratool.provenance import adapter_files
+from loratool.threads import computed
+
+SIGNS = ("total", "frequency")
+
+_ANY_RANK = 1 << 30
+
+
+@dataclass
+class CombineReport:
+    """What was combined. `kept` is the share of ‖ΔW‖² left by the cut to `rank`, `error` the
+    relative error ‖cut off‖/‖ΔW‖, both over all modules together."""
+
+    adapters: list[str]
+    weights: list[float]
+    method: str
+    output: str
+    dtype: str
+    dry_run: bool
+    rank: int
+    modules: list[ModuleChange]
+    kept: float | None
+    error: float
+    saved: list[str]
+    bytes_written: int
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("modules", "warnings")}
+        return {
+            "schema_version": 1,
+            **fields,
+            "modules": [m.to_dict() for m in self.modules],
+            "warnings": [w.to_dict() for w in self.warnings],
+        }
+
+
+def combine(
+    adapters: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    method: str = "sum",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    seed: int = 0,
+    saved: str = "refuse",
+    keep_patterns: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CombineReport:
+    """Combine LoRA adapters of one base model into one PEFT adapter directory.
+
+    Parameters
+    ----------
+    adapters: PEFT adapter directories or files. Their ranks, scales, targets and dtypes may differ;
+        a module that only some have is combined from those.
+    output: directory to make; it appears complete or not at all.
+    weights: one factor per adapter, of any sign and size; 1.0 each if not given. An adapter with
+        weight 0 is left out.
+    method: a name in `loratool.linalg.methods.METHODS`; "sum" is `Σ weight·scale·B·A` exactly.
+    rank: cut every module to this rank, which is optimal. energy: cut to the smallest rank that
+        keeps this share of ‖ΔW‖² in every module.
+    density: share of values that pruning methods keep, above 0 and at most 1.
+    majority_sign_method: "total" or "frequency", how TIES elects a sign.
+    seed: of the random numbers of DARE; with it, module and adapter they are fixed.
+    saved: "first", "last" or "mean" where adapters hold the same tensor whole with different
+        values; "refuse" otherwise.
+    keep_patterns: write each module with its own rank; otherwise all have the largest.
+    dtype: "float16", "bfloat16" or "float32"; the inputs' own if not given.
+    threads: worker threads; the result does not depend on it.
+    progress: called with (modules done, modules in all, module).
+
+    Raises
+    ------
+    UsageError: options that contradict each other or the adapters.
+    FileError, AdapterError, MatchError: inputs that cannot be combined as asked.
+    ValueRangeError: NaN, infinity, overflow, or a result that is zero.
+    OutputError: the output cannot be written.
+    """
+    started = time.perf_counter()
+    sources = as_list(adapters)
+    check_paths([output], sources, "loratool combine ADAPTER ADAPTER -o OUT")
+    check_threads(threads)
+    factors = check_weights(weights, sources)
+    criterion = Criterion(rank=rank, energy=energy)
+    criterion.check()
+    chosen = _check_method(method, density, majority_sign_method, saved)
+    target = Path(output)
+    with explained_os_errors():
+        if not dry_run:
+            check_output(target, [Path(s) for s in sources], overwrite)
+        loras = [read_lora(source) for source in sources]
+        if not dry_run:
+            check_output(target, [a.weights.resolve() for a in loras], overwrite)
+        if not any(factors):
+            raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
+        joined = join(loras, factors, "combined")
+        settle(joined, saved)
+        _note_copies(joined)
+        code = output_dtype(joined, dtype)
+        options = {
+            "method": method, "rank": rank, "energy": energy, "density": density,
+            "majority_sign_method": majority_sign_method, "seed": seed, "saved": saved,
+            "keep_patterns": keep_patterns, "dtype": code,
+        }  # fmt: skip
+        if chosen.cuts and not criterion.given:
+            criterion = Criterion(rank=max(m.rank for a in joined.used for m in a.modules.values()))
+        settings = Settings(
+            "", criterion.rank or 1 << 30, density or 1.0, majority_sign_method, seed
+        )
+        uniform = not keep_patterns
+        with FilePool() as files:
+            work = (
+                partial(_combine, path, parts, files, chosen, settings, criterion, uniform)
+                for path, parts in joined.modules.items()
+            )
+            done = write_adapter(
+                joined, computed(work, threads), target, code,
+                {"command": "combine", "options": options},
+                uniform=uniform, overwrite=overwrite, dry_run=dry_run, progress=progress,
+            )  # fmt: skip
+    notices = [*joined.notices, *done.notices]
+    if rank is not None and done.rank < rank:
+        text = f"The result has rank {done.rank}, less than the {rank} asked for; nothing was cut."
+        notices.append(Notice("rank-not-reached", text))
+    return CombineReport(
+        adapters=[str(a.source) for a in loras],
+        weights=factors,
+        method=method,
+        output=str(target),
+        dtype=code,
+        dry_run=dry_run,
+        rank=done.rank,
+        modules=done.modules,
+        kept=done.kept,
+        error=done.error,
+        saved=[*joined.saved, *joined.token_rows],
+        bytes_written=done.nbytes,
+        warnings=notices,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_method(name: str, density: float | None, sign: str, saved: str) -> Method:
+    method = METHODS.get(name)
+    if method is None:
+        near = nearest(name, METHODS)
+        raise UsageError(
+            f"Unknown method {name!r}.",
+            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(METHODS)}.",
+        )
+    if method.prunes and density is None:
+        raise UsageError(
+            f"--method {name} prunes, so it needs a density.",
+            "Give --density, the share of values to keep, e.g. --density 0.5.",
+        )
+    if density is not None:
+        if not method.prunes:
+            raise UsageError(f"--method {name} does not prune.", "Leave --density away.")
+        if not 0 < density <= 1:
+            raise UsageError(
+                f"--density {density:g} is not a share: it must be above 0 and at most 1.",
+                "0.5 keeps half of the values.",
+            )
+    if sign not in SIGNS:
+        raise UsageError(f"Unknown majority sign method {sign!r}.", "Choose total or frequency.")
+    if saved not in CLASHES:
+        raise UsageError(f"Unknown choice {saved!r}.", f"Choose among {', '.join(CLASHES)}.")
+    return method
+
+
+def _largest_rank(joined: Joined) -> int:
+    return max(m.rank for adapter in joined.used for m in adapter.modules.values())
+
+
+def _note_copies(joined: Joined) -> None:
+    """Say so where one adapter is given twice: it may be meant, and it may be a slip."""
+    by_size: dict[int, list[Adapter]] = {}
+    for adapter in joined.used:
+        by_size.setdefault(adapter.weights.stat().st_size, []).append(adapter)
+    for group in by_size.values():
+        hashes = [adapter_files(a) for a in group] if len(group) > 1 else []
+        for number, (adapter, files) in enumerate(zip(group, hashes, strict=False)):
+            if files in hashes[:number]:
+                text = (
+                    f"{adapter.source} is the same adapter as {group[hashes.index(files)].source}."
+                )
+                joined.notices.append(Notice("same-adapter", text, str(adapter.source)))
+
+
+def _combine(
+    path: str,
+    parts: list[Part],
+    files: FilePool,
+    method: Method,
+    settings: Settings,
+    criterion: Criterion,
+    uniform: bool,
+) -> Shrunk:
+    terms = [part.read(files) for part in parts]
+    alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
+    if not alive:
+        nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
+        return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1)
+    combined = method(alive, replace(settings, path=path))
+    if method.keeps_factors and not criterion.given:
+        result = _as_they_are(path, parts, combined)
+    else:
+        # Columns beyond the rank of this module may fit into that of the largest.
+        whole = uniform and criterion.rank is None
+        result = shrink(path, parts, combined.b, combined.a, criterion, whole, combined.energy)
+    if method.exact_sum:
+        return result
+    return replace(result, from_sum=_distance(result.b, result.a, alive))
+
+
+def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
+    """Factors that are the answer themselves, neither cut nor balanced."""
+    found = decompose(combined.b, combined.a)
+    rank = combined.a.shape[0]
+    squares = np.zeros(rank)
+    squares[: len(found.values)] = found.values**2
+    energy = float(squares.sum())
+    return Shrunk(path, parts, combined.b, combined.a, squares, energy, rank)
+
+
+def _distance(b: Factor, a: Factor, terms: Sequence[Term]) -> float | None:
+    """‖b·a − Σ wᵢsᵢBᵢAᵢ‖ / ‖Σ wᵢsᵢBᵢAᵢ‖; None where the sum is zero."""
+    total = stacked([(t.b, t.a) for t in terms], [t.weight * t.scale for t in terms])
+    size = inner(total, total)
+    if size <= 0:
+        return None
+    off = inner((b, a), (b, a)) - 2 * inner((b, a), total) + size
+    return float(np.sqrt(max(0.0, off) / size))

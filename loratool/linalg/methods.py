@@ -1,0 +1,287 @@
+"""The ways to combine adapters, by name: a rule for numbers, in a space where it is applied.
+
+Every method takes the modules of one path as `Term`s and gives factors `(b [out, r], a [r, in])` of
+the combined delta. `wᵢ` is the weight somebody gave, `sᵢ` the scale of the adapter (α/r, α/√r).
+
+| space | the rule is applied to | PEFT's names |
+|---|---|---|
+| stack | nothing: `Σ wᵢsᵢBᵢAᵢ` is exact in stacked factors | `svd`, `cat` |
+| factors | the Aᵢ and the Bᵢ, each for themselves | `linear`, `ties`, … |
+| dense | the deltas `sᵢBᵢAᵢ`, then the best approximation | `ties_svd`, … |
+| core | the deltas in the basis of all the stacked factors | |
+| aligned | the deltas in the left basis of all of them side by side | |
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.linalg.dense import truncated_svd
+from loratool.linalg.lowrank import (
+    NEGLIGIBLE,
+    Factor,
+    Float64,
+    decompose,
+    stacked,
+    triangle,
+)
+from loratool.linalg.sparsify import agreed, magnitude_pruned, randomly_pruned, weighted_sum
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's part of a module: `weight·scale·b·a`; `index` counts the adapters."""
+
+    index: int
+    weight: float
+    scale: float
+    b: Factor
+    a: Factor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods can be told. `rank` is where the dense ones cut; `path` the module's name,
+    from which, with `seed`, its random numbers come."""
+
+    path: str
+    rank: int
+    density: float = 1.0
+    majority_sign_method: str = "total"
+    seed: int = 0
+
+    def random(self, *what: int) -> np.random.Generator:
+        """Random numbers of their own for each module and adapter, whatever the order of work."""
+        entropy = [self.seed, zlib.crc32(self.path.encode()), *what]
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Factors of the combined delta. `energy` is ‖·‖² of what they approximate, None if exact."""
+
+    b: Factor
+    a: Factor
+    energy: float | None = None
+
+
+#: What a rule does with the arrays of the adapters: prune each, then add them up or elect signs.
+Prune = Literal["", "magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    prune: Prune = ""
+    elect: bool = False
+
+    def pruned(self, x: Factor, settings: Settings, *what: int) -> Factor:
+        if self.prune == "magnitude":
+            return magnitude_pruned(x, settings.density)
+        if self.prune == "random":
+            return randomly_pruned(x, settings.density, settings.random(*what))
+        return x
+
+    def merged(
+        self, stack: Sequence[Factor], weights: Sequence[float], settings: Settings
+    ) -> Factor:
+        if self.elect:
+            return agreed(stack, weights, settings.majority_sign_method)
+        return weighted_sum(stack, weights)
+
+
+_SUM, _TIES = Rule(), Rule("magnitude", elect=True)
+_PRUNE, _DARE, _DARE_TIES = Rule("magnitude"), Rule("random"), Rule("random", elect=True)
+
+
+def stack(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """`Σ wᵢsᵢBᵢAᵢ`, exactly: `B = [Bᵢ]`, `A = [wᵢsᵢAᵢ]`, which is PEFT's `cat`."""
+    return Combined(*stacked([(t.b, t.a) for t in terms], [t.weight * t.scale for t in terms]))
+
+
+def factors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """PEFT's way: the rule on the Aᵢ with weights ±√|wᵢsᵢ|, and on the Bᵢ with √|wᵢsᵢ|.
+
+    Cheap, but the product of two sums has cross terms BᵢAⱼ: `linear` is not `Σ wᵢsᵢBᵢAᵢ`. Factors
+    of lower rank than the others, which PEFT refuses, are filled up with zeros.
+    Source: peft/tuners/lora/model.py (`_generalized_task_arithmetic_weighted_adapter`).
+    """
+    roots = [math.sqrt(abs(t.weight * t.scale)) for t in terms]
+    signs = [math.copysign(1.0, t.weight * t.scale) for t in terms]
+    rank = max(t.a.shape[0] for t in terms)
+
+    def side(parts: list[Factor], weights: list[float], number: int) -> Factor:
+        kept = [
+            rule.pruned(x, settings, t.index, number) for x, t in zip(parts, terms, strict=True)
+        ]
+        full = [np.pad(x, [(0, rank - x.shape[0]), (0, 0)]) for x in kept]
+        return rule.merged(full, weights, settings)
+
+    a = side([t.a for t in terms], [s * r for s, r in zip(signs, roots, strict=True)], 0)
+    b = side([t.b.T for t in terms], roots, 1)
+    return Combined(b.T, a)
+
+
+def dense(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """PEFT's `*_svd`: the rule on the dense deltas, then their best approximation of a rank.
+
+    The one place where `[out, in]` matrices are built, because pruning is defined on them.
+    Source: peft/tuners/lora/model.py (`_svd_generalized_task_arithmetic_weighted_adapter`).
+    """
+    deltas = [rule.pruned(np.float32(t.scale) * (t.b @ t.a), settings, t.index, 0) for t in terms]
+    merged = rule.merged(deltas, [t.weight for t in terms], settings)
+    return Combined(*truncated_svd(merged, settings.rank))
+
+
+def core(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """Core Space: the rule on `Mᵢ = U_Bᵀ·(sᵢBᵢAᵢ)·V_A`, small and without loss of information.
+
+    U_B are the left singular vectors of all Bᵢ side by side, V_A the right ones of all Aᵢ one above
+    the other, factors as stored. Source: Panariello et al., "Accurate and Efficient Low-Rank Model
+    Merging in Core Space", 2025, arXiv 2509.17786.
+    """
+    all_b = np.concatenate([t.b for t in terms], axis=1)
+    all_a = np.concatenate([t.a for t in terms])
+    basis_b, within_b = _basis(all_b)
+    basis_a, within_a = _basis(all_a.T)
+    cores, start = [], 0
+    for t in terms:
+        own = slice(start, start + t.a.shape[0])
+        start = own.stop
+        small = t.scale * (within_b[:, own] @ within_a[:, own].T)
+        cores.append(rule.pruned(small, settings, t.index, 0))
+    merged = rule.merged(cores, [t.weight for t in terms], settings)
+    return Combined(all_b @ (basis_b @ merged), basis_a.T @ all_a)
+
+
+def aligned(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """KnOTS: the rule on the `Σ·Vᵢᵀ` of the SVD `[Δ₁ … Δₙ] = U·Σ·[V₁ᵀ … Vₙᵀ]`, put behind U.
+
+    Source: Stoica et al., "Model merging with SVD to tie the KnOTS", 2024, arXiv 2410.19735. As in
+    PEFT, pruning is by module; the authors prune over the whole model.
+    """
+    all_b = np.concatenate([t.b for t in terms], axis=1)
+    basis, within = _basis(all_b)
+    parts, cores, start = [], [], 0
+    for t in terms:
+        own = within[:, start : start + t.a.shape[0]] * t.scale
+        start += t.a.shape[0]
+        parts.append((own, t.a))
+        cores.append(own @ triangle(t.a.T).T)
+    turn, values, _ = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
+    turn = turn[:, _visible(values)]
+    rows = [
+        rule.pruned(turn.T @ own @ a, settings, t.index, 0)
+        for t, (own, a) in zip(terms, parts, strict=True)
+    ]
+    merged = rule.merged(rows, [t.weight for t in terms], settings)
+    return Combined(all_b @ (basis @ turn), merged)
+
+
+def _visible(values: Float64) -> npt.NDArray[np.bool_]:
+    return np.asarray(values > NEGLIGIBLE * values.max(initial=0.0))
+
+
+def _basis(wide: Factor) -> tuple[Float64, Float64]:
+    """Left singular vectors of `wide [n, r]`, as `(C [r, k], W [k, r])`: U = wide·C, wide = U·W."""
+    _, values, rows = np.linalg.svd(triangle(wide), full_matrices=False)
+    kept = _visible(values)
+    values, rows = values[kept], rows[kept]
+    return rows.T / values, values[:, None] * rows
+
+
+def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """TSV-M: the tasks' singular vectors, made orthogonal to each other by the nearest such set.
+
+    Of each of n deltas the first min(out, in)/n singular vectors are kept, which is all of them
+    unless the ranks are large. Source: Gargiulo et al., "Task Singular Vectors: Reducing Task
+    Interference in Model Merging", 2024, arXiv 2412.00081.
+    """
+    shape = terms[0].b.shape[0], terms[0].a.shape[1]
+    share = max(1, min(shape) // len(terms))
+    columns, rows, sizes = [], [], []
+    for t in terms:
+        found = decompose(t.b, t.weight * t.scale * t.a.astype(np.float64))
+        b, a = found.factors(share)
+        root = np.sqrt(found.values[:share])
+        columns.append(b / root)
+        rows.append(a.T / root)
+        sizes.append(found.values[:share])
+    left = _nearest_orthogonal(np.concatenate(columns, axis=1))
+    right = _nearest_orthogonal(np.concatenate(rows, axis=1))
+    return Combined(left * np.concatenate(sizes), right.T)
+
+
+def _nearest_orthogonal(columns: Float64) -> Float64:
+    """The polar factor `X·(XᵀX)^-½`; directions that are there twice count once."""
+    squares, vectors = np.linalg.eigh(columns.T @ columns)
+    kept = _visible(squares)
+    return np.asarray(columns @ (vectors[:, kept] / np.sqrt(squares[kept])) @ vectors[:, kept].T)
+
+
+def isotropic(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
+    """Iso-C: the sum, with every singular value replaced by their mean.
+
+    The mean is over the singular values that the sum has. A full matrix's other ones are zero, and
+    their directions are arbitrary. Source: Marczak et al., "No Task Left Behind: Isotropic Model
+    Merging with Common and Task-Specific Subspaces", 2025, arXiv 2502.04959.
+    """
+    total = stack(terms, rule, settings)
+    found = decompose(total.b, total.a)
+    b, a = found.factors()
+    scale = np.sqrt(found.values.mean() / found.values) if found.values.size else 1.0
+    return Combined(b * scale, (a.T * scale).T)
+
+
+Space = Callable[[Sequence[Term], Rule, Settings], Combined]
+
+
+@dataclass(frozen=True)
+class Method:
+    """`keeps_factors`: the factors are the result as PEFT would have it, unless a rank is asked.
+    `cuts`: the rank is that of the largest adapter where none is given, as in PEFT."""
+
+    summary: str
+    space: Space
+    rule: Rule = _SUM
+    keeps_factors: bool = False
+    cuts: bool = False
+
+    def __call__(self, terms: Sequence[Term], settings: Settings) -> Combined:
+        return self.space(terms, self.rule, settings)
+
+    @property
+    def prunes(self) -> bool:
+        return bool(self.rule.prune)
+
+    @property
+    def exact_sum(self) -> bool:
+        return self.space is stack
+
+
+METHODS: dict[str, Method] = {
+    "sum": Method("Σ weight·scale·B·A, without loss", stack),
+    "svd": Method("the same, cut to the largest rank among the adapters", stack, cuts=True),
+    "cat": Method("the same, factors one above the other", stack, keeps_factors=True),
+    "linear": Method("sums of the A and of the B (cross terms)", factors, _SUM, True),
+    "ties": Method("TIES on the A and on the B", factors, _TIES, True),
+    "dare_linear": Method("DARE on the A and on the B", factors, _DARE, True),
+    "dare_ties": Method("DARE and TIES on the A and on the B", factors, _DARE_TIES, True),
+    "magnitude_prune": Method("pruned A and B", factors, _PRUNE, True),
+    "ties_svd": Method("TIES on the dense deltas", dense, _TIES, cuts=True),
+    "dare_linear_svd": Method("DARE on the dense deltas", dense, _DARE, cuts=True),
+    "dare_ties_svd": Method("DARE and TIES on the dense deltas", dense, _DARE_TIES, cuts=True),
+    "magnitude_prune_svd": Method("pruned dense deltas", dense, _PRUNE, cuts=True),
+    "ties_core": Method("TIES in Core Space", core, _TIES),
+    "dare_linear_core": Method("DARE in Core Space", core, _DARE),
+    "dare_ties_core": Method("DARE and TIES in Core Space", core, _DARE_TIES),
+    "tsv_m": Method("task singular vectors made orthogonal", singular_vectors),
+    "iso_c": Method("the sum with equal singular values", isotropic),
+    "knots_ties": Method("TIES in the common left basis of KnOTS", aligned, _TIES),
+}

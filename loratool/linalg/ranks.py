@@ -1,0 +1,98 @@
+"""How many singular values to keep: a fixed number, a share of the energy, or kohya's criteria."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from loratool.errors import UsageError
+from loratool.linalg.lowrank import Float64
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """At most one of the first five is set; `max_rank` caps what the others ask for.
+
+    - `rank`: this many.
+    - `energy` e: the fewest with Σₖσ²/Σσ² ≥ e.
+    - `sv_fro` t: the fewest with √(Σₖσ²/Σσ²) ≥ t, so energy t².
+    - `sv_cumulative` t: the fewest with Σₖσ/Σσ ≥ t.
+    - `sv_ratio` t: those with σ > σ₁/t.
+
+    The last three are `resize_lora.py` of kohya-ss/sd-scripts as documented there; releases of it
+    keep one rank more (fixed by its pull request 2194).
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    sv_ratio: float | None = None
+    sv_fro: float | None = None
+    sv_cumulative: float | None = None
+    max_rank: int | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for values out of range and for two criteria at once."""
+        for name in ("rank", "max_rank"):
+            number = getattr(self, name)
+            if number is not None and (number != int(number) or number < 1):
+                raise UsageError(
+                    f"{_option(name)} {number}: a rank is a whole number above zero.",
+                    "Give 1 or more.",
+                )
+        for name in ("energy", "sv_fro", "sv_cumulative"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(
+                    f"{_option(name)} {share:g} is not a share: it must be above 0 and at most 1.",
+                    "Write 0.99 for 99 %.",
+                )
+        if self.sv_ratio is not None and not 1 <= self.sv_ratio < math.inf:
+            raise UsageError(
+                f"--sv-ratio {self.sv_ratio:g}: singular values above σ₁/ratio are kept, so the "
+                "ratio must be 1 or more.",
+                "Try 10 or 100.",
+            )
+        if len(self.given) > 1:
+            raise UsageError(
+                f"{' and '.join(map(_option, self.given))} ask for different ranks.",
+                "Give one of them; --max-rank caps it."
+                if "rank" not in self.given
+                else "Give one.",
+            )
+        if self.rank is not None and self.max_rank is not None:
+            raise UsageError("--rank and --max-rank contradict each other.", "Give one of them.")
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the criteria that are set, but for the cap."""
+        names = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative")
+        return [name for name in names if getattr(self, name) is not None]
+
+    def choose(self, values: Float64, energy: float) -> int:
+        """How many of these singular values (largest first) to keep, at least one.
+
+        `energy` is the sum of all squares, of those too that are negligible and not in `values`.
+        """
+        kept = len(values)
+        if self.rank is not None:
+            kept = self.rank
+        elif self.sv_ratio is not None:
+            kept = int(np.count_nonzero(values > values[:1] / self.sv_ratio))
+        elif self.sv_cumulative is not None:
+            kept = _first_reaching(np.cumsum(values), self.sv_cumulative * float(values.sum()))
+        elif self.energy is not None or self.sv_fro is not None:
+            share = self.energy if self.energy is not None else (self.sv_fro or 0.0) ** 2
+            kept = _first_reaching(np.cumsum(values**2), share * energy)
+        if self.max_rank is not None:
+            kept = min(kept, self.max_rank)
+        return max(1, min(kept, len(values)))
+
+
+def _first_reaching(sums: Float64, wanted: float) -> int:
+    return int(np.searchsorted(sums, wanted * (1 - 1e-12))) + 1
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,161 @@
+"""resize: an adapter of another rank, the best one of that rank, module by module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.adapter import Notice
+from loratool.adapter_output import ModuleChange, Shrunk, output_dtype, shrink, write_adapter
+from loratool.beside import settle
+from loratool.checkpoint.tensors import FilePool
+from loratool.checkpoint.writer import check_output
+from loratool.errors import UsageError, explained_os_errors
+from loratool.formats import read_lora
+from loratool.inputs import check_paths, check_threads
+from loratool.joining import Part, join
+from loratool.linalg.ranks import Criterion
+from loratool.output import Progress
+from loratool.threads import computed
+
+
+@dataclass
+class ResizeReport:
+    """What became of the ranks. `kept` is the share of ‖ΔW‖² left, `error` ‖cut off‖/‖ΔW‖, both
+    over all modules together. Bytes are of the weights files."""
+
+    adapter: str
+    output: str
+    dtype: str
+    dry_run: bool
+    rank: int
+    uniform: bool
+    modules: list[ModuleChange]
+    kept: float | None
+    error: float
+    bytes_before: int
+    bytes_written: int
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("modules", "warnings")}
+        return {
+            "schema_version": 1,
+            **fields,
+            "modules": [m.to_dict() for m in self.modules],
+            "warnings": [w.to_dict() for w in self.warnings],
+        }
+
+
+def resize(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    sv_ratio: float | None = None,
+    sv_fro: float | None = None,
+    sv_cumulative: float | None = None,
+    max_rank: int | None = None,
+    pad_to: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ResizeReport:
+    """Give every module of a LoRA adapter another rank and write it as a PEFT directory.
+
+    Each module keeps its largest singular values, which no other choice of that rank betters. With
+    `rank` all modules get that rank, filled up with zeros where they have less; the other criteria
+    (see `loratool.linalg.ranks.Criterion`) give each module its own, written as a rank_pattern.
+    One criterion is needed, or `max_rank` or `pad_to` alone.
+
+    Parameters
+    ----------
+    adapter: PEFT adapter directory or file. With DoRA the factors are cut and the magnitudes stay.
+    output: directory to make; it appears complete or not at all.
+    max_rank: no module gets more. pad_to: all modules get the same rank, a multiple of this.
+    dtype: "float16", "bfloat16" or "float32"; the adapter's own if not given.
+    threads: worker threads; the result does not depend on it.
+    progress: called with (modules done, modules in all, module).
+
+    Raises
+    ------
+    UsageError: criteria that contradict each other. FileError, AdapterError: an adapter that cannot
+    be read. ValueRangeError: NaN, infinity, overflow, or nothing but zeros. OutputError.
+    """
+    started = time.perf_counter()
+    check_paths([adapter, output], [adapter], "loratool resize ADAPTER --rank 8 -o OUT")
+    check_threads(threads)
+    criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank)
+    criterion.check()
+    if pad_to is not None and pad_to < 1:
+        raise UsageError(f"--pad-to {pad_to} is no rank.", "Give 8, 16, 32 or the like.")
+    if not criterion.given and max_rank is None and pad_to is None:
+        raise UsageError(
+            "No rank given.", "Say how much to keep: --rank 8, --energy 0.99 or --sv-ratio 10."
+        )
+    target = Path(output)
+    with explained_os_errors():
+        if not dry_run:
+            check_output(target, [Path(adapter)], overwrite)
+        lora = read_lora(adapter)
+        if not dry_run:
+            check_output(target, [lora.weights.resolve()], overwrite)
+        joined = join([lora], [1.0], "resized", with_dora=True)
+        settle(joined, "refuse")
+        code = output_dtype(joined, dtype)
+        options = {
+            "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
+            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to, "dtype": code,
+        }  # fmt: skip
+        uniform = rank is not None or pad_to is not None
+        whole = pad_to is not None and rank is None and max_rank is None
+        with FilePool() as files:
+            work = (
+                partial(_resize, path, parts, files, criterion, whole)
+                for path, parts in joined.modules.items()
+            )
+            done = write_adapter(
+                joined, computed(work, threads), target, code,
+                {"command": "resize", "options": options},
+                uniform=uniform, least=rank or 1, multiple=pad_to or 1,
+                overwrite=overwrite, dry_run=dry_run, progress=progress,
+            )  # fmt: skip
+    notices = [*joined.notices, *done.notices]
+    if any(m.magnitude is not None for m in lora.modules.values()):
+        text = "DoRA: the magnitudes are kept as they are; energies are of scale·B·A alone."
+        notices.append(Notice("dora-magnitudes-kept", text))
+    return ResizeReport(
+        adapter=str(lora.source),
+        output=str(target),
+        dtype=code,
+        dry_run=dry_run,
+        rank=done.rank,
+        uniform=uniform,
+        modules=done.modules,
+        kept=done.kept,
+        error=done.error,
+        bytes_before=lora.weights.stat().st_size,
+        bytes_written=done.nbytes,
+        warnings=notices,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _resize(
+    path: str, parts: Sequence[Part], files: FilePool, criterion: Criterion, whole: bool
+) -> Shrunk:
+    (part,) = parts
+    term = part.read(files)
+    b, a = term.b, np.float64(term.scale) * term.a
+    return shrink(path, [part], b, a, criterion, whole)

@@ -11,11 +11,14 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "loratool"
 
+VERBS = ("inspect", "merge", "verify", "unmerge", "combine", "resize", "compare")
+
 #: Imports go from a floor to lower ones only; modules of one floor know nothing of each other.
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"console.inspect", "console.merge", "console.unmerge", "console.verify", "console.combine", "console.resize", "console.compare"},
+    {f"commands.{verb}" for verb in VERBS} | {"commands"},
+    {f"console.{verb}" for verb in VERBS},
     {"console.common", "console"},
     {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing"},
     {"adapter_output", "pairing", "subtraction"},

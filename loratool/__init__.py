@@ -1,4 +1,4 @@
-"""LoRA adapter checkpoints: inspect, merge, verify, unmerge, without loading a model.
+"""LoRA adapter checkpoints: inspect, merge, verify, combine and more, without loading a model.
 
 The public functions are imported when first used, so that `import loratool` costs nothing.
 """
@@ -9,23 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratool.combining import CombineReport, combine
+    from loratool.comparing import CompareReport, compare
     from loratool.errors import LoraToolError
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
+    from loratool.resizing import ResizeReport, resize
     from loratool.unmerging import UnmergeReport, unmerge
     from loratool.verifying import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CombineReport",
+    "CompareReport",
     "InspectReport",
     "LoraToolError",
     "MergeReport",
+    "ResizeReport",
     "UnmergeReport",
     "VerifyReport",
     "__version__",
+    "combine",
+    "compare",
     "inspect",
     "merge",
+    "resize",
     "unmerge",
     "verify",
 ]
@@ -39,6 +48,12 @@ _HOMES = {
     "UnmergeReport": "unmerging",
     "verify": "verifying",
     "VerifyReport": "verifying",
+    "combine": "combining",
+    "CombineReport": "combining",
+    "resize": "resizing",
+    "ResizeReport": "resizing",
+    "compare": "comparing",
+    "CompareReport": "comparing",
     "LoraToolError": "errors",
 }
 

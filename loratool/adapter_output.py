@@ -38,6 +38,7 @@ from loratool.provenance import describe_adapter, file_sha256, versions, write_j
 
 #: What `--dtype` may be, and the safetensors code of it.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+NAMES = {code: name for name, code in DTYPES.items()}
 
 
 @dataclass(frozen=True)

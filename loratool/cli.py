@@ -12,8 +12,11 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
+from loratool.commands.combine import combine_command
+from loratool.commands.compare import compare_command
 from loratool.commands.inspect import inspect_command
 from loratool.commands.merge import merge_command
+from loratool.commands.resize import resize_command
 from loratool.commands.unmerge import unmerge_command
 from loratool.commands.verify import verify_command
 from loratool.errors import LoraToolError, UsageError
@@ -23,7 +26,7 @@ from loratool.options import CONTEXT, Commands
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect LoRA adapter checkpoints, merge them, prove a merge, take it back.
+    """Inspect, merge, combine, resize and compare LoRA adapter checkpoints.
 
     Works on files: no model is loaded, memory stays flat, and an output appears
     complete or not at all.
@@ -34,6 +37,9 @@ def cli() -> None:
       loratool merge base/ adapter/ -o merged/ --reversible
       loratool verify merged/ --base base/ adapter/
       loratool unmerge merged/ adapter/ -o base-again/
+      loratool compare style/ task/
+      loratool combine style/ task/ --weight 0.7 --weight 0.5 -o both/
+      loratool resize adapter/ --rank 8 -o smaller/
     """
 
 
@@ -42,6 +48,9 @@ for command in (
     merge_command,
     verify_command,
     unmerge_command,
+    combine_command,
+    resize_command,
+    compare_command,
 ):
     cli.add_command(command)
 

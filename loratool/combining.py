@@ -13,6 +13,7 @@ import numpy as np
 
 from loratool.adapter import Adapter, Notice
 from loratool.adapter_output import (
+    NAMES,
     ModuleChange,
     Shrunk,
     output_dtype,
@@ -141,7 +142,7 @@ def combine(
         options = {
             "method": method, "rank": rank, "energy": energy, "density": density,
             "majority_sign_method": majority_sign_method, "seed": seed, "saved": saved,
-            "keep_patterns": keep_patterns, "dtype": code,
+            "keep_patterns": keep_patterns, "dtype": NAMES[code],
         }  # fmt: skip
         if chosen.cuts and not criterion.given:
             criterion = Criterion(rank=max(m.rank for a in joined.used for m in a.modules.values()))
@@ -168,7 +169,7 @@ def combine(
         weights=factors,
         method=method,
         output=str(target),
-        dtype=code,
+        dtype=NAMES[code],
         dry_run=dry_run,
         rank=done.rank,
         modules=done.modules,

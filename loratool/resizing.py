@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Notice
-from loratool.adapter_output import ModuleChange, Shrunk, output_dtype, shrink, write_adapter
+from loratool.adapter_output import NAMES, ModuleChange, Shrunk, output_dtype, shrink, write_adapter
 from loratool.beside import settle
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
@@ -116,7 +116,7 @@ def resize(
         code = output_dtype(joined, dtype)
         options = {
             "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
-            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to, "dtype": code,
+            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to, "dtype": NAMES[code],
         }  # fmt: skip
         uniform = rank is not None or pad_to is not None
         whole = pad_to is not None and rank is None and max_rank is None
@@ -138,7 +138,7 @@ def resize(
     return ResizeReport(
         adapter=str(lora.source),
         output=str(target),
-        dtype=code,
+        dtype=NAMES[code],
         dry_run=dry_run,
         rank=done.rank,
         uniform=uniform,

@@ -19,6 +19,7 @@ FLOORS = [
     {"cli"},
     {f"commands.{verb}" for verb in VERBS} | {"commands"},
     {f"console.{verb}" for verb in VERBS},
+    {"console.changes"},
     {"console.common", "console"},
     {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing"},
     {"adapter_output", "pairing", "subtraction"},

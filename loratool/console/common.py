@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -27,6 +28,7 @@ from rich.table import Table
 from loratool.adapter import Notice
 from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import LoraToolError
+from loratool.folding import pattern, ranged, split
 
 
 class _Console(Console):
@@ -34,6 +36,12 @@ class _Console(Console):
         """Leave it to the command line, which knows the exit code; Rich would exit with 1."""
         raise BrokenPipeError
 
+
+#: From this width on, a table shows kinds, both factor shapes and ranges in every column.
+WIDE = 120
+
+#: Below this width only the most important columns are shown, rather than broken ones.
+NARROW = 78
 
 out = _Console(highlight=False, soft_wrap=False)
 err = _Console(stderr=True, highlight=False)
@@ -57,20 +65,24 @@ def print_warnings(notices: Iterable[Notice]) -> None:
 
 
 @contextmanager
-def progress_bar(enabled: bool, verb: str) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A bar with bytes, rate and time left on a terminal; nothing elsewhere."""
+def progress_bar(
+    enabled: bool, verb: str, counted: bool = False
+) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar with bytes and rate, or with modules if `counted`, and the time left, on a terminal;
+    nothing elsewhere."""
     if not enabled or not err.is_terminal:
         yield None
         return
+    amounts = (MofNCompleteColumn(),) if counted else (DownloadColumn(), TransferSpeedColumn())
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(),
-        TransferSpeedColumn(), TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}"), BarColumn(bar_width=None), *amounts,
+        TimeRemainingColumn(compact=True),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(verb, total=None)
 
         def advance(done: int, total: int, label: str) -> None:
-            short = re.sub(r"^model-|\.safetensors$", "", label)
+            short = verb if counted else re.sub(r"^model-|\.safetensors$", "", label)
             bar.update(task, completed=done, total=total, description=short)
 
         yield advance
@@ -112,7 +124,7 @@ def count_text(number: int, noun: str) -> str:
 def make_table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     for heading in headings:
-        numeric = heading in NUMERIC
+        numeric = heading in NUMERIC or heading.endswith(("in sum", "intruders"))
         table.add_column(
             heading,
             justify="right" if numeric else "left",
@@ -122,9 +134,40 @@ def make_table(*headings: str) -> Table:
     return table
 
 
+#: A module's report: what it is called, and what the commands' tables are made of.
+Item = TypeVar("Item")
+
+
+def folded_table(
+    headings: Sequence[str],
+    items: Sequence[Item],
+    path: Callable[[Item], str],
+    alike: Callable[[Item], Any],
+    cells: Callable[[list[Item]], dict[str, str]],
+    full: bool,
+) -> Table:
+    """One line per group of modules that are `alike` and differ in the numbers of their path, under
+    their layers; one per module if `full`. `cells` gives a group's line by heading."""
+    groups: dict[Any, list[Item]] = {}
+    for number, item in enumerate(items):
+        key = number if full else (pattern(path(item)), alike(item))
+        groups.setdefault(key, []).append(item)
+    table = make_table(*headings)
+    section = ""
+    for group in groups.values():
+        head, leaf = split(ranged([path(item) for item in group]))
+        if head != section and head:
+            table.add_row(f"[cyan]{escape(head)}[/]")
+        section = head
+        line = {"module": ("  " if head else "") + escape(leaf), **cells(group)}
+        table.add_row(*[line[heading] for heading in headings])
+    return table
+
+
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
             "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
-            "max dev."}  # fmt: skip
+            "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads", "kept", "error",
+            "off sum"}  # fmt: skip
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from loratool.checkpoint.tensors import format_bytes
 from loratool.console.common import (
+    NARROW,
+    WIDE,
     count_text,
     fact_grid,
+    folded_table,
     make_table,
     number_text,
     out,
     shape_text,
     span_text,
 )
-from loratool.folding import pattern, ranged, split
 from loratool.inspecting import InspectReport, ModuleReport
-
-#: From this width on, a table shows kinds, both factor shapes and ranges in every column.
-WIDE = 120
-
-#: Below this width only the module, its rank and its norm are shown, rather than broken columns.
-NARROW = 78
 
 
 def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:
@@ -106,29 +101,26 @@ def _module_table(modules: list[ModuleReport], full: bool) -> Table:
         headings = ["module", "r/α", "‖ΔW‖"]
     if relative:
         headings.append("‖ΔW‖/‖W‖")
-    table = make_table(*headings)
-    section = ""
-    for name, group in _folded(modules, full):
-        head, leaf = split(name)
-        if head != section and head:
-            table.add_row(f"[cyan]{escape(head)}[/]")
-        section = head
-        table.add_row(*_module_cells(leaf, bool(head), group, headings))
-    return table
+    return folded_table(
+        headings,
+        modules,
+        lambda m: m.path,
+        lambda m: (m.kind, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora),
+        _module_cells,
+        full,
+    )
 
 
-def _module_cells(
-    leaf: str, indented: bool, group: list[ModuleReport], headings: list[str]
-) -> list[str]:
+def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
     one = group[0]
     stable = [m.stable_rank for m in group if m.stable_rank is not None]
     largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
-    cells = {
-        "module": ("  " if indented else "") + escape(leaf) + (" (DoRA)" if one.dora else ""),
+    return {
         "kind": one.kind,
-        "r": str(one.rank),
+        "r": str(one.rank) + (" DoRA" if one.dora else ""),
         "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
-        "r/α": f"{one.rank}/" + ("?" if one.alpha is None else f"{one.alpha:g}"),
+        "r/α": ("DoRA " if one.dora else "")
+        + f"{one.rank}/" + ("?" if one.alpha is None else f"{one.alpha:g}"),
         "scale": "?" if one.scale is None else f"{one.scale:.4g}",
         "A": shape_text(one.shapes["A"]),
         "B": shape_text(one.shapes["B"]),
@@ -142,18 +134,6 @@ def _module_cells(
         "s.rank": number_text(statistics.median(stable) if stable else None, 2),
         "‖ΔW‖/‖W‖": span_text([m.relative_norm for m in group]),
     }  # fmt: skip
-    return [cells[heading] for heading in headings]
-
-
-def _folded(modules: list[ModuleReport], full: bool) -> list[tuple[str, list[ModuleReport]]]:
-    """Modules alike but for the numbers in their paths, as `(path with ranges, modules)`."""
-    if full:
-        return [(m.path, [m]) for m in modules]
-    groups: dict[tuple[Any, ...], list[ModuleReport]] = {}
-    for m in modules:
-        key = (pattern(m.path), m.kind, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora)
-        groups.setdefault(key, []).append(m)
-    return [(ranged([m.path for m in group]), group) for group in groups.values()]
 
 
 def _show_spectra(modules: list[ModuleReport]) -> None:

@@ -1,0 +1,38 @@
+"""Show what `resize` made."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from loratool.checkpoint.tensors import format_bytes
+from loratool.console.changes import change_table, kept_text
+from loratool.console.common import NARROW, fact_grid, number_text, out
+from loratool.resizing import ResizeReport
+
+
+def show_resize(report: ResizeReport, full: bool) -> None:
+    if report.dry_run:
+        out.print("[bold]Plan[/] (nothing was written)")
+    facts = fact_grid()
+    facts.add_row("adapter", escape(report.adapter))
+    facts.add_row("modules", str(len(report.modules)))
+    facts.add_row("rank", f"{_span([m.ranks[0] or 0 for m in report.modules])} → "
+                  f"{_span([m.rank for m in report.modules])}")  # fmt: skip
+    facts.add_row("kept", kept_text(report.kept, report.error))
+    size = f"{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_written)}"
+    facts.add_row("size", f"{size} ({report.dtype}), {report.seconds:.1f} s")
+    if not report.dry_run:
+        facts.add_row("output", escape(report.output))
+    out.print(facts)
+    out.print()
+    headings = ["module", "r", "new r", "out×in", "‖ΔW‖", "kept", "error"]
+    if out.width < NARROW:
+        headings = ["module", "r", "new r", "kept"]
+    out.print(change_table(headings, report.modules, full))
+
+
+def _span(ranks: list[int]) -> str:
+    """ "8", or "4–8" with the average where they differ."""
+    if min(ranks) == max(ranks):
+        return str(ranks[0])
+    return f"{min(ranks)}–{max(ranks)} ({number_text(sum(ranks) / len(ranks), 2)} on average)"

@@ -116,7 +116,8 @@ def resize(
         code = output_dtype(joined, dtype)
         options = {
             "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
-            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to, "dtype": NAMES[code],
+            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
+            "dtype": NAMES[code],
         }  # fmt: skip
         uniform = rank is not None or pad_to is not None
         whole = pad_to is not None and rank is None and max_rank is None

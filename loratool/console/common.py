@@ -166,8 +166,8 @@ def folded_table(
 
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
             "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
-            "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads", "kept", "error",
-            "off sum"}  # fmt: skip
+            "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads",
+            "kept", "error", "off sum"}  # fmt: skip
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -134,8 +134,8 @@ def _sentence(pair: Pair, verdict: str, names: Sequence[str]) -> str:
     spaces = ""
     if pair.output_overlap is not None and pair.input_overlap is not None:
         spaces = (
-            f"; they share {100 * pair.output_overlap:.2g}% of what they write to and "
-            f"{100 * pair.input_overlap:.2g}% of what they read from"
+            f"; they share {100 * pair.output_overlap:.0f}% of what they write to and "
+            f"{100 * pair.input_overlap:.0f}% of what they read from"
         )
     return {
         "same": f"[bold green]{a} and {b} are the same[/]: they differ by "

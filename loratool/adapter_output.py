@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from loratool.formats.peft_writer import (
     Extra,
     adapter_config,
     bias_key,
+    encode,
     factor_shapes,
     magnitude_key,
     rows_key,
@@ -35,6 +36,7 @@ from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress
 from loratool.provenance import describe_adapter, file_sha256, versions, write_json
+from loratool.threads import computed
 
 #: What `--dtype` may be, and the safetensors code of it.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -88,15 +90,16 @@ def shrink(
     parts: list[Part],
     b: Factor,
     a: Factor,
+    scale: float,
     criterion: Criterion,
     whole: bool,
     energy: float | None = None,
 ) -> Shrunk:
-    """The factors of `b·a` that the criterion asks for; all of them if `whole`, to be cut later.
+    """The factors of `scale·b·a` that the criterion asks for; all if `whole`, to be cut later.
 
     `energy` is the ‖·‖² that the product approximates, if it is not exact.
     """
-    found = decompose(b, a)
+    found = decompose(b, a, scale)
     total = found.energy if energy is None else energy
     rank = criterion.choose(found.values, total)
     new_b, new_a = found.factors(None if whole else rank)
@@ -132,7 +135,7 @@ def output_dtype(joined: Joined, dtype: str | None) -> str:
 
 def write_adapter(
     joined: Joined,
-    modules: Iterable[Shrunk],
+    modules: Iterable[Callable[[], Shrunk]],
     output: Path,
     dtype: str,
     record: dict[str, Any],
@@ -142,6 +145,7 @@ def write_adapter(
     multiple: int = 1,
     overwrite: bool = False,
     dry_run: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> AdapterFiles:
     """Write the adapter of these modules to `output`, all or nothing; only measure if `dry_run`.
@@ -155,24 +159,33 @@ def write_adapter(
         try:
             with nullcontext() if stage is None else AdapterWriter(stage.path, dtype) as writer:
                 shrunk = []
-                for done, module in enumerate(modules, 1):
+                work = (partial(_encoded, call, None if dry_run else dtype) for call in modules)
+                for done, (module, rank, data) in enumerate(computed(work, threads), 1):
                     if writer is not None:
-                        writer.add(module.parts[0].module, module.b, module.a)
-                    nothing = np.zeros((0, 0))
-                    shrunk.append(replace(module, b=nothing, a=nothing))
+                        writer.add(module.parts[0].module, rank, data)
+                    shrunk.append(module)
                     if progress is not None:
                         progress(done, len(joined.modules), module.path)
                 files = _measure(joined, shrunk, least, multiple if uniform else 0)
                 extras = _extras(joined, dtype)
                 files.nbytes = _size(joined, files, extras, dtype)
                 if writer is not None and stage is not None:
-                    files.nbytes = writer.finish([m.rank for m in files.modules], extras)
+                    files.nbytes = writer.finish([m.rank for m in files.modules], extras, threads)
             if stage is not None:
                 _write_beside(joined, files, stage.path, record, uniform)
                 stage.commit()
         except OSError as error:
             raise explain(error, output) from error
     return files
+
+
+def _encoded(compute: Callable[[], Shrunk], dtype: str | None) -> tuple[Shrunk, int, Bytes]:
+    """A module without its factors, their rank, and their bytes (none if no dtype is given)."""
+    module = compute()
+    template, rank = module.parts[0].module, len(module.a)
+    data = np.zeros(0, np.uint8) if dtype is None else encode(template, module.b, module.a, dtype)
+    nothing = np.zeros((0, 0))
+    return replace(module, b=nothing, a=nothing), rank, data
 
 
 def _measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> AdapterFiles:

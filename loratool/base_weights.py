@@ -47,7 +47,7 @@ class BaseWeights:
         if delta is None or delta.module.kind == "embedding":
             return {}
         base = BaseDirections(self._weight(delta, files))
-        return {i: base.intruders(own.b, own.a) for i, own in found.items()}
+        return {i: base.intruders(*own.factors()) for i, own in found.items()}
 
     def _weight(self, delta: Delta, files: FilePool) -> Factor:
         info = self._base.tensors.get(delta.tensor) or self._base.tensors[str(self._tied)]

@@ -32,7 +32,6 @@ from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress
 from loratool.provenance import adapter_files
-from loratool.threads import computed
 
 SIGNS = ("total", "frequency")
 
@@ -156,9 +155,10 @@ def combine(
                 for path, parts in joined.modules.items()
             )
             done = write_adapter(
-                joined, computed(work, threads), target, code,
+                joined, work, target, code,
                 {"command": "combine", "options": options},
-                uniform=uniform, overwrite=overwrite, dry_run=dry_run, progress=progress,
+                uniform=uniform, overwrite=overwrite, dry_run=dry_run, threads=threads,
+                progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
@@ -249,7 +249,7 @@ def _combine(
     else:
         # Columns beyond the rank of this module may fit into that of the largest.
         whole = uniform and criterion.rank is None
-        result = shrink(path, parts, combined.b, combined.a, criterion, whole, combined.energy)
+        result = shrink(path, parts, combined.b, combined.a, 1.0, criterion, whole, combined.energy)
     if method.exact_sum:
         return result
     return replace(result, from_sum=_distance(result.b, result.a, alive))
@@ -267,7 +267,7 @@ def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
 
 def _distance(b: Factor, a: Factor, terms: Sequence[Term]) -> float | None:
     """‖b·a − Σ wᵢsᵢBᵢAᵢ‖ / ‖Σ wᵢsᵢBᵢAᵢ‖; None where the sum is zero."""
-    total = stacked([(t.b, t.a) for t in terms], [t.weight * t.scale for t in terms])
+    total = stacked([(t.b, np.float64(t.weight * t.scale) * t.a) for t in terms])
     size = inner(total, total)
     if size <= 0:
         return None

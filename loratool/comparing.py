@@ -29,8 +29,8 @@ from loratool.threads import computed
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
 
-#: Sums of float64 leave this much of a difference that is zero.
-_FINEST = 1e-7
+#: A difference of zero comes out up to a tenth of this: what decompose leaves out as negligible.
+_FINEST = 1e-6
 
 #: Cosines nearer to zero than this say that two deltas have nothing to do with each other.
 _UNRELATED = 0.05
@@ -219,7 +219,7 @@ def _compare_module(
     ranks: list[int | None] = [None] * count
     for part in parts:
         term = part.read(files)
-        found[part.index] = decompose(term.b, np.float64(term.scale) * term.a)
+        found[part.index] = decompose(term.b, term.a, term.scale)
         ranks[part.index] = part.module.rank
     gram = np.zeros((count, count))
     for i, own in found.items():
@@ -229,6 +229,7 @@ def _compare_module(
         spaces = None
         if i in found and j in found:
             spaces = angles_and_product(found[i], found[j])
+
             gram[i, j] = gram[j, i] = spaces[2]
         pairs.append(_pair(i, j, gram, spaces))
     w = np.asarray(weights)

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapter import Notice
 from loratool.adapter_output import NAMES, ModuleChange, Shrunk, output_dtype, shrink, write_adapter
 from loratool.beside import settle
@@ -22,7 +20,6 @@ from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, join
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress
-from loratool.threads import computed
 
 
 @dataclass
@@ -127,10 +124,11 @@ def resize(
                 for path, parts in joined.modules.items()
             )
             done = write_adapter(
-                joined, computed(work, threads), target, code,
+                joined, work, target, code,
                 {"command": "resize", "options": options},
                 uniform=uniform, least=rank or 1, multiple=pad_to or 1,
-                overwrite=overwrite, dry_run=dry_run, progress=progress,
+                overwrite=overwrite, dry_run=dry_run, threads=threads,
+                progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if any(m.magnitude is not None for m in lora.modules.values()):
@@ -158,5 +156,4 @@ def _resize(
 ) -> Shrunk:
     (part,) = parts
     term = part.read(files)
-    b, a = term.b, np.float64(term.scale) * term.a
-    return shrink(path, [part], b, a, criterion, whole)
+    return shrink(path, [part], term.b, term.a, term.scale, criterion, whole)

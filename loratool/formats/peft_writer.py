@@ -8,8 +8,10 @@ holds one module.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import numpy.typing as npt
 
 from loratool.adapter import Adapter, LowRank
 from loratool.checkpoint.header import build_header
-from loratool.checkpoint.tensors import DTYPE_BITS, as_bytes, as_float32
+from loratool.checkpoint.tensors import DTYPE_BITS, as_bytes
 from loratool.checkpoint.writer import ShardWriter
 from loratool.errors import ValueRangeError
 from loratool.formats.peft import plain_path
 from loratool.formats.peft_config import string_list
+from loratool.threads import computed
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -30,6 +33,10 @@ _PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
 
 Bytes = npt.NDArray[np.uint8]
+
+#: What is not below this becomes infinite.
+_LARGEST = {"F16": 65520.0, "BF16": 3.3961775e38, "F32": 3.4028235e38}
+_UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,25 @@ class _Kept:
     start: int
 
 
+def encode(module: LowRank, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> Bytes:
+    """The bytes of `a [k, in]` and of `bᵀ [k, out]`, so that ranks are runs of rows in both.
+
+    Raises ValueRangeError if a value is too large for the dtype.
+    """
+    parts = []
+    for half, values in (("A", a), ("B", b.T)):
+        raw = as_bytes(values, dtype)
+        largest = float(np.abs(values).max(initial=0.0))
+        if not largest < _LARGEST[dtype]:
+            raise ValueRangeError(
+                f"{module.path}: lora_{half} has values up to {largest:.3g}, too large for "
+                f"{dtype}.",
+                "Write it in a wider dtype: --dtype float32.",
+            )
+        parts.append(raw)
+    return np.concatenate(parts)
+
+
 class AdapterWriter:
     """Takes the factors of one module after the other, then writes the file. Use with `with`."""
 
@@ -68,67 +94,51 @@ class AdapterWriter:
         self._scratch.close()
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
-    def add(self, module: LowRank, b: npt.NDArray[Any], a: npt.NDArray[Any]) -> None:
-        """Keep `b [out, k]` and `a [k, in]` of a module that is named and shaped like `module`.
+    def add(self, module: LowRank, rank: int, data: Bytes) -> None:
+        """Keep the `encode`d factors of a module that is named and shaped like `module`."""
+        self._kept.append(_Kept(module, rank, self._position))
+        self._position += data.nbytes
+        rest = data.data
+        while rest:
+            rest = rest[self._scratch.write(rest) :]
 
-        Raises ValueRangeError if a value is too large for the dtype.
-        """
-        for half, values in (("A", a), ("B", b.T)):
-            raw = as_bytes(values, self._dtype)
-            if not np.isfinite(as_float32(raw, self._dtype)).all():
-                raise ValueRangeError(
-                    f"{module.path}: lora_{half} has values up to {np.abs(values).max():.3g}, too "
-                    f"large for {self._dtype}.",
-                    "Write it in a wider dtype: --dtype float32.",
-                )
-            _write_all(self._scratch, raw.data)
-        self._kept.append(_Kept(module, a.shape[0], self._position))
-        self._position += (a.size + b.size) * DTYPE_BITS[self._dtype] // 8
-
-    def finish(self, ranks: Sequence[int], extras: Sequence[Extra]) -> int:
+    def finish(self, ranks: Sequence[int], extras: Sequence[Extra], threads: int | None) -> int:
         """Write the file, each module with its rank: cut, or filled up with zeros. Its size."""
-        tensors, producers = [], []
+        tensors: list[tuple[str, str, tuple[int, ...]]] = []
+        producers: list[Callable[[], Bytes]] = []
         for kept, rank in zip(self._kept, ranks, strict=True):
             shapes = factor_shapes(kept.module, rank)
             for half, (key, shape) in zip("AB", shapes, strict=True):
                 tensors.append((key, self._dtype, shape))
-                producers.append(self._producer(kept, half, rank))
+                producers.append(partial(self._read, kept, half, rank))
         for extra in extras:
             tensors.append((extra.key, extra.dtype, extra.shape))
             producers.append(extra.read)
         file = ShardWriter(self._folder / WEIGHTS, build_header(tensors, {"format": "pt"}))
         try:
             position = 0
-            for produce in producers:
-                data = produce()
+            for data in computed(producers, threads):
                 file.write(position, data.data)
                 position += data.nbytes
         finally:
             file.close()
         return file.data_start + position
 
-    def _producer(self, kept: _Kept, half: str, rank: int) -> Callable[[], Bytes]:
-        def produce() -> Bytes:
-            out, width = kept.module.shape
-            size = DTYPE_BITS[self._dtype] // 8
-            taken = min(rank, kept.rank)
-            length, start = (width, 0) if half == "A" else (out, kept.rank * width)
-            rows = np.zeros((rank, length * size), np.uint8)
-            self._scratch.seek(kept.start + start * size)
-            target = rows[:taken].data.cast("B")
-            while target:
-                target = target[self._scratch.readinto(target) :]
-            if half == "A":
-                return rows.reshape(-1)
-            elements = rows.view(f"V{size}").T  # kept as [k, out], written as [out, k]
-            return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
-
-        return produce
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
+    def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
+        """The bytes of one factor at this rank, in the layout of PEFT."""
+        out, width = kept.module.shape
+        size = DTYPE_BITS[self._dtype] // 8
+        length, start = (width, 0) if half == "A" else (out, kept.rank * width)
+        rows = np.zeros((rank, length * size), np.uint8)
+        target = rows[: min(rank, kept.rank)].data.cast("B") if kept.rank else memoryview(b"")
+        position = kept.start + start * size
+        while target:
+            count = os.preadv(self._scratch.fileno(), [target], position)
+            target, position = target[count:], position + count
+        if half == "A":
+            return rows.reshape(-1)
+        elements = rows.view(_UNSIGNED[size]).T  # kept as [k, out], written as [out, k]
+        return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
 
 
 def factor_shapes(

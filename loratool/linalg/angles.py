@@ -1,23 +1,24 @@
 """How two products lie to each other: their inner product and the angles between their spaces.
 
-`⟨Δ₁,Δ₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ))` needs only r × r matrices, and so do the principal angles: the SVD
-`Δᵢ = Uᵢ·Σᵢ·Vᵢᵀ` comes as `Uᵢ = Bᵢ·Lᵢ`, and `U₁ᵀU₂ = L₁ᵀ·(B₁ᵀB₂)·L₂`.
+Only r × r matrices are needed: the SVD `Δᵢ = Uᵢ·Σᵢ·Vᵢᵀ` comes as `Uᵢ = Bᵢ·Lᵢ`, so `U₁ᵀU₂ =
+L₁ᵀ·(B₁ᵀB₂)·L₂`, whose singular values are the cosines of the principal angles; with `V₁ᵀV₂` alike,
+`⟨Δ₁,Δ₂⟩ = Σ σ₁ᵢ·(U₁ᵀU₂)ᵢⱼ·(V₁ᵀV₂)ᵢⱼ·σ₂ⱼ`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from loratool.linalg.lowrank import Decomposition, Float64
+from loratool.linalg.lowrank import Decomposition, Float64, crossed
 
 
 def angles_and_product(one: Decomposition, two: Decomposition) -> tuple[Float64, Float64, float]:
     """Squared cosines of the principal angles of columns and of rows, and the inner product."""
-    b = one.b.astype(np.float64).T @ two.b.astype(np.float64)
-    a = one.a.astype(np.float64) @ two.a.astype(np.float64).T
-    columns = _cosines((one.left / np.sqrt(one.values)).T @ b @ (two.left / np.sqrt(two.values)))
-    rows = _cosines((one.right.T / np.sqrt(one.values)).T @ a @ (two.right.T / np.sqrt(two.values)))
-    return columns, rows, float(np.sum(b * a))
+    size_one, size_two = np.sqrt(one.values), np.sqrt(two.values)
+    columns = (one.left / size_one).T @ crossed(one.b, two.b) @ (two.left / size_two)
+    rows = (one.right.T / size_one).T @ crossed(one.a.T, two.a.T) @ (two.right.T / size_two)
+    product = float(one.values @ (columns * rows) @ two.values)
+    return _cosines(columns), _cosines(rows), product
 
 
 def _cosines(between: Float64) -> Float64:

@@ -102,7 +102,7 @@ _PRUNE, _DARE, _DARE_TIES = Rule("magnitude"), Rule("random"), Rule("random", el
 
 def stack(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     """`Σ wᵢsᵢBᵢAᵢ`, exactly: `B = [Bᵢ]`, `A = [wᵢsᵢAᵢ]`, which is PEFT's `cat`."""
-    return Combined(*stacked([(t.b, t.a) for t in terms], [t.weight * t.scale for t in terms]))
+    return Combined(*stacked([(t.b, np.float64(t.weight * t.scale) * t.a) for t in terms]))
 
 
 def factors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -146,8 +146,7 @@ def core(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     the other, factors as stored. Source: Panariello et al., "Accurate and Efficient Low-Rank Model
     Merging in Core Space", 2025, arXiv 2509.17786.
     """
-    all_b = np.concatenate([t.b for t in terms], axis=1)
-    all_a = np.concatenate([t.a for t in terms])
+    all_b, all_a = stacked([(t.b, t.a) for t in terms])
     basis_b, within_b = _basis(all_b)
     basis_a, within_a = _basis(all_a.T)
     cores, start = [], 0
@@ -207,7 +206,7 @@ def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> C
     share = max(1, min(shape) // len(terms))
     columns, rows, sizes = [], [], []
     for t in terms:
-        found = decompose(t.b, t.weight * t.scale * t.a.astype(np.float64))
+        found = decompose(t.b, t.a, t.weight * t.scale)
         b, a = found.factors(share)
         root = np.sqrt(found.values[:share])
         columns.append(b / root)

@@ -14,7 +14,13 @@ import numpy as np
 
 from loratool.adapter import LowRank, Notice
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
-from loratool.checkpoint.tensors import DTYPE_BITS, as_bytes, read_float32, read_raw
+from loratool.checkpoint.tensors import (
+    DTYPE_BITS,
+    as_bytes,
+    as_float32,
+    read_float32,
+    read_raw,
+)
 from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.errors import UsageError, ValueRangeError, listed, nearest
 from loratool.formats.peft_writer import (
@@ -40,6 +46,10 @@ from loratool.threads import computed
 
 #: What `--dtype` may be, and the safetensors code of it.
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_HALF = ("F16", "BF16")
+
+#: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
+_LARGE_ROUNDING = 0.01
 NAMES = {code: name for name, code in DTYPES.items()}
 
 
@@ -61,6 +71,7 @@ class Shrunk:
     energy: float
     rank: int
     from_sum: float | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class ModuleChange:
     """One module of the new adapter. `ranks` are those of the inputs, None where it was not there.
 
     `kept` is the share of ‖ΔW‖² that the new rank holds, None for a module that does nothing;
-    `error` is ‖cut off‖/‖ΔW‖. `norm` is ‖ΔW‖ before the cut.
+    `error` is ‖cut off‖/‖ΔW‖. `norm` is ‖ΔW‖ before the cut. `rounding` is what rounding the
+    factors to half precision adds to the error, None for float32.
     """
 
     path: str
@@ -80,6 +92,7 @@ class ModuleChange:
     kept: float | None
     error: float
     from_sum: float | None = None
+    rounding: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "shape": list(self.shape), "ranks": list(self.ranks)}
@@ -108,13 +121,17 @@ def shrink(
 
 @dataclass
 class AdapterFiles:
-    """What was written: the changes module by module, the rank of the adapter, and its bytes."""
+    """What was written: the changes module by module, the rank of the adapter, and its bytes.
+
+    `kept`, `error` and `rounding` are those of `ModuleChange`, over all modules together.
+    """
 
     modules: list[ModuleChange]
     rank: int
     nbytes: int
     kept: float | None
     error: float
+    rounding: float | None
     notices: list[Notice]
 
 
@@ -184,8 +201,26 @@ def _encoded(compute: Callable[[], Shrunk], dtype: str | None) -> tuple[Shrunk, 
     module = compute()
     template, rank = module.parts[0].module, len(module.a)
     data = np.zeros(0, np.uint8) if dtype is None else encode(template, module.b, module.a, dtype)
+    lost = rounding_loss(module.b, module.a, data, dtype) if dtype in _HALF else None
     nothing = np.zeros((0, 0))
-    return replace(module, b=nothing, a=nothing), rank, data
+    return replace(module, b=nothing, a=nothing, rounding=lost), rank, data
+
+
+def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
+    """About ‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `encode` made it.
+
+    To first order, and with the columns of B orthogonal to each other, and the rows of A, it is
+    `√Σ(‖δbₖ‖²‖aₖ‖² + ‖bₖ‖²‖δaₖ‖²) / √Σ‖bₖ‖²‖aₖ‖²`.
+    """
+    rounded = as_float32(data, dtype)
+    squares = []
+    for exact, found in ((a, rounded[: a.size]), (b.T, rounded[a.size :])):
+        squares.append(np.einsum("ij,ij->i", exact, exact))
+        off = exact - found.reshape(exact.shape)
+        squares.append(np.einsum("ij,ij->i", off, off))
+    size_a, off_a, size_b, off_b = squares
+    size = float(size_b @ size_a)
+    return float(np.sqrt((off_b @ size_a + size_b @ off_a) / size)) if size else 0.0
 
 
 def _measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> AdapterFiles:
@@ -199,7 +234,7 @@ def _measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) ->
     largest = max(least, *(m.rank for m in shrunk))
     if multiple:
         largest = -(-largest // multiple) * multiple
-    changes, kept_all, all_ = [], 0.0, 0.0
+    changes, kept_all, all_, lost_all = [], 0.0, 0.0, 0.0
     for m in shrunk:
         ranks: list[int | None] = [None] * len(joined.adapters)
         for part in m.parts:
@@ -211,17 +246,25 @@ def _measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) ->
             ModuleChange(
                 m.path, template.kind, template.shape, tuple(ranks), rank, m.energy**0.5,
                 kept / m.energy if m.energy else None,
-                max(0.0, 1 - kept / m.energy) ** 0.5 if m.energy else 0.0, m.from_sum,
+                max(0.0, 1 - kept / m.energy) ** 0.5 if m.energy else 0.0, m.from_sum, m.rounding,
             )
         )  # fmt: skip
         kept_all, all_ = kept_all + kept, all_ + m.energy
+        lost_all += kept * (m.rounding or 0.0) ** 2
     silent = [m.path for m in shrunk if m.energy == 0]
     notices = []
     if silent:
         text = f"{len(silent)} modules of the result do nothing, their delta is zero:\n"
         notices.append(Notice("zero-delta", text + listed(silent), silent[0]))
     error = max(0.0, 1 - kept_all / all_) ** 0.5
-    return AdapterFiles(changes, max(m.rank for m in changes), 0, kept_all / all_, error, notices)
+    rounding = None
+    if any(m.rounding is not None for m in shrunk):
+        rounding = (lost_all / kept_all) ** 0.5
+        if rounding > _LARGE_ROUNDING:
+            text = f"Rounding the factors changes the delta by {rounding:.1%}. Write float32."
+            notices.append(Notice("rounding-large", text))
+    rank = max(m.rank for m in changes)
+    return AdapterFiles(changes, rank, 0, kept_all / all_, error, rounding, notices)
 
 
 def _size(joined: Joined, files: AdapterFiles, extras: list[Extra], dtype: str) -> int:

@@ -41,7 +41,8 @@ _ANY_RANK = 1 << 30
 @dataclass
 class CombineReport:
     """What was combined. `kept` is the share of ‖ΔW‖² left by the cut to `rank`, `error` the
-    relative error ‖cut off‖/‖ΔW‖, both over all modules together."""
+    relative error ‖cut off‖/‖ΔW‖, `rounding` what half precision adds to it (None for float32),
+    all over all modules together."""
 
     adapters: list[str]
     weights: list[float]
@@ -53,6 +54,7 @@ class CombineReport:
     modules: list[ModuleChange]
     kept: float | None
     error: float
+    rounding: float | None
     saved: list[str]
     bytes_written: int
     warnings: list[Notice] = field(default_factory=list)
@@ -175,6 +177,7 @@ def combine(
         modules=done.modules,
         kept=done.kept,
         error=done.error,
+        rounding=done.rounding,
         saved=[*joined.saved, *joined.token_rows],
         bytes_written=done.nbytes,
         warnings=notices,

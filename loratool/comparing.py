@@ -219,7 +219,7 @@ def _compare_module(
     ranks: list[int | None] = [None] * count
     for part in parts:
         term = part.read(files)
-        found[part.index] = decompose(term.b, term.a, term.scale)
+        found[part.index] = decompose(term.b, term.a, part.scale)
         ranks[part.index] = part.module.rank
     gram = np.zeros((count, count))
     for i, own in found.items():

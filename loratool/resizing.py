@@ -24,8 +24,9 @@ from loratool.output import Progress
 
 @dataclass
 class ResizeReport:
-    """What became of the ranks. `kept` is the share of ‖ΔW‖² left, `error` ‖cut off‖/‖ΔW‖, both
-    over all modules together. Bytes are of the weights files."""
+    """What became of the ranks. `kept` is the share of ‖ΔW‖² left, `error` ‖cut off‖/‖ΔW‖, and
+    `rounding` what half precision adds to it (None for float32), over all modules together. Bytes
+    are of the weights files."""
 
     adapter: str
     output: str
@@ -36,6 +37,7 @@ class ResizeReport:
     modules: list[ModuleChange]
     kept: float | None
     error: float
+    rounding: float | None
     bytes_before: int
     bytes_written: int
     warnings: list[Notice] = field(default_factory=list)
@@ -144,6 +146,7 @@ def resize(
         modules=done.modules,
         kept=done.kept,
         error=done.error,
+        rounding=done.rounding,
         bytes_before=lora.weights.stat().st_size,
         bytes_written=done.nbytes,
         warnings=notices,

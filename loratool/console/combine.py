@@ -7,7 +7,7 @@ from rich.markup import escape
 from loratool.checkpoint.tensors import format_bytes
 from loratool.combining import CombineReport
 from loratool.console.changes import change_table, kept_text
-from loratool.console.common import NARROW, fact_grid, out
+from loratool.console.common import NARROW, fact_grid, out, percent_text
 
 
 def show_combine(report: CombineReport, full: bool) -> None:
@@ -19,6 +19,8 @@ def show_combine(report: CombineReport, full: bool) -> None:
     facts.add_row("method", report.method)
     facts.add_row("modules", f"{len(report.modules)}, rank {report.rank}")
     facts.add_row("kept", kept_text(report.kept, report.error))
+    if report.rounding is not None:
+        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
     if report.saved:
         more = f" and {len(report.saved) - 4} more" if len(report.saved) > 4 else ""
         facts.add_row("saved whole", escape(", ".join(report.saved[:4]) + more))

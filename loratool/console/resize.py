@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from loratool.checkpoint.tensors import format_bytes
 from loratool.console.changes import change_table, kept_text
-from loratool.console.common import NARROW, fact_grid, number_text, out
+from loratool.console.common import NARROW, fact_grid, number_text, out, percent_text
 from loratool.resizing import ResizeReport
 
 
@@ -19,6 +19,8 @@ def show_resize(report: ResizeReport, full: bool) -> None:
     facts.add_row("rank", f"{_span([m.ranks[0] or 0 for m in report.modules])} → "
                   f"{_span([m.rank for m in report.modules])}")  # fmt: skip
     facts.add_row("kept", kept_text(report.kept, report.error))
+    if report.rounding is not None:
+        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
     size = f"{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_written)}"
     facts.add_row("size", f"{size} ({report.dtype}), {report.seconds:.1f} s")
     if not report.dry_run:

@@ -26,7 +26,8 @@ def cli_reference() -> str:
         "| code | meaning |\n|---|---|\n"
         "| 0 | done; `verify`: yes |\n"
         "| 1 | failed: the error says what, where and what to do; `verify`: no telling |\n"
-        "| 2 | wrong usage |\n| 3 | the check said no: `verify`, `merge --verify` |\n"
+        "| 2 | wrong usage |\n"
+        "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal` |\n"
         "| 130 | interrupted; no unfinished output is left behind |\n"
     )
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from loratool.commands.combine import combine_command
 from loratool.formats.peft import _SHAPE_TROUBLES
 from loratool.formats.peft_config import REFUSED
+from loratool.linalg.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -44,18 +47,57 @@ def test_readme_examples_run(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
 
 
+def printed(command: str, folder: Path) -> str:
+    """What a command of a session prints on 80 columns, without its time."""
+    if not (folder / "fixtures").exists():
+        (folder / "fixtures").symlink_to(ROOT / "fixtures")
+    done = subprocess.run(
+        [sys.executable, "-m", *command.removeprefix("$ ").split()], cwd=folder,
+        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    return untimed("\n".join(line.rstrip() for line in done.stdout.splitlines()))
+
+
+def untimed(text: str) -> str:
+    return re.sub(r"\d+\.\d s\b", "… s", text).rstrip()
+
+
 def test_readme_shows_what_inspect_prints(tmp_path: Path) -> None:
     """The session at the top of the README is what the command prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "loratool", "inspect", "fixtures/adapter"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
     shown = README.split("$ loratool inspect fixtures/adapter\n")[1].split("\n$ ")[0]
-    printed = [line.rstrip() for line in done.stdout.splitlines()]
-    assert printed == shown.rstrip().splitlines()
+    assert printed("loratool inspect fixtures/adapter", tmp_path) == shown.rstrip()
 
 
-@pytest.mark.parametrize("path", ["README.md", *(f"docs/{n}.md" for n in ("design", "warnings"))])
+def test_readme_shows_what_the_adapter_commands_print(tmp_path: Path) -> None:
+    """The sessions of combine, resize and compare, one after the other, are what they print."""
+    sessions = re.findall(
+        r"```console\n\$ (loratool (?:combine|resize|compare)[^\n]*)\n(.*?)```", README, re.DOTALL
+    )
+    assert [command.split()[1] for command, _ in sessions] == ["combine", "resize", "compare"]
+    for command, shown in sessions:
+        assert printed(command, tmp_path) == untimed(shown)
+
+
+def test_combining_shows_what_compare_prints(tmp_path: Path) -> None:
+    """The session in docs/combining.md is what the command prints."""
+    text = (ROOT / "docs" / "combining.md").read_text(encoding="utf-8")
+    command, _, shown = text.split("```console\n$ ")[1].split("```")[0].partition("\n")
+    assert printed(command, tmp_path) == untimed(shown)
+
+
+def test_every_method_is_in_the_help_and_in_the_docs() -> None:
+    """combine's help and docs/combining.md name exactly the methods there are."""
+    help_text = combine_command.help or ""
+    listed = help_text.split("Methods:")[1].split("Examples:")[0]
+    assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", listed)) >= METHODS.keys()
+    table = (ROOT / "docs" / "combining.md").read_text().split("## The result")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == METHODS.keys()
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", *(f"docs/{n}.md" for n in ("design", "warnings", "combining"))]
+)
 def test_links_and_named_modules_exist(path: str) -> None:
     """Relative links lead somewhere."""
     text = (ROOT / path).read_text(encoding="utf-8")

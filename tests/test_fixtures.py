@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loratool
 
 
-def held_out_loss(model: torch.nn.Module) -> float:
-    """Mean nats per byte on heldout.txt, in windows of 256 predicted bytes."""
-    tokens = torch.tensor(list((FIXTURES / "heldout.txt").read_bytes()))
+def held_out_loss(model: torch.nn.Module, text: Path = FIXTURES / "heldout.txt") -> float:
+    """Mean nats per byte on a held-out text, in windows of 256 predicted bytes."""
+    tokens = torch.tensor(list(text.read_bytes()))
     count = (len(tokens) - 1) // 256
     inputs = tokens[: count * 256].view(count, 256)
     targets = tokens[1 : count * 256 + 1].view(count, 256)
@@ -94,3 +95,50 @@ def test_weights_scale_the_adapter(tmp_path: Path) -> None:
     assert full.abs().max() > 0.01
     assert (weight(tmp_path / "none") - base).abs().max() < 1e-6
     assert torch.allclose(weight(tmp_path / "half") - base, full / 2, atol=1e-6)
+
+
+TEXTS = {
+    "code": FIXTURES / "heldout.txt",
+    "html": FIXTURES / "tasks" / "html.txt",
+    "tables": FIXTURES / "tasks" / "tables.txt",
+}
+
+
+def losses_with(adapter: Path) -> list[float]:
+    """Losses on the three tasks of the base with this adapter, as PEFT loads it."""
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    return [held_out_loss(adapted, text) for text in TEXTS.values()]
+
+
+def row_of(page: Path, name: str) -> list[float]:
+    """The losses in the line of a table that starts with this name."""
+    row = re.search(rf"^\| {re.escape(name)} \|(.+)\|$", page.read_text(), re.MULTILINE)
+    assert row is not None
+    return [float(x) for x in re.findall(r"\d+\.\d+", row[1])][:3]
+
+
+@pytest.mark.parametrize("task", ["html", "tables"])
+def test_task_adapters_have_the_losses_their_readme_states(task: str) -> None:
+    """The adapters of fixtures/tasks are the ones that its README describes."""
+    stated = row_of(FIXTURES / "tasks" / "README.md", task)
+    assert losses_with(FIXTURES / "tasks" / task) == pytest.approx(stated, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("`sum --rank 8`, weights 0.5", {"rank": 8, "weights": [0.5] * 3}),
+        ("`ties_core`, weights 0.5", {"method": "ties_core", "density": 0.5, "weights": [0.5] * 3}),
+    ],
+)
+def test_combined_tasks_have_the_losses_that_the_docs_state(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three trained adapters, combined and loaded by PEFT, do as docs/combining.md says."""
+    adapters = [FIXTURES / "adapter", FIXTURES / "tasks" / "html", FIXTURES / "tasks" / "tables"]
+    loratool.combine(adapters, tmp_path / "out", **options)
+    found = losses_with(tmp_path / "out")
+    assert found == pytest.approx(row_of(FIXTURES.parent / "docs" / "combining.md", name), abs=2e-3)
+    base = [held_out_loss(base_model(), text) for text in TEXTS.values()]
+    assert sum(found) < sum(base) - 0.5

@@ -146,9 +146,9 @@ def combine(
             "keep_patterns": keep_patterns, "dtype": NAMES[code],
         }  # fmt: skip
         if chosen.cuts and not criterion.given:
-            criterion = Criterion(rank=max(m.rank for a in joined.used for m in a.modules.values()))
+            criterion = Criterion(rank=_largest_rank(joined))
         settings = Settings(
-            "", criterion.rank or 1 << 30, density or 1.0, majority_sign_method, seed
+            "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed
         )
         uniform = not keep_patterns
         with FilePool() as files:
@@ -270,7 +270,7 @@ def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
 
 def _distance(b: Factor, a: Factor, terms: Sequence[Term]) -> float | None:
     """‖b·a − Σ wᵢsᵢBᵢAᵢ‖ / ‖Σ wᵢsᵢBᵢAᵢ‖; None where the sum is zero."""
-    total = stacked([(t.b, np.float64(t.weight * t.scale) * t.a) for t in terms])
+    total = stacked([(t.b, t.a.astype(np.float64) * (t.weight * t.scale)) for t in terms])
     size = inner(total, total)
     if size <= 0:
         return None

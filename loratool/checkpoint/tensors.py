@@ -173,9 +173,23 @@ def as_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
         if dtype in _NUMPY:
             return np.ascontiguousarray(values, _NUMPY[dtype]).reshape(-1).view(np.uint8)
         # BF16: the upper half of a float32, rounded to nearest, ties to even.
-        bits = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint32)
-        upper = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-        return upper.astype(np.uint16).view(np.uint8)
+        bits = _odd_float32(np.ascontiguousarray(values)).reshape(-1).view(np.uint32)
+        upper = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        upper[np.isnan(values).reshape(-1)] = 0x7FC0  # the addition may carry a NaN away
+        return upper.view(np.uint8)
+
+
+def _odd_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """float64 as float32 such that rounding that to 16 bits equals rounding the float64 once.
+
+    Truncated, with the last bit set where anything was cut off (Boldo and Melquiond, 2008).
+    """
+    narrow = values.astype(np.float32)
+    if values.dtype == np.float64:
+        bits = narrow.view(np.uint32)
+        bits -= (np.abs(narrow.astype(np.float64)) > np.abs(values)).astype(np.uint32)
+        bits |= (narrow.astype(np.float64) != values).astype(np.uint32)
+    return narrow
 
 
 def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:

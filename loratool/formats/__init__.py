@@ -47,7 +47,7 @@ def read_lora(source: str | Path) -> Adapter:
     if adapter.format != "peft":
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
-            "loratool merges PEFT LoRA adapters. `loratool inspect` shows what is in the file.",
+            "loratool works on PEFT LoRA adapters. `loratool inspect` shows what is in the file.",
         )
     return adapter
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from loratool.linalg.lowrank import NEGLIGIBLE, Factor, Float64
+from loratool.linalg.lowrank import Factor, Float64
 
 TOP = 10
 NEAR = 0.5
+
+#: Squared singular values below this share of the largest are rounding of the Gram matrix.
+_VISIBLE = 1e-12
 
 #: Rows of W that are widened to float64 at a time.
 _SLICE = 1024
@@ -33,10 +36,7 @@ class BaseDirections:
             rows = side[low : low + _SLICE].astype(np.float64)
             gram += rows.T @ rows
         self._gram = gram
-        squares, vectors = np.linalg.eigh(gram)
-        kept = squares > NEGLIGIBLE**2 * squares[-1]
-        self._values = np.sqrt(squares[kept])
-        self._vectors = vectors[:, kept]
+        self._values, self._vectors = _singular(gram)
 
     def intruders(self, b: Factor, a: Factor) -> int:
         """How many of the first singular vectors of `weight + b·a` the weight does not have."""
@@ -49,12 +49,13 @@ class BaseDirections:
         outer, inner = (b, a) if self._tall else (a.T, b.T)
         across = self._apply(outer).T @ inner  # WᵀΔ, or W·Δᵀ
         gram = self._gram + across + across.T + inner.T @ (outer.T @ outer) @ inner
-        squares, vectors = np.linalg.eigh(gram)
-        first = vectors[:, ::-1][:, :TOP]
+        values, vectors = _singular(gram)
+        first, sizes = vectors[:, :TOP], values[:TOP]
+        if not self._values.size:  # the weight is zero: every direction is new
+            return np.zeros(sizes.size)
         if not self._tall:  # these are the left singular vectors
             return np.asarray(np.abs(self._vectors.T @ first).max(axis=0))
         # Left vectors are u = W·v/σ, so uᵀu' = vᵀ·(Wᵀ·(W + BA)·v')/(σ·σ').
-        sizes = np.sqrt(np.maximum(squares[::-1][:TOP], 1e-300))
         product = self._vectors.T @ ((self._gram + across) @ first)
         return np.asarray(np.abs(product / self._values[:, None] / sizes).max(axis=0))
 
@@ -66,3 +67,10 @@ class BaseDirections:
             part = slice(low, low + _SLICE)
             total += outer[part].T @ side[part].astype(np.float64)
         return total
+
+
+def _singular(gram: Float64) -> tuple[Float64, Float64]:
+    """Singular values, largest first, that a Gram matrix shows, and their vectors as columns."""
+    squares, vectors = np.linalg.eigh(gram)
+    kept = squares[::-1] > _VISIBLE * squares[-1]
+    return np.sqrt(squares[::-1][kept]), vectors[:, ::-1][:, kept]

@@ -102,7 +102,7 @@ _PRUNE, _DARE, _DARE_TIES = Rule("magnitude"), Rule("random"), Rule("random", el
 
 def stack(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     """`Σ wᵢsᵢBᵢAᵢ`, exactly: `B = [Bᵢ]`, `A = [wᵢsᵢAᵢ]`, which is PEFT's `cat`."""
-    return Combined(*stacked([(t.b, np.float64(t.weight * t.scale) * t.a) for t in terms]))
+    return Combined(*stacked([(t.b, t.a.astype(np.float64) * (t.weight * t.scale)) for t in terms]))
 
 
 def factors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -175,12 +175,15 @@ def aligned(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
         cores.append(own @ triangle(t.a.T).T)
     turn, values, _ = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
     turn = turn[:, _visible(values)]
+    left = all_b @ (basis @ turn)
+    signs = _signs(left)
+    turn, left = turn * signs, left * signs
     rows = [
         rule.pruned(turn.T @ own @ a, settings, t.index, 0)
         for t, (own, a) in zip(terms, parts, strict=True)
     ]
     merged = rule.merged(rows, [t.weight for t in terms], settings)
-    return Combined(all_b @ (basis @ turn), merged)
+    return Combined(left, merged)
 
 
 def _visible(values: Float64) -> npt.NDArray[np.bool_]:
@@ -188,11 +191,23 @@ def _visible(values: Float64) -> npt.NDArray[np.bool_]:
 
 
 def _basis(wide: Factor) -> tuple[Float64, Float64]:
-    """Left singular vectors of `wide [n, r]`, as `(C [r, k], W [k, r])`: U = wide·C, wide = U·W."""
+    """Left singular vectors of `wide [n, r]`, as `(C [r, k], W [k, r])`: U = wide·C, wide = U·W.
+
+    The entry of each that is largest in magnitude is positive: a vote among signs that ends in a
+    tie must not depend on the sign that LAPACK happened to choose.
+    """
     _, values, rows = np.linalg.svd(triangle(wide), full_matrices=False)
     kept = _visible(values)
     values, rows = values[kept], rows[kept]
-    return rows.T / values, values[:, None] * rows
+    vectors = wide @ (rows.T / values)
+    signs = _signs(vectors)
+    return rows.T * (signs / values), (signs * values)[:, None] * rows
+
+
+def _signs(columns: Float64) -> Float64:
+    """The sign of the largest entry of each column."""
+    largest = np.abs(columns).argmax(axis=0) if columns.size else np.zeros(0, int)
+    return np.asarray(np.sign(np.take_along_axis(columns, largest[None], axis=0)[0]))
 
 
 def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -218,10 +233,10 @@ def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> C
 
 
 def _nearest_orthogonal(columns: Float64) -> Float64:
-    """The polar factor `X·(XᵀX)^-½`; directions that are there twice count once."""
-    squares, vectors = np.linalg.eigh(columns.T @ columns)
-    kept = _visible(squares)
-    return np.asarray(columns @ (vectors[:, kept] / np.sqrt(squares[kept])) @ vectors[:, kept].T)
+    """The polar factor `X·(XᵀX)^-½ = X·W·S⁻¹·Wᵀ`; a direction that is there twice counts once."""
+    _, values, rows = np.linalg.svd(triangle(columns), full_matrices=False)
+    kept = _visible(values)
+    return np.asarray(columns @ (rows[kept].T / values[kept]) @ rows[kept])
 
 
 def isotropic(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:

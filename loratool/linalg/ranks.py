@@ -36,7 +36,7 @@ class Criterion:
         """Raise UsageError for values out of range and for two criteria at once."""
         for name in ("rank", "max_rank"):
             number = getattr(self, name)
-            if number is not None and (number != int(number) or number < 1):
+            if number is not None and not (number >= 1 and float(number).is_integer()):
                 raise UsageError(
                     f"{_option(name)} {number}: a rank is a whole number above zero.",
                     "Give 1 or more.",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.tensors import TensorInfo, read_float32
+from loratool.checkpoint.tensors import TensorInfo, read_float32, same_values
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.joining import Joined, Saved
 
@@ -25,19 +25,28 @@ def settle(joined: Joined, clash: str) -> None:
     Raises MatchError where adapters hold different tensors for one place (unless `clash` says what
     to take) or have parts that no one adapter can have, and ValueRangeError for NaN and infinity.
     """
+    _refuse_not_finite(joined)
     _collect_saved(joined, clash)
     _collect_rows(joined, clash)
     _refuse_biased_embeddings(joined)
-    kept = [info for saved in joined.saved.values() for _, info in saved.sources]
-    kept += [rows.rows for rows in joined.token_rows.values()]
-    kept += [
+    _refuse_adapted_rows(joined)
+
+
+def _refuse_not_finite(joined: Joined) -> None:
+    held = [info for a in joined.used for info in a.replaced.values()]
+    held += [rows.rows for a in joined.used for rows in a.token_rows.values()]
+    held += [
         info
         for parts in joined.modules.values()
         for part in parts
         for info in (part.module.magnitude, part.module.bias)
         if info is not None
     ]
-    broken = [t.name for t in kept if t.is_float and not np.isfinite(read_float32(t)).all()]
+    broken = [
+        f"{info.name} in {info.file}"
+        for info in held
+        if info.is_float and not np.isfinite(read_float32(info)).all()
+    ]
     if broken:
         raise ValueRangeError(
             f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
@@ -45,37 +54,38 @@ def settle(joined: Joined, clash: str) -> None:
         )
 
 
-def _same(one: TensorInfo, other: TensorInfo) -> bool:
-    if one.shape != other.shape:
-        return False
-    return bool(np.array_equal(read_float32(one), read_float32(other)))
-
-
 def _collect_saved(joined: Joined, clash: str) -> None:
     held: dict[str, list[tuple[float, TensorInfo]]] = {}
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
         for name, info in adapter.replaced.items() if weight else ():
-            sources = held.setdefault(name, [])
-            if not any(_same(info, other) for _, other in sources):
-                sources.append((weight, info))
-    clashing = [name for name, sources in held.items() if len(sources) > 1]
-    if clash == "mean":
-        clashing = [n for n in clashing if len({info.shape for _, info in held[n]}) > 1]
-    if clashing and clash in ("refuse", "mean"):
-        raise _clash(clashing, clash)
+            held.setdefault(name, []).append((weight, info))
+    clashing = []
     for name, sources in held.items():
-        chosen = sources[:1] if clash == "first" else sources[-1:] if clash == "last" else sources
-        if sum(weight for weight, _ in chosen) == 0:
-            raise MatchError(
-                f"{name}: the weights of the adapters that hold it add up to 0, so there is no "
-                "mean.",
-                "Take one of them: --saved first or --saved last.",
-            )
+        first = sources[0][1]
+        if all(same_values(first, info) for _, info in sources[1:]):
+            chosen = sources[:1]
+        elif clash == "refuse" or (clash == "mean" and not _can_be_averaged(sources)):
+            clashing.append(name)
+            continue
+        else:
+            chosen = {"first": sources[:1], "last": sources[-1:], "mean": sources}[clash]
+            if sum(weight for weight, _ in chosen) == 0:
+                raise MatchError(
+                    f"{name}: the weights of the adapters that hold it add up to 0, so there is no "
+                    "mean.",
+                    "Take one of them: --saved first or --saved last.",
+                )
         joined.saved[name] = Saved(name, tuple(chosen))
+    if clashing:
+        raise _clash(clashing, clash)
+
+
+def _can_be_averaged(sources: Sequence[tuple[float, TensorInfo]]) -> bool:
+    return len({info.shape for _, info in sources}) == 1 and all(i.is_float for _, i in sources)
 
 
 def _clash(names: Sequence[str], clash: str) -> MatchError:
-    shapes = " and of different shapes" if clash == "mean" else ""
+    shapes = " and with different shapes, or integers" if clash == "mean" else ""
     return MatchError(
         f"{len(names)} tensors are held whole by several adapters, with different values{shapes}; "
         f"there is no sum of them:\n{listed(names)}",
@@ -89,7 +99,8 @@ def _collect_rows(joined: Joined, clash: str) -> None:
     for adapter in joined.used:
         for path, rows in adapter.token_rows.items():
             taken = joined.token_rows.setdefault(path, rows)
-            if taken is rows or (taken.indices == rows.indices and _same(taken.rows, rows.rows)):
+            alike = taken.indices == rows.indices and same_values(taken.rows, rows.rows)
+            if taken is rows or alike:
                 continue
             if clash == "last":
                 joined.token_rows[path] = rows
@@ -110,22 +121,34 @@ def _refuse_biased_embeddings(joined: Joined) -> None:
         )
 
 
-def unequal(joined: Joined, tolerance: float) -> list[str]:
-    """What differs between the first adapter and the others beside the low-rank modules."""
-    first, *others = [_beside(adapter) for adapter in joined.adapters]
+def _refuse_adapted_rows(joined: Joined) -> None:
+    """PEFT trains single rows of an embedding, or puts factors on it, not both."""
+    both = sorted(joined.token_rows.keys() & joined.modules.keys())
+    if both:
+        raise MatchError(
+            f"One adapter trains token rows of {', '.join(both)}, another has factors for it; PEFT "
+            "has no adapter with both.",
+            "Merge them into the base together instead: `loratool merge BASE ADAPTER ADAPTER`.",
+        )
+
+
+def unequal(one: Adapter, other: Adapter, tolerance: float) -> list[str]:
+    """What differs between two adapters beside their low-rank modules."""
+    first, second = _beside(one), _beside(other)
     found = []
-    for adapter, other in zip(joined.adapters[1:], others, strict=True):
-        for name in sorted(first.keys() | other.keys()):
-            if name not in first or name not in other:
-                which = joined.adapters[0] if name in first else adapter
-                found.append(f"{name}: only in {which.source}")
-                continue
-            (one, scale), (two, other_scale) = first[name], other[name]
-            if one.shape != two.shape:
-                found.append(f"{name}: {list(one.shape)} and {list(two.shape)}")
-                continue
-            x = scale * read_float32(one).astype(np.float64)
-            y = other_scale * read_float32(two).astype(np.float64)
+    for name in sorted(first.keys() | second.keys()):
+        if name not in first or name not in second:
+            found.append(f"{name}: only in {(one if name in first else other).source}")
+            continue
+        (x_info, x_scale), (y_info, y_scale) = first[name], second[name]
+        if x_info.shape != y_info.shape:
+            found.append(f"{name}: {list(x_info.shape)} and {list(y_info.shape)}")
+        elif not (x_info.is_float and y_info.is_float):
+            if not same_values(x_info, y_info):
+                found.append(f"{name}: other values")
+        else:
+            x = x_scale * read_float32(x_info).astype(np.float64)
+            y = y_scale * read_float32(y_info).astype(np.float64)
             apart, size = np.linalg.norm(x - y), max(np.linalg.norm(x), np.linalg.norm(y))
             if not apart <= tolerance * size:
                 found.append(f"{name}: differs by {apart / size:.2g} of its norm")

@@ -19,7 +19,7 @@ from loratool.commands.merge import merge_command
 from loratool.commands.resize import resize_command
 from loratool.commands.unmerge import unmerge_command
 from loratool.commands.verify import verify_command
-from loratool.errors import LoraToolError, UsageError
+from loratool.errors import LoraToolError, ReaderGone, UsageError
 from loratool.options import CONTEXT, Commands
 
 
@@ -85,13 +85,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; no unfinished output is left behind", err=True)
         code = 130
+    except ReaderGone:
+        _keep_quiet()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             sys.stderr.write(f"error: the answer could not be printed ({error.strerror})\n")
             os._exit(1)
-        # The reader (head, less) has seen enough. Keep the interpreter from complaining at exit.
-        sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+        _keep_quiet()
     _exit(code)
+
+
+def _keep_quiet() -> None:
+    """The reader (head, less) has seen enough: keep the interpreter from complaining at exit."""
+    sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
 
 
 def _interrupt(*_: object) -> NoReturn:

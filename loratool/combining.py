@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,21 +12,16 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, Notice
-from loratool.adapter_output import (
-    NAMES,
-    ModuleChange,
-    Shrunk,
-    output_dtype,
-    shrink,
-    write_adapter,
-)
+from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import CLASHES, settle
+from loratool.changes import ModuleChange, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors, nearest
 from loratool.formats import read_lora
+from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import as_list, check_paths, check_threads, check_weights
-from loratool.joining import Joined, Part, join
+from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
@@ -127,13 +122,13 @@ def combine(
     criterion = Criterion(rank=rank, energy=energy)
     criterion.check()
     chosen = _check_method(method, density, majority_sign_method, saved)
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is negative.", "Give 0 or more.")
     target = Path(output)
     with explained_os_errors():
-        if not dry_run:
-            check_output(target, [Path(s) for s in sources], overwrite)
+        check_output(target, [Path(s) for s in sources], overwrite)
         loras = [read_lora(source) for source in sources]
-        if not dry_run:
-            check_output(target, [a.weights.resolve() for a in loras], overwrite)
+        check_output(target, [a.weights.resolve() for a in loras], overwrite)
         if not any(factors):
             raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
         joined = join(loras, factors, "combined")
@@ -143,7 +138,7 @@ def combine(
         options = {
             "method": method, "rank": rank, "energy": energy, "density": density,
             "majority_sign_method": majority_sign_method, "seed": seed, "saved": saved,
-            "keep_patterns": keep_patterns, "dtype": NAMES[code],
+            "keep_patterns": keep_patterns, "dtype": FACTOR_DTYPES[code],
         }  # fmt: skip
         if chosen.cuts and not criterion.given:
             criterion = Criterion(rank=_largest_rank(joined))
@@ -156,7 +151,7 @@ def combine(
                 partial(_combine, path, parts, files, chosen, settings, criterion, uniform)
                 for path, parts in joined.modules.items()
             )
-            done = write_adapter(
+            done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "combine", "options": options},
                 uniform=uniform, overwrite=overwrite, dry_run=dry_run, threads=threads,
@@ -171,7 +166,7 @@ def combine(
         weights=factors,
         method=method,
         output=str(target),
-        dtype=NAMES[code],
+        dtype=FACTOR_DTYPES[code],
         dry_run=dry_run,
         rank=done.rank,
         modules=done.modules,
@@ -179,7 +174,7 @@ def combine(
         error=done.error,
         rounding=done.rounding,
         saved=[*joined.saved, *joined.token_rows],
-        bytes_written=done.nbytes,
+        bytes_written=nbytes,
         warnings=notices,
         seconds=time.perf_counter() - started,
     )
@@ -188,11 +183,7 @@ def combine(
 def _check_method(name: str, density: float | None, sign: str, saved: str) -> Method:
     method = METHODS.get(name)
     if method is None:
-        near = nearest(name, METHODS)
-        raise UsageError(
-            f"Unknown method {name!r}.",
-            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(METHODS)}.",
-        )
+        raise _unknown("method", name, METHODS)
     if method.prunes and density is None:
         raise UsageError(
             f"--method {name} prunes, so it needs a density.",
@@ -207,10 +198,18 @@ def _check_method(name: str, density: float | None, sign: str, saved: str) -> Me
                 "0.5 keeps half of the values.",
             )
     if sign not in SIGNS:
-        raise UsageError(f"Unknown majority sign method {sign!r}.", "Choose total or frequency.")
+        raise _unknown("majority sign method", sign, SIGNS)
     if saved not in CLASHES:
-        raise UsageError(f"Unknown choice {saved!r}.", f"Choose among {', '.join(CLASHES)}.")
+        raise _unknown("choice of saved tensors", saved, CLASHES)
     return method
+
+
+def _unknown(what: str, name: str, choices: Iterable[str]) -> UsageError:
+    near = nearest(name, choices)
+    return UsageError(
+        f"Unknown {what} {name!r}.",
+        (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(choices)}.",
+    )
 
 
 def _largest_rank(joined: Joined) -> int:
@@ -241,12 +240,26 @@ def _combine(
     criterion: Criterion,
     uniform: bool,
 ) -> Shrunk:
-    terms = [part.read(files) for part in parts]
+    with explained_overflow(path):
+        return _combine_terms(path, parts, [p.read(files) for p in parts], method, settings,
+                              criterion, uniform)  # fmt: skip
+
+
+def _combine_terms(
+    path: str,
+    parts: list[Part],
+    terms: list[Term],
+    method: Method,
+    settings: Settings,
+    criterion: Criterion,
+    uniform: bool,
+) -> Shrunk:
     alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
     if not alive:
         nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
-        return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1)
-    combined = method(alive, replace(settings, path=path))
+        return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1, alive=False)
+    # The factor methods count an A whose B is zero, as PEFT does.
+    combined = method(terms if method.keeps_factors else alive, replace(settings, path=path))
     if method.keeps_factors and not criterion.given:
         result = _as_they_are(path, parts, combined)
     else:

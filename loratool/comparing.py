@@ -19,7 +19,7 @@ from loratool.checkpoint.tensors import FilePool
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import as_list, check_paths, check_threads, check_weights
-from loratool.joining import Part, join
+from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import angles_and_product, effective_rank
 from loratool.linalg.lowrank import Decomposition, Float64, decompose
 from loratool.output import Progress
@@ -91,7 +91,8 @@ class ModuleComparison:
 @dataclass
 class CompareReport:
     """What `compare` found. `verdicts` has a word for each pair, in the order of `pairs`: "same",
-    "scaled", "related", "unrelated", "conflict" or "disjoint". `differing` says what is not equal,
+    "same-deltas" (but other tensors beside them), "scaled", "related", "unrelated", "conflict" or
+    "disjoint". `differing` says what is not equal,
     within `tolerance`, between the first adapter and the others. `sum_share` is ‖Σ‖²/Σ‖wᵢΔᵢ‖²."""
 
     adapters: list[str]
@@ -178,8 +179,11 @@ def compare(
             for pair in m.module.pairs
             if pair.a == 0 and pair.distance > tolerance
         ]
+        beside: dict[tuple[int, int], list[str]] = {}
         if layers is None and not include:
-            differing += unequal(joined, tolerance)
+            for i, j in itertools.combinations(range(len(loras)), 2):
+                beside[i, j] = unequal(loras[i], loras[j], tolerance)
+                differing += beside[i, j] if i == 0 else []
     pairs = _overall(modules, len(loras))
     survival, share = _survival(modules, factors)
     return CompareReport(
@@ -188,7 +192,7 @@ def compare(
         tolerance=tolerance,
         modules=[m.module for m in modules],
         pairs=pairs,
-        verdicts=[_verdict(pair, modules, tolerance) for pair in pairs],
+        verdicts=[_verdict(p, modules, tolerance, bool(beside.get((p.a, p.b)))) for p in pairs],
         norms=[math.sqrt(float(sum(m.gram[i, i] for m in modules))) for i in range(len(loras))],
         survival=survival,
         sum_share=share,
@@ -219,7 +223,8 @@ def _compare_module(
     ranks: list[int | None] = [None] * count
     for part in parts:
         term = part.read(files)
-        found[part.index] = decompose(term.b, term.a, part.scale)
+        with explained_overflow(path):
+            found[part.index] = decompose(term.b, term.a, part.scale)
         ranks[part.index] = part.module.rank
     gram = np.zeros((count, count))
     for i, own in found.items():
@@ -307,10 +312,12 @@ def _survival(
     return _shares(total, w), float(w @ total @ w) / apart if apart else None
 
 
-def _verdict(pair: Pair, modules: Sequence[_Measured], tolerance: float) -> str:
+def _verdict(
+    pair: Pair, modules: Sequence[_Measured], tolerance: float, differ_beside: bool
+) -> str:
     own = [p for m in modules for p in m.module.pairs if (p.a, p.b) == (pair.a, pair.b)]
     if all(p.distance <= tolerance for p in own):
-        return "same"
+        return "same-deltas" if differ_beside else "same"
     if all(p.cosine is None for p in own):
         return "disjoint"
     if pair.cosine is None or pair.residual is None:

@@ -92,6 +92,10 @@ class UsageError(LoraToolError):
     exit_code = 2
 
 
+class ReaderGone(Exception):
+    """Whoever read our output has closed it. No error: `head` and `less` do so."""
+
+
 @contextmanager
 def explained_os_errors() -> Iterator[None]:
     """Turn what the system says about an input (no permission, a bad disk) into a FileError."""

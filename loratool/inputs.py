@@ -54,6 +54,12 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -
         )
     if not all(np.isfinite(factors)):
         raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
+    for weight in factors:
+        if weight and not 1e-30 < abs(weight) < 1e30:
+            raise UsageError(
+                f"The weight {weight:g} is beyond what can be computed with.",
+                "Weights are mostly between -2 and 2.",
+            )
     return factors
 
 

@@ -5,7 +5,8 @@ Made from headers; data is read when a part's factors are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
@@ -45,6 +46,19 @@ class Part:
         # The delta of an attention module's output projection counts twice, in every adapter.
         scale = self.scale / (2 if self.module.kind == "attention-out" else 1)
         return Term(self.index, self.weight, scale, b, a)
+
+
+@contextmanager
+def explained_overflow(path: str) -> Iterator[None]:
+    """Turn what LAPACK says about infinite values into words."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except np.linalg.LinAlgError:
+        raise ValueRangeError(
+            f"{path}: the values are too large to compute with.",
+            "Look at the factors with `loratool inspect`, and at the weights.",
+        ) from None
 
 
 @dataclass(frozen=True)

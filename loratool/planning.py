@@ -13,7 +13,7 @@ from dataclasses import replace
 from loratool.adapter import Adapter, LowRank, Notice
 from loratool.checkpoint.base import Checkpoint, refuse_quantised
 from loratool.checkpoint.layout import Layout
-from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo
+from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, same_values
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.matching import Match, is_vocabulary, match
 from loratool.plan import BiasTerm, Edits, Job, Plan, make_job
@@ -109,13 +109,20 @@ def _collect(
                 )
             edits[name].rows.append(rows)
         for name, info in found.replaced.items():
-            if edits[name].replacement is not None:
-                raise MatchError(f"{name}: two adapters replace it.", "Merge one of them alone.")
-            edits[name].replacement = info
+            taken_by = edits[name].replacement
+            if taken_by is not None and not same_values(taken_by, info):
+                raise MatchError(
+                    f"{name}: two adapters replace it, with different values.",
+                    "Merge one of them alone.",
+                )
+            edits[name].replacement = taken_by or info
         for name, info in found.added.items():
-            if name in added:
-                raise MatchError(f"{name}: two adapters add it.", "Merge one of them alone.")
-            added[name] = info
+            if name in added and not same_values(added[name], info):
+                raise MatchError(
+                    f"{name}: two adapters add it, with different values.",
+                    "Merge one of them alone.",
+                )
+            added.setdefault(name, info)
         if weight != 1 and (found.replaced or found.added or found.rows):
             plan.notices.append(
                 Notice(

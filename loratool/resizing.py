@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Notice
-from loratool.adapter_output import NAMES, ModuleChange, Shrunk, output_dtype, shrink, write_adapter
+from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import settle
+from loratool.changes import ModuleChange, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
+from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import check_paths, check_threads
-from loratool.joining import Part, join
-from loratool.linalg.ranks import Criterion
+from loratool.joining import Part, explained_overflow, join
+from loratool.linalg.ranks import LARGEST_RANK, Criterion
 from loratool.output import Progress
 
 
@@ -97,7 +99,7 @@ def resize(
     check_threads(threads)
     criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank)
     criterion.check()
-    if pad_to is not None and pad_to < 1:
+    if pad_to is not None and not 1 <= pad_to <= LARGEST_RANK:
         raise UsageError(f"--pad-to {pad_to} is no rank.", "Give 8, 16, 32 or the like.")
     if not criterion.given and max_rank is None and pad_to is None:
         raise UsageError(
@@ -105,18 +107,16 @@ def resize(
         )
     target = Path(output)
     with explained_os_errors():
-        if not dry_run:
-            check_output(target, [Path(adapter)], overwrite)
+        check_output(target, [Path(adapter)], overwrite)
         lora = read_lora(adapter)
-        if not dry_run:
-            check_output(target, [lora.weights.resolve()], overwrite)
+        check_output(target, [lora.weights.resolve()], overwrite)
         joined = join([lora], [1.0], "resized", with_dora=True)
         settle(joined, "refuse")
         code = output_dtype(joined, dtype)
         options = {
             "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
             "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
-            "dtype": NAMES[code],
+            "dtype": FACTOR_DTYPES[code],
         }  # fmt: skip
         uniform = rank is not None or pad_to is not None
         whole = pad_to is not None and rank is None and max_rank is None
@@ -125,7 +125,7 @@ def resize(
                 partial(_resize, path, parts, files, criterion, whole)
                 for path, parts in joined.modules.items()
             )
-            done = write_adapter(
+            done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "resize", "options": options},
                 uniform=uniform, least=rank or 1, multiple=pad_to or 1,
@@ -139,7 +139,7 @@ def resize(
     return ResizeReport(
         adapter=str(lora.source),
         output=str(target),
-        dtype=NAMES[code],
+        dtype=FACTOR_DTYPES[code],
         dry_run=dry_run,
         rank=done.rank,
         uniform=uniform,
@@ -148,7 +148,7 @@ def resize(
         error=done.error,
         rounding=done.rounding,
         bytes_before=lora.weights.stat().st_size,
-        bytes_written=done.nbytes,
+        bytes_written=nbytes,
         warnings=notices,
         seconds=time.perf_counter() - started,
     )
@@ -159,4 +159,6 @@ def _resize(
 ) -> Shrunk:
     (part,) = parts
     term = part.read(files)
-    return shrink(path, [part], term.b, term.a, term.scale, criterion, whole)
+    with explained_overflow(path):
+        result = shrink(path, [part], term.b, term.a, term.scale, criterion, whole)
+    return replace(result, alive=result.energy > 0)

@@ -23,7 +23,7 @@ FLOORS = [
     {"console.common", "console"},
     {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing"},
     {"adapter_output", "pairing", "subtraction"},
-    {"output"},
+    {"output", "changes"},
     {"executor", "restoring", "sampling", "checking"},
     {"recording", "ways"},
     {"streaming", "reversal", "findings"},

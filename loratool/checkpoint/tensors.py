@@ -197,6 +197,16 @@ def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray
     return as_float32(read_raw(info, files), info.dtype).reshape(info.shape)
 
 
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same numbers, in whatever floating dtypes."""
+    if one.shape != other.shape:
+        return False
+    if one.dtype == other.dtype and np.array_equal(read_raw(one), read_raw(other)):
+        return True
+    floats = one.is_float and other.is_float
+    return floats and bool(np.array_equal(read_float32(one), read_float32(other)))
+
+
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Split `range(total)` into `[lo, hi)` pieces of at most `size`."""
     for low in range(0, total, size):

@@ -43,7 +43,7 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     model = (output / "loratool.json").exists() or {".json"} < {p.suffix for p in weights}
     if any(output.iterdir()) and not model:
         raise OutputError(
-            f"{output} does not look like a model directory, so it is not overwritten.",
+            f"{output} does not look like a model or an adapter, so it is not overwritten.",
             "Remove it yourself, or choose another name.",
         )
 

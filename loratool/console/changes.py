@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from loratool.adapter_output import ModuleChange
+from loratool.changes import ModuleChange
 from loratool.console.common import folded_table, percent_text, shape_text, span_text
 
 

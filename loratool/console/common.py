@@ -27,14 +27,14 @@ from rich.table import Table
 
 from loratool.adapter import Notice
 from loratool.checkpoint.tensors import format_bytes
-from loratool.errors import LoraToolError
+from loratool.errors import LoraToolError, ReaderGone
 from loratool.folding import pattern, ranged, split
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Leave it to the command line, which knows the exit code; Rich would exit with 1."""
-        raise BrokenPipeError
+        raise ReaderGone
 
 
 #: From this width on, a table shows kinds, both factor shapes and ranges in every column.
@@ -49,7 +49,11 @@ err = _Console(stderr=True, highlight=False)
 
 def print_json(document: dict[str, Any]) -> None:
     # Strict JSON: a NaN would break the reader's parser, so it must never get here.
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        sys.stdout.write(text + "\n")
+    except BrokenPipeError:
+        raise ReaderGone from None
 
 
 def print_error(error: LoraToolError) -> None:

@@ -56,13 +56,13 @@ def _module_table(report: CompareReport, full: bool) -> Table:
     names = _letters(count)
     survives = [f"{name} in sum" for name in names]
     headings = ["module", "cos"]
+    intruders = any(m.intruders for m in report.modules)
     if count == 2 and out.width >= WIDE:
         headings += ["‖A‖", "‖B‖"]
     if count == 2 and out.width >= NARROW:
-        headings += ["‖B‖/‖A‖", "writes", "reads"]
-    if out.width >= (NARROW if count <= 4 else WIDE):
+        headings += ["writes", "reads"] if intruders else ["‖B‖/‖A‖", "writes", "reads"]
+    if out.width >= (NARROW if count <= (2 if intruders else 4) else WIDE):
         headings += survives
-    intruders = any(m.intruders for m in report.modules)
     if intruders:
         headings.append("intruders")
 
@@ -140,6 +140,8 @@ def _sentence(pair: Pair, verdict: str, names: Sequence[str]) -> str:
     return {
         "same": f"[bold green]{a} and {b} are the same[/]: they differ by "
         f"{percent_text(pair.distance)} at most",
+        "same-deltas": f"[bold]{a} and {b} change their modules alike[/], but other tensors beside "
+        "them differ (--equal lists them)",
         "scaled": f"[bold]{b} is {pair.factor or 0:.4g} · {a}[/]",
         "related": f"[bold]{a} and {b} pull the same way[/] ({cosine}{spaces})",
         "unrelated": f"[bold]{a} and {b} have little to do with each other[/] ({cosine}{spaces})",

@@ -110,6 +110,10 @@ def _place(
     adapter: Adapter, key: str, info: TensorInfo, parts: dict[str, _Parts], names: set[str]
 ) -> None:
     path = plain_path(key)
+    if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in adapter.tensors:
+        # bias="all" saves the biases of a saved module a second time, without the adapter's name.
+        _claim(adapter, adapter.replaced, path.replace(".modules_to_save.", "."), info)
+        return
     for leaf, pattern in _LEAVES:
         match = pattern.fullmatch(path)
         if match is None:

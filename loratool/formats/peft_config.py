@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from loratool.adapter import Notice
+from loratool.adapter import Adapter, LowRank, Notice
 from loratool.errors import AdapterError
 
 #: Fields that are read by loratool.
@@ -184,3 +184,116 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
     in_a = any(part in leaf for part in string_list(settings, "target_modules_bd_a"))
     in_b = any(part in leaf for part in string_list(settings, "target_modules_bd_b"))
     return count if in_a else 1, count if in_b else 1
+
+
+def adapter_config(
+    adapters: Sequence[Adapter],
+    modules: Sequence[LowRank],
+    ranks: Sequence[int],
+    saved: Sequence[str],
+    rows: dict[str, tuple[int, ...]],
+    uniform: bool,
+    biased: bool,
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter with these modules, whose factors hold all of the scale.
+
+    `alpha = r`, so that the scale is 1 for every module, also for programs that do not read the
+    patterns, which are there only if not `uniform`.
+    """
+    configs = [a.config for a in adapters]
+    rank = max(ranks)
+    has_bias = any(name.endswith(".bias") for name in saved)
+    biases = {str(c.get("bias") or "none") for c in configs}
+    patterns = {} if uniform else _rank_pattern(modules, ranks)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": _common(configs, "task_type"),
+        "base_model_name_or_path": next(_values(configs, "base_model_name_or_path"), None),
+        "revision": _common(configs, "revision"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "target_modules": _targets(configs, modules),
+        "modules_to_save": _saved_modules(configs, saved, {m.path for m in modules}) or None,
+        "bias": next((b for b in ("all", "lora_only") if has_bias and b in biases), "none"),
+        "fan_in_fan_out": any(c.get("fan_in_fan_out") for c in configs),
+        "use_dora": any(m.magnitude is not None for m in modules),
+        "rank_pattern": patterns,
+        "alpha_pattern": dict(patterns),
+        "init_lora_weights": True,
+    }
+    if biased:
+        config["lora_bias"] = True
+    if any(c.get("ensure_weight_tying") for c in configs):
+        config["ensure_weight_tying"] = True
+    if rows:
+        config["trainable_token_indices"] = {path: list(tokens) for path, tokens in rows.items()}
+    return config
+
+
+def _values(configs: Sequence[dict[str, Any]], field: str) -> Iterator[Any]:
+    return (c[field] for c in configs if c.get(field))
+
+
+def _common(configs: Sequence[dict[str, Any]], field: str) -> Any:
+    """The value that all adapters have, else None."""
+    found = {str(c.get(field)) for c in configs}
+    return configs[0].get(field) if len(found) == 1 else None
+
+
+def owner(module: LowRank) -> str:
+    """The module that has the rank: PEFT gives the two parts of an attention module one."""
+    return module.path.removesuffix(".out_proj") if module.kind == "attention-out" else module.path
+
+
+def _rank_pattern(modules: Sequence[LowRank], ranks: Sequence[int]) -> dict[str, int]:
+    """Ranks other than the largest, by path.
+
+    PEFT reads a key as the end of a path and takes the first that fits. So longer ones come first,
+    and a path with the largest rank is listed too where a shorter key would fit it.
+    """
+    by_path = {owner(m): rank for m, rank in zip(modules, ranks, strict=True)}
+    lower = {path for path, rank in by_path.items() if rank != max(ranks)}
+    listed = [path for path in by_path if path in lower or _ends(path) & lower]
+    return {path: by_path[path] for path in sorted(listed, key=lambda path: (-len(path), path))}
+
+
+def _ends(path: str) -> set[str]:
+    """The dotted ends of a path, without itself: "c" and "b.c" of "a.b.c"."""
+    parts = path.split(".")
+    return {".".join(parts[i:]) for i in range(1, len(parts))}
+
+
+def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[LowRank]) -> list[str] | str:
+    """What selects exactly these modules in the base.
+
+    Ends of names, as people write them, if that is how all the adapters were made; full paths where
+    one was made with a regular expression or for some layers only. PEFT takes a path for the end of
+    longer ones too, which a name without a dot easily is, so such a list becomes an expression.
+    """
+    narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    plain = all(
+        isinstance(c.get("target_modules"), list)
+        and all(c.get(field) in (None, []) for field in narrowed)
+        for c in configs
+    )
+    paths = sorted({owner(m) for m in modules})
+    if plain:
+        named = sorted({str(t) for c in configs for t in c["target_modules"]})
+        used = [t for t in named if any(p == t or p.endswith(f".{t}") for p in paths)]
+        if all(any(p == t or p.endswith(f".{t}") for t in used) for p in paths):
+            return used
+    if any("." not in path for path in paths):
+        return "|".join(map(re.escape, paths))
+    return paths
+
+
+def _saved_modules(
+    configs: Sequence[dict[str, Any]], saved: Sequence[str], adapted: set[str]
+) -> list[str]:
+    """The names of modules_to_save that are in the file; an adapted module is not one of them."""
+    named = {s for c in configs for s in string_list(c, "modules_to_save")}
+    whole = [name for name in saved if name.rpartition(".")[0] not in adapted]
+    return sorted(s for s in named if any(f".{s}." in f".{name}" for name in whole))

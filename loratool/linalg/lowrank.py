@@ -31,8 +31,8 @@ _NOISE = 1e-14
 #: Rows that are widened to float64 at a time: with a rank of 256 they stay in the cache.
 _SLICE = 1024
 
-#: Up to this condition number the Cholesky factor of the Gram matrix gives products to 1e-12 of their
-#: norm, in a tenth of the time of Householder's QR.
+#: Up to this condition number the Cholesky factor of the Gram matrix gives products to 1e-12 of
+#: their norm, in a tenth of the time of Householder's QR.
 _WELL_CONDITIONED = 1e4
 
 

@@ -10,6 +10,9 @@ import numpy as np
 from loratool.errors import UsageError
 from loratool.linalg.lowrank import Float64
 
+#: More than the width of any layer.
+LARGEST_RANK = 1 << 20
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -36,10 +39,11 @@ class Criterion:
         """Raise UsageError for values out of range and for two criteria at once."""
         for name in ("rank", "max_rank"):
             number = getattr(self, name)
-            if number is not None and not (number >= 1 and float(number).is_integer()):
+            if number is not None and not (1 <= number <= LARGEST_RANK and number % 1 == 0):
                 raise UsageError(
-                    f"{_option(name)} {number}: a rank is a whole number above zero.",
-                    "Give 1 or more.",
+                    f"{_option(name)} {number}: a rank is a whole number from 1 to "
+                    f"{LARGEST_RANK:,}.",
+                    "Most adapters have 4 to 256.",
                 )
         for name in ("energy", "sv_fro", "sv_cumulative"):
             share = getattr(self, name)

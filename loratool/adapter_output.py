@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import LowRank, Notice
-from loratool.changes import Changes, Shrunk, measure, rounding_loss
+from loratool.changes import Changes, Shrunk, measure, refuse_nothing, rounding_loss
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import read_float32, read_raw
 from loratool.checkpoint.writer import StagedDirectory, explain
@@ -66,6 +66,7 @@ def write_adapter(
     record: dict[str, Any],
     *,
     uniform: bool,
+    zero: tuple[str, str] = ("", ""),
     least: int = 1,
     multiple: int = 1,
     overwrite: bool = False,
@@ -79,7 +80,7 @@ def write_adapter(
 
     With `uniform` all modules get the largest rank, at least `least` and raised to a multiple of
     `multiple`; those that have fewer singular values are filled up with zeros. `record` goes into
-    loratool.json.
+    loratool.json. `zero` says why a result may be zero, and what to do about it.
     """
     with explained_os_errors():
         tokenizer = _agreed_tokenizer(joined)
@@ -96,6 +97,7 @@ def write_adapter(
                     shrunk.append(module)
                     if progress is not None:
                         progress(done, len(joined.modules), module.path)
+                refuse_nothing(shrunk, *zero)
                 changes = measure(joined, shrunk, least, multiple if uniform else 0)
                 ranks = [m.rank for m in changes.modules]
                 templates = [parts[0].module for parts in joined.modules.values()]

@@ -122,11 +122,7 @@ def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
 
 
 def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> Changes:
-    """The final ranks, equal for all modules unless `multiple` is 0, and what they keep.
-
-    Raises ValueRangeError if nothing is left.
-    """
-    _refuse_nothing(shrunk)
+    """The final ranks, equal for all modules unless `multiple` is 0, and what they keep."""
     changes = _changes(joined, shrunk, _final_ranks(shrunk, least, multiple))
     total = sum(m.energy for m in shrunk)
     kept = sum((c.kept or 0.0) * m.energy for c, m in zip(changes, shrunk, strict=True))
@@ -151,15 +147,12 @@ def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> 
     )  # fmt: skip
 
 
-def _refuse_nothing(shrunk: list[Shrunk]) -> None:
+def refuse_nothing(shrunk: list[Shrunk], why: str, hint: str) -> None:
+    """Raise ValueRangeError if all modules are zero; `why` if it is not the inputs' fault."""
     if any(m.energy > 0 for m in shrunk):
         return
     if any(m.alive for m in shrunk):
-        raise ValueRangeError(
-            "The result does nothing, every module of it is zero: the weights cancel, or "
-            "everything was pruned.",
-            "`loratool compare` shows whether the adapters are the same.",
-        )
+        raise ValueRangeError(f"The result does nothing: every module is zero, {why}.", hint)
     raise ValueRangeError(
         "The input does nothing: in every module A or B is zero.",
         "It is an untrained adapter, or a file that lost its values; `loratool inspect` shows it.",

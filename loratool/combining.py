@@ -154,8 +154,8 @@ def combine(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "combine", "options": options},
-                uniform=uniform, overwrite=overwrite, dry_run=dry_run, threads=threads,
-                progress=progress,
+                uniform=uniform, zero=_why_zero(chosen), overwrite=overwrite, dry_run=dry_run,
+                threads=threads, progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
@@ -202,6 +202,12 @@ def _check_method(name: str, density: float | None, sign: str, saved: str) -> Me
     if saved not in CLASHES:
         raise _unknown("choice of saved tensors", saved, CLASHES)
     return method
+
+
+def _why_zero(method: Method) -> tuple[str, str]:
+    if method.prunes:
+        return "because pruning left nothing", "Give a larger --density."
+    return "because the weights cancel", "`loratool compare` shows how near the adapters are."
 
 
 def _unknown(what: str, name: str, choices: Iterable[str]) -> UsageError:

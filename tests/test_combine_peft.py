@@ -597,8 +597,8 @@ def test_untrained_modules_count_as_in_peft(method: str, tmp_path: Path) -> None
 
 @dataclass(frozen=True)
 class Sources:
-    """A base, its inputs, and LoRA options of the adapters; `replaced` matches the tensors that
-    one of them replaces as a whole, so that weights do not count."""
+    """A base, its inputs, and LoRA options of the adapters; `replaced` matches the tensors (or
+    "0:" and the tensors of the first adapter) that are replaced as a whole, without weights."""
 
     make: Make
     inputs: torch.Tensor
@@ -624,12 +624,14 @@ class Sources:
         model = self.make()
         base = {name: value.double() for name, value in model.state_dict().items()}
         total = dict(base)
-        for folder, weight in zip(adapters, weights, strict=True):
+        for number, (folder, weight) in enumerate(zip(adapters, weights, strict=True)):
             adapted = PeftModel.from_pretrained(self.make(), folder)
             merged = adapted.merge_and_unload().state_dict()
             for name, value in merged.items():
                 delta = value.double() - base[name]
-                replaced = self.replaced and re.fullmatch(self.replaced, name)
+                replaced = any(
+                    re.fullmatch(self.replaced, tried) for tried in (name, f"{number}:{name}")
+                )
                 total[name] = total[name] + (1.0 if replaced else weight) * delta
         model.load_state_dict({name: value.float() for name, value in total.items()})
         return output_of(model, self.inputs)
@@ -740,7 +742,7 @@ BESIDE: dict[str, Sources] = {
         llama, TOKENS, (on("q_proj"), on("k_proj", modules_to_save=["lm_head"])), r"lm_head\..*",
     ),
     "saved-and-adapted": Sources(
-        linears, X12, (on("l", modules_to_save=["z"]), on("l", "z", r=3)), r"z\.bias",
+        linears, X12, (on("l", modules_to_save=["z"]), on("l", "z", r=3)), r"0:z\..*",
     ),
     "saved-and-all-biases": Sources(
         linears, X12, (on("l", modules_to_save=["z"], bias="all"), on("l", r=3)),

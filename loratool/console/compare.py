@@ -43,8 +43,11 @@ def show_compare(report: CompareReport, full: bool, equal: bool) -> None:
     for pair, verdict in zip(report.pairs, report.verdicts, strict=True):
         out.print(_sentence(pair, verdict, names))
     out.print(_sum_sentence(report, names))
+    if equal or "same-deltas" in report.verdicts:
+        _show_differences(report)
     if equal:
-        _show_equality(report)
+        word = "[bold green]equal" if report.equal else "[bold red]not equal"
+        out.print(f"{word}[/] within {report.tolerance:g}")
 
 
 def _letters(count: int) -> list[str]:
@@ -140,8 +143,7 @@ def _sentence(pair: Pair, verdict: str, names: Sequence[str]) -> str:
     return {
         "same": f"[bold green]{a} and {b} are the same[/]: they differ by "
         f"{percent_text(pair.distance)} at most",
-        "same-deltas": f"[bold]{a} and {b} change their modules alike[/], but other tensors beside "
-        "them differ (--equal lists them)",
+        "same-deltas": f"[bold]{a} and {b} change their modules alike[/], but differ beside them",
         "scaled": f"[bold]{b} is {pair.factor or 0:.4g} · {a}[/]",
         "related": f"[bold]{a} and {b} pull the same way[/] ({cosine}{spaces})",
         "unrelated": f"[bold]{a} and {b} have little to do with each other[/] ({cosine}{spaces})",
@@ -161,13 +163,9 @@ def _sum_sentence(report: CompareReport, names: Sequence[str]) -> str:
     return f"In the weighted sum is {shares}; it has {energy} of the energy of its parts."
 
 
-def _show_equality(report: CompareReport) -> None:
+def _show_differences(report: CompareReport) -> None:
     out.print()
-    if report.equal:
-        out.print(f"[bold green]equal[/] within {report.tolerance:g}")
-        return
     for line in report.differing[:_SHOWN]:
         out.print("  - " + escape(line))
     if len(report.differing) > _SHOWN:
         out.print(f"  … and {len(report.differing) - _SHOWN} more")
-    out.print(f"[bold red]not equal[/] within {report.tolerance:g}")

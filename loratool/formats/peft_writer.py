@@ -37,8 +37,13 @@ FACTOR_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 Bytes = npt.NDArray[np.uint8]
 
-#: What is not below this becomes infinite.
-_LARGEST = {"F16": 65520.0, "BF16": 3.3961775e38, "F32": 3.4028235e38}
+#: What is not below this rounds to infinity: half a unit beyond the largest number.
+_LARGEST = {
+    "F16": (2 - 2.0**-11) * 2.0**15,
+    "BF16": (2 - 2.0**-8) * 2.0**127,
+    "F32": (2 - 2.0**-24) * 2.0**127,
+    "F64": math.inf,
+}
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 
@@ -66,7 +71,8 @@ def checked_bytes(name: str, values: npt.NDArray[Any], dtype: str) -> Bytes:
     largest = float(np.abs(values).max(initial=0.0))
     if not largest < _LARGEST[dtype]:
         raise ValueRangeError(
-            f"{name} has values up to {largest:.3g}, too large for {FACTOR_DTYPES[dtype]}.",
+            f"{name} has values up to {largest:.3g}, too large for "
+            f"{FACTOR_DTYPES.get(dtype, dtype)}.",
             "Write it in a wider dtype: --dtype float32.",
         )
     return as_bytes(values, dtype)

@@ -20,7 +20,7 @@ from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors, nearest
 from loratool.formats import read_lora
 from loratool.formats.peft_writer import FACTOR_DTYPES
-from loratool.inputs import as_list, check_paths, check_threads, check_weights
+from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
@@ -119,6 +119,7 @@ def combine(
     check_paths([output], sources, "loratool combine ADAPTER ADAPTER -o OUT")
     check_threads(threads)
     factors = check_weights(weights, sources)
+    check_sizes(factors)
     criterion = Criterion(rank=rank, energy=energy)
     criterion.check()
     chosen = _check_method(method, density, majority_sign_method, saved)

@@ -18,7 +18,7 @@ from loratool.beside import unequal
 from loratool.checkpoint.tensors import FilePool
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
-from loratool.inputs import as_list, check_paths, check_threads, check_weights
+from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import angles_and_product, effective_rank
 from loratool.linalg.lowrank import Decomposition, Float64, decompose
@@ -158,6 +158,7 @@ def compare(
             "0.001 lets float16 copies pass, 0.01 bfloat16 copies.",
         )
     factors = check_weights(weights, sources)
+    check_sizes(factors)
     with explained_os_errors():
         loras = [read_lora(source) for source in sources]
         joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)

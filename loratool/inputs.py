@@ -54,13 +54,17 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -
         )
     if not all(np.isfinite(factors)):
         raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
-    for weight in factors:
+    return factors
+
+
+def check_sizes(weights: Sequence[float]) -> None:
+    """Raise UsageError for weights with which squares of norms leave the range of float64."""
+    for weight in weights:
         if weight and not 1e-30 < abs(weight) < 1e30:
             raise UsageError(
                 f"The weight {weight:g} is beyond what can be computed with.",
                 "Weights are mostly between -2 and 2.",
             )
-    return factors
 
 
 def refuse_not_finite(adapter: Adapter) -> None:

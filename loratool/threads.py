@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -37,7 +38,11 @@ def in_order(pool: ThreadPoolExecutor, count: int, calls: Iterable[Callable[[], 
 def computed(calls: Iterable[Callable[[], R]], threads: int | None = None) -> Iterator[R]:
     """The results of NumPy computations in their order; at most a few are held at a time."""
     count = threads or min(8, cores())
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
+    # The command line has set this before NumPy was imported. Looking for BLAS libraries goes
+    # through a callback from C, in which a Ctrl-C would be lost.
+    limited = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
+    limits = nullcontext() if limited else threadpool_limits(1, "blas")
+    with limits, ThreadPoolExecutor(count) as pool:
         try:
             yield from in_order(pool, count, calls)
         finally:

@@ -82,9 +82,11 @@ class StagedDirectory:
             umask = os.umask(0)
             os.umask(umask)
             self.path.chmod(0o777 & ~umask)
-        except OSError as error:
+        except BaseException as error:  # also Ctrl-C: nobody else would clean up yet
             self.__exit__(type(error), error, None)
-            raise explain(error, self.output) from error
+            if isinstance(error, OSError):
+                raise explain(error, self.output) from error
+            raise
         return self
 
     def __exit__(

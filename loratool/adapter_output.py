@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,9 +15,9 @@ import numpy as np
 from loratool.adapter import LowRank, Notice
 from loratool.changes import Changes, Shrunk, measure, refuse_nothing, rounding_loss
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
-from loratool.checkpoint.tensors import read_float32, read_raw
+from loratool.checkpoint.tensors import float_blocks, raw_blocks, read_float32
 from loratool.checkpoint.writer import StagedDirectory, explain
-from loratool.errors import UsageError, explained_os_errors, nearest
+from loratool.errors import explained_os_errors, unknown
 from loratool.formats.peft_config import adapter_config
 from loratool.formats.peft_writer import (
     FACTOR_DTYPES,
@@ -47,11 +47,7 @@ def output_dtype(joined: Joined, dtype: str | None) -> str:
     """The safetensors code to write: as asked, or the inputs' own; float32 where they differ."""
     if dtype is not None:
         if dtype not in DTYPES:
-            near = nearest(dtype, DTYPES)
-            raise UsageError(
-                f"Unknown dtype {dtype!r}.",
-                (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
-            )
+            raise unknown("dtype", dtype, DTYPES)
         return DTYPES[dtype]
     found = {t.dtype for parts in joined.modules.values() for p in parts
              for t in (p.module.a, p.module.b)}  # fmt: skip
@@ -85,10 +81,15 @@ def write_adapter(
     with explained_os_errors():
         tokenizer = _agreed_tokenizer(joined)
         extras = _extras(joined, dtype)
+    metadata = {**_common_metadata(joined), "format": "pt"}
     staged = nullcontext() if dry_run else StagedDirectory(output, overwrite)
     with staged as stage:
         try:
-            with nullcontext() if stage is None else AdapterWriter(stage.path, dtype) as writer:
+            with (
+                nullcontext()
+                if stage is None
+                else AdapterWriter(stage.path, dtype, metadata) as writer
+            ):
                 shrunk = []
                 work = (partial(_encoded, call, dtype) for call in modules)
                 for done, (module, rank, data) in enumerate(computed(work, threads), 1):
@@ -101,7 +102,9 @@ def write_adapter(
                 changes = measure(joined, shrunk, least, multiple if uniform else 0)
                 ranks = [m.rank for m in changes.modules]
                 templates = [parts[0].module for parts in joined.modules.values()]
-                nbytes = file_size(tensors_of(templates, ranks, dtype, extras))
+                nbytes = file_size(tensors_of(templates, ranks, dtype, extras), metadata)
+                if not uniform and len(set(ranks)) > 1:
+                    changes.notices.append(_note_ranks(ranks))
                 if writer is not None:
                     refuse_full_disk(nbytes, output)
                     writer.finish(ranks, extras, threads)
@@ -113,9 +116,24 @@ def write_adapter(
     return changes, nbytes
 
 
+def _common_metadata(joined: Joined) -> dict[str, str]:
+    """What all the adapters' files say alike in their metadata; loratool.json has the rest."""
+    first, *others = [adapter.metadata for adapter in joined.used]
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+
+
+def _note_ranks(ranks: list[int]) -> Notice:
+    text = (
+        f"The modules have different ranks, {min(ranks)} to {max(ranks)}. PEFT and vLLM load that; "
+        "llama.cpp and older engines want one rank for all."
+    )
+    return Notice("ranks-differ", text)
+
+
 def _encoded(compute: Callable[[], Shrunk], dtype: str) -> tuple[Shrunk, int, Bytes]:
     """A module without its factors, their rank, and their bytes."""
-    module = compute()
+    with explained_os_errors():
+        module = compute()
     data = encode(module.parts[0].module, module.b, module.a, dtype)
     lost = None if dtype == "F32" else rounding_loss(module.b, module.a, data, dtype)
     nothing = np.zeros((0, 0))
@@ -133,7 +151,7 @@ def _extras(joined: Joined, dtype: str) -> list[Extra]:
         if module.magnitude is not None:
             info = module.magnitude
             key = magnitude_key(module)
-            extras.append(Extra(key, info.dtype, info.shape, partial(read_raw, info)))
+            extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
     for saved in joined.saved.values():
         info = saved.sources[0][1]
         key = saved_key(saved.name, info.name, joined.modules)
@@ -141,38 +159,41 @@ def _extras(joined: Joined, dtype: str) -> list[Extra]:
     for rows in joined.token_rows.values():
         info = rows.rows
         key = rows_key(info.name)
-        extras.append(Extra(key, info.dtype, info.shape, partial(read_raw, info)))
+        extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
     return extras
 
 
-def _bias_bytes(parts: list[Part], dtype: str) -> Bytes:
+def _bias_bytes(parts: list[Part], dtype: str) -> Iterator[Bytes]:
     total = np.zeros(parts[0].module.shape[0])
     for part in parts:
         if part.module.bias is not None:
             total += part.weight * part.scale * read_float32(part.module.bias)
-    return checked_bytes(f"{parts[0].module.path}: lora_bias", total, dtype)
+    yield checked_bytes(f"{parts[0].module.path}: lora_bias", total, dtype)
 
 
-def _saved_bytes(saved: Saved) -> Bytes:
-    if len(saved.sources) == 1:
-        return read_raw(saved.sources[0][1])
-    total = sum(weight for weight, _ in saved.sources)
-    mean = np.zeros(saved.sources[0][1].shape)
-    for weight, info in saved.sources:
-        mean += weight / total * read_float32(info)
-    return checked_bytes(f"{saved.name}: the mean", mean, saved.sources[0][1].dtype)
+def _saved_bytes(saved: Saved) -> Iterator[Bytes]:
+    (_, first), *others = saved.sources
+    if not others:
+        yield from raw_blocks(first)
+        return
+    weights = np.asarray([weight for weight, _ in saved.sources])
+    shares = weights / weights.sum()
+    for pieces in zip(*(float_blocks(info) for _, info in saved.sources), strict=True):
+        mean = sum(share * x.astype(np.float64) for share, x in zip(shares, pieces, strict=True))
+        yield checked_bytes(f"{saved.name}: the mean", np.asarray(mean), first.dtype)
 
 
 def _agreed_tokenizer(joined: Joined) -> dict[str, Path]:
-    """The tokenizer files beside the adapters, if they are the same for all that have any."""
-    found = [tokenizer_files(a.source) for a in joined.used if a.source.is_dir()]
-    contents = {
-        tuple((name, file_sha256(path)) for name, path in files.items()) for files in found if files
-    }
-    if len(contents) > 1:
-        text = "The adapters come with different tokenizers; none was copied."
-        joined.notices.append(Notice("tokenizers-differ", text))
-    return next(filter(None, found), {}) if len(contents) == 1 else {}
+    """The tokenizer files beside the adapters, if those of one name are the same for all."""
+    agreed: dict[str, Path] = {}
+    for adapter in joined.used:
+        found = tokenizer_files(adapter.source) if adapter.source.is_dir() else {}
+        for name, path in found.items():
+            if file_sha256(agreed.setdefault(name, path)) != file_sha256(path):
+                text = f"The adapters come with different tokenizers ({name}); none was copied."
+                joined.notices.append(Notice("tokenizers-differ", text))
+                return {}
+    return agreed
 
 
 def _write_beside(
@@ -199,7 +220,7 @@ def _write_beside(
         "versions": versions("numpy"),
         "options": record["options"],
         "adapters": [
-            describe_adapter(adapter, weight)
+            {**describe_adapter(adapter, weight), "metadata": adapter.metadata}
             for adapter, weight in zip(joined.adapters, joined.weights, strict=True)
         ],
         "result": {

@@ -6,13 +6,15 @@ somebody has to say which to take; nothing is guessed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from loratool.adapter import Adapter
-from loratool.checkpoint.tensors import TensorInfo, read_float32, same_values
+from loratool.adapter import Adapter, Notice
+from loratool.checkpoint.tensors import TensorInfo, float_blocks, same_values
 from loratool.errors import MatchError, ValueRangeError, listed
+from loratool.formats.peft_config import string_list
 from loratool.joining import Joined, Saved
 
 #: What to do with a tensor that several adapters hold whole, with different values.
@@ -30,6 +32,8 @@ def settle(joined: Joined, clash: str) -> None:
     _collect_rows(joined, clash)
     _refuse_biased_embeddings(joined)
     _refuse_adapted_rows(joined)
+    _refuse_adapted_inside(joined)
+    _note_weights(joined)
 
 
 def _refuse_not_finite(joined: Joined) -> None:
@@ -45,7 +49,7 @@ def _refuse_not_finite(joined: Joined) -> None:
     broken = [
         f"{info.name} in {info.file}"
         for info in held
-        if info.is_float and not np.isfinite(read_float32(info)).all()
+        if info.is_float and not all(np.isfinite(x).all() for x in float_blocks(info))
     ]
     if broken:
         raise ValueRangeError(
@@ -132,6 +136,33 @@ def _refuse_adapted_rows(joined: Joined) -> None:
         )
 
 
+def _refuse_adapted_inside(joined: Joined) -> None:
+    """PEFT replaces a saved module by a copy; factors inside it have no place there."""
+    named = {s for a in joined.used for s in string_list(a.config, "modules_to_save")}
+    inside = [
+        f"{path} (in {name})"
+        for path in joined.modules
+        for name in sorted(named)
+        if f".{name}." in f".{path}" and any(f".{name}." in f".{saved}" for saved in joined.saved)
+    ]
+    if inside:
+        raise MatchError(
+            "One adapter saves a module whole, another has factors for a part of it; PEFT has no "
+            f"adapter with both:\n{listed(inside)}",
+            "Merge them into the base together instead: `loratool merge BASE ADAPTER ADAPTER`.",
+        )
+
+
+def _note_weights(joined: Joined) -> None:
+    for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
+        if weight not in (0, 1) and (adapter.replaced or adapter.token_rows):
+            text = (
+                f"The weight {weight:g} does not apply to the tensors that {adapter.source} holds "
+                "whole."
+            )
+            joined.notices.append(Notice("weight-not-applied", text, str(adapter.source)))
+
+
 def unequal(one: Adapter, other: Adapter, tolerance: float) -> list[str]:
     """What differs between two adapters beside their low-rank modules."""
     first, second = _beside(one), _beside(other)
@@ -147,12 +178,20 @@ def unequal(one: Adapter, other: Adapter, tolerance: float) -> list[str]:
             if not same_values(x_info, y_info):
                 found.append(f"{name}: other values")
         else:
-            x = x_scale * read_float32(x_info).astype(np.float64)
-            y = y_scale * read_float32(y_info).astype(np.float64)
-            apart, size = np.linalg.norm(x - y), max(np.linalg.norm(x), np.linalg.norm(y))
+            apart, size = _distance(x_info, x_scale, y_info, y_scale)
             if not apart <= tolerance * size:
                 found.append(f"{name}: differs by {apart / size:.2g} of its norm")
     return found
+
+
+def _distance(x: TensorInfo, x_scale: float, y: TensorInfo, y_scale: float) -> tuple[float, float]:
+    """‖x − y‖ and the larger of the norms, of the scaled tensors."""
+    apart = x_size = y_size = 0.0
+    for a, b in zip(float_blocks(x), float_blocks(y), strict=True):
+        wide_a, wide_b = x_scale * a.astype(np.float64), y_scale * b.astype(np.float64)
+        apart += float(np.sum((wide_a - wide_b) ** 2))
+        x_size, y_size = x_size + float(wide_a @ wide_a), y_size + float(wide_b @ wide_b)
+    return math.sqrt(apart), math.sqrt(max(x_size, y_size))
 
 
 def _beside(adapter: Adapter) -> dict[str, tuple[TensorInfo, float]]:

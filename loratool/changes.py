@@ -14,7 +14,7 @@ from loratool.errors import ValueRangeError, listed
 from loratool.formats.peft_config import owner
 from loratool.formats.peft_writer import Bytes
 from loratool.joining import Joined, Part
-from loratool.linalg.lowrank import Factor, Float64, decompose
+from loratool.linalg.lowrank import Factor, Float64, decompose, inner
 from loratool.linalg.ranks import Criterion
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
@@ -25,11 +25,12 @@ _LARGE_ROUNDING = 0.01
 class Shrunk:
     """New factors of one module.
 
-    `b [out, k]` and `a [k, in]` are sorted by singular value, so that the first columns are the
-    best of their number; `squares [k]` are the squared singular values, and `energy` the ‖·‖² of
-    what they stand for, with what was cut. `rank` is how many the criterion wants. `ranks` are
-    those of the inputs, `from_sum` is ‖result − Σ wᵢsᵢBᵢAᵢ‖/‖Σ‖ for methods that are no sum.
-    `alive` is False where A or B is zero in all the inputs.
+    The columns of `b [out, k]` and rows of `a [k, in]` are sorted by singular value, so that the
+    first are the best of their number, unless the method's own factors are the answer. `squares`
+    are the squared singular values, and `energy` the ‖·‖² of what they stand for, with what was
+    cut. `rank` is how many the criterion wants. `sum_parts` compares with the weighted sum Σ, for
+    methods that give something else: ⟨bₖaₖ, Σ⟩ for each k, and ‖Σ‖². `rounding` is what half
+    precision takes. `alive` is False where A or B is zero in all the inputs.
     """
 
     path: str
@@ -39,7 +40,7 @@ class Shrunk:
     squares: Float64
     energy: float
     rank: int
-    from_sum: float | None = None
+    sum_parts: tuple[Float64, float] | None = None
     rounding: float | None = None
     alive: bool = True
 
@@ -93,39 +94,37 @@ def shrink(
 class Changes:
     """What becomes of all modules, and the rank of the adapter.
 
-    `kept`, `error` and `rounding` are those of `ModuleChange`, over all modules together.
+    `kept`, `error`, `from_sum`, `rounding` are those of `ModuleChange`, over all modules together.
     """
 
     modules: list[ModuleChange]
     rank: int
     kept: float | None
     error: float
+    from_sum: float | None
     rounding: float | None
     notices: list[Notice]
 
 
 def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
-    """About ‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `encode` made it.
+    """‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `encode` made it.
 
-    To first order, and with the columns of B orthogonal to each other, and the rows of A, it is
-    `√Σ(‖δbₖ‖²‖aₖ‖² + ‖bₖ‖²‖δaₖ‖²) / √Σ‖bₖ‖²‖aₖ‖²`.
+    The difference is [δB B']·[A; δA], whose Gram matrices have nothing to cancel.
     """
     rounded = as_float32(data, dtype)
-    squares = []
-    for exact, found in ((a, rounded[: a.size]), (b.T, rounded[a.size :])):
-        squares.append(np.einsum("ij,ij->i", exact, exact))
-        off = exact - found.reshape(exact.shape)
-        squares.append(np.einsum("ij,ij->i", off, off))
-    size_a, off_a, size_b, off_b = squares
-    size = float(size_b @ size_a)
-    return float(np.sqrt((off_b @ size_a + size_b @ off_a) / size)) if size else 0.0
+    near_a = rounded[: a.size].reshape(a.shape)
+    near_b = rounded[a.size :].reshape(b.T.shape).T
+    off = np.concatenate([near_b - b, near_b], axis=1), np.concatenate([a, near_a - a])
+    size = inner((b, a), (b, a))
+    return math.sqrt(max(0.0, inner(off, off)) / size) if size > 0 else 0.0
 
 
 def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> Changes:
     """The final ranks, equal for all modules unless `multiple` is 0, and what they keep."""
     changes = _changes(joined, shrunk, _final_ranks(shrunk, least, multiple))
-    total = sum(m.energy for m in shrunk)
-    kept = sum((c.kept or 0.0) * m.energy for c, m in zip(changes, shrunk, strict=True))
+    energies = [change.norm**2 for change in changes]
+    total = sum(energies)
+    kept = sum((c.kept or 0.0) * energy for c, energy in zip(changes, energies, strict=True))
     notices = []
     silent = [m.path for m in shrunk if m.energy == 0]
     if silent:
@@ -134,8 +133,8 @@ def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> 
     rounding = None
     if any(c.rounding is not None for c in changes):
         lost = sum(
-            (c.kept or 0.0) * m.energy * (c.rounding or 0.0) ** 2
-            for c, m in zip(changes, shrunk, strict=True)
+            (c.kept or 0.0) * energy * (c.rounding or 0.0) ** 2
+            for c, energy in zip(changes, energies, strict=True)
         )
         rounding = math.sqrt(lost / kept)
         if rounding > _LARGE_ROUNDING:
@@ -143,7 +142,7 @@ def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> 
             notices.append(Notice("rounding-large", text))
     return Changes(
         changes, max(c.rank for c in changes), kept / total, math.sqrt(max(0.0, 1 - kept / total)),
-        rounding, notices,
+        _sum_distance(changes, shrunk), rounding, notices,
     )  # fmt: skip
 
 
@@ -181,8 +180,28 @@ def _changes(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> list[Mod
         kept = min(float(m.squares[:rank].sum()) / m.energy, 1.0) if m.energy else None
         changes.append(
             ModuleChange(
-                m.path, module.kind, module.shape, tuple(before), rank, math.sqrt(m.energy), kept,
-                0.0 if kept is None else math.sqrt(1 - kept), m.from_sum, m.rounding,
+                m.path, module.kind, module.shape, tuple(before), rank,
+                math.sqrt(m.energy) * m.parts[0].doubling, kept,
+                0.0 if kept is None else math.sqrt(1 - kept), _from_sum(m, rank), m.rounding,
             )
         )  # fmt: skip
     return changes
+
+
+def _sum_distance(changes: list[ModuleChange], shrunk: list[Shrunk]) -> float | None:
+    """‖result − Σ‖/‖Σ‖ over all modules."""
+    off = size = 0.0
+    for change, m in zip(changes, shrunk, strict=True):
+        if change.from_sum is not None and m.sum_parts is not None:
+            own = m.sum_parts[1] * m.parts[0].doubling ** 2
+            off, size = off + change.from_sum**2 * own, size + own
+    return math.sqrt(off / size) if size else None
+
+
+def _from_sum(m: Shrunk, rank: int) -> float | None:
+    """‖result − Σ‖/‖Σ‖ of the result cut to this rank; None for Σ itself, and where Σ is zero."""
+    if m.sum_parts is None or m.sum_parts[1] <= 0:
+        return None
+    products, size = m.sum_parts
+    off = float(m.squares[:rank].sum()) - 2 * float(products[:rank].sum()) + size
+    return math.sqrt(max(0.0, off) / size)

@@ -22,6 +22,8 @@ from loratool.commands.verify import verify_command
 from loratool.errors import LoraToolError, ReaderGone, UsageError
 from loratool.options import CONTEXT, Commands
 
+_INTERRUPTED = 130
+
 
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="loratool")
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; no unfinished output is left behind", err=True)
-        code = 130
+        code = _INTERRUPTED
     except ReaderGone:
         _keep_quiet()
     except OSError as error:
@@ -108,8 +110,9 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process. With torch imported, taking it down in order takes longer than a fsync."""
-    if "torch" in sys.modules:
+    """End the process. With torch imported, taking it down in order takes longer than a fsync; and
+    after Ctrl-C threads may still be computing what nobody wants any more."""
+    if "torch" in sys.modules or code == _INTERRUPTED:
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,31 +17,36 @@ from loratool.beside import CLASHES, settle
 from loratool.changes import ModuleChange, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
-from loratool.errors import UsageError, explained_os_errors, nearest
+from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.formats import read_lora
 from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Joined, Part, explained_overflow, join
-from loratool.linalg.lowrank import Factor, decompose, inner, stacked
+from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress
 from loratool.provenance import adapter_files
+from loratool.threads import few
 
 SIGNS = ("total", "frequency")
 
 _ANY_RANK = 1 << 30
 
+#: A result that is zero is blamed on pruning below this density, on the weights above it.
+_SPARSE = 0.01
+
 
 @dataclass
 class CombineReport:
     """What was combined. `kept` is the share of ‖ΔW‖² left by the cut to `rank`, `error` the
-    relative error ‖cut off‖/‖ΔW‖, `rounding` what half precision adds to it (None for float32),
-    all over all modules together."""
+    relative error ‖cut off‖/‖ΔW‖, `from_sum` ‖result − Σ‖/‖Σ‖ for methods that are no sum, and
+    `rounding` what half precision adds (None for float32), over all modules together."""
 
     adapters: list[str]
     weights: list[float]
     method: str
+    options: dict[str, Any]
     output: str
     dtype: str
     dry_run: bool
@@ -49,6 +54,7 @@ class CombineReport:
     modules: list[ModuleChange]
     kept: float | None
     error: float
+    from_sum: float | None
     rounding: float | None
     saved: list[str]
     bytes_written: int
@@ -147,6 +153,7 @@ def combine(
             "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed
         )
         uniform = not keep_patterns
+        workers = few(threads) if chosen.is_dense else threads
         with FilePool() as files:
             work = (
                 partial(_combine, path, parts, files, chosen, settings, criterion, uniform)
@@ -155,8 +162,8 @@ def combine(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "combine", "options": options},
-                uniform=uniform, zero=_why_zero(chosen), overwrite=overwrite, dry_run=dry_run,
-                threads=threads, progress=progress,
+                uniform=uniform, zero=_why_zero(chosen, settings.density), overwrite=overwrite,
+                dry_run=dry_run, threads=workers, progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
@@ -166,6 +173,7 @@ def combine(
         adapters=[str(a.source) for a in loras],
         weights=factors,
         method=method,
+        options=options,
         output=str(target),
         dtype=FACTOR_DTYPES[code],
         dry_run=dry_run,
@@ -173,6 +181,7 @@ def combine(
         modules=done.modules,
         kept=done.kept,
         error=done.error,
+        from_sum=done.from_sum,
         rounding=done.rounding,
         saved=[*joined.saved, *joined.token_rows],
         bytes_written=nbytes,
@@ -184,7 +193,7 @@ def combine(
 def _check_method(name: str, density: float | None, sign: str, saved: str) -> Method:
     method = METHODS.get(name)
     if method is None:
-        raise _unknown("method", name, METHODS)
+        raise unknown("method", name, METHODS)
     if method.prunes and density is None:
         raise UsageError(
             f"--method {name} prunes, so it needs a density.",
@@ -199,24 +208,16 @@ def _check_method(name: str, density: float | None, sign: str, saved: str) -> Me
                 "0.5 keeps half of the values.",
             )
     if sign not in SIGNS:
-        raise _unknown("majority sign method", sign, SIGNS)
+        raise unknown("majority sign method", sign, SIGNS)
     if saved not in CLASHES:
-        raise _unknown("choice of saved tensors", saved, CLASHES)
+        raise unknown("choice of saved tensors", saved, CLASHES)
     return method
 
 
-def _why_zero(method: Method) -> tuple[str, str]:
-    if method.prunes:
+def _why_zero(method: Method, density: float) -> tuple[str, str]:
+    if method.prunes and density < _SPARSE:
         return "because pruning left nothing", "Give a larger --density."
     return "because the weights cancel", "`loratool compare` shows how near the adapters are."
-
-
-def _unknown(what: str, name: str, choices: Iterable[str]) -> UsageError:
-    near = nearest(name, choices)
-    return UsageError(
-        f"Unknown {what} {name!r}.",
-        (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(choices)}.",
-    )
 
 
 def _largest_rank(joined: Joined) -> int:
@@ -275,7 +276,7 @@ def _combine_terms(
         result = shrink(path, parts, combined.b, combined.a, 1.0, criterion, whole, combined.energy)
     if method.exact_sum:
         return result
-    return replace(result, from_sum=_distance(result.b, result.a, alive))
+    return replace(result, sum_parts=_against_sum(result.b, result.a, alive))
 
 
 def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
@@ -288,11 +289,8 @@ def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
     return Shrunk(path, parts, combined.b, combined.a, squares, energy, rank)
 
 
-def _distance(b: Factor, a: Factor, terms: Sequence[Term]) -> float | None:
-    """‖b·a − Σ wᵢsᵢBᵢAᵢ‖ / ‖Σ wᵢsᵢBᵢAᵢ‖; None where the sum is zero."""
-    total = stacked([(t.b, t.a.astype(np.float64) * (t.weight * t.scale)) for t in terms])
-    size = inner(total, total)
-    if size <= 0:
-        return None
-    off = inner((b, a), (b, a)) - 2 * inner((b, a), total) + size
-    return float(np.sqrt(max(0.0, off) / size))
+def _against_sum(b: Factor, a: Factor, terms: Sequence[Term]) -> tuple[Float64, float]:
+    """⟨bₖaₖ, Σ⟩ for each column k, and ‖Σ‖², of the weighted sum Σ = Σ wᵢsᵢBᵢAᵢ."""
+    sum_b, sum_a = stacked([(t.b, t.a.astype(np.float64) * (t.weight * t.scale)) for t in terms])
+    products = np.sum(crossed(b, sum_b) * crossed(a.T, sum_a.T), axis=1)
+    return products, inner((sum_b, sum_a), (sum_b, sum_a))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Notice
+from loratool.adapter import Adapter, Notice
 from loratool.base_weights import BaseWeights
 from loratool.beside import unequal
 from loratool.checkpoint.tensors import FilePool
@@ -20,11 +20,21 @@ from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Part, explained_overflow, join
-from loratool.linalg.angles import angles_and_product, effective_rank
-from loratool.linalg.lowrank import Decomposition, Float64, decompose
+from loratool.linalg.angles import effective_rank
+from loratool.linalg.lowrank import Decomposition, decompose
 from loratool.output import Progress
+from loratool.relations import (
+    Measured,
+    ModuleRelations,
+    Relation,
+    overall,
+    related,
+    shares,
+    survival,
+    verdict,
+)
 from loratool.selection import selected
-from loratool.threads import computed
+from loratool.threads import computed, few
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
@@ -32,80 +42,31 @@ TOLERANCE = 1e-3
 #: A difference of zero comes out up to a tenth of this: what decompose leaves out as negligible.
 _FINEST = 1e-6
 
-#: Cosines nearer to zero than this say that two deltas have nothing to do with each other.
-_UNRELATED = 0.05
-
-
-@dataclass
-class Pair:
-    """How adapter `b` relates to adapter `a` (their places in the command), in a module or overall.
-
-    `cosine` of the deltas, None where one of them is zero or absent. `ratio` is ‖Δb‖/‖Δa‖.
-    `distance` is ‖Δa − Δb‖ over the larger norm. `factor` c makes c·Δa nearest to Δb, and
-    `residual` is ‖Δb − c·Δa‖/‖Δb‖. `outputs` and `inputs` are the squared cosines of the principal
-    angles between their column spaces (what they write) and row spaces (what they read); overall
-    only their means, `output_overlap` and `input_overlap`, are known: 1 if one space contains the
-    other, 0 if they are orthogonal.
-    """
-
-    a: int
-    b: int
-    cosine: float | None
-    ratio: float | None
-    distance: float
-    factor: float | None
-    residual: float | None
-    output_overlap: float | None
-    input_overlap: float | None
-    outputs: list[float] | None = None
-    inputs: list[float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if v is not None or k[-3:] != "uts"}
-
-
-@dataclass
-class ModuleComparison:
-    """One module in all adapters; lists have an entry per adapter, None where it is not there.
-
-    `effective_ranks` are e^H of the singular values' shares (Roy and Vetterli, 2007). `survival` is
-    ⟨Δᵢ, Σ⟩/⟨Δᵢ, Δᵢ⟩ of the weighted sum Σ, over the weight: 1 undisturbed, 0 cancelled. `intruders`
-    counts singular vectors among the ten largest that the base does not have.
-    """
-
-    path: str
-    kind: str
-    ranks: list[int | None]
-    norms: list[float | None]
-    effective_ranks: list[float | None]
-    survival: list[float | None]
-    sum_norm: float
-    pairs: list[Pair]
-    intruders: list[int | None] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = {k: v for k, v in self.__dict__.items() if k != "intruders" or v is not None}
-        return {**fields, "pairs": [p.to_dict() for p in self.pairs]}
-
 
 @dataclass
 class CompareReport:
-    """What `compare` found. `verdicts` has a word for each pair, in the order of `pairs`: "same",
-    "same-deltas" (but other tensors beside them), "scaled", "related", "unrelated", "conflict" or
-    "disjoint". `differing` says what is not equal,
-    within `tolerance`, between the first adapter and the others. `sum_share` is ‖Σ‖²/Σ‖wᵢΔᵢ‖²."""
+    """What `compare` found.
+
+    `verdicts` has a word for each of the `pairs`, in their order: "same", "same-deltas" (but other
+    tensors beside them), "scaled" (B is a multiple of A, the same in every module), "near" (2 %
+    apart or less), "related", "unrelated", "conflict" or "disjoint". `differing` says what is not
+    equal, within `tolerance`, between the first adapter and the others; `differing_beside` is the
+    part of it that is no low-rank module. `sum_share` is ‖Σ‖²/Σ‖wᵢΔᵢ‖² of the weighted sum Σ, and
+    `survival` what Σ holds of each part (see `ModuleRelations`).
+    """
 
     adapters: list[str]
     weights: list[float]
     tolerance: float
-    modules: list[ModuleComparison]
-    pairs: list[Pair]
+    modules: list[ModuleRelations]
+    pairs: list[Relation]
     verdicts: list[str]
     norms: list[float]
     survival: list[float | None]
     sum_share: float | None
     equal: bool
     differing: list[str]
+    differing_beside: list[str]
     base: str | None = None
     warnings: list[Notice] = field(default_factory=list)
 
@@ -170,46 +131,39 @@ def compare(
                 partial(_compare_module, path, joined.modules[path], factors, files, targets)
                 for path in paths
             )
-            for found in computed(work, threads):
+            for found in computed(work, few(threads) if targets is not None else threads):
                 modules.append(found)
                 if progress is not None:
                     progress(len(modules), len(paths), found.module.path)
-        differing = [
-            f"{m.module.path}: differs by {pair.distance:.2g} of its norm"
-            for m in modules
-            for pair in m.module.pairs
-            if pair.a == 0 and pair.distance > tolerance
-        ]
         beside: dict[tuple[int, int], list[str]] = {}
         if layers is None and not include:
             for i, j in itertools.combinations(range(len(loras)), 2):
                 beside[i, j] = unequal(loras[i], loras[j], tolerance)
-                differing += beside[i, j] if i == 0 else []
-    pairs = _overall(modules, len(loras))
-    survival, share = _survival(modules, factors)
+    differing_beside = [
+        f"{letter(i)}–{letter(j)} {line}"
+        for (i, j), lines in beside.items()
+        if i == 0
+        for line in lines
+    ]
+    differing = _differing(modules, tolerance) + differing_beside
+    pairs = overall(modules, len(loras))
+    held, share = survival(modules, factors)
     return CompareReport(
         adapters=[str(a.source) for a in loras],
         weights=factors,
         tolerance=tolerance,
         modules=[m.module for m in modules],
         pairs=pairs,
-        verdicts=[_verdict(p, modules, tolerance, bool(beside.get((p.a, p.b)))) for p in pairs],
+        verdicts=[verdict(p, modules, tolerance, bool(beside.get((p.a, p.b)))) for p in pairs],
         norms=[math.sqrt(float(sum(m.gram[i, i] for m in modules))) for i in range(len(loras))],
-        survival=survival,
+        survival=held,
         sum_share=share,
         equal=not differing,
         differing=differing,
+        differing_beside=differing_beside,
         base=None if base is None else str(base),
-        warnings=[*joined.notices, *(targets.notices if targets else [])],
+        warnings=[*joined.notices, *_note_dora(loras), *(targets.notices if targets else [])],
     )
-
-
-@dataclass
-class _Measured:
-    """A module with `gram [n, n]`, the inner products of all deltas, 0 where one is absent."""
-
-    module: ModuleComparison
-    gram: Float64
 
 
 def _compare_module(
@@ -218,113 +172,69 @@ def _compare_module(
     weights: Sequence[float],
     files: FilePool,
     targets: BaseWeights | None,
-) -> _Measured:
+) -> Measured:
     count = len(weights)
     found: dict[int, Decomposition] = {}
     ranks: list[int | None] = [None] * count
+    gram = np.zeros((count, count))
     for part in parts:
         term = part.read(files)
         with explained_overflow(path):
             found[part.index] = decompose(term.b, term.a, part.scale)
         ranks[part.index] = part.module.rank
-    gram = np.zeros((count, count))
-    for i, own in found.items():
-        gram[i, i] = own.energy
-    pairs = []
-    for i, j in itertools.combinations(range(count), 2):
-        spaces = None
-        if i in found and j in found:
-            spaces = angles_and_product(found[i], found[j])
-
-            gram[i, j] = gram[j, i] = spaces[2]
-        pairs.append(_pair(i, j, gram, spaces))
-    w = np.asarray(weights)
-    effective = [effective_rank(found[i].values) if i in found else None for i in range(count)]
+        gram[part.index, part.index] = found[part.index].energy
+    shape = parts[0].module.shape
+    pairs = [related(i, j, found, gram, shape) for i, j in itertools.combinations(range(count), 2)]
     counts = None
     if targets is not None:
-        by_index = targets.intruders(path, found, files)
+        plain = {p.index: found[p.index] for p in parts if p.module.magnitude is None}
+        by_index = targets.intruders(path, plain, files)
         counts = [by_index.get(i) for i in range(count)]
-    module = ModuleComparison(
+    w = np.asarray(weights)
+    module = ModuleRelations(
         path=path,
         kind=parts[0].module.kind,
+        shape=shape,
         ranks=ranks,
         norms=[math.sqrt(gram[i, i]) if i in found else None for i in range(count)],
-        effective_ranks=effective,
-        survival=_shares(gram, w),
+        effective_ranks=[
+            effective_rank(found[i].values) if i in found else None for i in range(count)
+        ],
+        survival=shares(gram, w),
         sum_norm=math.sqrt(max(0.0, float(w @ gram @ w))),
         pairs=pairs,
         intruders=counts,
     )
-    return _Measured(module, gram)
+    return Measured(module, gram)
 
 
-def _shares(gram: Float64, weights: Float64) -> list[float | None]:
-    """How much of each delta its place in the weighted sum leaves: ⟨Δᵢ, ΣwⱼΔⱼ⟩ / (wᵢ·‖Δᵢ‖²)."""
-    return [
-        float(gram[i] @ weights / (weights[i] * gram[i, i])) if gram[i, i] and weights[i] else None
-        for i in range(len(weights))
-    ]
+def _differing(modules: Sequence[Measured], tolerance: float) -> list[str]:
+    """Which modules the first adapter and another have differently, in words."""
+    found = []
+    for m in modules:
+        for pair in m.module.pairs:
+            if pair.a or pair.distance <= tolerance:
+                continue
+            names = f"{letter(pair.a)}–{letter(pair.b)}"
+            if m.module.ranks[0] is None or m.module.ranks[pair.b] is None:
+                only = letter(pair.b if m.module.ranks[0] is None else 0)
+                found.append(f"{names} {m.module.path}: only in {only}")
+            else:
+                found.append(f"{names} {m.module.path}: differ by {pair.distance:.2%}")
+    return found
 
 
-def _pair(i: int, j: int, gram: Float64, spaces: tuple[Float64, Float64, float] | None) -> Pair:
-    a, b, ab = float(gram[i, i]), float(gram[j, j]), float(gram[i, j])
-    largest = max(a, b)
-    apart = max(0.0, a + b - 2 * ab)
-    both = a > 0 and b > 0
-    outputs, inputs = (spaces[0], spaces[1]) if spaces else (np.zeros(0), np.zeros(0))
-    cosine = max(-1.0, min(1.0, ab / math.sqrt(a) / math.sqrt(b))) if both else None
-    return Pair(
-        i, j,
-        cosine,
-        math.sqrt(b / a) if a else None,
-        math.sqrt(apart / largest) if largest else 0.0,
-        ab / a if a else None,
-        math.sqrt(max(0.0, 1 - cosine**2)) if cosine is not None else None,
-        float(outputs.mean()) if outputs.size else None,
-        float(inputs.mean()) if inputs.size else None,
-        [float(x) for x in outputs] if outputs.size else None,
-        [float(x) for x in inputs] if inputs.size else None,
-    )  # fmt: skip
+def letter(index: int) -> str:
+    """What an adapter is called in words: A, B, … by its place in the command."""
+    return chr(ord("A") + index) if index < 26 else f"#{index + 1}"
 
 
-def _overall(modules: Sequence[_Measured], count: int) -> list[Pair]:
-    """The pairs over all modules together: the deltas as one long vector each."""
-    total = np.sum([m.gram for m in modules], axis=0)
-    pairs = []
-    for number, (i, j) in enumerate(itertools.combinations(range(count), 2)):
-        pair = _pair(i, j, total, None)
-        own = [m.module.pairs[number] for m in modules]
-        pair.output_overlap = _mean([x for p in own for x in p.outputs or []])
-        pair.input_overlap = _mean([x for p in own for x in p.inputs or []])
-        pairs.append(pair)
-    return pairs
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _survival(
-    modules: Sequence[_Measured], weights: Sequence[float]
-) -> tuple[list[float | None], float | None]:
-    total = np.sum([m.gram for m in modules], axis=0)
-    w = np.asarray(weights)
-    apart = float(np.sum(w**2 * np.diagonal(total)))
-    return _shares(total, w), float(w @ total @ w) / apart if apart else None
-
-
-def _verdict(
-    pair: Pair, modules: Sequence[_Measured], tolerance: float, differ_beside: bool
-) -> str:
-    own = [p for m in modules for p in m.module.pairs if (p.a, p.b) == (pair.a, pair.b)]
-    if all(p.distance <= tolerance for p in own):
-        return "same-deltas" if differ_beside else "same"
-    if all(p.cosine is None for p in own):
-        return "disjoint"
-    if pair.cosine is None or pair.residual is None:
-        return "disjoint"
-    if pair.residual <= tolerance:
-        return "scaled"
-    if abs(pair.cosine) < _UNRELATED:
-        return "unrelated"
-    return "related" if pair.cosine > 0 else "conflict"
+def _note_dora(adapters: Sequence[Adapter]) -> list[Notice]:
+    dora = [a for a in adapters if any(m.magnitude is not None for m in a.modules.values())]
+    if not dora:
+        return []
+    text = (
+        f"{', '.join(str(a.source) for a in dora)} has DoRA magnitudes: cosines, norms and "
+        "overlaps are of scale·B·A alone; the magnitudes only count for equality."
+    )
+    return [Notice("dora-compared", text)]

@@ -123,3 +123,12 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def unknown(what: str, name: str, choices: Iterable[str]) -> UsageError:
+    """The error for a name that is none of the choices, with the nearest of them."""
+    near = nearest(name, choices)
+    return UsageError(
+        f"Unknown {what} {name!r}.",
+        (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(choices)}.",
+    )

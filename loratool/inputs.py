@@ -9,7 +9,7 @@ import numpy as np
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.tensors import FilePool, read_float32
-from loratool.errors import UsageError, ValueRangeError, listed, nearest
+from loratool.errors import UsageError, ValueRangeError, listed, unknown
 from loratool.plan import DTYPES
 
 Source = str | Path
@@ -34,11 +34,7 @@ def check_threads(threads: int | None) -> None:
 
 def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
-        near = nearest(dtype, DTYPES)
-        raise UsageError(
-            f"Unknown dtype {dtype!r}.",
-            (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(DTYPES)}.",
-        )
+        raise unknown("dtype", dtype, DTYPES)
 
 
 def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:

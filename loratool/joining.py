@@ -5,7 +5,8 @@ Made from headers; data is read when a part's factors are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -32,8 +33,17 @@ class Part:
         assert self.module.scale is not None  # without a config the adapter was refused
         return self.module.scale
 
+    @property
+    def doubling(self) -> int:
+        """2 for the output projection of an attention module, whose delta counts twice in every
+        adapter, also in the one to be written; 1 otherwise."""
+        return 2 if self.module.kind == "attention-out" else 1
+
     def read(self, files: FilePool) -> Term:
-        """The factors, as they enter the algebra. Raises ValueRangeError for NaN and infinity."""
+        """The factors, and the scale they would be written with: without the doubling.
+
+        Raises ValueRangeError for NaN and infinity.
+        """
         b, a = self.module.factors(files)
         for info, values in ((self.module.b, b), (self.module.a, a)):
             broken = int(values.size - np.count_nonzero(np.isfinite(values)))
@@ -43,9 +53,7 @@ class Part:
                     "values).",
                     "Training diverged or the file is damaged; use an earlier checkpoint.",
                 )
-        # The delta of an attention module's output projection counts twice, in every adapter.
-        scale = self.scale / (2 if self.module.kind == "attention-out" else 1)
-        return Term(self.index, self.weight, scale, b, a)
+        return Term(self.index, self.weight, self.scale / self.doubling, b, a)
 
 
 @contextmanager
@@ -177,20 +185,38 @@ def _compare_names(joined: Joined) -> None:
             continue
         for other in others:
             for short, long in ((one, other), (other, one)):
-                path = next(iter(short.modules))
-                longer = [p for p in long.modules if p.endswith(f".{path}")]
-                if longer:
+                prefix = _prefix(list(short.modules), long.modules.keys())
+                if prefix:
+                    path = next(iter(short.modules))
                     raise MatchError(
                         f"{short.source} calls a module {path!r} that {long.source} calls "
-                        f"{longer[0]!r}: they were trained on different classes of the model.",
+                        f"'{prefix}{path}': they were trained on different classes of the model.",
                         "Give both adapters the same names first.",
                     )
         text = f"{one.source} shares no module with the adapters before it."
         joined.notices.append(Notice("nothing-shared", text, str(one.source)))
-    names = {str(a.config.get("base_model_name_or_path") or "") for a in joined.used} - {""}
+    tasks = {str(a.config.get("task_type")) for a in joined.used}
+    if len(tasks) > 1:
+        text = f"The adapters are for different tasks ({', '.join(sorted(tasks))}): none is noted."
+        joined.notices.append(Notice("tasks-differ", text))
+    names = {_base_name(a) for a in joined.used} - {""}
     if len({PurePath(name).name.lower() for name in names}) > 1:
         text = (
             f"The adapters name different base models: {', '.join(sorted(names))}. Their shapes "
             "agree, but on another base than its own an adapter means little."
         )
         joined.notices.append(Notice("bases-differ", text))
+
+
+def _base_name(adapter: Adapter) -> str:
+    name, revision = (adapter.config.get(k) for k in ("base_model_name_or_path", "revision"))
+    return f"{name}@{revision}" if name and revision else str(name or "")
+
+
+def _prefix(short: Sequence[str], long: Set[str]) -> str:
+    """What most of the paths in `short` lack of one in `long`; "" if there is no such thing."""
+    found = Counter(
+        path.removesuffix(name) for name in short for path in long if path.endswith(f".{name}")
+    )
+    prefix, count = found.most_common(1)[0] if found else ("", 0)
+    return prefix if 2 * count > len(short) else ""

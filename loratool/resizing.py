@@ -20,7 +20,7 @@ from loratool.formats import read_lora
 from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, explained_overflow, join
-from loratool.linalg.ranks import LARGEST_RANK, Criterion
+from loratool.linalg.ranks import Criterion, check_rank
 from loratool.output import Progress
 
 
@@ -99,8 +99,14 @@ def resize(
     check_threads(threads)
     criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank)
     criterion.check()
-    if pad_to is not None and not 1 <= pad_to <= LARGEST_RANK:
-        raise UsageError(f"--pad-to {pad_to} is no rank.", "Give 8, 16, 32 or the like.")
+    if pad_to is not None:
+        check_rank("--pad-to", pad_to)
+        for name, limit in (("--rank", rank), ("--max-rank", max_rank)):
+            if limit is not None and limit % pad_to:
+                raise UsageError(
+                    f"{name} {limit} is no multiple of --pad-to {pad_to}.",
+                    "Leave one of them out, or choose ranks that fit.",
+                )
     if not criterion.given and max_rank is None and pad_to is None:
         raise UsageError(
             "No rank given.", "Say how much to keep: --rank 8, --energy 0.99 or --sv-ratio 10."

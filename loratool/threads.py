@@ -24,6 +24,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def few(threads: int | None) -> int:
+    """Threads for work that holds dense matrices, each its own: as many as asked, else two."""
+    return threads or min(2, cores())
+
+
 def in_order(pool: ThreadPoolExecutor, count: int, calls: Iterable[Callable[[], R]]) -> Iterator[R]:
     """The results of `calls` in their order, with two calls per thread of the pool in flight."""
     running: deque[Future[R]] = deque()
@@ -42,8 +47,10 @@ def computed(calls: Iterable[Callable[[], R]], threads: int | None = None) -> It
     # through a callback from C, in which a Ctrl-C would be lost.
     limited = os.environ.get("OPENBLAS_NUM_THREADS") == "1"
     limits = nullcontext() if limited else threadpool_limits(1, "blas")
-    with limits, ThreadPoolExecutor(count) as pool:
-        try:
+    pool = ThreadPoolExecutor(count)
+    try:
+        with limits:
             yield from in_order(pool, count, calls)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
+    finally:  # after an error or Ctrl-C nobody waits for what still runs
+        pool.shutdown(wait=False, cancel_futures=True)

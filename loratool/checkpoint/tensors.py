@@ -197,34 +197,55 @@ def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray
     return as_float32(read_raw(info, files), info.dtype).reshape(info.shape)
 
 
-def same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors hold the same numbers, in whatever floating dtypes."""
-    if one.shape != other.shape:
-        return False
-    if one.dtype == other.dtype and np.array_equal(read_raw(one), read_raw(other)):
-        return True
-    floats = one.is_float and other.is_float
-    return floats and bool(np.array_equal(read_float32(one), read_float32(other)))
-
-
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Split `range(total)` into `[lo, hi)` pieces of at most `size`."""
     for low in range(0, total, size):
         yield low, min(low + size, total)
 
 
+def raw_blocks(info: TensorInfo, files: FilePool | None = None) -> Iterator[npt.NDArray[np.uint8]]:
+    """The bytes of a tensor in row-major order, in blocks of BLOCK_ELEMENTS elements."""
+    if files is None:
+        with FilePool() as own:
+            yield from raw_blocks(info, own)
+        return
+    whole = None if info.strides is None else read_raw(info, files)
+    for low, high in blocks(info.nbytes, BLOCK_ELEMENTS * info.itemsize):
+        if whole is not None:
+            yield whole[low:high]
+            continue
+        raw = np.empty(high - low, np.uint8)
+        files.read_into(info.file, info.start + low, raw.data)
+        yield raw
+
+
+def float_blocks(
+    info: TensorInfo, files: FilePool | None = None
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The elements of a tensor as float32, flat, block by block."""
+    return (as_float32(raw, info.dtype) for raw in raw_blocks(info, files))
+
+
 def squared_norm(info: TensorInfo, files: FilePool) -> float:
     """Sum of squares of a tensor's elements, read in blocks, summed in float64."""
-    if info.strides is not None:
-        values = read_float32(info, files).reshape(-1).astype(np.float64)
-        return float(np.dot(values, values))
     total = 0.0
-    for low, high in blocks(info.numel, BLOCK_ELEMENTS):
-        raw = np.empty((high - low) * info.itemsize, np.uint8)
-        files.read_into(info.file, info.start + low * info.itemsize, raw.data)
-        values = as_float32(raw, info.dtype).astype(np.float64)
+    for block in float_blocks(info, files):
+        values = block.astype(np.float64)
         total += float(np.dot(values, values))
     return total
+
+
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same numbers, in whatever floating dtypes."""
+    if one.shape != other.shape:
+        return False
+    if one.is_float and other.is_float:
+        return _equal(float_blocks(one), float_blocks(other))
+    return one.dtype == other.dtype and _equal(raw_blocks(one), raw_blocks(other))
+
+
+def _equal(one: Iterator[npt.NDArray[Any]], other: Iterator[npt.NDArray[Any]]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def format_bytes(count: float) -> str:

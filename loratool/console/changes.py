@@ -18,14 +18,22 @@ def change_table(headings: Sequence[str], changes: Sequence[ModuleChange], full:
         lambda m: (m.kind, m.shape, tuple(r is None for r in m.ranks)),
         _cells,
         full or len(changes) == 1,
+        spare=("out×in", "‖ΔW‖", "ranks", "error ≤", "off sum ≤", "r"),
     )
 
 
-def kept_text(kept: float | None, error: float) -> str:
-    """The energy left by a cut, and the relative error it makes."""
+def cut_text(kept: float | None, error: float) -> str:
+    """What a cut left, and the relative error it makes."""
     if kept is None or error < 1e-6:
-        return "everything"
-    return f"{percent_text(kept)} of ‖ΔW‖², relative error {percent_text(error)}"
+        return "nothing"
+    return f"to {percent_text(kept)} of ‖ΔW‖², relative error {percent_text(error)}"
+
+
+def rank_text(ranks: Sequence[int]) -> str:
+    """ "8", or "4–8" with the average where they differ."""
+    if min(ranks) == max(ranks):
+        return str(ranks[0])
+    return f"{min(ranks)}–{max(ranks)} ({sum(ranks) / len(ranks):.1f} on average)"
 
 
 def _cells(group: list[ModuleChange]) -> dict[str, str]:
@@ -38,9 +46,9 @@ def _cells(group: list[ModuleChange]) -> dict[str, str]:
         "new r": _ranks([m.rank for m in group]),
         "out×in": shape_text(group[0].shape),
         "‖ΔW‖": span_text([m.norm for m in group]),
-        "kept": percent_text(min(kept)) if kept else "–",
-        "error": percent_text(max(m.error for m in group)),
-        "off sum": percent_text(max(far)) if far else "–",
+        "kept ≥": percent_text(min(kept)) if kept else "–",
+        "error ≤": percent_text(max(m.error for m in group)),
+        "off sum ≤": percent_text(max(far)) if far else "–",
     }
 
 

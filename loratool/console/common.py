@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -128,7 +129,9 @@ def count_text(number: int, noun: str) -> str:
 def make_table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     for heading in headings:
-        numeric = heading in NUMERIC or heading.endswith(("in sum", "intruders"))
+        numeric = (
+            heading in NUMERIC or heading.endswith(" in sum") or heading.startswith("intruders")
+        )
         table.add_column(
             heading,
             justify="right" if numeric else "left",
@@ -137,6 +140,9 @@ def make_table(*headings: str) -> Table:
         )
     return table
 
+
+#: A terminal on which every table has the width it wants.
+_ANY_WIDTH = 1000
 
 #: A module's report: what it is called, and what the commands' tables are made of.
 Item = TypeVar("Item")
@@ -149,29 +155,46 @@ def folded_table(
     alike: Callable[[Item], Any],
     cells: Callable[[list[Item]], dict[str, str]],
     full: bool,
+    spare: Sequence[str] = (),
 ) -> Table:
     """One line per group of modules that are `alike` and differ in the numbers of their path, under
-    their layers; one per module if `full`. `cells` gives a group's line by heading."""
+    their layers; one per module if `full`. `cells` gives a group's line by heading.
+
+    Columns in `spare` are left out, the first one first, until the table fits the terminal.
+    """
     groups: dict[Any, list[Item]] = {}
     for number, item in enumerate(items):
         key = number if full else (pattern(path(item)), alike(item))
         groups.setdefault(key, []).append(item)
-    table = make_table(*headings)
+    lines = []
     section = ""
     for group in groups.values():
         head, leaf = split(ranged([path(item) for item in group]))
         if head != section and head:
-            table.add_row(f"[cyan]{escape(head)}[/]")
+            lines.append({"module": f"[cyan]{escape(head)}[/]"})
         section = head
-        line = {"module": ("  " if head else "") + escape(leaf), **cells(group)}
-        table.add_row(*[line[heading] for heading in headings])
-    return table
+        lines.append({"module": ("  " if head else "") + escape(leaf), **cells(group)})
+    left = list(headings)
+    while True:
+        table = make_table(*left)
+        for line in lines:
+            table.add_row(*[line.get(heading, "") for heading in left])
+        surplus = next((heading for heading in spare if heading in left), None)
+        wanted = Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum
+        if surplus is None or wanted <= out.width:
+            return table
+        left.remove(surplus)
+
+
+def print_sentence(text: str) -> None:
+    """A sentence, wrapped on a terminal and whole in a pipe."""
+    out.print(text, soft_wrap=not out.is_terminal)
 
 
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
             "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
             "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads",
-            "kept", "error", "off sum"}  # fmt: skip
+            "kept ≥", "error ≤", "off sum ≤", "cos of pairs"}  # fmt: skip
 
 
 def shape_text(shape: Iterable[int]) -> str:

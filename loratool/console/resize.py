@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.checkpoint.tensors import format_bytes
-from loratool.console.changes import change_table, kept_text
-from loratool.console.common import NARROW, fact_grid, number_text, out, percent_text
+from loratool.console.changes import change_table, cut_text, rank_text
+from loratool.console.common import fact_grid, out, percent_text
 from loratool.resizing import ResizeReport
 
 
@@ -16,9 +16,9 @@ def show_resize(report: ResizeReport, full: bool) -> None:
     facts = fact_grid()
     facts.add_row("adapter", escape(report.adapter))
     facts.add_row("modules", str(len(report.modules)))
-    facts.add_row("rank", f"{_span([m.ranks[0] or 0 for m in report.modules])} → "
-                  f"{_span([m.rank for m in report.modules])}")  # fmt: skip
-    facts.add_row("kept", kept_text(report.kept, report.error))
+    facts.add_row("rank", f"{rank_text([m.ranks[0] or 0 for m in report.modules])} → "
+                  f"{rank_text([m.rank for m in report.modules])}")  # fmt: skip
+    facts.add_row("cut", cut_text(report.kept, report.error))
     if report.rounding is not None:
         facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
     size = f"{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_written)}"
@@ -27,14 +27,5 @@ def show_resize(report: ResizeReport, full: bool) -> None:
         facts.add_row("output", escape(report.output))
     out.print(facts)
     out.print()
-    headings = ["module", "r", "new r", "out×in", "‖ΔW‖", "kept", "error"]
-    if out.width < NARROW:
-        headings = ["module", "r", "new r", "kept"]
+    headings = ["module", "r", "new r", "out×in", "‖ΔW‖", "kept ≥", "error ≤"]
     out.print(change_table(headings, report.modules, full))
-
-
-def _span(ranks: list[int]) -> str:
-    """ "8", or "4–8" with the average where they differ."""
-    if min(ranks) == max(ranks):
-        return str(ranks[0])
-    return f"{min(ranks)}–{max(ranks)} ({number_text(sum(ranks) / len(ranks), 2)} on average)"

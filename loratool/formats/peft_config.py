@@ -197,8 +197,8 @@ def adapter_config(
 ) -> dict[str, Any]:
     """adapter_config.json of an adapter with these modules, whose factors hold all of the scale.
 
-    `alpha = r`, so that the scale is 1 for every module, also for programs that do not read the
-    patterns, which are there only if not `uniform`.
+    `alpha = r`, so that the scale is 1 for every module, also for programs that divide the alpha of
+    the config by its r. The patterns are there only if not `uniform`.
     """
     configs = [a.config for a in adapters]
     rank = max(ranks)
@@ -210,6 +210,7 @@ def adapter_config(
         "task_type": _common(configs, "task_type"),
         "base_model_name_or_path": next(_values(configs, "base_model_name_or_path"), None),
         "revision": _common(configs, "revision"),
+        "auto_mapping": _common(configs, "auto_mapping"),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

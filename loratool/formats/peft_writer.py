@@ -7,12 +7,14 @@ holds one module.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from loratool.threads import computed
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
-_METADATA = {"format": "pt"}
 
 #: The dtypes that factors can have, by safetensors code.
 FACTOR_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -49,12 +50,12 @@ _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor beside the factors; `read` gives its bytes."""
+    """A tensor beside the factors; `read` gives its bytes, piece by piece."""
 
     key: str
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], Bytes]
+    read: Callable[[], Iterable[Bytes]]
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,19 @@ def tensors_of(
     return found + [(extra.key, extra.dtype, extra.shape) for extra in extras]
 
 
-def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> int:
+def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> int:
     """Bytes of a file with these tensors."""
     data = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in tensors)
-    return len(build_header(tensors, _METADATA)) + data
+    return len(build_header(tensors, metadata)) + data
 
 
 class AdapterWriter:
     """Takes the factors of one module after the other, then writes the file. Use with `with`."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, metadata: dict[str, str]) -> None:
         self._folder = folder
         self._dtype = dtype
+        self._metadata = metadata
         self._kept: list[_Kept] = []
         self._position = 0
 
@@ -137,12 +139,12 @@ class AdapterWriter:
             for kept, rank in zip(self._kept, ranks, strict=True)
             for half in "AB"
         ]
-        producers += [extra.read for extra in extras]
         tensors = tensors_of([kept.module for kept in self._kept], ranks, self._dtype, extras)
-        file = ShardWriter(self._folder / WEIGHTS, build_header(tensors, _METADATA))
+        file = ShardWriter(self._folder / WEIGHTS, build_header(tensors, self._metadata))
         try:
             position = 0
-            for data in computed(producers, threads):
+            others = chain.from_iterable(extra.read() for extra in extras)
+            for data in chain(computed(producers, threads), others):
                 file.write(position, data.data)
                 position += data.nbytes
         finally:
@@ -158,6 +160,8 @@ class AdapterWriter:
         position = kept.start + start * size
         while target:
             count = os.preadv(self._scratch.fileno(), [target], position)
+            if not count:
+                raise OSError(errno.EIO, "the scratch file is shorter than what was written")
             target, position = target[count:], position + count
         if half == "A":
             return rows.reshape(-1)

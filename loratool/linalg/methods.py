@@ -162,8 +162,8 @@ def core(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
 def aligned(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     """KnOTS: the rule on the `Σ·Vᵢᵀ` of the SVD `[Δ₁ … Δₙ] = U·Σ·[V₁ᵀ … Vₙᵀ]`, put behind U.
 
-    Source: Stoica et al., "Model merging with SVD to tie the KnOTS", 2024, arXiv 2410.19735. As in
-    PEFT, pruning is by module; the authors prune over the whole model.
+    Source: Stoica et al., "Model merging with SVD to tie the KnOTS", 2024, arXiv 2410.19735.
+    Pruning is by module; the authors prune over the whole model.
     """
     all_b = np.concatenate([t.b for t in terms], axis=1)
     basis, within = _basis(all_b)
@@ -261,7 +261,6 @@ class Method:
     """`keeps_factors`: the factors are the result as PEFT would have it, unless a rank is asked.
     `cuts`: the rank is that of the largest adapter where none is given, as in PEFT."""
 
-    summary: str
     space: Space
     rule: Rule = _SUM
     keeps_factors: bool = False
@@ -275,27 +274,31 @@ class Method:
         return bool(self.rule.prune)
 
     @property
+    def is_dense(self) -> bool:
+        return self.space is dense
+
+    @property
     def exact_sum(self) -> bool:
         return self.space is stack
 
 
 METHODS: dict[str, Method] = {
-    "sum": Method("Σ weight·scale·B·A, without loss", stack),
-    "svd": Method("the same, cut to the largest rank among the adapters", stack, cuts=True),
-    "cat": Method("the same, factors one above the other", stack, keeps_factors=True),
-    "linear": Method("sums of the A and of the B (cross terms)", factors, _SUM, True),
-    "ties": Method("TIES on the A and on the B", factors, _TIES, True),
-    "dare_linear": Method("DARE on the A and on the B", factors, _DARE, True),
-    "dare_ties": Method("DARE and TIES on the A and on the B", factors, _DARE_TIES, True),
-    "magnitude_prune": Method("pruned A and B", factors, _PRUNE, True),
-    "ties_svd": Method("TIES on the dense deltas", dense, _TIES, cuts=True),
-    "dare_linear_svd": Method("DARE on the dense deltas", dense, _DARE, cuts=True),
-    "dare_ties_svd": Method("DARE and TIES on the dense deltas", dense, _DARE_TIES, cuts=True),
-    "magnitude_prune_svd": Method("pruned dense deltas", dense, _PRUNE, cuts=True),
-    "ties_core": Method("TIES in Core Space", core, _TIES),
-    "dare_linear_core": Method("DARE in Core Space", core, _DARE),
-    "dare_ties_core": Method("DARE and TIES in Core Space", core, _DARE_TIES),
-    "tsv_m": Method("task singular vectors made orthogonal", singular_vectors),
-    "iso_c": Method("the sum with equal singular values", isotropic),
-    "knots_ties": Method("TIES in the common left basis of KnOTS", aligned, _TIES),
+    "sum": Method(stack),
+    "svd": Method(stack, cuts=True),
+    "cat": Method(stack, keeps_factors=True),
+    "linear": Method(factors, _SUM, keeps_factors=True),
+    "ties": Method(factors, _TIES, keeps_factors=True),
+    "dare_linear": Method(factors, _DARE, keeps_factors=True),
+    "dare_ties": Method(factors, _DARE_TIES, keeps_factors=True),
+    "magnitude_prune": Method(factors, _PRUNE, keeps_factors=True),
+    "ties_svd": Method(dense, _TIES, cuts=True),
+    "dare_linear_svd": Method(dense, _DARE, cuts=True),
+    "dare_ties_svd": Method(dense, _DARE_TIES, cuts=True),
+    "magnitude_prune_svd": Method(dense, _PRUNE, cuts=True),
+    "ties_core": Method(core, _TIES),
+    "dare_linear_core": Method(core, _DARE),
+    "dare_ties_core": Method(core, _DARE_TIES),
+    "tsv_m": Method(singular_vectors),
+    "iso_c": Method(isotropic),
+    "knots_ties": Method(aligned, _TIES),
 }

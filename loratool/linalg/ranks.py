@@ -14,6 +14,15 @@ from loratool.linalg.lowrank import Float64
 LARGEST_RANK = 1 << 20
 
 
+def check_rank(option: str, rank: int) -> None:
+    """Raise UsageError for what is no rank."""
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise UsageError(
+            f"{option} {rank}: a rank is a whole number from 1 to {LARGEST_RANK:,}.",
+            "Most adapters have 4 to 256.",
+        )
+
+
 @dataclass(frozen=True)
 class Criterion:
     """At most one of the first five is set; `max_rank` caps what the others ask for.
@@ -39,12 +48,8 @@ class Criterion:
         """Raise UsageError for values out of range and for two criteria at once."""
         for name in ("rank", "max_rank"):
             number = getattr(self, name)
-            if number is not None and not (1 <= number <= LARGEST_RANK and number % 1 == 0):
-                raise UsageError(
-                    f"{_option(name)} {number}: a rank is a whole number from 1 to "
-                    f"{LARGEST_RANK:,}.",
-                    "Most adapters have 4 to 256.",
-                )
+            if number is not None:
+                check_rank(_option(name), number)
         for name in ("energy", "sv_fro", "sv_cumulative"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 from conftest import FIXTURES, pair, run_cli, write_adapter
 from files import assert_clean, assert_clear, beside, permissions_that_count, sha256s
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loratool
 from loratool.errors import (
@@ -1371,3 +1372,138 @@ def test_progress_counts_the_modules(layers: list[Path], out: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     loratool.combine(layers, out, progress=lambda *call: calls.append(call))
     assert calls == [(n + 1, 6, f"model.layers.{n}.q_proj") for n in range(6)]
+
+
+# --- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_rounding_costs_is_true_of_every_method(
+    tmp_path: Path, out: Path, method: str, dtype: str
+) -> None:
+    """`rounding` is the distance of what lies in the file from what was computed, also where the
+    factors are far from orthogonal: here one adapter and nearly its opposite."""
+    one = lora(tmp_path / "one", seed=1)
+    noise = {
+        name: -t + 0.01 * np.random.default_rng(5).standard_normal(t.shape).astype(np.float32)
+        if "lora_B" in name else t
+        for name, t in load_file(one / WEIGHTS).items()
+    }  # fmt: skip
+    two = write_adapter(tmp_path / "two", noise, {"r": 4})
+    options: dict[str, Any] = {"density": 0.6} if METHODS[method].prunes else {}
+    report = loratool.combine([one, two], out, method=method, dtype=dtype, **options)
+    loratool.combine([one, two], tmp_path / "exact", method=method, dtype="float32", **options)
+    exact, rounded = compared(tmp_path / "exact"), compared(out)
+    off = sum(np.sum((exact[path] - rounded[path]) ** 2) for path in exact)
+    size = sum(np.sum(delta**2) for delta in exact.values())
+    assert report.rounding == pytest.approx(math.sqrt(off / size), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"energy": 0.3}, {"rank": 2}, {}], ids=str)
+@pytest.mark.parametrize("keep_patterns", [False, True])
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m", "ties_core", "linear"])
+def test_off_sum_is_that_of_the_file(
+    two: list[Path], out: Path, method: str, keep_patterns: bool, options: dict[str, Any]
+) -> None:
+    """`from_sum` measures what was written, after the cut, per module and over all."""
+    more: dict[str, Any] = {"density": 0.5} if METHODS[method].prunes else {}
+    report = loratool.combine(
+        two, out, method=method, keep_patterns=keep_patterns, **options, **more
+    )
+    exact = total(two, [1.0, 1.0])
+    found = compared(out)
+    (module,) = report.modules
+    off = np.linalg.norm(found[module.path] - exact[module.path])
+    share = off / np.linalg.norm(exact[module.path])
+    assert module.from_sum == pytest.approx(share, abs=1e-5)
+    assert report.from_sum == pytest.approx(share, abs=1e-5)
+
+
+def compared(folder: Path) -> dict[str, np.ndarray]:
+    """B·A of every module, in any dtype: what combine writes has the scale 1."""
+    tensors = {
+        n: t.float().numpy() for n, t in safetensors.torch.load_file(folder / WEIGHTS).items()
+    }
+    return {
+        name.removeprefix(ROOT).removesuffix(".lora_A.weight"): tensors[
+            name.replace("lora_A", "lora_B")
+        ].astype(np.float64)
+        @ a.astype(np.float64)
+        for name, a in tensors.items()
+        if name.endswith("lora_A.weight")
+    }
+
+
+def test_factors_inside_a_saved_module_are_refused(tmp_path: Path, out: Path) -> None:
+    """PEFT has no place for factors of a part of a module that is saved whole."""
+    saved = lora(
+        tmp_path / "saved", extra={f"{ROOT}classifier.dense.weight": np.ones((3, 3), np.float32)},
+        modules_to_save=["classifier"],
+    )  # fmt: skip
+    inside = lora(tmp_path / "inside", "classifier.out_proj")
+    fails(MatchError, [saved, inside], out, "classifier.out_proj (in classifier)")
+
+
+def test_a_weight_does_not_apply_to_what_is_saved_whole(tmp_path: Path, out: Path) -> None:
+    """A head has no half: combine says so, as merge does."""
+    source = holding(tmp_path / "one", np.ones((3, 10)))
+    report = loratool.combine([source], out, weights=[0.5])
+    assert codes(report) == ["weight-not-applied"]
+    assert codes(loratool.combine([source], tmp_path / "other", weights=[1.0])) == []
+
+
+def test_different_ranks_are_said(tmp_path: Path, out: Path) -> None:
+    """Programs that do not know patterns compute something else with them: a warning names it."""
+    sources = [lora(tmp_path / "a", Q, "model.k"), lora(tmp_path / "b", Q, seed=3)]
+    assert codes(loratool.combine(sources, out)) == []
+    kept = loratool.combine(sources, out, keep_patterns=True, overwrite=True)
+    assert codes(kept) == ["ranks-differ"]
+
+
+def test_one_alike_name_is_no_other_class(tmp_path: Path, out: Path) -> None:
+    """Paths of which one happens to end like another are not taken for renamed ones."""
+    one = lora(tmp_path / "one", "fc", "model.a", "model.b")
+    two = lora(tmp_path / "two", "layers.0.fc")
+    assert "nothing-shared" in codes(loratool.combine([one, two], out))
+
+
+def test_metadata_and_tasks_are_not_lost(tmp_path: Path, out: Path) -> None:
+    """What all the files say alike stays in the file; the rest is in loratool.json."""
+    sources = []
+    for name in ("one", "two"):
+        folder = lora(tmp_path / name, seed=len(sources), task_type=name.upper())
+        tensors = load_file(folder / WEIGHTS)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt", "licence": "mit", "run": name})
+        sources.append(folder)
+    report = loratool.combine(sources, out)
+    assert codes(report) == ["tasks-differ"]
+    assert loratool.inspect(out).metadata == {"format": "pt", "licence": "mit"}
+    record = json.loads((out / "loratool.json").read_text())
+    assert [a["metadata"]["run"] for a in record["adapters"]] == ["one", "two"]
+
+
+def test_one_tokenizer_file_more_is_no_other_tokenizer(two: list[Path], out: Path) -> None:
+    """Tokenizers clash where a file of one name has two contents, not where one is missing."""
+    for folder in two:
+        (folder / "tokenizer.json").write_text("{}")
+    (two[1] / "chat_template.jinja").write_text("x")
+    assert codes(loratool.combine(two, out)) == []
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert (out / "chat_template.jinja").read_text() == "x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_saved_tensor_is_never_whole_in_memory(tmp_path: Path, out: Path) -> None:
+    """Large tensors beside the factors go through in blocks, also where their mean is taken."""
+    sources = [holding(tmp_path / str(n), np.full((4000, 4000), n, np.float32)) for n in (1, 2)]
+    code = (
+        "import re, sys, loratool; loratool.combine(sys.argv[1:3], sys.argv[3], saved='mean'); "
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, sources), str(out)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(done.stdout) * 1024 < 64e6 + 40e6  # each of the tensors has 64 MB, Python 30 to 50
+    assert load_file(out / WEIGHTS)[HEAD][0, 0] == 1.5

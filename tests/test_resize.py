@@ -427,7 +427,7 @@ def test_a_rank_above_what_is_there_is_filled_with_zeros(one: Path, out: Path) -
         ({"pad_to": 4}, 4, {}),
         ({"max_rank": 2}, 2, {"model.layers.1.q_proj": 1}),
         ({"rank": 2}, 2, {}),
-        ({"rank": 5, "pad_to": 4}, 8, {}),
+        ({"rank": 8, "pad_to": 4}, 8, {}),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ stdout carries the answer, stderr the conversation: progress, warnings, errors, 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -187,8 +188,8 @@ def folded_table(
 
 
 def print_sentence(text: str) -> None:
-    """A sentence, wrapped on a terminal and whole in a pipe."""
-    out.print(text, soft_wrap=not out.is_terminal)
+    """A sentence, wrapped on a terminal and whole in a pipe, unless somebody set its width."""
+    out.print(text, soft_wrap=not out.is_terminal and "COLUMNS" not in os.environ)
 
 
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",

@@ -150,7 +150,7 @@ def _refuse_dora(adapter: Adapter, verb: str) -> None:
         raise AdapterError(
             f"{adapter.source}: DoRA cannot be {verb}: {len(dora)} modules scale the base's own "
             "weights, so their change is not B·A and depends on the base.",
-            "Merge it into its base with `loratool merge` first.",
+            "`loratool merge BASE ADAPTER ADAPTER` merges it together with others.",
         )
 
 
@@ -193,7 +193,11 @@ def _compare_names(joined: Joined) -> None:
                         f"'{prefix}{path}': they were trained on different classes of the model.",
                         "Give both adapters the same names first.",
                     )
-        text = f"{one.source} shares no module with the adapters before it."
+        text = (
+            f"{one.source} shares no module with the adapters before it: it has "
+            f"{next(iter(one.modules))}, they have {next(iter(others[0].modules))}. Is it for "
+            "another architecture?"
+        )
         joined.notices.append(Notice("nothing-shared", text, str(one.source)))
     tasks = {str(a.config.get("task_type")) for a in joined.used}
     if len(tasks) > 1:

@@ -19,8 +19,9 @@ def selected(paths: Sequence[str], layers: str | None, include: Sequence[str]) -
     wanted = _layer_set(layers)
     chosen = [path for path in paths if _is_chosen(path, wanted, include)]
     if paths and not chosen:
+        asked = [f"layers {layers}"] * bool(layers) + [repr(glob) for glob in include]
         raise UsageError(
-            f"No module matches (layers {layers or 'all'}, globs {', '.join(include) or '*'}).",
+            f"No module matches ({', '.join(asked)}).",
             f"The paths look like {paths[0]}.",
         )
     return chosen

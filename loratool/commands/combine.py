@@ -79,19 +79,22 @@ def combine_command(
     with one rank, alpha = rank, and the scale in the factors.
 
     \b
-    Methods:
-      sum              Σ weight·scale·B·A exactly, at the smallest rank that holds it
-      svd              the same, cut to the largest rank among the adapters
-      cat              the same, factors one above the other
-      linear, ties, dare_linear, dare_ties, magnitude_prune
-                       on the A and the B apart, as in PEFT (cross terms)
-      ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
-                       on the dense deltas, as in PEFT (slow)
-      ties_core, dare_linear_core, dare_ties_core
-                       in Core Space (arXiv 2509.17786)
-      tsv_m            task singular vectors made orthogonal (arXiv 2412.00081)
-      iso_c            the sum with equal singular values (arXiv 2502.04959)
-      knots_ties       TIES in the common basis of KnOTS (arXiv 2410.19735)
+    Methods (those with * need --density):
+      sum         Σ weight·scale·B·A exactly, at the smallest rank that holds it
+      svd         the same, cut to the largest rank among the adapters
+      cat         the same, stacked along the rank
+      linear, ties*, dare_linear*, dare_ties*, magnitude_prune*
+                  on the A and the B apart, as in PEFT (cross terms)
+      ties_svd*, dare_linear_svd*, dare_ties_svd*, magnitude_prune_svd*
+                  on the dense deltas, as in PEFT (slow)
+      ties_core*, dare_linear_core*, dare_ties_core*
+                  in Core Space (arXiv 2509.17786)
+      tsv_m       task singular vectors made orthogonal (arXiv 2412.00081)
+      iso_c       the sum with equal singular values (arXiv 2502.04959)
+      knots_ties* TIES in the common basis of KnOTS (arXiv 2410.19735)
+
+    Weights matter as much as methods: three adapters at weight 1 each often
+    overshoot, and 0.5 each is a better start.
 
     \b
     Examples:

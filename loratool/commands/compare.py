@@ -16,7 +16,7 @@ from loratool.options import (
 @click.command("compare", short_help="How adapters relate to each other.")
 @click.argument("adapters", nargs=-1, required=True, metavar="A B...")
 @weight_option
-@click.option("--equal", is_flag=True, help="Exit with 3 unless all do the same to the weights.")
+@click.option("--equal", is_flag=True, help="Exit with 3 unless all do the same as the first.")
 @click.option(
     "--tolerance", type=float, default=0.001, show_default=True, metavar="SHARE",
     help="Relative difference up to which two deltas are equal.",
@@ -53,8 +53,9 @@ def compare_command(
 
     cos is the cosine of the deltas. writes and reads are the overlap of their
     column and row spaces (0: orthogonal, 100%: one contains the other). "A in sum"
-    is how much of A the weighted sum of all holds: 1 all of it, more where the
-    others add to it, 0 where they cancel it.
+    is how much of A, taken with its weight, the weighted sum of all holds along A:
+    1 all of it, more where the others add to it, 0 where they cancel it. Norms and
+    cosines are of the deltas without weights.
 
     \b
     Examples:

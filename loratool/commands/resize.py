@@ -29,7 +29,7 @@ from loratool.options import (
 )
 @click.option(
     "--sv-fro", type=float, metavar="SHARE",
-    help="Per module the smallest rank with this share of √Σσ² (kohya).",
+    help="Per module the smallest rank with this share of √Σσ² (kohya); 0.9 is energy 0.81.",
 )  # fmt: skip
 @click.option(
     "--sv-cumulative", type=float, metavar="SHARE",
@@ -38,7 +38,7 @@ from loratool.options import (
 @click.option("--max-rank", type=int, metavar="K", help="No module gets more than this.")
 @click.option(
     "--pad-to", type=int, metavar="N",
-    help="One rank for all modules, a multiple of N, filled up with zeros.",
+    help="One rank for all modules, the next multiple of N; filled up with zeros at the end.",
 )  # fmt: skip
 @factor_dtype_option
 @overwrite_option
@@ -74,7 +74,7 @@ def resize_command(
     Examples:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool resize adapter/ --energy 0.99 --max-rank 32 -o smaller/
-      loratool resize adapter/ --energy 0.95 --pad-to 16 -o for-vllm/
+      loratool resize adapter/ --energy 0.95 --pad-to 16 -o one-rank/
       loratool resize adapter/ --sv-ratio 10 --dry-run -o smaller/
     """
     from loratool.console import common

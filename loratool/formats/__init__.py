@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from loratool.adapter import Adapter
@@ -58,6 +59,11 @@ def _find_weights(source: Path) -> Path:
     if not source.exists():
         siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
         near = nearest(source.name, siblings)
+        if re.fullmatch(r"-?\d*\.?\d+", str(source)):
+            raise FileError(
+                f"{source}: taken for a path, and there is no such file.",
+                "Options take one value each: --weight 0.5 --weight 0.7.",
+            )
         raise FileError(
             f"{source}: no such file or directory.",
             f"Did you mean {source.with_name(near)}?" if near else "Check the path.",

@@ -193,7 +193,7 @@ def combine(
 def _check_method(name: str, density: float | None, sign: str, saved: str) -> Method:
     method = METHODS.get(name)
     if method is None:
-        raise unknown("method", name.lower().replace("-", "_"), METHODS)
+        raise unknown("method", name, METHODS)
     if method.prunes and density is None:
         raise UsageError(
             f"--method {name} prunes, so it needs a density.",

@@ -127,7 +127,7 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
 
 def unknown(what: str, name: str, choices: Iterable[str]) -> UsageError:
     """The error for a name that is none of the choices, with the nearest of them."""
-    near = nearest(name, choices)
+    near = nearest(name.lower().replace("-", "_"), choices)
     return UsageError(
         f"Unknown {what} {name!r}.",
         (f"Did you mean {near}? " if near else "") + f"Choose among {', '.join(choices)}.",

@@ -88,8 +88,10 @@ def test_combining_shows_what_compare_prints(tmp_path: Path) -> None:
 def test_every_method_is_in_the_help_and_in_the_docs() -> None:
     """combine's help and docs/combining.md name exactly the methods there are."""
     help_text = combine_command.help or ""
-    listed = help_text.split("Methods:")[1].split("Examples:")[0]
+    listed = help_text.split("Methods (")[1].split("Weights matter")[0]
     assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)*\b", listed)) >= METHODS.keys()
+    starred = set(re.findall(r"\b([a-z_]+)\*", listed))
+    assert starred == {name for name, method in METHODS.items() if method.prunes}
     table = (ROOT / "docs" / "combining.md").read_text().split("## The result")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == METHODS.keys()

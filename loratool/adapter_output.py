@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import LowRank, Notice
-from loratool.changes import Changes, Shrunk, measure, refuse_nothing, rounding_loss
+from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import float_blocks, raw_blocks, read_float32
 from loratool.checkpoint.writer import StagedDirectory, explain
@@ -60,11 +59,9 @@ def write_adapter(
     output: Path,
     dtype: str,
     record: dict[str, Any],
+    policy: RankPolicy,
     *,
-    uniform: bool,
     zero: tuple[str, str] = ("", ""),
-    least: int = 1,
-    multiple: int = 1,
     overwrite: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
@@ -72,45 +69,41 @@ def write_adapter(
 ) -> tuple[Changes, int]:
     """Write the adapter of these modules to `output`, all or nothing; only measure if `dry_run`.
 
-    Returns what became of the modules, and the bytes of the weights file.
-
-    With `uniform` all modules get the largest rank, at least `least` and raised to a multiple of
-    `multiple`; those that have fewer singular values are filled up with zeros. `record` goes into
+    Returns what became of the modules, and the bytes of the weights file. `record` goes into
     loratool.json. `zero` says why a result may be zero, and what to do about it.
     """
     with explained_os_errors():
         tokenizer = _agreed_tokenizer(joined)
         extras = _extras(joined, dtype)
     metadata = {**_common_metadata(joined), "format": "pt"}
-    staged = nullcontext() if dry_run else StagedDirectory(output, overwrite)
-    with staged as stage:
+    templates = [parts[0].module for parts in joined.modules.values()]
+
+    def compute(writer: AdapterWriter | None) -> tuple[Changes, int]:
+        shrunk = []
+        work = (partial(_encoded, call, dtype) for call in modules)
+        for done, (module, rank, data) in enumerate(computed(work, threads), 1):
+            if writer is not None:
+                writer.add(module.parts[0].module, rank, data)
+            shrunk.append(module)
+            if progress is not None:
+                progress(done, len(joined.modules), module.path)
+        refuse_nothing(shrunk, *zero)
+        ranks = policy.ranks(shrunk)
+        changes = measure(joined, shrunk, ranks)
+        if len(set(ranks)) > 1:
+            changes.notices.append(_note_ranks(ranks))
+        return changes, file_size(tensors_of(templates, ranks, dtype, extras), metadata)
+
+    if dry_run:
+        return compute(None)
+    with StagedDirectory(output, overwrite) as stage:
         try:
-            with (
-                nullcontext()
-                if stage is None
-                else AdapterWriter(stage.path, dtype, metadata) as writer
-            ):
-                shrunk = []
-                work = (partial(_encoded, call, dtype) for call in modules)
-                for done, (module, rank, data) in enumerate(computed(work, threads), 1):
-                    if writer is not None:
-                        writer.add(module.parts[0].module, rank, data)
-                    shrunk.append(module)
-                    if progress is not None:
-                        progress(done, len(joined.modules), module.path)
-                refuse_nothing(shrunk, *zero)
-                changes = measure(joined, shrunk, least, multiple if uniform else 0)
-                ranks = [m.rank for m in changes.modules]
-                templates = [parts[0].module for parts in joined.modules.values()]
-                nbytes = file_size(tensors_of(templates, ranks, dtype, extras), metadata)
-                if not uniform and len(set(ranks)) > 1:
-                    changes.notices.append(_note_ranks(ranks))
-                if writer is not None:
-                    refuse_full_disk(nbytes, output)
-                    writer.finish(ranks, extras, threads)
-            if stage is not None:
-                _write_beside(joined, changes, stage.path, record, uniform, tokenizer)
-                stage.commit()
+            with AdapterWriter(stage.path, dtype, metadata) as writer:
+                changes, nbytes = compute(writer)
+                refuse_full_disk(nbytes, output)
+                writer.finish([m.rank for m in changes.modules], extras, threads)
+            _write_beside(joined, changes, stage.path, record, policy.uniform, tokenizer)
+            stage.commit()
         except OSError as error:
             raise explain(error, output) from error
     return changes, nbytes

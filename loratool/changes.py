@@ -1,4 +1,4 @@
-"""What becomes of the modules of an adapter whose ranks change, module by module and in all."""
+"""What becomes of the modules of an adapter whose ranks change: their ranks, what they keep."""
 
 from __future__ import annotations
 
@@ -90,6 +90,30 @@ def shrink(
     return Shrunk(path, parts, new_b, new_a, found.values[: len(new_a)] ** 2, total, rank)
 
 
+@dataclass(frozen=True)
+class RankPolicy:
+    """Which rank a module is written with, given those that the criterion wants.
+
+    With `uniform` the largest of them for all, at least `least` and raised to a multiple of
+    `multiple`; modules with fewer singular values are filled up with zeros.
+    """
+
+    uniform: bool
+    least: int = 1
+    multiple: int = 1
+
+    def ranks(self, shrunk: list[Shrunk]) -> list[int]:
+        if self.uniform:
+            largest = max(self.least, *(m.rank for m in shrunk))
+            return [-(-largest // self.multiple) * self.multiple] * len(shrunk)
+        # The two parts of an attention module share one rank.
+        shared: dict[str, int] = {}
+        owners = [owner(m.parts[0].module) for m in shrunk]
+        for name, m in zip(owners, shrunk, strict=True):
+            shared[name] = max(m.rank, shared.get(name, 0))
+        return [shared[name] for name in owners]
+
+
 @dataclass
 class Changes:
     """What becomes of all modules, and the rank of the adapter.
@@ -119,9 +143,9 @@ def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
     return math.sqrt(max(0.0, inner(off, off)) / size) if size > 0 else 0.0
 
 
-def measure(joined: Joined, shrunk: list[Shrunk], least: int, multiple: int) -> Changes:
-    """The final ranks, equal for all modules unless `multiple` is 0, and what they keep."""
-    changes = _changes(joined, shrunk, _final_ranks(shrunk, least, multiple))
+def measure(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> Changes:
+    """What the modules keep at these ranks."""
+    changes = _changes(joined, shrunk, ranks)
     energies = [change.norm**2 for change in changes]
     total = sum(energies)
     kept = sum((c.kept or 0.0) * energy for c, energy in zip(changes, energies, strict=True))
@@ -156,18 +180,6 @@ def refuse_nothing(shrunk: list[Shrunk], why: str, hint: str) -> None:
         "The input does nothing: in every module A or B is zero.",
         "It is an untrained adapter, or a file that lost its values; `loratool inspect` shows it.",
     )
-
-
-def _final_ranks(shrunk: list[Shrunk], least: int, multiple: int) -> list[int]:
-    if multiple:
-        largest = max(least, *(m.rank for m in shrunk))
-        return [-(-largest // multiple) * multiple] * len(shrunk)
-    # The two parts of an attention module share one rank.
-    shared: dict[str, int] = {}
-    owners = [owner(m.parts[0].module) for m in shrunk]
-    for name, m in zip(owners, shrunk, strict=True):
-        shared[name] = max(m.rank, shared.get(name, 0))
-    return [shared[name] for name in owners]
 
 
 def _changes(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> list[ModuleChange]:

@@ -14,7 +14,7 @@ import numpy as np
 from loratool.adapter import Adapter, Notice
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import CLASHES, settle
-from loratool.changes import ModuleChange, Shrunk, shrink
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors, unknown
@@ -152,18 +152,18 @@ def combine(
         settings = Settings(
             "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed
         )
-        uniform = not keep_patterns
+        recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
         workers = few(threads) if chosen.is_dense else threads
         with FilePool() as files:
             work = (
-                partial(_combine, path, parts, files, chosen, settings, criterion, uniform)
+                partial(recipe.combine, path, parts, files)
                 for path, parts in joined.modules.items()
             )
             done, nbytes = write_adapter(
                 joined, work, target, code,
-                {"command": "combine", "options": options},
-                uniform=uniform, zero=_why_zero(chosen, settings.density), overwrite=overwrite,
-                dry_run=dry_run, threads=workers, progress=progress,
+                {"command": "combine", "options": options}, RankPolicy(recipe.uniform),
+                zero=_why_zero(chosen, settings.density), overwrite=overwrite, dry_run=dry_run,
+                threads=workers, progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
@@ -239,44 +239,39 @@ def _note_copies(joined: Joined) -> None:
                 joined.notices.append(Notice("same-adapter", text, str(adapter.source)))
 
 
-def _combine(
-    path: str,
-    parts: list[Part],
-    files: FilePool,
-    method: Method,
-    settings: Settings,
-    criterion: Criterion,
-    uniform: bool,
-) -> Shrunk:
-    with explained_overflow(path):
-        return _combine_terms(path, parts, [p.read(files) for p in parts], method, settings,
-                              criterion, uniform)  # fmt: skip
+@dataclass(frozen=True)
+class _Recipe:
+    """How every module is combined. With `uniform` all get one rank in the end."""
 
+    method: Method
+    settings: Settings
+    criterion: Criterion
+    uniform: bool
 
-def _combine_terms(
-    path: str,
-    parts: list[Part],
-    terms: list[Term],
-    method: Method,
-    settings: Settings,
-    criterion: Criterion,
-    uniform: bool,
-) -> Shrunk:
-    alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
-    if not alive:
-        nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
-        return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1, alive=False)
-    # The factor methods count an A whose B is zero, as PEFT does.
-    combined = method(terms if method.keeps_factors else alive, replace(settings, path=path))
-    if method.keeps_factors and not criterion.given:
-        result = _as_they_are(path, parts, combined)
-    else:
-        # Columns beyond the rank of this module may fit into that of the largest.
-        whole = uniform and criterion.rank is None
-        result = shrink(path, parts, combined.b, combined.a, 1.0, criterion, whole, combined.energy)
-    if method.exact_sum:
-        return result
-    return replace(result, sum_parts=_against_sum(result.b, result.a, alive))
+    def combine(self, path: str, parts: list[Part], files: FilePool) -> Shrunk:
+        with explained_overflow(path):
+            return self._combine(path, parts, [part.read(files) for part in parts])
+
+    def _combine(self, path: str, parts: list[Part], terms: list[Term]) -> Shrunk:
+        method = self.method
+        alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
+        if not alive:
+            nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
+            return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1, alive=False)
+        # The factor methods count an A whose B is zero, as PEFT does.
+        used = terms if method.keeps_factors else alive
+        combined = method(used, replace(self.settings, path=path))
+        if method.keeps_factors and not self.criterion.given:
+            result = _as_they_are(path, parts, combined)
+        else:
+            # Columns beyond the rank of this module may fit into that of the largest.
+            whole = self.uniform and self.criterion.rank is None
+            result = shrink(
+                path, parts, combined.b, combined.a, 1.0, self.criterion, whole, combined.energy
+            )
+        if method.exact_sum:
+            return result
+        return replace(result, sum_parts=_against_sum(result.b, result.a, alive))
 
 
 def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:

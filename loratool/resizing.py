@@ -12,7 +12,7 @@ from typing import Any
 from loratool.adapter import Notice
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import settle
-from loratool.changes import ModuleChange, Shrunk, shrink
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors
@@ -134,7 +134,7 @@ def resize(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "resize", "options": options},
-                uniform=uniform, least=rank or 1, multiple=pad_to or 1,
+                RankPolicy(uniform, least=rank or 1, multiple=pad_to or 1),
                 overwrite=overwrite, dry_run=dry_run, threads=threads,
                 progress=progress,
             )  # fmt: skip

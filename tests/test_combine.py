@@ -1210,6 +1210,8 @@ def start(sources: list[Path], output: Path, where: str) -> subprocess.Popen[str
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A suite that runs in the background has it ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     wanted = "factors.partial" if where == "computing" else "loratool.json"
     until = time.monotonic() + 30

@@ -781,3 +781,23 @@ def test_forbidden_places_are_named(tmp_path: Path, one: Path, disk: Callable[[s
     place = disk("size=1M")
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     fails(OutputError, one, place / "out", str(place), "not allowed")
+
+
+def test_norms_are_those_of_inspect_for_attention_too(tmp_path: Path, out: Path) -> None:
+    """The delta of an attention module's out_proj counts twice, in the table and in the totals."""
+    rng = np.random.default_rng(0)
+    names = ("attn.", "attn.base_layer.out_proj.")
+    tensors = {
+        f"{ROOT}{name}lora_{half}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name in names
+        for half, shape in (("A", (4, 8)), ("B", (24 if name == "attn." else 8, 4)))
+    }
+    source = write_adapter(tmp_path / "one", tensors, {"r": 4, "lora_alpha": 6})
+    report = loratool.resize(source, out, rank=2)
+    before = {m.path: m.delta_norm for m in loratool.inspect(source).modules}
+    after = {m.path: m.delta_norm for m in loratool.inspect(out).modules}
+    assert {m.path: m.norm for m in report.modules} == pytest.approx(before, rel=1e-6)
+    whole = sum((before[m.path] or 0) ** 2 for m in report.modules)
+    kept = sum((after[m.path] or 0) ** 2 for m in report.modules)
+    assert report.kept == pytest.approx(kept / whole, rel=1e-6)
+    assert report.error == pytest.approx(math.sqrt(1 - kept / whole), rel=1e-5)

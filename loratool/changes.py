@@ -30,7 +30,7 @@ class Shrunk:
     are the squared singular values, and `energy` the ‖·‖² of what they stand for, with what was
     cut. `rank` is how many the criterion wants. `sum_parts` compares with the weighted sum Σ, for
     methods that give something else: ⟨bₖaₖ, Σ⟩ for each k, and ‖Σ‖². `rounding` is what half
-    precision takes. `alive` is False where A or B is zero in all the inputs.
+    precision takes. `alive` has the adapters (by their place) in which neither A nor B is zero.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Shrunk:
     rank: int
     sum_parts: tuple[Float64, float] | None = None
     rounding: float | None = None
-    alive: bool = True
+    alive: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def measure(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> Changes:
     if silent:
         text = f"{len(silent)} modules of the result do nothing, their delta is zero:\n"
         notices.append(Notice("zero-delta", text + listed(silent), silent[0]))
+    notices += _idle(joined, shrunk)
     rounding = None
     if any(c.rounding is not None for c in changes):
         lost = sum(
@@ -168,6 +169,20 @@ def measure(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> Changes:
         changes, max(c.rank for c in changes), kept / total, math.sqrt(max(0.0, 1 - kept / total)),
         _sum_distance(changes, shrunk), rounding, notices,
     )  # fmt: skip
+
+
+def _idle(joined: Joined, shrunk: list[Shrunk]) -> list[Notice]:
+    """The adapters that add nothing to any module."""
+    alive = frozenset[int]().union(*(m.alive for m in shrunk))
+    return [
+        Notice(
+            "zero-adapter",
+            f"{adapter.source} does nothing: in every module A or B is zero.",
+            str(adapter.source),
+        )
+        for index, adapter in enumerate(joined.adapters)
+        if joined.weights[index] and index not in alive
+    ]
 
 
 def refuse_nothing(shrunk: list[Shrunk], why: str, hint: str) -> None:

@@ -257,7 +257,7 @@ class _Recipe:
         alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
         if not alive:
             nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
-            return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1, alive=False)
+            return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1)
         # The factor methods count an A whose B is zero, as PEFT does.
         used = terms if method.keeps_factors else alive
         combined = method(used, replace(self.settings, path=path))
@@ -269,6 +269,7 @@ class _Recipe:
             result = shrink(
                 path, parts, combined.b, combined.a, 1.0, self.criterion, whole, combined.energy
             )
+        result = replace(result, alive=frozenset(t.index for t in alive))
         if method.exact_sum:
             return result
         return replace(result, sum_parts=_against_sum(result.b, result.a, alive))

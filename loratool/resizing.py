@@ -167,4 +167,4 @@ def _resize(
     term = part.read(files)
     with explained_overflow(path):
         result = shrink(path, [part], term.b, term.a, term.scale, criterion, whole)
-    return replace(result, alive=result.energy > 0)
+    return replace(result, alive=frozenset({0} if result.energy > 0 else ()))

@@ -354,7 +354,7 @@ def test_an_adapter_that_does_nothing_changes_nothing(tmp_path: Path, out: Path)
     tensors = {n: t * ("lora_A" in n) for n, t in load_file(zero / WEIGHTS).items()}
     write_adapter(zero, tensors, None)
     report = loratool.combine([source, zero], out)
-    assert codes(report) == ["zero-delta"]
+    assert codes(report) == ["zero-delta", "zero-adapter"]
     assert K in report.warnings[0].message
     assert [m.kept for m in report.modules] == [1.0, None]
     assert_near(deltas(out), {Q: deltas(source)[Q], K: np.zeros((12, 10))}, 10)
@@ -1509,3 +1509,17 @@ def test_a_saved_tensor_is_never_whole_in_memory(tmp_path: Path, out: Path) -> N
     )  # fmt: skip
     assert int(done.stdout) * 1024 < 64e6 + 40e6  # each of the tensors has 64 MB, Python 30 to 50
     assert load_file(out / WEIGHTS)[HEAD][0, 0] == 1.5
+
+
+def test_an_adapter_that_does_nothing_is_named(tmp_path: Path, out: Path) -> None:
+    """One untrained adapter among others does not change the result, and a warning names it."""
+    one = lora(tmp_path / "one", Q, seed=1)
+    tensors = load_file(one / WEIGHTS)
+    idle = write_adapter(
+        tmp_path / "idle", {n: t * ("lora_A" in n) for n, t in tensors.items()}, {"r": 4}
+    )
+    report = loratool.combine([one, idle], out)
+    assert codes(report) == ["zero-adapter"]
+    assert str(idle) in report.warnings[0].message
+    assert_near(deltas(out), deltas(one), 1e2)
+    assert "B does nothing" in run_cli("compare", str(one), str(idle)).stdout

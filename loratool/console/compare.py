@@ -157,6 +157,9 @@ def _sentence(report: CompareReport, pair: Relation, verdict: str, names: Sequen
         return f"[bold]{b} is {pair.factor or 0:.4g} · {a}[/]."
     if verdict == "near":
         return f"[bold]{a} and {b} are nearly the same[/]: they differ by {apart}."
+    idle = [name for name, i in ((a, pair.a), (b, pair.b)) if not report.norms[i]]
+    if verdict == "disjoint" and idle:
+        return f"[bold]{idle[0]} does nothing[/]: in every module A or B is zero."
     if verdict == "disjoint":
         return f"[bold]{a} and {b} change no module together[/]."
     words = {

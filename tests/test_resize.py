@@ -801,3 +801,21 @@ def test_norms_are_those_of_inspect_for_attention_too(tmp_path: Path, out: Path)
     kept = sum((after[m.path] or 0) ** 2 for m in report.modules)
     assert report.kept == pytest.approx(kept / whole, rel=1e-6)
     assert report.error == pytest.approx(math.sqrt(1 - kept / whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("flat", ["attn.", "attn.base_layer.out_proj."])
+def test_the_parts_of_an_attention_module_share_the_larger_rank(
+    tmp_path: Path, out: Path, flat: str
+) -> None:
+    """PEFT gives in_proj and out_proj one rank; it is the one that both need for the energy."""
+    tensors = {}
+    for name, width in (("attn.", 24), ("attn.base_layer.out_proj.", 8)):
+        size = np.ones(4) if name == flat else np.array([10, 0.1, 0.1, 0.1])
+        tensors[f"{ROOT}{name}lora_A.weight"] = np.eye(4, 8, dtype=np.float32)
+        b = np.eye(width, 4) * size
+        tensors[f"{ROOT}{name}lora_B.weight"] = b.astype(np.float32)
+    source = write_adapter(tmp_path / "one", tensors, {"r": 4, "lora_alpha": 4})
+    report = loratool.resize(source, out, energy=0.74)
+    assert [m.rank for m in report.modules] == [3, 3]
+    assert min(m.kept or 0 for m in report.modules) >= 0.74
+    assert config_of(out)["rank_pattern"] == {}

@@ -156,7 +156,7 @@ class AdapterWriter:
         size = DTYPE_BITS[self._dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
         rows = np.zeros((rank, length * size), np.uint8)
-        target = rows[: min(rank, kept.rank)].data.cast("B") if kept.rank else memoryview(b"")
+        target = rows[: kept.rank].data.cast("B") if kept.rank else memoryview(b"")
         position = kept.start + start * size
         while target:
             count = os.preadv(self._scratch.fileno(), [target], position)

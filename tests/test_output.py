@@ -818,3 +818,18 @@ def test_a_name_with_the_tensor_norm_is_the_same_in_and_out(
     untouched = {OTHER, NORM}
     merged = load(tmp_path / "out")
     assert same({n: merged[n] for n in untouched}, {n: small_state()[n] for n in untouched})
+
+
+def test_an_interrupt_while_the_folder_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between making the staging folder and using it: nobody else would clean it up."""
+
+    def interrupt(mask: int) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "umask", interrupt)
+    with pytest.raises(KeyboardInterrupt), StagedDirectory(tmp_path / "new" / "out"):
+        pass
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []

@@ -69,6 +69,17 @@ class ModuleChange:
         return {**self.__dict__, "shape": list(self.shape), "ranks": list(self.ranks)}
 
 
+def document(report: Any) -> dict[str, Any]:
+    """What `--json` prints of a report that has `modules` and `warnings` beside plain values."""
+    fields = {k: v for k, v in report.__dict__.items() if k not in ("modules", "warnings")}
+    return {
+        "schema_version": 1,
+        **fields,
+        "modules": [m.to_dict() for m in report.modules],
+        "warnings": [w.to_dict() for w in report.warnings],
+    }
+
+
 def shrink(
     path: str,
     parts: list[Part],

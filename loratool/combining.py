@@ -14,8 +14,8 @@ import numpy as np
 from loratool.adapter import Adapter, Notice
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import CLASHES, settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
-from loratool.checkpoint.tensors import FilePool
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, document, shrink
+from loratool.checkpoint.tensors import FilePool, same_values
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.formats import read_lora
@@ -26,7 +26,6 @@ from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, 
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress
-from loratool.provenance import adapter_files
 from loratool.threads import few
 
 SIGNS = ("total", "frequency")
@@ -63,13 +62,7 @@ class CombineReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("modules", "warnings")}
-        return {
-            "schema_version": 1,
-            **fields,
-            "modules": [m.to_dict() for m in self.modules],
-            "warnings": [w.to_dict() for w in self.warnings],
-        }
+        return document(self)
 
 
 def combine(
@@ -226,17 +219,20 @@ def _largest_rank(joined: Joined) -> int:
 
 def _note_copies(joined: Joined) -> None:
     """Say so where one adapter is given twice: it may be meant, and it may be a slip."""
-    by_size: dict[int, list[Adapter]] = {}
-    for adapter in joined.used:
-        by_size.setdefault(adapter.weights.stat().st_size, []).append(adapter)
-    for group in by_size.values():
-        hashes = [adapter_files(a) for a in group] if len(group) > 1 else []
-        for number, (adapter, files) in enumerate(zip(group, hashes, strict=False)):
-            if files in hashes[:number]:
-                text = (
-                    f"{adapter.source} is the same adapter as {group[hashes.index(files)].source}."
-                )
-                joined.notices.append(Notice("same-adapter", text, str(adapter.source)))
+    for number, adapter in enumerate(joined.used):
+        twin = next((other for other in joined.used[:number] if _same(adapter, other)), None)
+        if twin is not None:
+            text = f"{adapter.source} is the same adapter as {twin.source}."
+            joined.notices.append(Notice("same-adapter", text, str(adapter.source)))
+
+
+def _same(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters hold the same; different ones differ in the first block read."""
+    return (
+        one.config == other.config
+        and one.tensors.keys() == other.tensors.keys()
+        and all(same_values(info, other.tensors[name]) for name, info in one.tensors.items())
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from loratool.adapter import Notice
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, document, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.errors import UsageError, explained_os_errors
@@ -47,13 +47,7 @@ class ResizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("modules", "warnings")}
-        return {
-            "schema_version": 1,
-            **fields,
-            "modules": [m.to_dict() for m in self.modules],
-            "warnings": [w.to_dict() for w in self.warnings],
-        }
+        return document(self)
 
 
 def resize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,31 @@ def pair(
         f"{prefix}{path}.lora_A.weight": rng.standard_normal((rank, width)).astype(np.float32),
         f"{prefix}{path}.lora_B.weight": rng.standard_normal((out, rank)).astype(np.float32),
     }
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts memory disks with given options; skips where mounting is not permitted."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
+        )
+        if done.returncode:
+            # Only root can mount, and CI is root. Elsewhere a file size limit stands in for the
+            # full disk, in a test of its own in test_output.py that runs everywhere.
+            assert "CI" not in os.environ, done.stderr
+            pytest.skip(f"mounting a tmpfs is not possible here: {done.stderr.decode().strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        if subprocess.run(["umount", str(place)], capture_output=True).returncode:
+            subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def run_cli(*arguments: str) -> Result:

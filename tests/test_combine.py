@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
+from adapters import HEAD, ROOT, WEIGHTS, K, Q, Tensors, codes, config_of, deltas, lora
 from conftest import FIXTURES, pair, run_cli, write_adapter
 from files import assert_clean, assert_clear, beside, permissions_that_count, sha256s
 from hypothesis import HealthCheck, given, settings
@@ -37,52 +38,15 @@ from loratool.errors import (
 )
 from loratool.linalg.methods import METHODS
 
-Tensors = dict[str, np.ndarray]
-
-Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-ROOT = "base_model.model."
-HEAD = f"{ROOT}score.weight"
-WEIGHTS = "adapter_model.safetensors"
-
 QUICK = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def lora(
-    folder: Path,
-    *paths: str,
-    rank: int = 4,
-    seed: int = 0,
-    extra: Tensors | None = None,
-    **config: Any,
-) -> Path:
-    """An adapter with random factors on 12×10 modules, the first on Q if no path is given."""
-    tensors: Tensors = {}
-    for number, path in enumerate(paths or (Q,)):
-        tensors |= pair(path, 12, 10, rank, 100 * seed + number)
-    return write_adapter(folder, tensors | (extra or {}), {"r": rank, **config})
 
 
 def holding(folder: Path, head: np.ndarray, seed: int = 0, **config: Any) -> Path:
     """An adapter that holds a head whole."""
     extra = {HEAD: head}
     return lora(folder, seed=seed, extra=extra, modules_to_save=["score"], **config)
-
-
-def deltas(folder: Path) -> dict[str, np.ndarray]:
-    """scale·B·A of every module in float64, read here without loratool; uniform configs only."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / WEIGHTS)
-    root = math.sqrt if config.get("use_rslora") else float
-    scale = config["lora_alpha"] / root(config["r"])
-    return {
-        name.removeprefix(ROOT).removesuffix(".lora_A.weight"): scale
-        * tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
-        @ a.astype(np.float64)
-        for name, a in tensors.items()
-        if name.endswith("lora_A.weight")
-    }
 
 
 def total(folders: list[Path], weights: list[float]) -> dict[str, np.ndarray]:
@@ -101,15 +65,6 @@ def assert_near(
     assert one.keys() == other.keys()
     for path in one:
         assert np.linalg.norm(one[path] - other[path]) <= share * size
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return found
-
-
-def codes(report: loratool.CombineReport) -> list[str]:
-    return [notice.code for notice in report.warnings]
 
 
 def fails(
@@ -1280,28 +1235,6 @@ def test_the_command_says_that_it_was_interrupted(layers: list[Path], out: Path)
     assert_clean(out)
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a memory disk with given options; skips where mounting is not permitted."""
-    mounted: list[Path] = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
-        )
-        if done.returncode:  # only root can mount
-            pytest.skip(f"mounting a tmpfs is not possible here: {done.stderr.decode().strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        if subprocess.run(["umount", str(place)], capture_output=True).returncode:
-            subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize("size", ["4k", "20k", "36k", "48k"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, disk: Callable[[str], Path], size: str) -> None:
     """A disk too small for the scratch file, for the weights or for the rest ends the run in
@@ -1495,7 +1428,10 @@ def test_one_tokenizer_file_more_is_no_other_tokenizer(two: list[Path], out: Pat
     assert (out / "chat_template.jinja").read_text() == "x"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="only /proc tells a process's own peak; ru_maxrss starts at that of its parent",
+)
 def test_a_saved_tensor_is_never_whole_in_memory(tmp_path: Path, out: Path) -> None:
     """Large tensors beside the factors go through in blocks, also where their mean is taken."""
     sources = [holding(tmp_path / str(n), np.full((4000, 4000), n, np.float32)) for n in (1, 2)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters import HEAD, ROOT, WEIGHTS, K, Q, Tensors, deltas, lora
 from conftest import FIXTURES, pair, run_cli, write_adapter
 from files import assert_clear, permissions_that_count, sha256s, write_base
 from hypothesis import given, settings
@@ -31,29 +32,7 @@ from loratool.errors import (
     ValueRangeError,
 )
 
-Tensors = dict[str, np.ndarray]
-
-Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-ROOT = "base_model.model."
-HEAD = f"{ROOT}score.weight"
-WEIGHTS = "adapter_model.safetensors"
-
 QUICK = settings(max_examples=12, deadline=None)
-
-
-def lora(
-    folder: Path,
-    *paths: str,
-    rank: int = 4,
-    seed: int = 0,
-    extra: Tensors | None = None,
-    **config: Any,
-) -> Path:
-    """An adapter with random factors on 12×10 modules, the first on Q if no path is given."""
-    tensors: Tensors = {}
-    for number, path in enumerate(paths or (Q,)):
-        tensors |= pair(path, 12, 10, rank, 100 * seed + number)
-    return write_adapter(folder, tensors | (extra or {}), {"r": rank, **config})
 
 
 def of(folder: Path, modules: dict[str, tuple[Any, Any]], **config: Any) -> Path:
@@ -71,21 +50,6 @@ def changed(source: Path, target: Path, extra: Tensors, **config: Any) -> Path:
     """A copy of an adapter with some tensors and config fields put in."""
     old = json.loads((source / "adapter_config.json").read_text())
     return write_adapter(target, load_file(source / WEIGHTS) | extra, {**old, **config})
-
-
-def deltas(folder: Path) -> dict[str, np.ndarray]:
-    """scale·B·A of every module in float64, read here without loratool; uniform configs only."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / WEIGHTS)
-    root = math.sqrt if config.get("use_rslora") else float
-    scale = config["lora_alpha"] / root(config["r"])
-    return {
-        name.removeprefix(ROOT).removesuffix(".lora_A.weight"): scale
-        * tensors[name.replace("lora_A", "lora_B")].astype(np.float64)
-        @ a.astype(np.float64)
-        for name, a in tensors.items()
-        if name.endswith("lora_A.weight")
-    }
 
 
 def overlaps(one: np.ndarray, two: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -589,30 +589,6 @@ def test_an_old_output_left_aside_is_removed(tmp_path: Path, base: Path, lora: P
 
 
 # --- full and forbidden disks --------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts memory disks with given options; skips where mounting is not permitted."""
-    mounted: list[Path] = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
-        )
-        if done.returncode:
-            # Only root can mount. A file size limit stands in for the full disk in a test of its
-            # own, which runs everywhere.
-            pytest.skip(f"mounting a tmpfs is not possible here: {done.stderr.decode().strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        if subprocess.run(["umount", str(place)], capture_output=True).returncode:
-            subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def open_files(below: Path) -> list[str]:

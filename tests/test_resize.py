@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapters import HEAD, ROOT, WEIGHTS, K, Q, Tensors, codes, config_of, deltas, lora
 from conftest import FIXTURES, pair, run_cli, write_adapter
 from files import assert_clean, assert_clear, beside, permissions_that_count, sha256s
 from hypothesis import given, settings
@@ -33,29 +34,7 @@ from loratool.errors import (
     ValueRangeError,
 )
 
-Tensors = dict[str, np.ndarray]
-
-Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
-ROOT = "base_model.model."
-HEAD = f"{ROOT}score.weight"
-WEIGHTS = "adapter_model.safetensors"
-
 QUICK = settings(max_examples=12, deadline=None)
-
-
-def lora(
-    folder: Path,
-    *paths: str,
-    rank: int = 4,
-    seed: int = 0,
-    extra: Tensors | None = None,
-    **config: Any,
-) -> Path:
-    """An adapter with random factors on 12×10 modules, the first on Q if no path is given."""
-    tensors: Tensors = {}
-    for number, path in enumerate(paths or (Q,)):
-        tensors |= pair(path, 12, 10, rank, 100 * seed + number)
-    return write_adapter(folder, tensors | (extra or {}), {"r": rank, **config})
 
 
 def of_spectrum(folder: Path, *spectra: list[float]) -> Path:
@@ -75,38 +54,12 @@ def of_spectrum(folder: Path, *spectra: list[float]) -> Path:
     return write_adapter(folder, tensors, {"r": rank, "lora_alpha": 2 * rank})
 
 
-def deltas(folder: Path) -> dict[str, np.ndarray]:
-    """scale·B·A of every module in float64, read here without loratool."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / WEIGHTS)
-    root = math.sqrt if config.get("use_rslora") else float
-    found = {}
-    for name, a in tensors.items():
-        if name.endswith("lora_A.weight"):
-            path = name.removeprefix(ROOT).removesuffix(".lora_A.weight")
-            rank = (config.get("rank_pattern") or {}).get(path, config["r"])
-            alpha = (config.get("alpha_pattern") or {}).get(path, config["lora_alpha"])
-            assert a.shape[0] == rank
-            b = tensors[name.replace("lora_A", "lora_B")]
-            found[path] = alpha / root(rank) * b.astype(np.float64) @ a.astype(np.float64)
-    return found
-
-
 def assert_near(one: Path, other: Path, share: float = 1e-6) -> None:
     """Both adapters have the same modules, and each does the same in both."""
     first, second = deltas(one), deltas(other)
     assert first.keys() == second.keys()
     for path, delta in first.items():
         assert np.linalg.norm(delta - second[path]) <= share * np.linalg.norm(delta)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return found
-
-
-def codes(report: loratool.ResizeReport) -> list[str]:
-    return [notice.code for notice in report.warnings]
 
 
 def fails(
@@ -733,28 +686,6 @@ def test_a_run_that_is_stopped_leaves_no_output(
     loratool.resize(source, out, rank=3)
     assert beside(out) == []
     assert set(sha256s(out)) == {WEIGHTS, "adapter_config.json", "loratool.json"}
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a memory disk with given options; skips where mounting is not permitted."""
-    mounted: list[Path] = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
-        )
-        if done.returncode:  # only root can mount
-            pytest.skip(f"mounting a tmpfs is not possible here: {done.stderr.decode().strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        if subprocess.run(["umount", str(place)], capture_output=True).returncode:
-            subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("options", ["size=4k", "size=16k", "size=32k", "size=1M,nr_inodes=3"])

@@ -45,6 +45,25 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A module as far as the names and shapes of its factors go.
+
+    `out` are the rows of B and `inner` the dimensions of A beside the rank: `(in,)`, and for
+    convolutions `(in, *kernel)`.
+    """
+
+    path: str
+    kind: Kind
+    out: int
+    inner: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the product B·A, convolution kernels flattened into `in`."""
+        return self.out, math.prod(self.inner)
+
+
+@dataclass(frozen=True)
 class LowRank:
     """One adapted module: `ΔW = scale · B·A`.
 
@@ -78,6 +97,12 @@ class LowRank:
         """`(out, in)` of the product B·A, convolution kernels flattened into `in`."""
         out = self.b.shape[0] if self.b.shape else 0
         return out, math.prod(self.a.shape[1:]) * self.blocks_a
+
+    @property
+    def place(self) -> Place:
+        out, width = self.shape
+        inner = self.a.shape[1:] if self.blocks_a == 1 else (width,)
+        return Place(self.path, self.kind, out, inner)
 
     @property
     def weight_name(self) -> str:

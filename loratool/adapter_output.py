@@ -76,14 +76,14 @@ def write_adapter(
         tokenizer = _agreed_tokenizer(joined)
         extras = _extras(joined, dtype)
     metadata = {**_common_metadata(joined), "format": "pt"}
-    templates = [parts[0].module for parts in joined.modules.values()]
+    places = [parts[0].module.place for parts in joined.modules.values()]
 
     def compute(writer: AdapterWriter | None) -> tuple[Changes, int]:
         shrunk = []
         work = (partial(_encoded, call, dtype) for call in modules)
         for done, (module, rank, data) in enumerate(computed(work, threads), 1):
             if writer is not None:
-                writer.add(module.parts[0].module, rank, data)
+                writer.add(module.parts[0].module.place, rank, data)
             shrunk.append(module)
             if progress is not None:
                 progress(done, len(joined.modules), module.path)
@@ -92,7 +92,7 @@ def write_adapter(
         changes = measure(joined, shrunk, ranks)
         if len(set(ranks)) > 1:
             changes.notices.append(_note_ranks(ranks))
-        return changes, file_size(tensors_of(templates, ranks, dtype, extras), metadata)
+        return changes, file_size(tensors_of(places, ranks, dtype, extras), metadata)
 
     if dry_run:
         return compute(None)
@@ -101,7 +101,7 @@ def write_adapter(
             with AdapterWriter(stage.path, dtype, metadata) as writer:
                 changes, nbytes = compute(writer)
                 refuse_full_disk(nbytes, output)
-                writer.finish([m.rank for m in changes.modules], extras, threads)
+                writer.finish(places, [m.rank for m in changes.modules], extras, threads)
             _write_beside(joined, changes, stage.path, record, policy.uniform, tokenizer)
             stage.commit()
         except OSError as error:
@@ -127,7 +127,7 @@ def _encoded(compute: Callable[[], Shrunk], dtype: str) -> tuple[Shrunk, int, By
     """A module without its factors, their rank, and their bytes."""
     with explained_os_errors():
         module = compute()
-    data = encode(module.parts[0].module, module.b, module.a, dtype)
+    data = encode(module.path, module.b, module.a, dtype)
     lost = None if dtype == "F32" else rounding_loss(module.b, module.a, data, dtype)
     nothing = np.zeros((0, 0))
     return replace(module, b=nothing, a=nothing, rounding=lost), len(module.a), data
@@ -140,10 +140,12 @@ def _extras(joined: Joined, dtype: str) -> list[Extra]:
         module = parts[0].module
         if joined.biased:
             shape = (module.shape[0],)
-            extras.append(Extra(bias_key(module), dtype, shape, partial(_bias_bytes, parts, dtype)))
+            extras.append(
+                Extra(bias_key(module.path), dtype, shape, partial(_bias_bytes, parts, dtype))
+            )
         if module.magnitude is not None:
             info = module.magnitude
-            key = magnitude_key(module)
+            key = magnitude_key(module.path)
             extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
     for saved in joined.saved.values():
         info = saved.sources[0][1]

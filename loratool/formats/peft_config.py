@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, LowRank, Notice
+from loratool.adapter import Adapter, LowRank, Notice, Place
 from loratool.errors import AdapterError
 
 #: Fields that are read by loratool.
@@ -204,7 +204,7 @@ def adapter_config(
     rank = max(ranks)
     has_bias = any(name.endswith(".bias") for name in saved)
     biases = {str(c.get("bias") or "none") for c in configs}
-    patterns = {} if uniform else _rank_pattern(modules, ranks)
+    patterns = {} if uniform else rank_pattern(modules, ranks)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _common(configs, "task_type"),
@@ -244,12 +244,12 @@ def _common(configs: Sequence[dict[str, Any]], field: str) -> Any:
     return configs[0].get(field) if len(found) == 1 else None
 
 
-def owner(module: LowRank) -> str:
+def owner(module: LowRank | Place) -> str:
     """The module that has the rank: PEFT gives the two parts of an attention module one."""
     return module.path.removesuffix(".out_proj") if module.kind == "attention-out" else module.path
 
 
-def _rank_pattern(modules: Sequence[LowRank], ranks: Sequence[int]) -> dict[str, int]:
+def rank_pattern(modules: Sequence[LowRank | Place], ranks: Sequence[int]) -> dict[str, int]:
     """Ranks other than the largest, by path.
 
     PEFT reads a key as the end of a path and takes the first that fits. So longer ones come first,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.adapter import LowRank
+from loratool.adapter import Place
 from loratool.checkpoint.header import build_header
 from loratool.checkpoint.tensors import DTYPE_BITS, as_bytes
 from loratool.checkpoint.writer import ShardWriter
@@ -62,7 +62,7 @@ class Extra:
 class _Kept:
     """Where the factors of a module lie in the scratch file, `rank` columns and rows of them."""
 
-    module: LowRank
+    place: Place
     rank: int
     start: int
 
@@ -79,23 +79,23 @@ def checked_bytes(name: str, values: npt.NDArray[Any], dtype: str) -> Bytes:
     return as_bytes(values, dtype)
 
 
-def encode(module: LowRank, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> Bytes:
+def encode(path: str, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> Bytes:
     """The bytes of `a [k, in]` and of `bᵀ [k, out]`, so that ranks are runs of rows in both.
 
     Raises ValueRangeError if a value is too large for the dtype.
     """
     halves = (("lora_A", a), ("lora_B", b.T))
-    return np.concatenate([checked_bytes(f"{module.path}: {n}", x, dtype) for n, x in halves])
+    return np.concatenate([checked_bytes(f"{path}: {n}", x, dtype) for n, x in halves])
 
 
 def tensors_of(
-    modules: Sequence[LowRank], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
+    places: Sequence[Place], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of all tensors of the file, in its order."""
     found = [
         (key, dtype, shape)
-        for module, rank in zip(modules, ranks, strict=True)
-        for key, shape in factor_shapes(module, rank)
+        for place, rank in zip(places, ranks, strict=True)
+        for key, shape in factor_shapes(place, rank)
     ]
     return found + [(extra.key, extra.dtype, extra.shape) for extra in extras]
 
@@ -113,7 +113,7 @@ class AdapterWriter:
         self._folder = folder
         self._dtype = dtype
         self._metadata = metadata
-        self._kept: list[_Kept] = []
+        self._kept: dict[str, _Kept] = {}
         self._position = 0
 
     def __enter__(self) -> AdapterWriter:
@@ -124,22 +124,28 @@ class AdapterWriter:
         self._scratch.close()
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
-    def add(self, module: LowRank, rank: int, data: Bytes) -> None:
-        """Keep the `encode`d factors of a module that is named and shaped like `module`."""
-        self._kept.append(_Kept(module, rank, self._position))
+    def add(self, place: Place, rank: int, data: Bytes) -> None:
+        """Keep the `encode`d factors of a module; a second time replaces the first."""
+        self._kept[place.path] = _Kept(place, rank, self._position)
         self._position += data.nbytes
         rest = data.data
         while rest:
             rest = rest[self._scratch.write(rest) :]
 
-    def finish(self, ranks: Sequence[int], extras: Sequence[Extra], threads: int | None) -> None:
+    def finish(
+        self,
+        places: Sequence[Place],
+        ranks: Sequence[int],
+        extras: Sequence[Extra],
+        threads: int | None,
+    ) -> None:
         """Write the file, each module with its rank: cut, or filled up with zeros."""
         producers: list[Callable[[], Bytes]] = [
-            partial(self._read, kept, half, rank)
-            for kept, rank in zip(self._kept, ranks, strict=True)
+            partial(self._read, self._kept[place.path], half, rank)
+            for place, rank in zip(places, ranks, strict=True)
             for half in "AB"
         ]
-        tensors = tensors_of([kept.module for kept in self._kept], ranks, self._dtype, extras)
+        tensors = tensors_of(places, ranks, self._dtype, extras)
         file = ShardWriter(self._folder / WEIGHTS, build_header(tensors, self._metadata))
         try:
             position = 0
@@ -152,7 +158,7 @@ class AdapterWriter:
 
     def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""
-        out, width = kept.module.shape
+        out, width = kept.place.shape
         size = DTYPE_BITS[self._dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
         rows = np.zeros((rank, length * size), np.uint8)
@@ -170,32 +176,32 @@ class AdapterWriter:
 
 
 def factor_shapes(
-    module: LowRank, rank: int
+    place: Place, rank: int
 ) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
     """The keys and shapes of lora_A and lora_B of a module at this rank."""
-    out, width = module.shape
-    path = _PREFIX + _stored_path(module)
-    if module.kind == "embedding":
-        return (f"{path}.lora_embedding_A", (rank, width)), (
-            f"{path}.lora_embedding_B", (out, rank),
+    path = _PREFIX + _stored_path(place)
+    if place.kind == "embedding":
+        return (f"{path}.lora_embedding_A", (rank, *place.inner)), (
+            f"{path}.lora_embedding_B", (place.out, rank),
         )  # fmt: skip
-    inner = module.a.shape[1:] if module.blocks_a == 1 else (width,)
-    ones = (1,) * (len(inner) - 1)
-    return (f"{path}.lora_A.weight", (rank, *inner)), (f"{path}.lora_B.weight", (out, rank, *ones))
+    ones = (1,) * (len(place.inner) - 1)
+    return (f"{path}.lora_A.weight", (rank, *place.inner)), (
+        f"{path}.lora_B.weight", (place.out, rank, *ones),
+    )  # fmt: skip
 
 
-def _stored_path(module: LowRank) -> str:
-    if module.kind == "attention-out":
-        return f"{module.path.removesuffix('.out_proj')}.base_layer.out_proj"
-    return module.path
+def _stored_path(place: Place) -> str:
+    if place.kind == "attention-out":
+        return f"{place.path.removesuffix('.out_proj')}.base_layer.out_proj"
+    return place.path
 
 
-def bias_key(module: LowRank) -> str:
-    return f"{_PREFIX}{module.path}.lora_B.bias"
+def bias_key(path: str) -> str:
+    return f"{_PREFIX}{path}.lora_B.bias"
 
 
-def magnitude_key(module: LowRank) -> str:
-    return f"{_PREFIX}{module.path}.lora_magnitude_vector"
+def magnitude_key(path: str) -> str:
+    return f"{_PREFIX}{path}.lora_magnitude_vector"
 
 
 def saved_key(name: str, key: str, modules: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loratool.combining import CombineReport, combine
     from loratool.comparing import CompareReport, compare
     from loratool.errors import LoraToolError
+    from loratool.extracting import ExtractReport, extract
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
     from loratool.resizing import ResizeReport, resize
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CombineReport",
     "CompareReport",
+    "ExtractReport",
     "InspectReport",
     "LoraToolError",
     "MergeReport",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "combine",
     "compare",
+    "extract",
     "inspect",
     "merge",
     "resize",
@@ -54,6 +57,8 @@ _HOMES = {
     "ResizeReport": "resizing",
     "compare": "comparing",
     "CompareReport": "comparing",
+    "extract": "extracting",
+    "ExtractReport": "extracting",
     "LoraToolError": "errors",
 }
 

@@ -91,7 +91,7 @@ def write_adapter(
         ranks = policy.ranks(shrunk)
         changes = measure(joined, shrunk, ranks)
         if len(set(ranks)) > 1:
-            changes.notices.append(_note_ranks(ranks))
+            changes.notices.append(note_ranks(ranks))
         return changes, file_size(tensors_of(places, ranks, dtype, extras), metadata)
 
     if dry_run:
@@ -115,7 +115,7 @@ def _common_metadata(joined: Joined) -> dict[str, str]:
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
-def _note_ranks(ranks: list[int]) -> Notice:
+def note_ranks(ranks: list[int]) -> Notice:
     text = (
         f"The modules have different ranks, {min(ranks)} to {max(ranks)}. PEFT and vLLM load that; "
         "llama.cpp and older engines want one rank for all."

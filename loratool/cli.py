@@ -14,6 +14,7 @@ import click
 from loratool import __version__
 from loratool.commands.combine import combine_command
 from loratool.commands.compare import compare_command
+from loratool.commands.extract import extract_command
 from loratool.commands.inspect import inspect_command
 from loratool.commands.merge import merge_command
 from loratool.commands.resize import resize_command
@@ -28,7 +29,7 @@ _INTERRUPTED = 130
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect, merge, combine, resize and compare LoRA adapter checkpoints.
+    """Inspect, merge, combine, resize, compare and extract LoRA adapters.
 
     Works on files: no model is loaded, memory stays flat, and an output appears
     complete or not at all.
@@ -42,6 +43,7 @@ def cli() -> None:
       loratool compare style/ task/
       loratool combine style/ task/ --weight 0.7 --weight 0.5 -o both/
       loratool resize adapter/ --rank 8 -o smaller/
+      loratool extract base/ tuned/ --rank 16 -o adapter/
     """
 
 
@@ -53,6 +55,7 @@ for command in (
     combine_command,
     resize_command,
     compare_command,
+    extract_command,
 ):
     cli.add_command(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def check_paths(paths: Sequence[Source], adapters: Sequence[Source], usage: str)
         raise UsageError("A path is empty.", "Check the variables in your command.")
     if not adapters:
         raise UsageError("No adapter given.", usage)
+
+
+def parse_bytes(size: int | str) -> int:
+    """50_000_000 from "50MB", "50 mb" or 50_000_000; MiB and the like count in powers of two."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kMGT]?)(i?)B?)\s*", str(size), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{size!r} is no size.", "Write 50MB, 1.5GB or a number of bytes.")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def check_threads(threads: int | None) -> None:

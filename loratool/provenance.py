@@ -34,16 +34,7 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
             "weights": plan.weights,
             "allow_unmatched": plan.allow_unmatched,
         },
-        "base": {
-            "name": plan.base.name,
-            "model_type": plan.base.model_type,
-            "architectures": plan.base.config.get("architectures"),
-            "tensors": len(plan.base.tensors),
-            "bytes": plan.base.nbytes,
-            "dtypes": sorted({t.dtype for t in plan.base.tensors.values() if t.is_float}),
-            "header_sha256": plan.base.identity(),
-            "adapters": _held_by(plan.base),
-        },
+        "base": {**describe_model(plan.base), "adapters": _held_by(plan.base)},
         "adapters": [
             describe_adapter(adapter, weight)
             for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
@@ -56,6 +47,18 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
             **result,
         },
         "shards": shards,
+    }
+
+
+def describe_model(model: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "model_type": model.model_type,
+        "architectures": model.config.get("architectures"),
+        "tensors": len(model.tensors),
+        "bytes": model.nbytes,
+        "dtypes": sorted({t.dtype for t in model.tensors.values() if t.is_float}),
+        "header_sha256": model.identity(),
     }
 
 

@@ -45,7 +45,11 @@ def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bo
         number = _LAYER.search(path)
         if number is None or int(number[1]) not in layers:
             return False
-    return not include or any(
-        fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}")
-        for glob in include
+    return not include or matches(path, include)
+
+
+def matches(path: str, globs: Sequence[str]) -> bool:
+    """Whether a path, or a dotted end of it, matches one of the globs."""
+    return any(
+        fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}") for glob in globs
     )

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "loratool"
 
-VERBS = ("inspect", "merge", "verify", "unmerge", "combine", "resize", "compare")
+VERBS = ("inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract")
 
 #: Imports go from a floor to lower ones only; modules of one floor know nothing of each other.
 FLOORS = [
@@ -21,20 +21,23 @@ FLOORS = [
     {f"console.{verb}" for verb in VERBS},
     {"console.changes"},
     {"console.common", "console"},
-    {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing"},
-    {"adapter_output", "pairing", "subtraction"},
+    {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing",
+     "extracting"},
+    {"extracted_output"},
+    {"adapter_output", "pairing", "subtraction", "extraction"},
     {"output", "changes"},
-    {"executor", "restoring", "sampling", "checking"},
+    {"executor", "restoring", "sampling", "checking", "attesting"},
     {"recording", "ways"},
     {"streaming", "reversal", "findings"},
-    {"arithmetic"},
+    {"arithmetic", "differences"},
     {"rounding"},
     {"planning", "provenance", "inputs", "beside", "base_weights"},
     {"joining", "relations"},
     {"tying"},
-    {"plan"},
+    {"plan", "counterparts"},
     {"matching"},
-    {"formats", "formats.peft", "formats.peft_config", "formats.peft_writer", "formats.recognise"},
+    {"formats", "formats.peft", "formats.peft_config", "formats.peft_writer", "formats.recognise",
+     "formats.peft_targets"},
     {"adapter"},
     {"checkpoint.layout", "checkpoint.sidefiles"},
     {"checkpoint.undo"},
@@ -43,8 +46,9 @@ FLOORS = [
     {"checkpoint.header"},
     {"checkpoint.tensors", "checkpoint.config", "checkpoint.residual", "checkpoint"},
     {"linalg.methods"},
-    {"linalg.angles", "linalg.ranks", "linalg.sparsify", "linalg.dense", "linalg.intruders"},
-    {"linalg.lowrank", "linalg.spectrum", "linalg"},
+    {"linalg.angles", "linalg.ranks", "linalg.sparsify", "linalg.dense", "linalg.intruders",
+     "linalg.truncation"},
+    {"linalg.lowrank", "linalg.spectrum", "linalg.krylov", "linalg"},
     {"workers", "folding", "options", "selection"},
     {"threads", "errors"},
 ]  # fmt: skip

@@ -43,6 +43,13 @@ _RENAMES: dict[str, list[tuple[str, str]]] = {
                      "audio-spectrogram-transformer"), _VIT),
 }  # fmt: skip
 
+#: What the class with a head puts before the names of models that were saved without it.
+_ROOTS = {
+    "gpt2": "transformer", "openai-gpt": "transformer", "bloom": "transformer", "opt": "model",
+    "bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "distilbert": "distilbert",
+    "electra": "electra",
+}  # fmt: skip
+
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed)\.weight$"
 )
@@ -174,6 +181,21 @@ class Tied:
     head_on_disk: bool
     certain: bool
     separable: bool
+
+
+def rooted(model: Checkpoint) -> Naming:
+    """From names on disk to those of the class in config.json, which PEFT sees.
+
+    Some models were saved without their head, and so without the name under which the class with
+    the head holds them.
+    """
+    root = _ROOTS.get(model.model_type, "")
+    architectures = [str(name) for name in model.config.get("architectures") or []]
+    headless = not architectures or any(name.endswith("Model") and "LMHead" not in name
+                                        for name in architectures)  # fmt: skip
+    if not root or headless or any(name.startswith(f"{root}.") for name in model.tensors):
+        return _identity
+    return lambda name: name if _HEAD.search(name) else f"{root}.{name}"
 
 
 def _find_tied(base: Checkpoint) -> Tied | None:

@@ -6,6 +6,7 @@ stdout carries the answer, stderr the conversation: progress, warnings, errors, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -92,6 +93,24 @@ def progress_bar(
             bar.update(task, completed=done, total=total, description=short)
 
         yield advance
+
+
+def spectrum_table(spectra: Sequence[tuple[str, Sequence[float]]], heading: str) -> Table:
+    """The singular values of every module as a line of bars, with the first and the last."""
+    table = make_table("module", heading, "σ₁", "σᵣ")
+    for path, values in spectra:
+        first, last = (number_text(values[0]), number_text(values[-1])) if values else ("–", "–")
+        table.add_row(escape(path), _bars(values), first, last)
+    return table
+
+
+def _bars(values: Sequence[float], width: int = 16) -> str:
+    """Singular values as a line of bars, the first one full height."""
+    if not values or values[0] <= 0:
+        return "–"
+    step = max(1, math.ceil(len(values) / width))
+    shown = values[::step]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v / values[0]))] for v in shown)
 
 
 def fact_grid() -> Table:
@@ -195,7 +214,7 @@ def print_sentence(text: str) -> None:
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
             "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
             "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads",
-            "kept ≥", "error ≤", "off sum ≤", "cos of pairs"}  # fmt: skip
+            "kept ≥", "error ≤", "off sum ≤", "cos of pairs", "noise ≤"}  # fmt: skip
 
 
 def shape_text(shape: Iterable[int]) -> str:

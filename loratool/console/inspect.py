@@ -21,6 +21,7 @@ from loratool.console.common import (
     out,
     shape_text,
     span_text,
+    spectrum_table,
 )
 from loratool.inspecting import InspectReport, ModuleReport
 
@@ -49,7 +50,9 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
         out.print()
         out.print(_module_table(report.modules, full or len(report.modules) == 1))
     if spectrum and report.modules:
-        _show_spectra(report.modules)
+        out.print()
+        spectra = [(m.path, m.singular_values or []) for m in report.modules]
+        out.print(spectrum_table(spectra, "singular values of ΔW"))
     if report.base is not None:
         _show_base(report)
     if tensors or (report.format not in ("peft", "empty") and len(report.tensors) <= 8):
@@ -134,26 +137,6 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
         "s.rank": number_text(statistics.median(stable) if stable else None, 2),
         "‖ΔW‖/‖W‖": span_text([m.relative_norm for m in group]),
     }  # fmt: skip
-
-
-def _show_spectra(modules: list[ModuleReport]) -> None:
-    table = make_table("module", "singular values of ΔW", "σ₁", "σᵣ")
-    for m in modules:
-        values = m.singular_values or []
-        bars = _bars(values)
-        first, last = (number_text(values[0]), number_text(values[-1])) if values else ("–", "–")
-        table.add_row(escape(m.path), bars, first, last)
-    out.print()
-    out.print(table)
-
-
-def _bars(values: Sequence[float], width: int = 16) -> str:
-    """Singular values as a line of bars, the first one full height."""
-    if not values or values[0] <= 0:
-        return "–"
-    step = max(1, math.ceil(len(values) / width))
-    shown = values[::step]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v / values[0]))] for v in shown)
 
 
 def _show_base(report: InspectReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +98,25 @@ class Criterion:
         if self.max_rank is not None:
             kept = min(kept, self.max_rank)
         return max(1, min(kept, len(values)))
+
+
+def spread(values: Sequence[Float64], costs: Sequence[int], budget: int) -> list[int]:
+    """The rank of each matrix that keeps the most energy for at most `budget` bytes.
+
+    `values` are singular values, largest first, and `costs` the bytes that one of them takes. The
+    ones that keep the most per byte are taken first, which is optimal up to the last of them; a
+    cheaper one may still fill what is left.
+    """
+    gains = [(float(s) ** 2 / costs[i], i) for i, own in enumerate(values) for s in own]
+    ranks = [0] * len(values)
+    closed = [False] * len(values)
+    for _, i in sorted(gains, key=lambda gain: (-gain[0], gain[1])):
+        if not closed[i] and costs[i] <= budget:
+            ranks[i] += 1
+            budget -= costs[i]
+        else:
+            closed[i] = True  # a later one of this matrix must not come without the earlier
+    return ranks
 
 
 def _first_reaching(sums: Float64, wanted: float) -> int:

@@ -1,0 +1,107 @@
+"""Does base + adapter give a model? A second look, with the adapter as it is on disk.
+
+The adapter is read and placed as a merge would do it, and every tensor of the result is held
+against the model, in float32 and before anything is rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from loratool.arithmetic import RunningJob
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
+from loratool.counterparts import Counterpart
+from loratool.errors import VerifyError, listed
+from loratool.formats import read_lora
+from loratool.plan import Job
+from loratool.planning import build_plan
+from loratool.rounding import TORCH, scratch
+from loratool.workers import Workers
+
+
+def distance(
+    base: Checkpoint,
+    adapter: Path,
+    parts: Sequence[Counterpart],
+    advance: Callable[[int, str], None],
+    threads: int | None,
+) -> tuple[float, float]:
+    """`(‖base + adapter - tuned‖, ‖tuned - base‖)` over the tensors that both models have.
+
+    Raises VerifyError if a tensor that was saved whole does not come back as it is.
+    """
+    plan = build_plan(base, [read_lora(adapter)], [1.0], "base")
+    goals = _goals(plan.jobs, parts)
+    off = size = 0.0
+    wrong = []
+    with FilePool() as files, Workers(threads) as workers:
+        calls = (
+            partial(running.task, low, high)
+            for running in (_Distance(job, part, files) for job, part in goals)
+            for low, high in blocks(running.length, running.task_elements)
+        )
+        for part, own_off, own_size, nbytes in workers.in_order(calls):
+            off, size = off + own_off, size + own_size
+            if own_off and part.fate == "whole":
+                wrong.append(part.name)
+            advance(nbytes, part.name)
+    if wrong:
+        raise VerifyError(
+            f"The adapter does not give back what it holds:\n{listed(dict.fromkeys(wrong))}",
+            "Nothing was written; please report this.",
+        )
+    return math.sqrt(off), math.sqrt(size)
+
+
+def _goals(jobs: Sequence[Job], parts: Sequence[Counterpart]) -> list[tuple[Job, Counterpart]]:
+    """The tensors of the merge and what each should be."""
+    by_tensor: dict[str, Counterpart] = {}
+    for part in parts:
+        if part.tuned.is_float:
+            by_tensor |= {part.target: part, part.twin: part, part.name: part}
+    return [(job, by_tensor[job.name]) for job in jobs if job.name in by_tensor]
+
+
+class _Distance(RunningJob):
+    """A job whose blocks are held against the tuned model instead of written."""
+
+    def __init__(self, job: Job, part: Counterpart, files: FilePool) -> None:
+        super().__init__(job, files)
+        self.part = part
+
+    def task(self, low: int, high: int) -> tuple[Counterpart, float, float, int]:
+        off = size = 0.0
+        self.prepare()
+        for first, last in blocks(high - low, self.block_elements):
+            one, other = self._compare(low + first, low + last)
+            off, size = off + one, size + other
+        return self.part, off, size, (high - low) * self.part.tuned.itemsize
+
+    def _compare(self, low: int, high: int) -> tuple[float, float]:
+        tuned = self._elements(self.part.tuned, low, high).clone()
+        size = 0.0
+        if self.part.base is not None and self.part.is_comparable:
+            size = _squared(self._elements(self.part.base, low, high).sub_(tuned))
+        merged = self.add(self.load(low, high), low, high)
+        return _squared(merged.sub_(tuned)), size
+
+    def _elements(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
+        count = high - low
+        if info.strides is None:
+            raw = scratch.get("raw", count * info.itemsize, torch.uint8)
+            self.files.read_into(info.file, info.start + low * info.itemsize, raw.numpy().data)
+        else:
+            whole = read_raw(info, self.files)
+            raw = torch.from_numpy(whole[low * info.itemsize : high * info.itemsize])
+        values = scratch.get("side", count, self.work)
+        return values.copy_(raw.view(TORCH[info.dtype]))
+
+
+def _squared(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

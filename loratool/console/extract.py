@@ -1,0 +1,128 @@
+"""Show what `extract` found and made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from loratool.checkpoint.tensors import format_bytes
+from loratool.console.changes import rank_text
+from loratool.console.common import (
+    count_text,
+    fact_grid,
+    folded_table,
+    number_text,
+    out,
+    percent_text,
+    shape_text,
+    span_text,
+    spectrum_table,
+)
+from loratool.extracting import ExtractedModule, ExtractReport, OtherTensor
+
+
+def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
+    if report.dry_run:
+        out.print("[bold]Plan[/] (nothing was written)")
+    facts = fact_grid()
+    facts.add_row("base", escape(report.base))
+    facts.add_row("tuned", escape(report.tuned))
+    facts.add_row("modules", _modules_text(report))
+    if report.saved:
+        facts.add_row("saved whole", _others_text(report.saved))
+    if report.left:
+        facts.add_row("left out", f"[yellow]{_others_text(report.left)}[/]")
+    facts.add_row("unchanged", count_text(report.unchanged, "tensor"))
+    if report.held is not None and report.error is not None:
+        best = report.best_error or 0.0
+        text = f"{percent_text(report.held)} of ‖ΔW‖², relative error {percent_text(report.error)}"
+        facts.add_row("holds", f"{text} (best possible ≥ {percent_text(best)})")
+    facts.add_row(
+        "noise", f"{percent_text(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off"
+    )
+    if report.rounding is not None:
+        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
+    if report.verified is not None:
+        text = f"base + adapter is {percent_text(report.verified)} of ‖ΔW‖ off the tuned model"
+        facts.add_row("verified", text)
+    if report.dry_run:
+        sizes = [f"rank {rank}: {format_bytes(n)}" for rank, n in report.proposals.items()]
+        facts.add_row("sizes", ", ".join(sizes) or "no rank fits the budget")
+        facts.add_row("took", f"{report.seconds:.1f} s")
+    else:
+        share = report.bytes_written / max(1, report.bytes_tuned)
+        size = f"{format_bytes(report.bytes_written)} ({report.dtype})"
+        size += f", {percent_text(share)} of the model"
+        facts.add_row("written", f"{size}; {report.seconds:.1f} s")
+        facts.add_row("output", escape(report.output))
+    out.print(facts)
+    out.print()
+    out.print(_table(report, full))
+    if spectrum and not report.dry_run:
+        out.print()
+        values = [(m.path, m.singular_values) for m in report.modules]
+        out.print(spectrum_table(values, "singular values of ΔW"))
+
+
+def _modules_text(report: ExtractReport) -> str:
+    ranks = [m.rank for m in report.modules if m.rank]
+    text = str(len(report.modules))
+    if not ranks:
+        return text
+    if len(ranks) < len(report.modules):
+        text += f", {len(report.modules) - len(ranks)} without factors"
+    return f"{text}, rank {rank_text(ranks)}"
+
+
+def _others_text(tensors: Sequence[OtherTensor]) -> str:
+    names = [f"{t.name} {shape_text(t.shape)}" for t in tensors[:3]]
+    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    total = format_bytes(sum(t.nbytes for t in tensors))
+    return escape(f"{count_text(len(tensors), 'tensor')}, {total}: {', '.join(names)}{more}")
+
+
+def _table(report: ExtractReport, full: bool) -> Table:
+    headings = [
+        "module",
+        "r",
+        "out×in",
+        "‖ΔW‖",
+        "‖ΔW‖/‖W‖",
+        "s.rank",
+        "kept ≥",
+        "error ≤",
+        "noise ≤",
+    ]
+    if report.dry_run:
+        headings = ["module", "out×in", "‖ΔW‖", "‖ΔW‖/‖W‖", "noise ≤"]
+    return folded_table(
+        headings,
+        report.modules,
+        lambda m: m.path,
+        lambda m: (m.kind, m.shape),
+        _cells,
+        full or len(report.modules) == 1,
+        spare=("out×in", "s.rank", "‖ΔW‖", "noise ≤", "error ≤"),
+    )
+
+
+def _cells(group: list[ExtractedModule]) -> dict[str, str]:
+    ranks = [m.rank for m in group if m.rank is not None]
+    cells = {
+        "out×in": shape_text(group[0].shape),
+        "‖ΔW‖": span_text([m.norm for m in group]),
+        "‖ΔW‖/‖W‖": span_text([m.relative for m in group]),
+        "noise ≤": percent_text(max(m.noise for m in group)),
+    }
+    if not ranks:
+        return cells
+    low, high = min(ranks), max(ranks)
+    return {
+        **cells,
+        "r": str(low) if low == high else f"{low}–{high}",
+        "s.rank": number_text(max(m.stable_rank or 0 for m in group), 2),
+        "kept ≥": percent_text(min(m.kept or 0 for m in group)),
+        "error ≤": percent_text(max(m.error or 0 for m in group)),
+    }

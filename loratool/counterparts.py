@@ -1,0 +1,294 @@
+"""Which tensors of a base and of its fine-tune belong together, and how an adapter can hold each.
+
+Decided from headers alone, by these rules:
+
+- 2-D weights and convolutions become factors, embeddings too.
+- Norms, biases, routers, bare parameters and everything else are saved whole; so is a vocabulary
+  that grew or shrank, and a head that changed its shape or is new.
+- What the two do not share otherwise is refused: they are not of one architecture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from loratool.adapter import Kind, Notice, Place
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.layout import Layout, is_legacy_buffer, rooted
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.errors import MatchError, UsageError, listed
+from loratool.matching import is_vocabulary
+from loratool.selection import matches
+
+Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
+
+#: What `--skip` may be.
+GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
+
+_EMBEDDING = re.compile(
+    r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
+    r"|wte|wpe|shared|embed_in|embed|relative_attention_bias"
+)
+#: Linear maps that are no module of their own in current models: PEFT could not adapt them.
+_ROUTER = re.compile(
+    r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
+)
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
+)
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """One tensor of the tuned model, `name` as a model in memory has it, and the base's.
+
+    `target` is what the base calls it. `base` is None for a tensor that only the tuned model has.
+    `fate` is "factors", "whole", or "left" where the user said so. `twin` is the head that is the
+    same matrix in both models, for an embedding that has one.
+    """
+
+    name: str
+    target: str
+    base: TensorInfo | None
+    tuned: TensorInfo
+    group: Group
+    fate: Literal["factors", "whole", "left"]
+    transposed: bool = False
+    twin: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def nbytes(self) -> int:
+        """What is read to compare the two."""
+        return self.tuned.nbytes + (self.base.nbytes if self.base is not None else 0)
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether there is a difference: both sides there, of one shape."""
+        return self.base is not None and self.base.shape == self.tuned.shape
+
+    @property
+    def place(self) -> Place:
+        """Where its factors go. An embedding's product is `(B·A)ᵀ`, and so is a Conv1D's."""
+        rows, *inner = self.tuned.shape
+        kind: Kind = {"embeddings": "embedding", "convs": "conv"}.get(self.group, "linear")  # type: ignore[assignment]
+        if self.transposed:
+            return Place(self.module, kind, inner[0], (rows,))
+        return Place(self.module, kind, rows, tuple(inner))
+
+    @property
+    def places(self) -> list[Place]:
+        """Where its factors go: the twin's are the same two, transposed."""
+        own = self.place
+        if not self.twin:
+            return [own]
+        return [own, Place(self.twin.rpartition(".")[0], "linear", own.inner[0], (own.out,))]
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name, *([self.twin] if self.twin else [])]
+
+
+@dataclass
+class Counterparts:
+    """All tensors of a fine-tune."""
+
+    found: list[Counterpart] = field(default_factory=list)
+    fan_in_fan_out: bool = False
+    notices: list[Notice] = field(default_factory=list)
+
+    @property
+    def modules(self) -> set[str]:
+        return {c.module for c in self.found}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user wants: `include` and `exclude` are globs on module paths, `save` too."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    save: Sequence[str] = ()
+
+    def fate(self, path: str, group: Group) -> Literal["factors", "whole", "left"]:
+        chosen = (not self.include or matches(path, self.include)) and not matches(
+            path, self.exclude
+        )
+        if not chosen or group in self.skip:
+            return "left"
+        factored = group in ("linears", "convs", "embeddings") and not matches(path, self.save)
+        return "factors" if factored else "whole"
+
+    def check(self, modules: Iterable[str]) -> None:
+        """Raise UsageError for a glob that fits no module."""
+        paths = sorted(modules)
+        for option in ("include", "exclude", "save"):
+            for glob in getattr(self, option):
+                if not any(matches(path, [glob]) for path in paths):
+                    raise UsageError(
+                        f"--{option} {glob!r} matches no module.",
+                        f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
+                    )
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
+    """Find the counterpart of every tensor.
+
+    Raises MatchError where the two are no base and fine-tune of one architecture.
+    """
+    kinds = (base.model_type, tuned.model_type)
+    if all(kinds) and kinds[0] != kinds[1]:
+        raise MatchError(
+            f"Different architectures: {base.source} is a {kinds[0]}, {tuned.source} a {kinds[1]}.",
+            "Give a base and a model that was fine-tuned from it.",
+        )
+    layout, own = Layout(base), Layout(tuned)
+    naming = layout.choose_naming(tuned.tensors)
+    root = rooted(tuned)
+    result = Counterparts()
+    taken: set[str] = set()
+    lost, misfits = [], []
+    both_tied = layout.tied is not None and own.tied is not None and own.tied.certain
+    for name, info in _tensors(tuned, own).items():
+        base_name = naming(name)
+        source = base.tensors.get(base_name)
+        if source is None and layout.tied is not None and base_name == layout.tied.head:
+            source = base.tensors[layout.tied.embedding]
+        taken.add(base_name)
+        if both_tied and own.tied is not None and name == own.tied.head:
+            continue  # the embedding stands for it
+        path = root(max(name, base_name, key=len))
+        found = replace(_counterpart(path, source, info, tuned, own, choice), target=base_name)
+        if both_tied and own.tied is not None and name == own.tied.embedding:
+            found = replace(found, twin=root(own.tied.head))
+        if source is None and not _is_new_module(found, base_name, base):
+            lost.append(f"{name} {list(info.shape)}: only in the tuned model")
+        elif source is not None and (reason := _misfit(found, source)):
+            misfits.append(f"{name}: base {list(source.shape)}, tuned {list(info.shape)}{reason}")
+        result.found.append(found)
+    lost += _missing(base, tuned, layout, taken, choice, result)
+    _refuse(base, tuned, lost, misfits)
+    result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
+    choice.check(result.modules)
+    return result
+
+
+def _tensors(checkpoint: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
+    """The tensors of a model, with the head that is its embedding, but without old buffers."""
+    tensors = {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not is_legacy_buffer(name, info.shape)
+    }
+    if layout.tied is not None and layout.tied.certain:
+        tensors[layout.tied.head] = checkpoint.tensors[layout.tied.embedding]
+    return tensors
+
+
+def _counterpart(
+    name: str,
+    source: TensorInfo | None,
+    info: TensorInfo,
+    tuned: Checkpoint,
+    layout: Layout,
+    choice: Choice,
+) -> Counterpart:
+    path = info.name.rpartition(".")[0]
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+    group = _group(name, info, tuned.tensors)
+    module = name.rpartition(".")[0]
+    fate = choice.fate(module, group)
+    if source is None or source.shape != info.shape or not (source.is_float and info.is_float):
+        fate = "left" if fate == "left" else "whole"
+    square = len(info.shape) == 2 and info.shape[0] == info.shape[1]
+    transposed = group == "embeddings" or (
+        group == "linears" and layout.is_transposed(path, False, square)
+    )
+    return Counterpart(name, name, source, info, group, fate, transposed)
+
+
+def _group(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> Group:
+    path, _, leaf = name.rpartition(".")
+    own = info.name.rpartition(".")[0]
+    weight = tensors.get(f"{own}.weight")
+    if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
+        return "norms"
+    if leaf == "bias":
+        return "biases"
+    parent = own.rpartition(".")[0]
+    attention = any(f"{p}.in_proj_weight" in tensors for p in (own, parent))
+    if leaf != "weight" or attention or _ROUTER.search(path):
+        return "others"
+    if len(info.shape) == 2:
+        last = path.rpartition(".")[2]
+        return "embeddings" if _EMBEDDING.fullmatch(last) else "linears"
+    # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape.
+    return "convs" if len(info.shape) in (3, 4, 5) and info.shape[1] > 1 else "others"
+
+
+def _is_new_module(found: Counterpart, name: str, base: Checkpoint) -> bool:
+    """Whether a tensor that the base lacks belongs to a module that it lacks: a new head."""
+    module = name.rpartition(".")[0]
+    return bool(module) and not any(t.startswith(f"{module}.") for t in base.tensors)
+
+
+def _misfit(found: Counterpart, source: TensorInfo) -> str | None:
+    """Why the two tensors cannot be of one model; None where they can, or the user leaves them."""
+    if found.is_comparable or found.fate == "left":
+        return None
+    same_width = source.shape[1:] == found.tuned.shape[1:]
+    if (is_vocabulary(found.name) or _HEAD.search(found.name)) and (
+        same_width or len(source.shape) == 1
+    ):
+        return None
+    return ""
+
+
+def _missing(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    layout: Layout,
+    taken: set[str],
+    choice: Choice,
+    result: Counterparts,
+) -> list[str]:
+    """What only the base has. Heads that the tuned model's class has no use for are no loss."""
+    lost = []
+    for name, info in base.tensors.items():
+        if name in taken or is_legacy_buffer(name, info.shape):
+            continue
+        if layout.tied is not None and name == layout.tied.head:
+            continue
+        before, after = (c.config.get("architectures") or [] for c in (base, tuned))
+        if _HEAD.search(name) and before and after and before != after:
+            text = f"{name} is in the base alone: {after[0]} has another head."
+            result.notices.append(Notice("head-dropped", text, name))
+        elif choice.fate(name.rpartition(".")[0], "others") != "left":
+            lost.append(f"{name} {list(info.shape)}: only in the base")
+    return lost
+
+
+def _refuse(base: Checkpoint, tuned: Checkpoint, lost: list[str], misfits: list[str]) -> None:
+    if misfits:
+        counts = Counter(line.partition(": ")[2] for line in misfits)
+        raise MatchError(
+            f"{len(misfits)} tensors of {tuned.source} have other shapes than those of "
+            f"{base.source}:\n{listed(misfits)}",
+            "The two models differ in size; give the base that the tuned model was made from."
+            if len(counts) < len(misfits)
+            else "Leave modules out with --exclude if they are not meant to be held.",
+        )
+    if lost:
+        raise MatchError(
+            f"{len(lost)} tensors are in one of the two models only:\n{listed(lost)}",
+            "Finish the download, give the right base, or leave them out with --exclude.",
+        )

@@ -1,0 +1,371 @@
+"""The adapter directory that extract makes, and what it holds of the fine-tune."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Notice, Place
+from loratool.adapter_output import note_ranks
+from loratool.attesting import distance
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
+from loratool.checkpoint.tensors import format_bytes, raw_blocks
+from loratool.checkpoint.writer import StagedDirectory, explain
+from loratool.counterparts import Counterpart, Counterparts
+from loratool.errors import UsageError, ValueRangeError, VerifyError, listed
+from loratool.extraction import Extraction, Found, Policy, cost
+from loratool.formats.peft_targets import extracted_config, saved_modules
+from loratool.formats.peft_writer import (
+    WEIGHTS,
+    AdapterWriter,
+    Extra,
+    file_size,
+    saved_key,
+    tensors_of,
+)
+from loratool.output import refuse_full_disk
+from loratool.provenance import CONFIG, describe_model, file_sha256, versions, write_json
+
+#: Ranks whose file sizes a dry run shows.
+_PROPOSED = (4, 8, 16, 32, 64, 128)
+
+#: The task that PEFT has for a class of transformers, by the end of its name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "Model": "FEATURE_EXTRACTION",
+}
+
+
+#: The metadata that transformers asks for.
+_METADATA = {"format": "pt"}
+
+#: From this share on, rounding to half precision is worth a warning.
+_LARGE_ROUNDING = 0.01
+
+
+@dataclass
+class Held:
+    """What became of every tensor that changed: factors, saved whole, or left out.
+
+    `factors` have their `ranks` (none in a dry run). `total` is ‖tuned - base‖² over the tensors
+    that both models have, `noise` what storing them rounded off of it.
+    """
+
+    factors: list[Found]
+    whole: list[Found]
+    left: list[Found]
+    unchanged: int
+    notices: list[Notice]
+    ranks: list[int] = field(default_factory=list)
+    nbytes: int = 0
+    verified: float | None = None
+
+    @property
+    def changed(self) -> list[Found]:
+        return [*self.factors, *self.whole, *self.left]
+
+    @property
+    def total(self) -> float:
+        return math.fsum(f.size.energy for f in self.changed)
+
+    @property
+    def noise(self) -> float:
+        return math.fsum(f.size.noise for f in self.changed)
+
+    @property
+    def placed(self) -> list[tuple[Place, int]]:
+        """The places that get factors, and their ranks."""
+        pairs = zip(self.factors, self.ranks, strict=True)
+        return [(place, rank) for f, rank in pairs if rank for place in f.part.places]
+
+
+def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
+    """Sort what was found, in the order of the tuned model.
+
+    Raises ValueRangeError if there is nothing that an adapter could hold.
+    """
+    by_name = {f.part.name: f for f in found}
+    ordered = [by_name[part.name] for part in pairs.found]
+    changed = [f for f in ordered if f.changed]
+    fates = {
+        fate: [f for f in changed if f.part.fate == fate] for fate in ("factors", "whole", "left")
+    }
+    _refuse_nothing(len(ordered), changed, fates)
+    whole = _with_siblings(fates["whole"], ordered, [f.part for f in fates["factors"]], pairs)
+    kept = {id(f) for f in (*whole, *fates["left"], *fates["factors"])}
+    unchanged = sum(id(f) not in kept for f in ordered)
+    return Held(fates["factors"], whole, fates["left"], unchanged, list(pairs.notices))
+
+
+def _refuse_nothing(count: int, changed: list[Found], fates: dict[str, list[Found]]) -> None:
+    if not changed:
+        raise ValueRangeError(
+            f"The two models are the same: none of {count} tensors differs.",
+            "Give the fine-tuned model, not a copy of the base.",
+        )
+    if fates["factors"]:
+        return
+    names = listed(f.part.name for f in changed)
+    if fates["whole"]:
+        raise ValueRangeError(
+            f"No weight that could become factors differs, only these:\n{names}",
+            "An adapter of low-rank factors cannot hold this; copy these tensors instead.",
+        )
+    raise ValueRangeError(
+        f"Nothing differs in what was selected. These tensors do:\n{names}",
+        "Check --include, --exclude and --skip.",
+    )
+
+
+def _with_siblings(
+    whole: list[Found], found: list[Found], adapted: list[Counterpart], pairs: Counterparts
+) -> list[Found]:
+    """`whole`, and what else PEFT saves with it: all tensors of a saved module."""
+    names = [f.part.name for f in whole]
+    saved = set(saved_modules(names, pairs.modules, {part.module for part in adapted}))
+    chosen = set(names)
+    return [
+        f
+        for f in found
+        if f.part.name in chosen or (f.part.module in saved and f.part.fate == "whole")
+    ]
+
+
+def propose(held: Held, dtype: str, policy: Policy) -> dict[int, int]:
+    """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
+    places = [place for f in held.factors for place in f.part.places]
+    extras = _extras(held)
+
+    def size(rank: int) -> int:
+        return file_size(tensors_of(places, [rank] * len(places), dtype, extras), _METADATA)
+
+    ranks = set(_PROPOSED)
+    if policy.criterion.rank is not None:
+        ranks = {policy.criterion.rank}
+    if policy.budget is not None:
+        rest = policy.budget - size(1) + sum(cost(f.part, dtype) for f in held.factors)
+        rank = Policy(policy.criterion, rest).even([cost(f.part, dtype) for f in held.factors])
+        ranks = {rank} if rank > 0 else set()
+    return {rank: size(rank) for rank in sorted(ranks)}
+
+
+def write(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Counterparts,
+    work: Extraction,
+    policy: Policy,
+    output: Path,
+    options: dict[str, Any],
+    *,
+    base_name: str,
+    overwrite: bool,
+    verify: bool,
+    threads: int | None,
+) -> Held:
+    """Decompose everything and write the adapter to `output`, all or nothing."""
+    with StagedDirectory(output, overwrite) as stage:
+        try:
+            with AdapterWriter(stage.path, work.dtype, _METADATA) as writer:
+                others = work.measure(part for part in pairs.found if part.fate != "factors")
+                parts = [part for part in pairs.found if part.fate == "factors"]
+                if policy.budget is not None:
+                    policy = _within(policy, parts, others, pairs, work.dtype)
+                factors, ranks = work.decompose(parts, policy, writer)
+                held = gather(pairs, [*others, *factors])
+                held.ranks = ranks
+                places = [place for place, _ in held.placed]
+                final = [rank for _, rank in held.placed]
+                extras = _extras(held)
+                _refuse_empty(places, policy)
+                held.nbytes = file_size(tensors_of(places, final, work.dtype, extras), _METADATA)
+                refuse_full_disk(held.nbytes, output)
+                writer.finish(places, final, extras, threads)
+            _note(held, work.dtype, policy)
+            config = extracted_config(
+                places, final, [e.key.removeprefix("base_model.model.") for e in extras],
+                pairs.modules, base_name=base_name, task_type=_task(tuned),
+                tied=any(f.part.twin for f in (*held.factors, *held.whole)),
+                fan_in_fan_out=pairs.fan_in_fan_out,
+            )  # fmt: skip
+            write_json(stage.path / CONFIG, config)
+            for name, path in _new_tokenizer(base, tuned).items():
+                shutil.copyfile(path, stage.path / name)
+            if verify:
+                held.verified = _verified(held, base, stage.path, pairs, work, threads)
+            write_json(stage.path / PROVENANCE, _record(base, tuned, held, options, stage.path))
+            stage.commit()
+        except OSError as error:
+            raise explain(error, output) from error
+    return held
+
+
+def _within(
+    policy: Policy,
+    parts: Sequence[Counterpart],
+    others: Sequence[Found],
+    pairs: Counterparts,
+    dtype: str,
+) -> Policy:
+    """The budget for the factors alone: without the header and what is saved whole."""
+    assert policy.budget is not None
+    places = [place for part in parts for place in part.places]
+    whole = [f for f in others if f.changed and f.part.fate == "whole"]
+    whole = _with_siblings(whole, list(others), list(parts), pairs)
+    # Ranks are written into the header; these take as many digits as any.
+    ranks = [10 * max(place.shape) for place in places]
+    factors = sum(rank * sum(p.shape) for p, rank in zip(places, ranks, strict=True))
+    extras = _extras(Held([], whole, [], 0, []))
+    beside = file_size(tensors_of(places, ranks, dtype, extras), _METADATA)
+    beside -= factors * (4 if dtype == "F32" else 2)
+    least = min(cost(part, dtype) for part in parts) if parts else 0
+    if beside + least > policy.budget:
+        saved = sum(f.part.tuned.nbytes * len(f.part.names) for f in whole)
+        raise UsageError(
+            f"--budget {format_bytes(policy.budget)} is too small: what is saved whole takes "
+            f"{format_bytes(saved)}, and one rank of the smallest module {format_bytes(least)}.",
+            "Give more, or leave parts out: --skip norms, --skip biases.",
+        )
+    return Policy(policy.criterion, policy.budget - beside, policy.uniform)
+
+
+def _refuse_empty(places: Sequence[Place], policy: Policy) -> None:
+    if not places:
+        raise UsageError(
+            f"The budget leaves {format_bytes(policy.budget or 0)} for the factors, which is not "
+            "enough for one rank of every module.",
+            "Give more, or leave out --uniform.",
+        )
+
+
+def _extras(held: Held) -> list[Extra]:
+    """The tensors that are saved whole, a tied one under both of its names."""
+    modules = dict.fromkeys(f.part.module for f in held.factors)
+    return [
+        Extra(
+            saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
+            partial(raw_blocks, f.part.tuned),
+        )
+        for f in held.whole
+        for name in f.part.names
+    ]  # fmt: skip
+
+
+def _task(tuned: Checkpoint) -> str | None:
+    architectures = tuned.config.get("architectures") or [""]
+    name = str(architectures[0])
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if tuned.config.get("is_encoder_decoder") else None
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
+    """The tuned model's tokenizer, if it is another one than the base's."""
+    if not tuned.source.is_dir():
+        return {}
+    old = tokenizer_files(base.directory) if base.source.is_dir() else {}
+    new = tokenizer_files(tuned.directory)
+    same = old.keys() == new.keys() and all(
+        file_sha256(old[name]) == file_sha256(path) for name, path in new.items()
+    )
+    return {} if same else new
+
+
+def _verified(
+    held: Held,
+    base: Checkpoint,
+    folder: Path,
+    pairs: Counterparts,
+    work: Extraction,
+    threads: int | None,
+) -> float:
+    """The error of base + adapter, which must be what the singular values say."""
+    off, size = distance(base, folder, pairs.found, work.advance, threads)
+    cut = sum(f.at(rank)[0] for f, rank in zip(held.factors, held.ranks, strict=True))
+    cut += math.fsum(f.size.energy for f in held.left)
+    rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in held.factors)
+    if off > 1.02 * math.sqrt(cut + rounded) + 1e-5 * size:
+        raise VerifyError(
+            f"Read back, the adapter is {off / size:.3%} off the tuned model, and "
+            f"{math.sqrt(cut + rounded) / size:.3%} was computed.",
+            "Nothing was written; please report this.",
+        )
+    return off / size
+
+
+def _note(held: Held, dtype: str, policy: Policy) -> None:
+    """What people should know about the result."""
+    ranks = [rank for _, rank in held.placed]
+    if len(set(ranks)) > 1:
+        held.notices.append(note_ranks(ranks))
+    asked = policy.criterion.rank or 0
+    small = [f.part.module for f in held.factors if asked > min(f.part.place.shape)]
+    if small:
+        text = (
+            f"Rank {asked} is more than {len(small)} modules can have; their factors are filled "
+            f"up with zeros:\n{listed(small)}"
+        )
+        held.notices.append(Notice("rank-too-large", text, small[0]))
+    dropped = [f.part.module for f, rank in zip(held.factors, held.ranks, strict=True) if not rank]
+    if dropped:
+        text = f"The budget leaves nothing for {len(dropped)} modules:\n{listed(dropped)}"
+        held.notices.append(Notice("no-budget", text, dropped[0]))
+    grown = [f.part for f in held.whole if f.part.base is not None and not f.part.is_comparable]
+    if grown:
+        lines = [
+            f"{p.name}: {list(p.base.shape if p.base else ())} in the base, now "
+            f"{list(p.tuned.shape)}"
+            for p in grown
+        ]
+        text = (
+            f"{len(grown)} tensors have another shape than in the base:\n{listed(lines)}\n"
+            "Before PEFT can load them, resize the base: model.resize_token_embeddings(...) for a "
+            "vocabulary, num_labels=... for a head."
+        )
+        held.notices.append(Notice("shape-changed", text, grown[0].name))
+    saved = sum(f.part.tuned.nbytes for f in held.whole)
+    if saved > max(held.nbytes - saved, 10_000_000):
+        text = (
+            f"{format_bytes(saved)} of {format_bytes(held.nbytes)} are tensors saved whole. Leave "
+            "them out with --skip or --exclude if the adapter should be small."
+        )
+        held.notices.append(Notice("saved-large", text))
+    lost = [f.rounding for f in held.factors if f.rounding and f.rounding > _LARGE_ROUNDING]
+    if lost:
+        text = f"Rounding the factors changes a delta by up to {max(lost):.1%}. Write float32."
+        held.notices.append(Notice("rounding-large", text))
+
+
+def _record(
+    base: Checkpoint, tuned: Checkpoint, held: Held, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """loratool.json, which holds no path and no date."""
+    return {
+        "schema_version": 1,
+        "command": "extract",
+        "versions": versions("torch", "numpy"),
+        "options": options,
+        "base": describe_model(base),
+        "tuned": describe_model(tuned),
+        "result": {
+            "rank": max(held.ranks),
+            "modules": {
+                f.part.module: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
+                for f, rank in zip(held.factors, held.ranks, strict=True)
+            },
+            "saved": [f.part.name for f in held.whole],
+            "left": [f.part.name for f in held.left],
+            "warnings": [n.code for n in held.notices],
+        },
+        "files": {name: file_sha256(folder / name) for name in (WEIGHTS, CONFIG)},
+    }

@@ -1,0 +1,233 @@
+"""The factors of every module of a fine-tune, each module read, taken apart and put away in turn.
+
+Modules are worked on by several threads, the largest first. Where the ranks depend on one another
+(a budget for the file, one rank for all), modules that turn out to need more than was computed are
+done again with a higher rank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from loratool.changes import rounding_loss
+from loratool.checkpoint.tensors import DTYPE_BITS, FilePool, float_blocks, same_values
+from loratool.counterparts import Counterpart
+from loratool.differences import Difference, Size
+from loratool.errors import UsageError, ValueRangeError
+from loratool.formats.peft_writer import AdapterWriter, Bytes, encode
+from loratool.linalg.lowrank import NEGLIGIBLE, Float64
+from loratool.linalg.ranks import Criterion, spread
+from loratool.linalg.truncation import truncated
+from loratool.workers import Workers
+
+_NOTHING = Size(0.0, 0.0, False, 0.0)
+
+#: The lowest rank that is computed for a budget, of which it may take less.
+_LEAST = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of one counterpart after it has been read.
+
+    `values` are the singular values of the factors that were put away, `following` those known
+    beyond. `cut` is ‖Δ - B·A‖² at that rank, and `least` what any factors of that rank have at
+    least. `rounding` is what the factors' dtype takes of B·A.
+    """
+
+    part: Counterpart
+    size: Size
+    values: Float64
+    following: Float64
+    cut: float = 0.0
+    least: float = 0.0
+    rounding: float | None = None
+    passes: int = 0
+
+    @property
+    def changed(self) -> bool:
+        return self.size.changed
+
+    def at(self, rank: int) -> tuple[float, float]:
+        """`cut` and `least` for the first `rank` of the factors."""
+        more = float((self.values[rank:] ** 2).sum())
+        return self.cut + more, self.least + more
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the ranks are chosen: by `criterion`, or within a `budget` of bytes for all factors.
+
+    With `uniform` all modules get the same.
+    """
+
+    criterion: Criterion
+    budget: int | None = None
+    uniform: bool = False
+
+    def ranks(self, found: Sequence[Found], costs: Sequence[int]) -> list[int]:
+        """The rank of each module, which may be higher than what was computed of it."""
+        if self.criterion.rank is not None:
+            return [self.criterion.rank] * len(found)
+        if self.budget is not None and self.uniform:
+            return [self.even(costs)] * len(found)
+        if self.budget is not None:
+            return spread([f.values for f in found], costs, self.budget)
+        if self.uniform and found:
+            return [max(len(f.values) for f in found)] * len(found)
+        return [len(f.values) for f in found]
+
+    def even(self, costs: Sequence[int]) -> int:
+        """The one rank for which the budget is enough."""
+        rank = (self.budget or 0) // max(1, sum(costs))
+        return min(rank, self.criterion.max_rank or rank)
+
+
+def cost(part: Counterpart, dtype: str) -> int:
+    """Bytes of one rank of a module."""
+    return sum(sum(place.shape) for place in part.places) * DTYPE_BITS[dtype] // 8
+
+
+@dataclass
+class Extraction:
+    """Reads counterparts and takes their differences apart. Use within its two pools.
+
+    `advance(bytes, name)` is told of every tensor that is done.
+    """
+
+    files: FilePool
+    workers: Workers
+    dtype: str
+    device: torch.device
+    seed: int
+    exact: bool
+    advance: Callable[[int, str], None]
+
+    def measure(self, parts: Iterable[Counterpart]) -> list[Found]:
+        """Only how much each of them changed."""
+        calls = (partial(self._measured, part) for part in _largest_first(parts))
+        return [self._told(found) for found in self.workers.in_order(calls)]
+
+    def decompose(
+        self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
+    ) -> tuple[list[Found], list[int]]:
+        """Factors for all parts that changed, put into `writer`; and the rank each is to have."""
+        costs = {part.name: cost(part, self.dtype) for part in parts}
+        criterion = policy.criterion
+        if policy.budget is not None:
+            guess = 2 * policy.even(list(costs.values()))
+            guess = policy.even(list(costs.values())) if policy.uniform else max(guess, _LEAST)
+            criterion = Criterion(rank=min(guess, criterion.max_rank or guess) or 1)
+        found = self._pass([(part, criterion) for part in parts], writer)
+        while True:
+            alive = [f for f in found if f.changed]
+            ranks = policy.ranks(alive, [costs[f.part.name] for f in alive])
+            again = []
+            for own, rank in zip(alive, ranks, strict=True):
+                # A budget may want more of a module that it takes all of what is known.
+                open_ended = policy.budget is not None and not policy.uniform
+                short = rank > len(own.values) or (open_ended and rank == len(own.values))
+                limit = min(own.part.place.shape)
+                most = min(limit, policy.criterion.max_rank or limit)
+                wanted = min(2 * rank if open_ended else rank, most)
+                if short and len(own.following) and wanted > len(own.values):
+                    again.append((own.part, Criterion(rank=wanted)))
+            if not again:
+                return found, ranks
+            deeper = {f.part.name: f for f in self._pass(again, writer)}
+            found = [deeper.get(f.part.name, f) for f in found]
+
+    def _pass(
+        self, work: Sequence[tuple[Counterpart, Criterion]], writer: AdapterWriter
+    ) -> list[Found]:
+        criteria = {part.name: criterion for part, criterion in work}
+        calls = (
+            partial(self._decomposed, part, criteria[part.name])
+            for part in _largest_first(part for part, _ in work)
+        )
+        done = {}
+        for found, data in self.workers.in_order(calls):
+            for place, own in zip(found.part.places, data, strict=False):
+                writer.add(place, len(found.values), own)
+            done[found.part.name] = self._told(found)
+        return [done[part.name] for part, _ in work]
+
+    def _told(self, found: Found) -> Found:
+        self.advance(found.part.nbytes, found.part.name)
+        return found
+
+    def _measured(self, part: Counterpart) -> Found:
+        empty = np.zeros(0)
+        if part.base is None or not part.is_comparable:
+            _refuse_not_finite(part)
+            return Found(part, replace(_NOTHING, changed=True), empty, empty)
+        if not (part.tuned.is_float and part.base.is_float):
+            changed = not same_values(part.base, part.tuned)
+            return Found(part, replace(_NOTHING, changed=changed), empty, empty)
+        return Found(part, self._difference(part).measure(), empty, empty)
+
+    def _difference(self, part: Counterpart) -> Difference:
+        assert part.base is not None
+        return Difference(part.base, part.tuned, self.files, self.device)
+
+    def _decomposed(self, part: Counterpart, criterion: Criterion) -> tuple[Found, list[Bytes]]:
+        difference = self._difference(part)
+        size = difference.measure(hold=True)
+        nothing = np.zeros(0)
+        if not size.changed:
+            return Found(part, size, nothing, nothing), []
+        result = truncated(
+            difference, size.energy, partial(_choose, criterion),
+            criterion.rank or criterion.max_rank, zlib.crc32(part.name.encode()) ^ self.seed,
+            self.exact,
+        )  # fmt: skip
+        left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
+        b, a = (right, left.T) if part.transposed else (left, right.T)
+        data = [encode(part.module, b, a, self.dtype)]
+        if part.twin:
+            data.append(encode(part.twin, a.T, b.T, self.dtype))
+        lost = None if self.dtype == "F32" else rounding_loss(b, a, data[0], self.dtype)
+        following = result.following[result.following > NEGLIGIBLE * result.values[0]]
+        return Found(
+            part, size, result.values, following, result.cut, result.least, lost, result.passes
+        ), data
+
+
+def as_device(name: str) -> torch.device:
+    """The device of this name. Raises UsageError if torch has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"There is no device {name!r}.", "Use cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Nothing is computed on {device.type}.", "Use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"torch finds no GPU for --device {name}.",
+            "Install a torch with CUDA, or leave the option out.",
+        )
+    return device
+
+
+def _choose(criterion: Criterion, values: Float64, energy: float) -> int:
+    """The rank among these singular values, of which rounding left the smallest."""
+    return criterion.choose(values[values > NEGLIGIBLE * values[0]], energy)
+
+
+def _largest_first(parts: Iterable[Counterpart]) -> list[Counterpart]:
+    """So that no thread is left alone with the largest matrix at the end."""
+    return sorted(parts, key=lambda part: -part.tuned.numel)
+
+
+def _refuse_not_finite(part: Counterpart) -> None:
+    if part.tuned.is_float and not all(np.isfinite(x).all() for x in float_blocks(part.tuned)):
+        raise ValueRangeError(
+            f"{part.name}: the tuned model holds NaN or infinity ({part.tuned.file}).",
+            "The file is damaged, or training diverged. Nothing was written.",
+        )

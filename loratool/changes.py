@@ -14,8 +14,9 @@ from loratool.errors import ValueRangeError, listed
 from loratool.formats.peft_config import owner
 from loratool.formats.peft_writer import Bytes
 from loratool.joining import Joined, Part
-from loratool.linalg.lowrank import Factor, Float64, decompose, inner
+from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
+from loratool.linalg.spectrum import gram
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
 _LARGE_ROUNDING = 0.01
@@ -148,10 +149,12 @@ def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
     """
     rounded = as_float32(data, dtype)
     near_a = rounded[: a.size].reshape(a.shape)
-    near_b = rounded[a.size :].reshape(b.T.shape).T
-    off = np.concatenate([near_b - b, near_b], axis=1), np.concatenate([a, near_a - a])
-    size = inner((b, a), (b, a))
-    return math.sqrt(max(0.0, inner(off, off)) / size) if size > 0 else 0.0
+    near_b = rounded[a.size :].reshape(b.T.shape)
+    rows_b = np.ascontiguousarray(b.T)
+    size = float(np.sum(gram(rows_b) * gram(a)))
+    off_b = gram(np.concatenate([near_b - rows_b, near_b]))
+    off_a = gram(np.concatenate([a, near_a - a]))
+    return math.sqrt(max(0.0, float(np.sum(off_b * off_a))) / size) if size > 0 else 0.0
 
 
 def measure(joined: Joined, shrunk: list[Shrunk], ranks: list[int]) -> Changes:

@@ -21,6 +21,12 @@ from loratool.workers import Bytes
 #: Elements of a difference that is held: 256 MB of float32, or 4 GB on a GPU.
 _HELD = {"cpu": 1 << 26, "cuda": 1 << 30}
 
+#: Below this, sums of squares are summed in float64 throughout.
+_TINY = 1e-25
+
+#: Elements whose squares are summed in float32.
+_PIECE = 2048
+
 #: Elements that a GPU is given at a time.
 _GPU_BLOCK = 1 << 24
 
@@ -61,21 +67,30 @@ class Difference:
         """
         held = None
         if hold and self.rows * self.columns <= _HELD[self.device.type]:
-            held = torch.empty(self.rows, self.columns, device=self.device)
+            held = self._buffer()
         energy = weight = 0.0
-        changed = False
         for low, high in self._ranges():
             before = self._read(self.base, low, high)
             weight += _squared(before)
             block = self._read(self.tuned, low, high).sub_(before)
             energy += _squared(block)
-            changed = changed or bool(block.any())
             if held is not None:
                 held[low:high] = block
         if not math.isfinite(energy):
             self._explain()
         self._held = held
+        changed = energy > 0
+        if energy < _TINY:  # squares that float32 cannot hold
+            energy = sum(float(block.double().square().sum()) for _, block in self.blocks())
+            changed = any(bool(block.any()) for _, block in self.blocks())
         return Size(energy, weight, changed, weight * _rounded_off(self.tuned.dtype))
+
+    def _buffer(self) -> torch.Tensor:
+        """Room for the whole matrix. On the CPU each thread has one, and uses it again."""
+        if self.device.type != "cpu":
+            return torch.empty(self.rows, self.columns, device=self.device)
+        count = self.rows * self.columns
+        return scratch.get("difference", count, torch.float32).view(self.rows, self.columns)
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each block, and the block `[n, columns]`, in float32."""
@@ -131,8 +146,13 @@ class Difference:
 
 
 def _squared(block: torch.Tensor) -> float:
-    """Σx² of a block: rows in float32 where that is exact enough, their sum in float64."""
-    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
+    """Σx² of a block: pieces of it in float32, their sum in float64."""
+    flat = block.view(-1)
+    even = len(flat) // _PIECE * _PIECE
+    total = 0.0
+    for part in (flat[:even].view(-1, _PIECE), flat[even:].view(1, -1)):
+        total += float(torch.linalg.vector_norm(part, dim=1).double().square().sum())
+    return total
 
 
 def _rounded_off(dtype: str) -> float:

@@ -10,6 +10,8 @@ noise; half-precision factors carry no more than 1e-4 anyway.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,7 +21,7 @@ Float64 = npt.NDArray[np.float64]
 _SLICE = 4096
 
 
-def gram(matrix: npt.NDArray[np.float32]) -> Float64:
+def gram(matrix: npt.NDArray[np.floating[Any]]) -> Float64:
     """`M·Mᵀ [r, r]` in float64 of `M [r, n]`."""
     total = np.zeros((matrix.shape[0], matrix.shape[0]))
     for low in range(0, matrix.shape[1], _SLICE):

@@ -2,9 +2,9 @@
 
 Decided from headers alone, by these rules:
 
-- 2-D weights and convolutions become factors, embeddings too.
-- Norms, biases, routers, bare parameters and everything else are saved whole; so is a vocabulary
-  that grew or shrank, and a head that changed its shape or is new.
+- 2-D weights and convolutions become factors, embeddings of tokens too.
+- Norms, biases, routers, classifiers, other embeddings, bare parameters and everything else are
+  saved whole; so is a vocabulary that grew or shrank, and a head of another shape or a new one.
 - What the two do not share otherwise is refused: they are not of one architecture.
 """
 
@@ -18,9 +18,11 @@ from typing import Literal
 
 from loratool.adapter import Kind, Notice, Place
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.layout import Layout, is_legacy_buffer, rooted
+from loratool.checkpoint.layout import Layout, in_memory, is_legacy_buffer
 from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import MatchError, UsageError, listed
+from loratool.formats.peft import AUTOMATIC_HEADS
+from loratool.formats.peft_targets import saved_unit
 from loratool.matching import is_vocabulary
 from loratool.selection import matches
 
@@ -37,6 +39,14 @@ _EMBEDDING = re.compile(
 _ROUTER = re.compile(
     r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
 )
+#: Modules that PEFT refuses to adapt, or whose models do without it.
+_UNADAPTABLE = {
+    **dict.fromkeys(
+        ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"),
+        re.compile(r"\.(out_proj|conv1d)$"),
+    ),
+    "whisper": re.compile(r"\.(conv1|conv2)$"),
+}
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
 )
@@ -48,7 +58,8 @@ class Counterpart:
 
     `target` is what the base calls it. `base` is None for a tensor that only the tuned model has.
     `fate` is "factors", "whole", or "left" where the user said so. `twin` is the head that is the
-    same matrix in both models, for an embedding that has one.
+    same matrix in both models, for an embedding that has one. `shared` is set for the matrix that
+    encoder, decoder and head have together, for which no adapter has a place.
     """
 
     name: str
@@ -59,6 +70,7 @@ class Counterpart:
     fate: Literal["factors", "whole", "left"]
     transposed: bool = False
     twin: str = ""
+    shared: bool = False
 
     @property
     def module(self) -> str:
@@ -152,7 +164,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
         )
     layout, own = Layout(base), Layout(tuned)
     naming = layout.choose_naming(tuned.tensors)
-    root = rooted(tuned)
+    named = in_memory(tuned)
     result = Counterparts()
     taken: set[str] = set()
     lost, misfits = [], []
@@ -165,10 +177,11 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
         taken.add(base_name)
         if both_tied and own.tied is not None and name == own.tied.head:
             continue  # the embedding stands for it
-        path = root(max(name, base_name, key=len))
-        found = replace(_counterpart(path, source, info, tuned, own, choice), target=base_name)
+        path = named(max(name, base_name, key=len))
+        found = replace(_counterpart(path, source, info, tuned, own, choice), target=base_name,
+                        shared=layout.shared_alias(base_name))  # fmt: skip
         if both_tied and own.tied is not None and name == own.tied.embedding:
-            found = replace(found, twin=root(own.tied.head))
+            found = replace(found, twin=named(own.tied.head))
         if source is None and not _is_new_module(found, base_name, base):
             lost.append(f"{name} {list(info.shape)}: only in the tuned model")
         elif source is not None and (reason := _misfit(found, source)):
@@ -202,11 +215,11 @@ def _counterpart(
     choice: Choice,
 ) -> Counterpart:
     path = info.name.rpartition(".")[0]
-    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-    name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-    group = _group(name, info, tuned.tensors)
+    group = _group(name, info, tuned)
     module = name.rpartition(".")[0]
     fate = choice.fate(module, group)
+    if fate == "factors" and group == "embeddings" and not is_vocabulary(f"{module}.weight"):
+        fate = "whole"  # position embeddings do not look up what they are given
     if source is None or source.shape != info.shape or not (source.is_float and info.is_float):
         fate = "left" if fate == "left" else "whole"
     square = len(info.shape) == 2 and info.shape[0] == info.shape[1]
@@ -216,17 +229,21 @@ def _counterpart(
     return Counterpart(name, name, source, info, group, fate, transposed)
 
 
-def _group(name: str, info: TensorInfo, tensors: dict[str, TensorInfo]) -> Group:
+def _group(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
+    tensors = tuned.tensors
     path, _, leaf = name.rpartition(".")
     own = info.name.rpartition(".")[0]
     weight = tensors.get(f"{own}.weight")
     if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
         return "norms"
+    if saved_unit(path) != path or path.endswith(tuple(AUTOMATIC_HEADS)):
+        return "heads"
     if leaf == "bias":
         return "biases"
     parent = own.rpartition(".")[0]
     attention = any(f"{p}.in_proj_weight" in tensors for p in (own, parent))
-    if leaf != "weight" or attention or _ROUTER.search(path):
+    fixed = _UNADAPTABLE.get(tuned.model_type)
+    if leaf != "weight" or attention or _ROUTER.search(path) or (fixed and fixed.search(path)):
         return "others"
     if len(info.shape) == 2:
         last = path.rpartition(".")[2]

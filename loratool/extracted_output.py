@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import format_bytes, raw_blocks
 from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.counterparts import Counterpart, Counterparts
-from loratool.errors import UsageError, ValueRangeError, VerifyError, listed
+from loratool.errors import MatchError, UsageError, ValueRangeError, VerifyError, listed
 from loratool.extraction import Extraction, Found, Policy, cost
-from loratool.formats.peft_targets import extracted_config, saved_modules
+from loratool.formats.peft_targets import extracted_config, saved_modules, saved_unit
 from loratool.formats.peft_writer import (
     WEIGHTS,
     AdapterWriter,
@@ -42,9 +43,25 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
-    "Model": "FEATURE_EXTRACTION",
 }
 
+#: Encoder-decoder models that read and write text, for which PEFT's class of that task is made.
+_TEXT_TO_TEXT = {
+    "t5",
+    "mt5",
+    "umt5",
+    "longt5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+    "m2m_100",
+    "led",
+}
+
+
+#: Modules of which models in memory have one tensor for all.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 #: The metadata that transformers asks for.
 _METADATA = {"format": "pt"}
@@ -101,6 +118,13 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
         fate: [f for f in changed if f.part.fate == fate] for fate in ("factors", "whole", "left")
     }
     _refuse_nothing(len(ordered), changed, fates)
+    shared = [f.part.name for f in changed if f.part.shared and f.part.fate != "left"]
+    if shared:
+        raise MatchError(
+            f"{shared[0]}: this model shares one matrix between encoder, decoder and head, and an "
+            "adapter has no place for a change of it.",
+            f"Leave it out: --exclude {shared[0].rpartition('.')[0]}.",
+        )
     whole = _with_siblings(fates["whole"], ordered, [f.part for f in fates["factors"]], pairs)
     kept = {id(f) for f in (*whole, *fates["left"], *fates["factors"])}
     unchanged = sum(id(f) not in kept for f in ordered)
@@ -137,7 +161,7 @@ def _with_siblings(
     return [
         f
         for f in found
-        if f.part.name in chosen or (f.part.module in saved and f.part.fate == "whole")
+        if f.part.name in chosen or (saved_unit(f.part.module) in saved and f.part.fate == "whole")
     ]
 
 
@@ -265,7 +289,7 @@ def _task(tuned: Checkpoint) -> str | None:
     architectures = tuned.config.get("architectures") or [""]
     name = str(architectures[0])
     if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if tuned.config.get("is_encoder_decoder") else None
+        return "SEQ_2_SEQ_LM" if tuned.model_type in _TEXT_TO_TEXT else None
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
@@ -308,6 +332,13 @@ def _note(held: Held, dtype: str, policy: Policy) -> None:
     ranks = [rank for _, rank in held.placed]
     if len(set(ranks)) > 1:
         held.notices.append(note_ranks(ranks))
+        experts = [f.part.module for f in held.factors if _EXPERT.search(f.part.module)]
+        if experts:
+            text = (
+                "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
+                "one rank: add --uniform to load this adapter with it."
+            )
+            held.notices.append(Notice("ranks-of-experts", text, experts[0]))
     asked = policy.criterion.rank or 0
     small = [f.part.module for f in held.factors if asked > min(f.part.place.shape)]
     if small:

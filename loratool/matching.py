@@ -64,8 +64,8 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     """Place the parts of `adapter` in the base of `layout`."""
     names = [m.weight_name for m in adapter.modules.values()]
     names += [f"{path}.weight" for path in adapter.token_rows]
-    names += [n for n in adapter.replaced if not _is_saved_head(adapter, n)]
-    found = Match(adapter, layout.choose_naming(names or adapter.replaced))
+    names += adapter.replaced
+    found = Match(adapter, layout.choose_naming(names))
     _match_replaced(found, layout)
     for module in adapter.modules.values():
         _match_module(found, layout, module)

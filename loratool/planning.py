@@ -174,9 +174,9 @@ def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInf
     for name, found in edits.items():
         if found.replacement is None or name not in plan.base.tensors:
             continue
-        rows = found.replacement.shape[0]
-        if is_vocabulary(name) and rows != plan.base.tensors[name].shape[0]:
-            plan.config_changes["vocab_size"] = rows
+        new, old = found.replacement.shape, plan.base.tensors[name].shape
+        if is_vocabulary(name) and new[:1] != old[:1]:
+            plan.config_changes["vocab_size"] = new[0]
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
     labels = {i.shape[0] for n, i in heads if _LABEL_HEAD.search(n) and len(i.shape) == 2}
     tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()

@@ -38,9 +38,37 @@ _VIT = [
 #: model_type. Source: transformers/conversion_mapping.py, read backwards.
 _RENAMES: dict[str, list[tuple[str, str]]] = {
     "gpt_neox": [(r"^lm_head\.", "embed_out.")],
+    "mixtral": [(r"\.mlp\.gate\.", ".block_sparse_moe.gate.")],
     "": [(r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta")],
     **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit",
                      "audio-spectrogram-transformer"), _VIT),
+}  # fmt: skip
+
+_VIT_IN_MEMORY = [
+    (r"(^|\.)encoder\.layer\.(\d+)\.attention\.attention\.query\b",
+     r"\1layers.\2.attention.q_proj"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.attention\.attention\.key\b", r"\1layers.\2.attention.k_proj"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.attention\.attention\.value\b",
+     r"\1layers.\2.attention.v_proj"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.attention\.output\.dense\b", r"\1layers.\2.attention.o_proj"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.intermediate\.dense\b", r"\1layers.\2.mlp.fc1"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.output\.dense\b", r"\1layers.\2.mlp.fc2"),
+    (r"(^|\.)encoder\.layer\.(\d+)\.", r"\1layers.\2."),
+]  # fmt: skip
+
+#: The other way: from names on disk to those of modules in memory.
+_IN_MEMORY: dict[str, list[tuple[str, str]]] = {
+    kind: (
+        _VIT_IN_MEMORY
+        if rules is _VIT
+        else {
+            "gpt_neox": [(r"^embed_out\.", "lm_head.")],
+            "mixtral": [(r"\.block_sparse_moe\.gate\.", ".mlp.gate.")],
+            "": [(r"LayerNorm\.gamma$", "LayerNorm.weight"),
+                 (r"LayerNorm\.beta$", "LayerNorm.bias")],
+        }[kind]
+    )
+    for kind, rules in _RENAMES.items()
 }  # fmt: skip
 
 #: What the class with a head puts before the names of models that were saved without it.
@@ -51,7 +79,8 @@ _ROOTS = {
 }  # fmt: skip
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed)\.weight$"
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings)"
+    r"\.weight$"
 )
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|proj_out|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
@@ -65,7 +94,8 @@ LM_CLASS = re.compile(
 
 #: Architectures that tie unless config.json says otherwise (only such configs leave the flag out).
 _TIED_BY_DEFAULT = {"gpt2", "opt", "bloom", "bert", "roberta", "xlm-roberta", "whisper", "gemma",
-                    "gemma2", "gpt_bigcode", "falcon"}  # fmt: skip
+                    "gemma2", "gpt_bigcode", "falcon", "mamba", "mamba2",
+                    "falcon_mamba"}  # fmt: skip
 
 #: Names under which encoder-decoder models reach their one shared matrix.
 _SHARED = re.compile(r"(^|\.)(shared|encoder\.embed_tokens|decoder\.embed_tokens|lm_head)\.weight$")
@@ -183,19 +213,20 @@ class Tied:
     separable: bool
 
 
-def rooted(model: Checkpoint) -> Naming:
-    """From names on disk to those of the class in config.json, which PEFT sees.
+def in_memory(model: Checkpoint) -> Naming:
+    """From names on disk to those of the class in config.json, as transformers 5 and PEFT see it.
 
     Some models were saved without their head, and so without the name under which the class with
     the head holds them.
     """
+    rename = _substitute([*_IN_MEMORY.get(model.model_type, []), *_IN_MEMORY[""]])
     root = _ROOTS.get(model.model_type, "")
     architectures = [str(name) for name in model.config.get("architectures") or []]
     headless = not architectures or any(name.endswith("Model") and "LMHead" not in name
                                         for name in architectures)  # fmt: skip
     if not root or headless or any(name.startswith(f"{root}.") for name in model.tensors):
-        return _identity
-    return lambda name: name if _HEAD.search(name) else f"{root}.{name}"
+        return rename
+    return lambda name: name if _HEAD.search(name) else f"{root}.{rename(name)}"
 
 
 def _find_tied(base: Checkpoint) -> Tied | None:

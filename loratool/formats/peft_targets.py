@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from loratool.adapter import Place
+from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_config import rank_pattern
 
 
@@ -83,16 +84,27 @@ def saved_modules(
     A bias of a layer whose weight is not saved, and a bare parameter of a module with parts, is in
     the file under its own name, which PEFT loads too.
     """
-    inner = {m[:i] for m in modules for i, letter in enumerate(m) if letter == "."}
+    units = {saved_unit(m) for m in modules}
+    inner = {m[:i] for m in units for i, letter in enumerate(m) if letter == "."}
     leaves: dict[str, set[str]] = defaultdict(set)
     for name in saved:
         path, _, leaf = name.rpartition(".")
-        leaves[path].add(leaf)
+        unit = saved_unit(path)
+        leaves[unit].add(leaf if unit == path else "")
     return sorted(
         path
         for path, own in leaves.items()
         if path and path not in inner and path not in adapted and own != {"bias"}
     )
+
+
+def saved_unit(path: str) -> str:
+    """What PEFT saves where a module is saved: the module, or the classifier that it is part of."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part.endswith(tuple(AUTOMATIC_HEADS)):
+            return ".".join(parts[: i + 1])
+    return path
 
 
 def _shortest(paths: Sequence[str], modules: Collection[str]) -> list[str]:

@@ -349,7 +349,7 @@ def _note(held: Held, dtype: str, policy: Policy) -> None:
         held.notices.append(Notice("rank-too-large", text, small[0]))
     dropped = [f.part.module for f, rank in zip(held.factors, held.ranks, strict=True) if not rank]
     if dropped:
-        text = f"The budget leaves nothing for {len(dropped)} modules:\n{listed(dropped)}"
+        text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
         held.notices.append(Notice("no-budget", text, dropped[0]))
     grown = [f.part for f in held.whole if f.part.base is not None and not f.part.is_comparable]
     if grown:

@@ -69,11 +69,18 @@ def test_readme_shows_what_inspect_prints(tmp_path: Path) -> None:
 
 
 def test_readme_shows_what_the_adapter_commands_print(tmp_path: Path) -> None:
-    """The sessions of combine, resize and compare, one after the other, are what they print."""
+    """The sessions of combine, resize, compare and extract, in turn, are what they print."""
     sessions = re.findall(
-        r"```console\n\$ (loratool (?:combine|resize|compare)[^\n]*)\n(.*?)```", README, re.DOTALL
+        r"```console\n\$ (loratool (?:combine|resize|compare|extract)[^\n]*)\n(.*?)```",
+        README,
+        re.DOTALL,
     )
-    assert [command.split()[1] for command, _ in sessions] == ["combine", "resize", "compare"]
+    assert [command.split()[1] for command, _ in sessions] == [
+        "combine",
+        "resize",
+        "compare",
+        "extract",
+    ]
     for command, shown in sessions:
         assert printed(command, tmp_path) == untimed(shown)
 
@@ -98,7 +105,8 @@ def test_every_method_is_in_the_help_and_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["README.md", *(f"docs/{n}.md" for n in ("design", "warnings", "combining"))]
+    "path",
+    ["README.md", *(f"docs/{n}.md" for n in ("design", "warnings", "combining", "extracting"))],
 )
 def test_links_and_named_modules_exist(path: str) -> None:
     """Relative links lead somewhere."""

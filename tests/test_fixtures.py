@@ -142,3 +142,28 @@ def test_combined_tasks_have_the_losses_that_the_docs_state(
     assert found == pytest.approx(row_of(FIXTURES.parent / "docs" / "combining.md", name), abs=2e-3)
     base = [held_out_loss(base_model(), text) for text in TEXTS.values()]
     assert sum(found) < sum(base) - 0.5
+
+
+RANKS = {f"`--rank {rank}`": {"rank": rank} for rank in (1, 2, 4, 8, 16, 32, 64)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *RANKS.items(),
+        ("`--energy 0.9`", {"energy": 0.9}),
+        ("`--budget 167kB`", {"budget": "167kB"}),
+    ],
+)
+def test_extracted_adapters_hold_what_the_docs_state(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Share, error and, for some, the loss of an adapter of the full fine-tune, loaded by PEFT."""
+    report = loratool.extract(FIXTURES / "base", FIXTURES / "tuned", tmp_path / "out", **options)
+    held, error, loss = row_of(FIXTURES.parent / "docs" / "extracting.md", name)
+    assert report.held == pytest.approx(held / 100, abs=1e-3)
+    assert report.error == pytest.approx(error / 100, abs=1e-3)
+    if name in ("`--rank 4`", "`--rank 16`", "`--budget 167kB`"):
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(model, tmp_path / "out")
+        assert held_out_loss(adapted) == pytest.approx(loss, abs=2e-3)

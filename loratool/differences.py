@@ -7,6 +7,7 @@ every pass, from files that the system has just cached.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,11 +45,24 @@ class Size:
     noise: float
 
 
+class Stopped(Exception):
+    """Nobody waits for this matrix any more."""
+
+
 class Difference:
-    """`tuned - base` as a matrix `[rows, columns]`: the first dimension, and all the others."""
+    """`tuned - base` as a matrix `[rows, columns]`: the first dimension, and all the others.
+
+    Once `stop` is set, the next block raises Stopped: a large matrix takes long, and after Ctrl-C
+    its thread is waited for.
+    """
 
     def __init__(
-        self, base: TensorInfo, tuned: TensorInfo, files: FilePool, device: torch.device
+        self,
+        base: TensorInfo,
+        tuned: TensorInfo,
+        files: FilePool,
+        device: torch.device,
+        stop: threading.Event | None = None,
     ) -> None:
         self.base = base
         self.tuned = tuned
@@ -56,6 +70,7 @@ class Difference:
         self.rows = base.shape[0] if base.shape else 1
         self.columns = base.numel // self.rows if self.rows else 0
         self._files = files
+        self._stop = stop or threading.Event()
         self._held: torch.Tensor | None = None
         block = BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK
         self._block_rows = max(1, block // max(1, self.columns))
@@ -103,6 +118,8 @@ class Difference:
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for low in range(0, self.rows if self.columns else 0, self._block_rows):
+            if self._stop.is_set():
+                raise Stopped
             yield low, min(low + self._block_rows, self.rows)
 
     def _read(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:

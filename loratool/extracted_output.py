@@ -211,7 +211,6 @@ def write(
                 places = [place for place, _ in held.placed]
                 final = [rank for _, rank in held.placed]
                 extras = _extras(held)
-                _refuse_empty(places, policy)
                 held.nbytes = file_size(tensors_of(places, final, work.dtype, extras), _METADATA)
                 refuse_full_disk(held.nbytes, output)
                 writer.finish(places, final, extras, threads)
@@ -260,16 +259,15 @@ def _within(
             f"{format_bytes(saved)}, and one rank of the smallest module {format_bytes(least)}.",
             "Give more, or leave parts out: --skip norms, --skip biases.",
         )
-    return Policy(policy.criterion, policy.budget - beside, policy.uniform)
-
-
-def _refuse_empty(places: Sequence[Place], policy: Policy) -> None:
-    if not places:
+    rest = Policy(policy.criterion, policy.budget - beside, policy.uniform)
+    costs = [cost(part, dtype) for part in parts]
+    if policy.uniform and rest.even(costs) < 1:
         raise UsageError(
-            f"The budget leaves {format_bytes(policy.budget or 0)} for the factors, which is not "
-            "enough for one rank of every module.",
+            f"The budget leaves {format_bytes(policy.budget - beside)} for the factors, and one "
+            f"rank of all modules takes {format_bytes(sum(costs))}.",
             "Give more, or leave out --uniform.",
         )
+    return rest
 
 
 def _extras(held: Held) -> list[Extra]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -261,7 +262,7 @@ def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:
 def _note_swapped(base: Checkpoint, tuned: Checkpoint) -> list[Notice]:
     """A warning where names tell that the base is the tuned one of the two."""
     origin = Path(str(base.config.get("_name_or_path") or "")).name
-    sounds = [any(w in c.name.lower() for w in _TUNED) for c in (base, tuned)]
+    sounds = [_TUNED.search(c.name.lower()) is not None for c in (base, tuned)]
     if origin and origin == tuned.name and origin != base.name:
         why = f"{base.name} says that it was made from {origin}"
     elif sounds == [True, False]:
@@ -273,7 +274,7 @@ def _note_swapped(base: Checkpoint, tuned: Checkpoint) -> list[Notice]:
 
 
 #: Parts of names that models have after a fine-tune.
-_TUNED = ("instruct", "chat", "-sft", "_sft", "-dpo", "tuned", "finetune", "-it", "-rl")
+_TUNED = re.compile(r"(^|[-_. ])(instruct|chat|it|sft|dpo|grpo|rlhf|ft|(fine-?)?tuned?)($|[-_. ])")
 
 
 def _published_name(base: Checkpoint) -> str:
@@ -284,7 +285,7 @@ def _published_name(base: Checkpoint) -> str:
     for folder in base.directory.absolute().parents:
         if folder.name.startswith("models--"):
             return folder.name.removeprefix("models--").replace("--", "/")
-    return base.name
+    return base.directory.resolve().name
 
 
 def _report(

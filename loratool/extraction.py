@@ -7,9 +7,11 @@ done again with a higher rank.
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -108,11 +110,13 @@ class Extraction:
     seed: int
     exact: bool
     advance: Callable[[int, str], None]
+    _stop: threading.Event = field(default_factory=threading.Event)
 
     def measure(self, parts: Iterable[Counterpart]) -> list[Found]:
         """Only how much each of them changed."""
         calls = (partial(self._measured, part) for part in _largest_first(parts))
-        return [self._told(found) for found in self.workers.in_order(calls)]
+        with self._stopping():
+            return [self._told(found) for found in self.workers.in_order(calls)]
 
     def decompose(
         self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
@@ -152,11 +156,21 @@ class Extraction:
             for part in _largest_first(part for part, _ in work)
         )
         done = {}
-        for found, data in self.workers.in_order(calls):
-            for place, own in zip(found.part.places, data, strict=False):
-                writer.add(place, len(found.values), own)
-            done[found.part.name] = self._told(found)
+        with self._stopping():
+            for found, data in self.workers.in_order(calls):
+                for place, own in zip(found.part.places, data, strict=False):
+                    writer.add(place, len(found.values), own)
+                done[found.part.name] = self._told(found)
         return [done[part.name] for part, _ in work]
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """After an error or Ctrl-C the other threads stop at their next block."""
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            raise
 
     def _told(self, found: Found) -> Found:
         self.advance(found.part.nbytes, found.part.name)
@@ -174,7 +188,7 @@ class Extraction:
 
     def _difference(self, part: Counterpart) -> Difference:
         assert part.base is not None
-        return Difference(part.base, part.tuned, self.files, self.device)
+        return Difference(part.base, part.tuned, self.files, self.device, self._stop)
 
     def _decomposed(self, part: Counterpart, criterion: Criterion) -> tuple[Found, list[Bytes]]:
         difference = self._difference(part)

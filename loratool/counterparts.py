@@ -11,7 +11,6 @@ Decided from headers alone, by these rules:
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -20,7 +19,7 @@ from loratool.adapter import Kind, Notice, Place
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import Layout, in_memory, is_legacy_buffer
 from loratool.checkpoint.tensors import TensorInfo
-from loratool.errors import MatchError, UsageError, listed
+from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_targets import saved_unit
 from loratool.matching import is_vocabulary
@@ -39,6 +38,8 @@ _EMBEDDING = re.compile(
 _ROUTER = re.compile(
     r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
 )
+#: The file name of one shard of several.
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 #: Modules that PEFT refuses to adapt, or whose models do without it.
 _UNADAPTABLE = {
     **dict.fromkeys(
@@ -134,7 +135,8 @@ class Choice:
         chosen = (not self.include or matches(path, self.include)) and not matches(
             path, self.exclude
         )
-        if not chosen or group in self.skip:
+        head = "heads" in self.skip and _HEAD.search(path) is not None
+        if not chosen or head or group in self.skip:
             return "left"
         factored = group in ("linears", "convs", "embeddings") and not matches(path, self.save)
         return "factors" if factored else "whole"
@@ -145,9 +147,11 @@ class Choice:
         for option in ("include", "exclude", "save"):
             for glob in getattr(self, option):
                 if not any(matches(path, [glob]) for path in paths):
+                    near = nearest(glob, {path.rpartition(".")[2] for path in paths})
                     raise UsageError(
                         f"--{option} {glob!r} matches no module.",
-                        f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
+                        (f"Did you mean {near}? " if near else "")
+                        + f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
                     )
 
 
@@ -182,10 +186,10 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
                         shared=layout.shared_alias(base_name))  # fmt: skip
         if both_tied and own.tied is not None and name == own.tied.embedding:
             found = replace(found, twin=named(own.tied.head))
-        if source is None and not _is_new_module(found, base_name, base):
+        if source is None and found.fate != "left" and not _is_new_head(base_name, base):
             lost.append(f"{name} {list(info.shape)}: only in the tuned model")
-        elif source is not None and (reason := _misfit(found, source)):
-            misfits.append(f"{name}: base {list(source.shape)}, tuned {list(info.shape)}{reason}")
+        elif source is not None and not _fits(found, source):
+            misfits.append(f"{name}: base {list(source.shape)}, tuned {list(info.shape)}")
         result.found.append(found)
     lost += _missing(base, tuned, layout, taken, choice, result)
     _refuse(base, tuned, lost, misfits)
@@ -252,22 +256,30 @@ def _group(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
     return "convs" if len(info.shape) in (3, 4, 5) and info.shape[1] > 1 else "others"
 
 
-def _is_new_module(found: Counterpart, name: str, base: Checkpoint) -> bool:
-    """Whether a tensor that the base lacks belongs to a module that it lacks: a new head."""
+def _is_new_head(name: str, base: Checkpoint) -> bool:
+    """Whether a tensor that the base lacks belongs to a head that it lacks.
+
+    Known heads, and modules at the top of the model that are no stack of layers.
+    """
     module = name.rpartition(".")[0]
-    return bool(module) and not any(t.startswith(f"{module}.") for t in base.tensors)
+    if not module or any(t.startswith(f"{module}.") for t in base.tensors):
+        return False
+    top = module.partition(".")[0]
+    layered = any(part.isdigit() for part in module.split("."))
+    new = not any(t.partition(".")[0] == top for t in base.tensors)
+    return _HEAD.search(module) is not None or (new and not layered)
 
 
-def _misfit(found: Counterpart, source: TensorInfo) -> str | None:
-    """Why the two tensors cannot be of one model; None where they can, or the user leaves them."""
+def _fits(found: Counterpart, source: TensorInfo) -> bool:
+    """Whether the two tensors can be of one model, or the user leaves this one out.
+
+    Vocabularies and heads may have other rows.
+    """
     if found.is_comparable or found.fate == "left":
-        return None
-    same_width = source.shape[1:] == found.tuned.shape[1:]
-    if (is_vocabulary(found.name) or _HEAD.search(found.name)) and (
-        same_width or len(source.shape) == 1
-    ):
-        return None
-    return ""
+        return True
+    resizable = is_vocabulary(found.name) or _HEAD.search(found.name) is not None
+    one_axis = bool(source.shape) and len(source.shape) == len(found.tuned.shape)
+    return resizable and one_axis and source.shape[1:] == found.tuned.shape[1:]
 
 
 def _missing(
@@ -279,7 +291,7 @@ def _missing(
     result: Counterparts,
 ) -> list[str]:
     """What only the base has. Heads that the tuned model's class has no use for are no loss."""
-    lost = []
+    lost, dropped = [], []
     for name, info in base.tensors.items():
         if name in taken or is_legacy_buffer(name, info.shape):
             continue
@@ -287,25 +299,28 @@ def _missing(
             continue
         before, after = (c.config.get("architectures") or [] for c in (base, tuned))
         if _HEAD.search(name) and before and after and before != after:
-            text = f"{name} is in the base alone: {after[0]} has another head."
-            result.notices.append(Notice("head-dropped", text, name))
+            dropped.append(name)
         elif choice.fate(name.rpartition(".")[0], "others") != "left":
             lost.append(f"{name} {list(info.shape)}: only in the base")
+    if dropped:
+        text = f"{tuned.config['architectures'][0]} does not have the base's head:\n"
+        result.notices.append(Notice("head-dropped", text + listed(dropped), dropped[0]))
     return lost
 
 
 def _refuse(base: Checkpoint, tuned: Checkpoint, lost: list[str], misfits: list[str]) -> None:
     if misfits:
-        counts = Counter(line.partition(": ")[2] for line in misfits)
         raise MatchError(
-            f"{len(misfits)} tensors of {tuned.source} have other shapes than those of "
-            f"{base.source}:\n{listed(misfits)}",
-            "The two models differ in size; give the base that the tuned model was made from."
-            if len(counts) < len(misfits)
-            else "Leave modules out with --exclude if they are not meant to be held.",
+            f"Tensors of {tuned.source} have other shapes than those of {base.source} "
+            f"({len(misfits)} of {len(tuned.tensors)}):\n{listed(misfits)}",
+            "Give the base that the tuned model was made from, or leave modules out with "
+            "--exclude.",
         )
     if lost:
+        shards = [c.source for c in (base, tuned) if _SHARD.search(c.source.name)]
         raise MatchError(
-            f"{len(lost)} tensors are in one of the two models only:\n{listed(lost)}",
-            "Finish the download, give the right base, or leave them out with --exclude.",
+            f"Tensors are in one of the two models only ({len(lost)}):\n{listed(lost)}",
+            f"{shards[0].name} is one shard of several; give its directory."
+            if shards
+            else "Finish the download, give the right base, or leave them out with --exclude.",
         )

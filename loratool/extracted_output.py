@@ -21,6 +21,7 @@ from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import MatchError, UsageError, ValueRangeError, VerifyError, listed
 from loratool.extraction import Extraction, Found, Policy, cost
+from loratool.folding import pattern
 from loratool.formats.peft_targets import extracted_config, saved_modules, saved_unit
 from loratool.formats.peft_writer import (
     WEIGHTS,
@@ -30,6 +31,7 @@ from loratool.formats.peft_writer import (
     saved_key,
     tensors_of,
 )
+from loratool.matching import is_vocabulary
 from loratool.output import refuse_full_disk
 from loratool.provenance import CONFIG, describe_model, file_sha256, versions, write_json
 
@@ -75,7 +77,7 @@ class Held:
     """What became of every tensor that changed: factors, saved whole, or left out.
 
     `factors` have their `ranks` (none in a dry run). `total` is ‖tuned - base‖² over the tensors
-    that both models have, `noise` what storing them rounded off of it.
+    that both models have.
     """
 
     factors: list[Found]
@@ -96,10 +98,6 @@ class Held:
         return math.fsum(f.size.energy for f in self.changed)
 
     @property
-    def noise(self) -> float:
-        return math.fsum(f.size.noise for f in self.changed)
-
-    @property
     def placed(self) -> list[tuple[Place, int]]:
         """The places that get factors, and their ranks."""
         pairs = zip(self.factors, self.ranks, strict=True)
@@ -112,7 +110,7 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
     Raises ValueRangeError if there is nothing that an adapter could hold.
     """
     by_name = {f.part.name: f for f in found}
-    ordered = [by_name[part.name] for part in pairs.found]
+    ordered = [by_name[part.name] for part in _by_layer(pairs.found)]
     changed = [f for f in ordered if f.changed]
     fates = {
         fate: [f for f in changed if f.part.fate == fate] for fate in ("factors", "whole", "left")
@@ -131,6 +129,22 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
     return Held(fates["factors"], whole, fates["left"], unchanged, list(pairs.notices))
 
 
+def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
+    """In the order of the file, but layers by number: files have layer 10 before layer 2."""
+    layered = [i for i, part in enumerate(parts) if _numbers(part.module)]
+    ranked = sorted(layered, key=lambda i: (pattern(parts[i].module).partition("#")[0],
+                                            _numbers(parts[i].module)[0], i))  # fmt: skip
+    first = min(layered, default=len(parts))
+    before = [i for i in range(len(parts)) if i < first or "embed" in parts[i].name]
+    before = [i for i in before if i not in set(layered)]
+    after = [i for i in range(len(parts)) if i not in {*layered, *before}]
+    return [parts[i] for i in (*before, *ranked, *after)]
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(part) for part in path.split(".") if part.isdigit()]
+
+
 def _refuse_nothing(count: int, changed: list[Found], fates: dict[str, list[Found]]) -> None:
     if not changed:
         raise ValueRangeError(
@@ -139,14 +153,16 @@ def _refuse_nothing(count: int, changed: list[Found], fates: dict[str, list[Foun
         )
     if fates["factors"]:
         return
-    names = listed(f.part.name for f in changed)
+    selected = "in what was selected " if fates["left"] else ""
     if fates["whole"]:
+        names = listed(f.part.name for f in fates["whole"])
         raise ValueRangeError(
-            f"No weight that could become factors differs, only these:\n{names}",
-            "An adapter of low-rank factors cannot hold this; copy these tensors instead.",
+            f"No weight that could become factors differs {selected}but only these:\n{names}",
+            "PEFT has no adapter without factors. Select a linear layer too, or copy the tensors.",
         )
     raise ValueRangeError(
-        f"Nothing differs in what was selected. These tensors do:\n{names}",
+        f"Nothing differs {selected.strip()}. These tensors do:\n"
+        + listed(f.part.name for f in fates["left"]),
         "Check --include, --exclude and --skip.",
     )
 
@@ -165,7 +181,7 @@ def _with_siblings(
     ]
 
 
-def propose(held: Held, dtype: str, policy: Policy) -> dict[int, int]:
+def propose(held: Held, pairs: Counterparts, dtype: str, policy: Policy) -> dict[int, int]:
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
     places = [place for f in held.factors for place in f.part.places]
     extras = _extras(held)
@@ -173,13 +189,18 @@ def propose(held: Held, dtype: str, policy: Policy) -> dict[int, int]:
     def size(rank: int) -> int:
         return file_size(tensors_of(places, [rank] * len(places), dtype, extras), _METADATA)
 
-    ranks = set(_PROPOSED)
+    largest = max(min(place.shape) for place in places)
+    ranks = {rank for rank in _PROPOSED if rank <= largest}
     if policy.criterion.rank is not None:
         ranks = {policy.criterion.rank}
     if policy.budget is not None:
-        rest = policy.budget - size(1) + sum(cost(f.part, dtype) for f in held.factors)
-        rank = Policy(policy.criterion, rest).even([cost(f.part, dtype) for f in held.factors])
-        ranks = {rank} if rank > 0 else set()
+        parts = [f.part for f in held.factors]
+        one = Policy(policy.criterion, policy.budget, uniform=True)
+        one = _within(one, parts, held.whole, pairs, dtype)
+        ranks = {one.even([cost(part, dtype) for part in parts])}
+    if policy.criterion.energy is not None:
+        text = "Ranks by --energy need the decomposition, which a dry run does not make."
+        held.notices.append(Notice("not-planned", text))
     return {rank: size(rank) for rank in sorted(ranks)}
 
 
@@ -215,9 +236,10 @@ def write(
                 refuse_full_disk(held.nbytes, output)
                 writer.finish(places, final, extras, threads)
             _note(held, work.dtype, policy)
+            saved = [extra.key.removeprefix("base_model.model.") for extra in extras]
             config = extracted_config(
-                places, final, [e.key.removeprefix("base_model.model.") for e in extras],
-                pairs.modules, base_name=base_name, task_type=_task(tuned),
+                places, final, saved, pairs.modules, base_name=base_name,
+                task_type=_task(tuned, saved),
                 tied=any(f.part.twin for f in (*held.factors, *held.whole)),
                 fan_in_fan_out=pairs.fan_in_fan_out,
             )  # fmt: skip
@@ -283,12 +305,15 @@ def _extras(held: Held) -> list[Extra]:
     ]  # fmt: skip
 
 
-def _task(tuned: Checkpoint) -> str | None:
+def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
+    """The task_type; none for a classifier without its head, which PEFT would want in the file."""
     architectures = tuned.config.get("architectures") or [""]
     name = str(architectures[0])
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if tuned.model_type in _TEXT_TO_TEXT else None
-    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    headless = all(saved_unit(name) == name for name in saved)
+    return None if headless and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
 
 
 def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
@@ -338,6 +363,10 @@ def _note(held: Held, dtype: str, policy: Policy) -> None:
             )
             held.notices.append(Notice("ranks-of-experts", text, experts[0]))
     asked = policy.criterion.rank or 0
+    needed = max(len(f.values) for f in held.factors)
+    if needed < asked:
+        text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
+        held.notices.append(Notice("rank-not-needed", text))
     small = [f.part.module for f in held.factors if asked > min(f.part.place.shape)]
     if small:
         text = (
@@ -356,11 +385,10 @@ def _note(held: Held, dtype: str, policy: Policy) -> None:
             f"{list(p.tuned.shape)}"
             for p in grown
         ]
-        text = (
-            f"{len(grown)} tensors have another shape than in the base:\n{listed(lines)}\n"
-            "Before PEFT can load them, resize the base: model.resize_token_embeddings(...) for a "
-            "vocabulary, num_labels=... for a head."
-        )
+        rows = next((p.tuned.shape[0] for p in grown if is_vocabulary(p.name)), None)
+        how = f"model.resize_token_embeddings({rows})" if rows else "num_labels=..."
+        text = f"Tensors of another shape than in the base:\n{listed(lines)}\n"
+        text += f"Before PEFT can load them, make the base fit: {how}."
         held.notices.append(Notice("shape-changed", text, grown[0].name))
     saved = sum(f.part.tuned.nbytes for f in held.whole)
     if saved > max(held.nbytes - saved, 10_000_000):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loratool.adapter import Notice
 from loratool.adapter_output import DTYPES
 from loratool.changes import document
@@ -77,7 +79,7 @@ class ExtractReport:
     whole; `error` is √(1 - held), and no adapter of these ranks is below `best_error`. `noise` is
     what storing the tuned weights rounded off, over ‖tuned - base‖, and `rounding` what the
     factors' dtype adds. `verified` is the error of base + adapter as read back. `proposals` are the
-    sizes of the file by rank.
+    sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for all would hold.
     """
 
     base: str
@@ -100,6 +102,7 @@ class ExtractReport:
     bytes_tuned: int
     bytes_written: int
     proposals: dict[int, int] = field(default_factory=dict)
+    held_by_rank: dict[int, float] = field(default_factory=dict)
     verified: float | None = None
     warnings: list[Notice] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,7 +116,7 @@ class ExtractReport:
 def extract(
     base: str | Path,
     tuned: str | Path,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -144,7 +147,7 @@ def extract(
     Parameters
     ----------
     base, tuned: model directories or weights files, in any dtypes and any split into shards.
-    output: directory to make; it appears complete or not at all.
+    output: directory to make; it appears complete or not at all. None only for a dry run.
     rank: this rank for every module. energy: per module the smallest rank with this share of
         ‖Δ‖². budget: bytes of the weights file ("50MB"), spread over the modules so that the total
         error is smallest. max_rank: no module gets more.
@@ -167,18 +170,22 @@ def extract(
     changed. OutputError. VerifyError.
     """
     started = time.perf_counter()
-    check_paths([base, tuned, output], [tuned], "loratool extract BASE TUNED --rank 8 -o OUT")
+    check_paths([base, tuned], [tuned], "loratool extract BASE TUNED --rank 8 -o OUT")
+    if not (dry_run or output):
+        raise UsageError("No output given.", "Say where to write: -o OUT.")
     check_threads(threads)
     criterion = Criterion(rank=rank, energy=energy, max_rank=max_rank)
     criterion.check()
     limit = None if budget is None else parse_bytes(budget)
     _check_options(criterion, limit, dtype, skip, dry_run)
-    target = Path(output)
+    target = Path(output) if output else None
     with explained_os_errors():
-        check_output(target, [Path(base), Path(tuned)], overwrite)
+        if target is not None:
+            check_output(target, [Path(base), Path(tuned)], overwrite)
         before, after = open_checkpoint(base), open_checkpoint(tuned)
     _refuse_same(before, after)
-    check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
+    if target is not None:
+        check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
     pairs = pair(before, after, Choice(include, exclude, skip, save))
@@ -197,9 +204,9 @@ def extract(
     proposals: dict[int, int] = {}
     with explained_os_errors(), FilePool() as files, Workers(threads) as workers:
         work = Extraction(files, workers, DTYPES[dtype], where, seed, exact, advance)
-        if dry_run:
+        if dry_run or target is None:
             held = gather(pairs, work.measure(pairs.found))
-            proposals = propose(held, work.dtype, policy)
+            proposals = propose(held, pairs, work.dtype, policy)
         else:
             options = {
                 "rank": rank, "energy": energy, "budget": limit, "max_rank": max_rank,
@@ -292,7 +299,7 @@ def _report(
     base: Checkpoint,
     tuned: Checkpoint,
     held: Held,
-    output: Path,
+    output: Path | None,
     dtype: str,
     dry_run: bool,
     uniform: bool,
@@ -310,10 +317,10 @@ def _report(
         f.size.energy * (m.kept or 0) * (m.rounding or 0) ** 2
         for f, m in zip(held.factors, modules, strict=True)
     )
-    return ExtractReport(
+    report = ExtractReport(
         base=str(base.source),
         tuned=str(tuned.source),
-        output=str(output),
+        output=str(output or ""),
         dtype=dtype,
         dry_run=dry_run,
         rank=max(held.ranks, default=None),
@@ -326,13 +333,61 @@ def _report(
         held=max(0.0, 1 - (cut + lost) / energy) if known else None,
         error=math.sqrt((cut + lost) / energy) if known else None,
         best_error=math.sqrt((least + lost) / energy) if known else None,
-        noise=math.sqrt(held.noise / energy) if energy else 0.0,
+        noise=_noise(held.factors),
         rounding=math.sqrt(rounded / kept) if kept and dtype != "float32" else None,
         bytes_tuned=sum(p.stat().st_size for p in tuned.files),
         bytes_written=held.nbytes,
+        held_by_rank=_held_by_rank(held, lost) if known else {},
         verified=held.verified,
         warnings=held.notices,
     )
+    report.warnings += _note_fit(report, sum(f.size.weight for f in held.factors))
+    return report
+
+
+def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
+    """What to think of the result, where it is not what people hope for."""
+    notices = []
+    if report.norm**2 > weight:
+        text = (
+            f"The change is {report.norm / math.sqrt(weight or 1):.2g} times the norm of the "
+            "weights; two models that have nothing to do with each other are 1.4 times apart. Is "
+            "this the right base?"
+        )
+        notices.append(Notice("unrelated", text))
+    if report.held is not None and report.held < _LITTLE and not report.left:
+        text = (
+            f"The adapter holds {report.held:.1%} of the change, which is far from low-rank. Try a "
+            "higher --rank, or --energy 0.9 --max-rank 256."
+        )
+        notices.append(Notice("holds-little", text))
+    if report.bytes_written > report.bytes_tuned:
+        notices.append(Notice("larger-than-model", "The adapter is larger than the model itself."))
+    return notices
+
+
+#: A share below which an adapter can hardly stand for its fine-tune.
+_LITTLE = 0.3
+
+
+def _noise(factors: Sequence[Found]) -> float:
+    energy = math.fsum(f.size.energy for f in factors)
+    return math.sqrt(math.fsum(f.size.noise for f in factors) / energy)
+
+
+def _held_by_rank(held: Held, lost: float) -> dict[int, float]:
+    """`held` of the report if all modules had this rank, as far as their spectra are known.
+
+    Where a spectrum is known in part, its last values are a little too small.
+    """
+    spectra = [(f, np.concatenate([f.values, f.following]) ** 2) for f in held.factors]
+    longest = max(len(squares) for _, squares in spectra)
+    known = min((len(squares) for f, squares in spectra if f.passes), default=longest)
+    found = {}
+    for rank in (2**i for i in range(20) if 2**i <= known):
+        cut = math.fsum(f.size.energy - float(squares[:rank].sum()) for f, squares in spectra)
+        found[rank] = max(0.0, 1 - (cut + lost) / held.total)
+    return found
 
 
 def _module(found: Found, rank: int | None) -> ExtractedModule:

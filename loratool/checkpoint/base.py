@@ -23,7 +23,7 @@ _ENTRY_FILES = (
     "pytorch_model.bin",
 )
 
-_ORDER = "Models come first, adapters after them: loratool merge BASE ADAPTER -o OUT."
+_ORDER = "Models come first, adapters after them; resize changes the rank of an adapter."
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
 
@@ -85,6 +85,11 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     """
     source = Path(source)
     if source.is_file():
+        if source.suffix == ".json":
+            raise FileError(
+                f"{source}: this describes a model and holds no weights.",
+                f"Give the directory: {source.parent}.",
+            )
         tensors, metadata = _read_file(source)
         checkpoint = Checkpoint(
             source, source.parent, {}, tensors, {"model.safetensors": list(tensors)}, metadata

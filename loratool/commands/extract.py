@@ -8,7 +8,6 @@ from loratool.options import (
     Dtype,
     full_option,
     json_option,
-    output_option,
     overwrite_option,
     quiet_option,
     threads_option,
@@ -20,11 +19,11 @@ _GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
 @click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
 @click.argument("base")
 @click.argument("tuned")
-@output_option
+@click.option("-o", "--output", metavar="OUT", help="Directory to write; none for --dry-run.")
 @click.option("--rank", type=int, metavar="K", help="This rank for every module.")
 @click.option(
     "--energy", type=float, metavar="SHARE",
-    help="Per module the smallest rank that keeps this share of ‖Δ‖².",
+    help="Per module the smallest rank that keeps this share of ‖ΔW‖².",
 )  # fmt: skip
 @click.option(
     "--budget", metavar="SIZE",
@@ -47,7 +46,7 @@ _GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
 )
 @click.option(
     "--skip", multiple=True, type=click.Choice(_GROUPS), metavar="GROUP",
-    help="Leave all of a kind out: norms, biases, embeddings, convs, heads or others.",
+    help="Leave all of a kind out: norms, biases, embeddings, convs, heads or others; repeatable.",
 )  # fmt: skip
 @click.option(
     "--save", multiple=True, metavar="GLOB",
@@ -80,7 +79,7 @@ _GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
 def extract_command(
     base: str,
     tuned: str,
-    output: str,
+    output: str | None,
     rank: int | None,
     energy: float | None,
     budget: str | None,
@@ -108,14 +107,19 @@ def extract_command(
 
     Linear layers, convolutions and embeddings become low-rank factors, the best ones of
     their rank; norms, biases and the rest are saved whole. What is left out is listed
-    with its share of the change. PEFT loads the result, and merge merges it.
+    with its share of the change. PEFT loads the result, and merge merges it. One of
+    --rank, --energy and --budget is needed.
+
+    The report: kept and held are shares of ‖ΔW‖², the squared change, and error is
+    √(1 - kept). noise is what TUNED's dtype rounded off, which no rank brings back.
+    s.rank is the stable rank: how many directions of equal size make up the change.
 
     \b
     Examples:
       loratool extract base/ tuned/ --rank 16 -o adapter/
       loratool extract base/ tuned/ --energy 0.9 --max-rank 128 -o adapter/
       loratool extract base/ tuned/ --budget 50MB --verify -o adapter/
-      loratool extract base/ tuned/ --dry-run -o adapter/
+      loratool extract base/ tuned/ --dry-run
     """
     from loratool.console import common
     from loratool.console.extract import show_extract

@@ -139,6 +139,8 @@ def percent_text(share: float) -> str:
         return "<100%"
     if 0 < share < 0.00005:
         return "<0.01%"
+    if share >= 9.995:
+        return f"{100 * share:,.0f}%"
     return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
 
 

@@ -13,7 +13,6 @@ from loratool.console.common import (
     count_text,
     fact_grid,
     folded_table,
-    number_text,
     out,
     percent_text,
     shape_text,
@@ -21,6 +20,7 @@ from loratool.console.common import (
     spectrum_table,
 )
 from loratool.extracting import ExtractedModule, ExtractReport, OtherTensor
+from loratool.folding import pattern, ranged
 
 
 def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
@@ -33,12 +33,17 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     if report.saved:
         facts.add_row("saved whole", _others_text(report.saved))
     if report.left:
-        facts.add_row("left out", f"[yellow]{_others_text(report.left)}[/]")
-    facts.add_row("unchanged", count_text(report.unchanged, "tensor"))
+        facts.add_row("left out", f"[yellow]{_left_text(report)}[/]")
+    if report.unchanged:
+        facts.add_row("unchanged", count_text(report.unchanged, "tensor"))
     if report.held is not None and report.error is not None:
         best = report.best_error or 0.0
         text = f"{percent_text(report.held)} of ‖ΔW‖², relative error {percent_text(report.error)}"
-        facts.add_row("holds", f"{text} (best possible ≥ {percent_text(best)})")
+        bound = f" (best possible ≥ {percent_text(best)})" if best > 1e-4 else ""
+        facts.add_row("holds", text + bound)
+    if len(report.held_by_rank) > 1:
+        shares = [f"{rank}: {percent_text(share)}" for rank, share in report.held_by_rank.items()]
+        facts.add_row("by rank", ", ".join(shares))
     facts.add_row(
         "noise", f"{percent_text(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off"
     )
@@ -62,8 +67,8 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     out.print(_table(report, full))
     if spectrum and not report.dry_run:
         out.print()
-        values = [(m.path, m.singular_values) for m in report.modules]
-        out.print(spectrum_table(values, "singular values of ΔW"))
+        values = [(m.path, m.singular_values[: m.rank]) for m in report.modules]
+        out.print(spectrum_table(values, "singular values in the adapter"))
 
 
 def _modules_text(report: ExtractReport) -> str:
@@ -77,10 +82,24 @@ def _modules_text(report: ExtractReport) -> str:
 
 
 def _others_text(tensors: Sequence[OtherTensor]) -> str:
-    names = [f"{t.name} {shape_text(t.shape)}" for t in tensors[:3]]
-    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    groups: dict[str, list[str]] = {}
+    for tensor in tensors:
+        groups.setdefault(pattern(tensor.name), []).append(tensor.name)
+    names = [ranged(group) for group in groups.values()]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     total = format_bytes(sum(t.nbytes for t in tensors))
-    return escape(f"{count_text(len(tensors), 'tensor')}, {total}: {', '.join(names)}{more}")
+    return escape(f"{count_text(len(tensors), 'tensor')}, {total}: {', '.join(names[:4])}{more}")
+
+
+def _left_text(report: ExtractReport) -> str:
+    """What is left out, the largest changes first."""
+    energy = report.norm**2 or 1.0
+    shares = sorted(((t.norm or 0.0) ** 2 / energy, t.name) for t in report.left)[::-1]
+    names = [f"{name} {percent_text(share)}" for share, name in shares[:3]]
+    more = f" and {len(shares) - 3} more" if len(shares) > 3 else ""
+    total = percent_text(sum(share for share, _ in shares))
+    count = count_text(len(shares), "tensor")
+    return escape(f"{count}, {total} of ‖ΔW‖²: {', '.join(names)}{more}")
 
 
 def _table(report: ExtractReport, full: bool) -> Table:
@@ -122,7 +141,7 @@ def _cells(group: list[ExtractedModule]) -> dict[str, str]:
     return {
         **cells,
         "r": str(low) if low == high else f"{low}–{high}",
-        "s.rank": number_text(max(m.stable_rank or 0 for m in group), 2),
+        "s.rank": f"{max(m.stable_rank or 0.0 for m in group):.1f}",
         "kept ≥": percent_text(min(m.kept or 0 for m in group)),
         "error ≤": percent_text(max(m.error or 0 for m in group)),
     }

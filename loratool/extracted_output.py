@@ -130,15 +130,14 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
 
 
 def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
-    """In the order of the file, but layers by number: files have layer 10 before layer 2."""
-    layered = [i for i, part in enumerate(parts) if _numbers(part.module)]
-    ranked = sorted(layered, key=lambda i: (pattern(parts[i].module).partition("#")[0],
-                                            _numbers(parts[i].module)[0], i))  # fmt: skip
-    first = min(layered, default=len(parts))
-    before = [i for i in range(len(parts)) if i < first or "embed" in parts[i].name]
-    before = [i for i in before if i not in set(layered)]
-    after = [i for i in range(len(parts)) if i not in {*layered, *before}]
-    return [parts[i] for i in (*before, *ranked, *after)]
+    """Layers by number and name, as files do not have them; before and after them what else is."""
+
+    def key(part: Counterpart) -> tuple[int, str, list[int], str]:
+        if numbers := _numbers(part.module):
+            return 1, pattern(part.module).partition("#")[0], numbers[:1], part.name
+        return (0 if "embed" in part.name else 2), "", [], part.name
+
+    return sorted(parts, key=key)
 
 
 def _numbers(path: str) -> list[int]:

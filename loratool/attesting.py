@@ -65,7 +65,9 @@ def _goals(jobs: Sequence[Job], parts: Sequence[Counterpart]) -> list[tuple[Job,
     for part in parts:
         if part.tuned.is_float:
             by_tensor |= {part.target: part, part.twin: part, part.name: part}
-    return [(job, by_tensor[job.name]) for job in jobs if job.name in by_tensor]
+    found = [(job, by_tensor[job.name]) for job in jobs if job.name in by_tensor]
+    # One of another shape that was left out cannot be compared.
+    return [(job, part) for job, part in found if job.source.shape == part.tuned.shape]
 
 
 class _Distance(RunningJob):

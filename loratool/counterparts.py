@@ -27,9 +27,6 @@ from loratool.selection import matches
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
 
-#: What `--skip` may be.
-GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
-
 _EMBEDDING = re.compile(
     r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
     r"|wte|wpe|shared|embed_in|embed|relative_attention_bias"
@@ -132,6 +129,7 @@ class Choice:
     save: Sequence[str] = ()
 
     def fate(self, path: str, group: Group) -> Literal["factors", "whole", "left"]:
+        """What the user wants for a module of this path and group."""
         chosen = (not self.include or matches(path, self.include)) and not matches(
             path, self.exclude
         )
@@ -194,7 +192,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
     lost += _missing(base, tuned, layout, taken, choice, result)
     _refuse(base, tuned, lost, misfits)
     result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
-    choice.check(result.modules)
+    choice.check({*result.modules, *(name.rpartition(".")[0] for name in base.tensors)})
     return result
 
 
@@ -252,8 +250,11 @@ def _group(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
     if len(info.shape) == 2:
         last = path.rpartition(".")[2]
         return "embeddings" if _EMBEDDING.fullmatch(last) else "linears"
-    # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape.
-    return "convs" if len(info.shape) in (3, 4, 5) and info.shape[1] > 1 else "others"
+    # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape, and
+    # weights of three axes that are not called so are experts.
+    axes = len(info.shape)
+    convolves = axes in (4, 5) or (axes == 3 and "conv" in path.rpartition(".")[2])
+    return "convs" if convolves and info.shape[1] > 1 else "others"
 
 
 def _is_new_head(name: str, base: Checkpoint) -> bool:

@@ -1,5 +1,7 @@
 """tuned - base of one tensor, as a float32 matrix that is read in blocks of rows.
 
+Where one side is float64, so is the subtraction.
+
 A matrix that is small enough is held in memory once it has been read; the others are read again for
 every pass, from files that the system has just cached.
 """
@@ -71,7 +73,9 @@ class Difference:
         self.columns = base.numel // self.rows if self.rows else 0
         self._files = files
         self._stop = stop or threading.Event()
-        self._held: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
+        double = "F64" in (base.dtype, tuned.dtype)
+        self._work = torch.float64 if double else torch.float32
         block = BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK
         self._block_rows = max(1, block // max(1, self.columns))
 
@@ -85,15 +89,14 @@ class Difference:
             held = self._buffer()
         energy = weight = 0.0
         for low, high in self._ranges():
-            before = self._read(self.base, low, high)
+            block, before = self._subtracted(low, high)
             weight += _squared(before)
-            block = self._read(self.tuned, low, high).sub_(before)
             energy += _squared(block)
             if held is not None:
                 held[low:high] = block
         if not math.isfinite(energy):
             self._explain()
-        self._held = held
+        self.held = held
         changed = energy > 0
         if energy < _TINY:  # squares that float32 cannot hold
             energy = sum(float(block.double().square().sum()) for _, block in self.blocks())
@@ -110,11 +113,15 @@ class Difference:
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each block, and the block `[n, columns]`, in float32."""
         for low, high in self._ranges():
-            if self._held is not None:
-                yield low, self._held[low:high]
+            if self.held is not None:
+                yield low, self.held[low:high]
             else:
-                before = self._read(self.base, low, high)
-                yield low, self._read(self.tuned, low, high).sub_(before)
+                yield low, self._subtracted(low, high)[0]
+
+    def _subtracted(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the difference, and those of the base."""
+        before = self._read(self.base, low, high)
+        return self._read(self.tuned, low, high).sub_(before).float(), before
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for low in range(0, self.rows if self.columns else 0, self._block_rows):
@@ -123,7 +130,7 @@ class Difference:
             yield low, min(low + self._block_rows, self.rows)
 
     def _read(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
-        """Rows `[low, high)` of one side as float32, to be used before the next are read."""
+        """Rows `[low, high)` of one side widened, to be used before the next are read."""
         size = self.columns * info.itemsize
         if info.strides is None:
             raw = scratch.get("raw", (high - low) * size, torch.uint8)
@@ -132,9 +139,9 @@ class Difference:
             raw = torch.from_numpy(self._gathered[info][low * size : high * size])
         stored = raw.view(TORCH[info.dtype]).view(high - low, self.columns)
         if self.device.type != "cpu":
-            return stored.to(self.device).to(torch.float32)
+            return stored.to(self.device).to(self._work)
         side = "values" if info is self.tuned else "before"
-        values = scratch.get(side, stored.numel(), torch.float32).view(stored.shape)
+        values = scratch.get(side, stored.numel(), self._work).view(stored.shape)
         return values.copy_(stored)
 
     @cached_property

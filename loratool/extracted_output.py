@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import format_bytes, raw_blocks
 from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.counterparts import Counterpart, Counterparts
-from loratool.errors import MatchError, UsageError, ValueRangeError, VerifyError, listed
+from loratool.errors import MatchError, ValueRangeError, VerifyError, listed
 from loratool.extraction import Extraction, Found, Policy, cost
 from loratool.folding import pattern
 from loratool.formats.peft_targets import extracted_config, saved_modules, saved_unit
@@ -31,6 +31,7 @@ from loratool.formats.peft_writer import (
     saved_key,
     tensors_of,
 )
+from loratool.linalg.ranks import Criterion
 from loratool.matching import is_vocabulary
 from loratool.output import refuse_full_disk
 from loratool.provenance import CONFIG, describe_model, file_sha256, versions, write_json
@@ -180,27 +181,20 @@ def _with_siblings(
     ]
 
 
-def propose(held: Held, pairs: Counterparts, dtype: str, policy: Policy) -> dict[int, int]:
+def propose(held: Held, pairs: Counterparts, dtype: str, options: dict[str, Any]) -> dict[int, int]:
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
-    places = [place for f in held.factors for place in f.part.places]
-    extras = _extras(held)
-
-    def size(rank: int) -> int:
-        return file_size(tensors_of(places, [rank] * len(places), dtype, extras), _METADATA)
-
-    largest = max(min(place.shape) for place in places)
-    ranks = {rank for rank in _PROPOSED if rank <= largest}
+    parts = [f.part for f in held.factors]
+    policy = replace(choosing(options, held.whole, pairs, dtype), uniform=True)
+    largest = max(min(part.place.shape) for part in parts)
+    ranks = [rank for rank in _PROPOSED if rank <= largest]
     if policy.criterion.rank is not None:
-        ranks = {policy.criterion.rank}
-    if policy.budget is not None:
-        parts = [f.part for f in held.factors]
-        one = Policy(policy.criterion, policy.budget, uniform=True)
-        one = _within(one, parts, held.whole, pairs, dtype)
-        ranks = {one.even([cost(part, dtype) for part in parts])}
-    if policy.criterion.energy is not None:
+        ranks = [policy.criterion.rank]
+    elif policy.budget is not None:
+        ranks = [policy.even(parts)]
+    elif policy.criterion.energy is not None:
         text = "Ranks by --energy need the decomposition, which a dry run does not make."
         held.notices.append(Notice("not-planned", text))
-    return {rank: size(rank) for rank in sorted(ranks)}
+    return {rank: policy.size(parts, [rank] * len(parts)) for rank in ranks}
 
 
 def write(
@@ -208,7 +202,6 @@ def write(
     tuned: Checkpoint,
     pairs: Counterparts,
     work: Extraction,
-    policy: Policy,
     output: Path,
     options: dict[str, Any],
     *,
@@ -223,19 +216,18 @@ def write(
             with AdapterWriter(stage.path, work.dtype, _METADATA) as writer:
                 others = work.measure(part for part in pairs.found if part.fate != "factors")
                 parts = [part for part in pairs.found if part.fate == "factors"]
-                if policy.budget is not None:
-                    policy = _within(policy, parts, others, pairs, work.dtype)
+                policy = choosing(options, others, pairs, work.dtype)
                 factors, ranks = work.decompose(parts, policy, writer)
                 held = gather(pairs, [*others, *factors])
                 held.ranks = ranks
                 places = [place for place, _ in held.placed]
                 final = [rank for _, rank in held.placed]
                 extras = _extras(held)
-                held.nbytes = file_size(tensors_of(places, final, work.dtype, extras), _METADATA)
+                held.nbytes = file_size(_tensors(held, work.dtype), _METADATA)
                 refuse_full_disk(held.nbytes, output)
                 writer.finish(places, final, extras, threads)
             _note(held, work.dtype, policy)
-            saved = [extra.key.removeprefix("base_model.model.") for extra in extras]
+            saved = [name for f in held.whole for name in f.part.names]
             config = extracted_config(
                 places, final, saved, pairs.modules, base_name=base_name,
                 task_type=_task(tuned, saved),
@@ -254,46 +246,35 @@ def write(
     return held
 
 
-def _within(
-    policy: Policy,
-    parts: Sequence[Counterpart],
-    others: Sequence[Found],
-    pairs: Counterparts,
-    dtype: str,
+def choosing(
+    options: dict[str, Any], others: Sequence[Found], pairs: Counterparts, dtype: str
 ) -> Policy:
-    """The budget for the factors alone: without the header and what is saved whole."""
-    assert policy.budget is not None
-    places = [place for part in parts for place in part.places]
-    whole = [f for f in others if f.changed and f.part.fate == "whole"]
-    whole = _with_siblings(whole, list(others), list(parts), pairs)
-    # Ranks are written into the header; these take as many digits as any.
-    ranks = [10 * max(place.shape) for place in places]
-    factors = sum(rank * sum(p.shape) for p, rank in zip(places, ranks, strict=True))
-    extras = _extras(Held([], whole, [], 0, []))
-    beside = file_size(tensors_of(places, ranks, dtype, extras), _METADATA)
-    beside -= factors * (4 if dtype == "F32" else 2)
-    least = min(cost(part, dtype) for part in parts) if parts else 0
-    if beside + least > policy.budget:
-        saved = sum(f.part.tuned.nbytes * len(f.part.names) for f in whole)
-        raise UsageError(
-            f"--budget {format_bytes(policy.budget)} is too small: what is saved whole takes "
-            f"{format_bytes(saved)}, and one rank of the smallest module {format_bytes(least)}.",
-            "Give more, or leave parts out: --skip norms, --skip biases.",
-        )
-    rest = Policy(policy.criterion, policy.budget - beside, policy.uniform)
-    costs = [cost(part, dtype) for part in parts]
-    if policy.uniform and rest.even(costs) < 1:
-        raise UsageError(
-            f"The budget leaves {format_bytes(policy.budget - beside)} for the factors, and one "
-            f"rank of all modules takes {format_bytes(sum(costs))}.",
-            "Give more, or leave out --uniform.",
-        )
-    return rest
+    """How ranks are chosen, with `others` in the file beside the factors."""
+    changed = [f for f in others if f.changed and f.part.fate == "whole"]
+    adapted = [part for part in pairs.found if part.fate == "factors"]
+    whole = _with_siblings(changed, others, adapted, pairs)
+
+    def size(parts: Sequence[Counterpart], ranks: Sequence[int]) -> int:
+        held = Held([Found(part) for part in parts], whole, [], 0, [], list(ranks))
+        return file_size(_tensors(held, dtype), _METADATA)
+
+    criterion = Criterion(
+        rank=options["rank"], energy=options["energy"], max_rank=options["max_rank"]
+    )
+    return Policy(
+        criterion, partial(cost, dtype=dtype), size, options["budget"], options["uniform"]
+    )
+
+
+def _tensors(held: Held, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of all tensors in the file."""
+    places, ranks = [place for place, _ in held.placed], [rank for _, rank in held.placed]
+    return tensors_of(places, ranks, dtype, _extras(held))
 
 
 def _extras(held: Held) -> list[Extra]:
     """The tensors that are saved whole, a tied one under both of its names."""
-    modules = dict.fromkeys(f.part.module for f in held.factors)
+    modules = dict.fromkeys(place.path for place, _ in held.placed)
     return [
         Extra(
             saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,

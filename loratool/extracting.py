@@ -18,11 +18,13 @@ from loratool.changes import document
 from loratool.checkpoint.base import Checkpoint, open_checkpoint, refuse_quantised
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
-from loratool.counterparts import GROUPS, Choice, pair
+from loratool.counterparts import Choice, pair
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.inputs import check_paths, check_threads, parse_bytes
 from loratool.linalg.ranks import Criterion
 from loratool.output import Progress, counting
+from loratool.selection import GROUPS
+from loratool.threads import few
 
 if TYPE_CHECKING:
     from loratool.extracted_output import Held
@@ -192,30 +194,31 @@ def extract(
     pairs.notices += _note_swapped(before, after)
 
     from loratool.extracted_output import gather, propose, write  # torch: two seconds to import
-    from loratool.extraction import Extraction, Policy, as_device
+    from loratool.extraction import Extraction, as_device
     from loratool.workers import Workers
 
     total = sum(part.nbytes for part in pairs.found)
     if verify and not dry_run:
         total += sum(part.tuned.nbytes for part in pairs.found)
     advance = counting(progress, total)
-    policy = Policy(criterion, limit, uniform)
+    options = {
+        "rank": rank, "energy": energy, "budget": limit, "max_rank": max_rank,
+        "uniform": uniform, "include": list(include), "exclude": list(exclude),
+        "skip": list(skip), "save": list(save), "dtype": dtype, "exact": exact,
+        "seed": seed,
+    }  # fmt: skip
     where = as_device(device)
+    # Full decompositions hold several dense matrices, and a GPU's memory is one.
+    count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}
-    with explained_os_errors(), FilePool() as files, Workers(threads) as workers:
+    with explained_os_errors(), FilePool() as files, Workers(count) as workers:
         work = Extraction(files, workers, DTYPES[dtype], where, seed, exact, advance)
         if dry_run or target is None:
             held = gather(pairs, work.measure(pairs.found))
-            proposals = propose(held, pairs, work.dtype, policy)
+            proposals = propose(held, pairs, work.dtype, options)
         else:
-            options = {
-                "rank": rank, "energy": energy, "budget": limit, "max_rank": max_rank,
-                "uniform": uniform, "include": list(include), "exclude": list(exclude),
-                "skip": list(skip), "save": list(save), "dtype": dtype, "exact": exact,
-                "seed": seed,
-            }  # fmt: skip
             held = write(
-                before, after, pairs, work, policy, target, options,
+                before, after, pairs, work, target, options,
                 base_name=base_name or _published_name(before), overwrite=overwrite,
                 verify=verify, threads=threads,
             )  # fmt: skip
@@ -418,5 +421,6 @@ def _module(found: Found, rank: int | None) -> ExtractedModule:
 
 def _other(found: Found) -> OtherTensor:
     info = found.part.tuned
-    norm = math.sqrt(found.size.energy) if found.part.is_comparable else None
+    numbers = found.part.is_comparable and info.is_float
+    norm = math.sqrt(found.size.energy) if numbers else None
     return OtherTensor(found.part.name, info.shape, info.nbytes, norm)

@@ -18,17 +18,27 @@ import numpy as np
 import torch
 
 from loratool.changes import rounding_loss
-from loratool.checkpoint.tensors import DTYPE_BITS, FilePool, float_blocks, same_values
+from loratool.checkpoint.tensors import (
+    DTYPE_BITS,
+    FilePool,
+    float_blocks,
+    format_bytes,
+    same_values,
+)
 from loratool.counterparts import Counterpart
 from loratool.differences import Difference, Size
 from loratool.errors import UsageError, ValueRangeError
 from loratool.formats.peft_writer import AdapterWriter, Bytes, encode
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
-from loratool.linalg.ranks import Criterion, spread
+from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated
 from loratool.workers import Workers
 
 _NOTHING = Size(0.0, 0.0, False, 0.0)
+_EMPTY = np.zeros(0)
+
+#: The rank to begin with where none is asked for.
+_FIRST = 32
 
 #: The lowest rank that is computed for a budget, of which it may take less.
 _LEAST = 8
@@ -44,9 +54,9 @@ class Found:
     """
 
     part: Counterpart
-    size: Size
-    values: Float64
-    following: Float64
+    size: Size = _NOTHING
+    values: Float64 = _EMPTY
+    following: Float64 = _EMPTY
     cut: float = 0.0
     least: float = 0.0
     rounding: float | None = None
@@ -64,31 +74,65 @@ class Found:
 
 @dataclass(frozen=True)
 class Policy:
-    """How the ranks are chosen: by `criterion`, or within a `budget` of bytes for all factors.
+    """How the ranks are chosen: by `criterion`, or such that the file is no larger than `budget`.
 
-    With `uniform` all modules get the same.
+    With `uniform` all modules get the same. `cost(part)` are the bytes of one rank of a module, and
+    `size(parts, ranks)` those of the file.
     """
 
     criterion: Criterion
+    cost: Callable[[Counterpart], int]
+    size: Callable[[Sequence[Counterpart], Sequence[int]], int]
     budget: int | None = None
     uniform: bool = False
 
-    def ranks(self, found: Sequence[Found], costs: Sequence[int]) -> list[int]:
+    def ranks(self, found: Sequence[Found]) -> list[int]:
         """The rank of each module, which may be higher than what was computed of it."""
         if self.criterion.rank is not None:
             return [self.criterion.rank] * len(found)
         if self.budget is not None and self.uniform:
-            return [self.even(costs)] * len(found)
+            return [self.even([f.part for f in found])] * len(found)
         if self.budget is not None:
-            return spread([f.values for f in found], costs, self.budget)
+            return self._spread(found, self.budget)
         if self.uniform and found:
             return [max(len(f.values) for f in found)] * len(found)
         return [len(f.values) for f in found]
 
-    def even(self, costs: Sequence[int]) -> int:
-        """The one rank for which the budget is enough."""
-        rank = (self.budget or 0) // max(1, sum(costs))
-        return min(rank, self.criterion.max_rank or rank)
+    def even(self, parts: Sequence[Counterpart]) -> int:
+        """The one rank for which the budget is enough, up to the largest that a module can have.
+
+        Raises UsageError if it is not enough for one.
+        """
+        budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
+        if self.size(parts, [1] * len(parts)) > budget:
+            raise _too_small(budget, costs, "all modules")
+        largest = max(min(part.place.shape) for part in parts)
+        rank = min(budget // costs, self.criterion.max_rank or largest, largest)
+        while self.size(parts, [rank] * len(parts)) > budget:
+            rank -= 1
+        return rank
+
+    def _spread(self, found: Sequence[Found], budget: int) -> list[int]:
+        parts = [f.part for f in found]
+        costs = [self.cost(part) for part in parts]
+        rest = budget - (self.size(parts, [1] * len(parts)) - sum(costs))
+        while True:
+            ranks = spread([f.values for f in found], costs, rest)
+            if not any(ranks):
+                raise _too_small(budget, min(costs), "the smallest module")
+            alive = [(part, rank) for part, rank in zip(parts, ranks, strict=True) if rank]
+            over = self.size(*map(list, zip(*alive, strict=True))) - budget  # type: ignore[arg-type]
+            if over <= 0:
+                return ranks
+            rest -= over  # larger ranks have more digits in the header
+
+
+def _too_small(budget: int, least: int, what: str) -> UsageError:
+    return UsageError(
+        f"--budget {format_bytes(budget)} is too small: one rank of {what} takes "
+        f"{format_bytes(least)}, beside the header and what is saved whole.",
+        "Give more, or leave parts out: --skip norms, --skip biases.",
+    )
 
 
 def cost(part: Counterpart, dtype: str) -> int:
@@ -115,23 +159,28 @@ class Extraction:
     def measure(self, parts: Iterable[Counterpart]) -> list[Found]:
         """Only how much each of them changed."""
         calls = (partial(self._measured, part) for part in _largest_first(parts))
+        measured = []
         with self._stopping():
-            return [self._told(found) for found in self.workers.in_order(calls)]
+            for found in self.workers.in_order(calls):
+                measured.append(found)
+                self.advance(found.part.nbytes, found.part.name)
+        return measured
 
     def decompose(
         self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
     ) -> tuple[list[Found], list[int]]:
         """Factors for all parts that changed, put into `writer`; and the rank each is to have."""
-        costs = {part.name: cost(part, self.dtype) for part in parts}
         criterion = policy.criterion
         if policy.budget is not None:
-            guess = 2 * policy.even(list(costs.values()))
-            guess = policy.even(list(costs.values())) if policy.uniform else max(guess, _LEAST)
-            criterion = Criterion(rank=min(guess, criterion.max_rank or guess) or 1)
-        found = self._pass([(part, criterion) for part in parts], writer)
+            guess = policy.budget // max(1, sum(policy.cost(part) for part in parts))
+            guess = max(guess if policy.uniform else 2 * guess, _LEAST)
+            criterion = Criterion(rank=min(guess, criterion.max_rank or LARGEST_RANK))
+        found = self._pass([(part, criterion) for part in parts], writer, self.advance)
         while True:
             alive = [f for f in found if f.changed]
-            ranks = policy.ranks(alive, [costs[f.part.name] for f in alive])
+            if not alive:
+                return found, []
+            ranks = policy.ranks(alive)
             again = []
             for own, rank in zip(alive, ranks, strict=True):
                 # A budget may want more of a module that it takes all of what is known.
@@ -144,11 +193,15 @@ class Extraction:
                     again.append((own.part, Criterion(rank=wanted)))
             if not again:
                 return found, ranks
-            deeper = {f.part.name: f for f in self._pass(again, writer)}
+            # These are read a second time, which nobody counted on.
+            deeper = {f.part.name: f for f in self._pass(again, writer, lambda *_: None)}
             found = [deeper.get(f.part.name, f) for f in found]
 
     def _pass(
-        self, work: Sequence[tuple[Counterpart, Criterion]], writer: AdapterWriter
+        self,
+        work: Sequence[tuple[Counterpart, Criterion]],
+        writer: AdapterWriter,
+        advance: Callable[[int, str], None],
     ) -> list[Found]:
         criteria = {part.name: criterion for part, criterion in work}
         calls = (
@@ -158,9 +211,11 @@ class Extraction:
         done = {}
         with self._stopping():
             for found, data in self.workers.in_order(calls):
-                for place, own in zip(found.part.places, data, strict=False):
+                places = found.part.places if found.changed else []
+                for place, own in zip(places, data, strict=True):
                     writer.add(place, len(found.values), own)
-                done[found.part.name] = self._told(found)
+                done[found.part.name] = found
+                advance(found.part.nbytes, found.part.name)
         return [done[part.name] for part, _ in work]
 
     @contextmanager
@@ -172,34 +227,37 @@ class Extraction:
             self._stop.set()
             raise
 
-    def _told(self, found: Found) -> Found:
-        self.advance(found.part.nbytes, found.part.name)
-        return found
-
     def _measured(self, part: Counterpart) -> Found:
-        empty = np.zeros(0)
         if part.base is None or not part.is_comparable:
             _refuse_not_finite(part)
-            return Found(part, replace(_NOTHING, changed=True), empty, empty)
+            return Found(part, replace(_NOTHING, changed=True))
         if not (part.tuned.is_float and part.base.is_float):
             changed = not same_values(part.base, part.tuned)
-            return Found(part, replace(_NOTHING, changed=changed), empty, empty)
-        return Found(part, self._difference(part).measure(), empty, empty)
+            return Found(part, replace(_NOTHING, changed=changed))
+        return Found(part, self._difference(part).measure())
 
     def _difference(self, part: Counterpart) -> Difference:
         assert part.base is not None
         return Difference(part.base, part.tuned, self.files, self.device, self._stop)
 
     def _decomposed(self, part: Counterpart, criterion: Criterion) -> tuple[Found, list[Bytes]]:
+        try:
+            return self._factors(part, criterion)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"{part.name} {list(part.tuned.shape)}: the memory of {self.device} is full.",
+                "Use --threads 1, a lower rank, or --device cpu.",
+            ) from None
+
+    def _factors(self, part: Counterpart, criterion: Criterion) -> tuple[Found, list[Bytes]]:
         difference = self._difference(part)
         size = difference.measure(hold=True)
-        nothing = np.zeros(0)
         if not size.changed:
-            return Found(part, size, nothing, nothing), []
+            return Found(part, size), []
         result = truncated(
             difference, size.energy, partial(_choose, criterion),
-            criterion.rank or criterion.max_rank, zlib.crc32(part.name.encode()) ^ self.seed,
-            self.exact,
+            criterion.rank or criterion.max_rank, zlib.crc32(f"{self.seed} {part.name}".encode()),
+            self.exact, criterion.rank or min(_FIRST, criterion.max_rank or _FIRST),
         )  # fmt: skip
         left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
         b, a = (right, left.T) if part.transposed else (left, right.T)
@@ -226,6 +284,9 @@ def as_device(name: str) -> torch.device:
             f"torch finds no GPU for --device {name}.",
             "Install a torch with CUDA, or leave the option out.",
         )
+    if device.type == "cuda":
+        # Its linear algebra is set up at the first call, which several threads must not do at once.
+        torch.linalg.eigh(torch.linalg.qr(torch.eye(2, device=device, dtype=torch.float64))[0])
     return device
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from loratool.errors import UsageError
 
+#: Kinds of tensors that can be left out as a whole: what `extract --skip` may be.
+GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
+
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 

@@ -107,7 +107,12 @@ class FilePool:
         fd = self.fd(path)
         done = 0
         while done < len(buffer):
-            count = os.preadv(fd, [buffer[done:]], start + done)
+            try:
+                count = os.preadv(fd, [buffer[done:]], start + done)
+            except OSError as error:
+                raise FileError(
+                    f"{path}: it cannot be read ({error.strerror}).", "Check the disk it is on."
+                ) from error
             if count == 0:
                 raise TruncatedError(
                     f"{path}: the file ended {len(buffer) - done} bytes early while being read.",

@@ -12,8 +12,7 @@ from loratool.options import (
     quiet_option,
     threads_option,
 )
-
-_GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
+from loratool.selection import GROUPS
 
 
 @click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
@@ -45,7 +44,7 @@ _GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")
     "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
 )
 @click.option(
-    "--skip", multiple=True, type=click.Choice(_GROUPS), metavar="GROUP",
+    "--skip", multiple=True, type=click.Choice(GROUPS), metavar="GROUP",
     help="Leave all of a kind out: norms, biases, embeddings, convs, heads or others; repeatable.",
 )  # fmt: skip
 @click.option(

@@ -65,15 +65,27 @@ def extracted_config(
 
 
 def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] | str, list[str]]:
-    """target_modules and exclude_modules that select `paths` among `modules`."""
-    leaves = {path.rpartition(".")[2] for path in paths}
-    others = sorted(m for m in modules if m.rpartition(".")[2] in leaves and m not in set(paths))
-    if any(leaf.isdigit() for leaf in leaves) or len(others) > len(paths):
-        if any("." not in path for path in paths):
-            # A path without a dot ends many longer ones, so the list becomes an expression.
-            return "|".join(map(re.escape, sorted(paths))), []
-        return sorted(paths), []
-    return sorted(leaves), others
+    """target_modules and exclude_modules that select `paths` among `modules`.
+
+    Last parts of names with what they mean too many of excluded, or full paths; an expression
+    where a path is the end of another one.
+    """
+    wanted = set(paths)
+    leaves = sorted({path.rpartition(".")[2] for path in paths})
+    others = sorted(m for m in modules if m not in wanted and _ends(m, leaves))
+    if len(others) <= len(paths) and not any(leaf.isdigit() for leaf in leaves):
+        if not any(_ends(path, others) for path in paths):
+            return leaves, others
+    if not any(_ends(m, paths) for m in modules if m not in wanted):
+        if all("." in path for path in paths):
+            return sorted(paths), []
+    return "|".join(map(re.escape, sorted(paths))), []
+
+
+def _ends(path: str, names: Collection[str]) -> bool:
+    """Whether a path is one of these names, or ends with one after a dot: PEFT's rule."""
+    parts = path.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
 
 
 def saved_modules(

@@ -126,6 +126,8 @@ class AdapterWriter:
 
     def add(self, place: Place, rank: int, data: Bytes) -> None:
         """Keep the `encode`d factors of a module; a second time replaces the first."""
+        if data.nbytes != rank * sum(place.shape) * DTYPE_BITS[self._dtype] // 8:
+            raise ValueError(f"{place.path}: {data.nbytes} bytes are not factors of rank {rank}")
         self._kept[place.path] = _Kept(place, rank, self._position)
         self._position += data.nbytes
         rest = data.data

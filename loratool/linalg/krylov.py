@@ -25,6 +25,8 @@ class Matrix(Protocol):
     rows: int
     columns: int
     device: torch.device
+    #: All of it, where it is in memory.
+    held: torch.Tensor | None
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """The first row of each block, and the block `[n, columns]`; valid until the next one."""
@@ -45,8 +47,8 @@ class BlockKrylov:
     """The Krylov space of `matrix` so far, `width` dimensions in blocks of `size`.
 
     `squares [width]` are the squared singular values of D restricted to that space, largest first
-    and float64 on the CPU: never above those of D. `norm` is how much of G·V the last block V did
-    not keep in the space.
+    and float64 on the CPU: never above those of D. `coupling` is what of G·V, V the last block,
+    lies outside of the space.
     """
 
     def __init__(self, matrix: Matrix, size: int, generator: torch.Generator) -> None:
@@ -123,8 +125,9 @@ class BlockKrylov:
         polynomial p of degree d that is small up to t, ‖p(H)·Y‖² is at least the sum over the
         eigenvectors x of p(μ)²·‖xᵀY‖², and each ‖xᵀY‖² is one or more but for one in 10⁷ (it is
         χ²-distributed). So Σp(μ)² over any j eigenvalues is at most ‖p(H)·Y‖², and since p² is
-        convex above t their mean is at most p⁻¹(√(‖p(H)·Y‖²/j)).
+        lies above its tangents at and beyond t, their mean is at most p⁻¹(√(‖p(H)·Y‖²/j)).
         """
+        self._rounded = self.basis.float()
         held = float(self.squares[:rank].sum())
         level = float(self.squares[min(max(rank, self.size), self.width - 1)])
         level = max(level, 1e-14 * float(self.squares[0]))
@@ -144,8 +147,7 @@ class BlockKrylov:
         return max(best, held)
 
     def _outside(self, block: torch.Tensor) -> torch.Tensor:
-        basis = self.basis.float()
-        return block - basis @ (basis.T @ block)
+        return block - self._rounded @ (self._rounded.T @ block)
 
     def _shifted(self, block: torch.Tensor, level: float) -> torch.Tensor:
         """`(2H/level - 1)·block`: H with `[0, level]` mapped to `[-1, 1]`."""

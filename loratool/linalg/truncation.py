@@ -31,6 +31,9 @@ _MEASURED = 1e-4
 #: Below this share the gain of a step drowns in rounding, so the search ends after so many steps.
 _DROWNED, _ENOUGH = 1e-5, 7
 
+#: The least ratio of one step's gain to the one before that is believed.
+_SLOW = 0.35
+
 #: What rounding may add to a sum of squares, as a share of it.
 _ROUNDING = 1e-7
 
@@ -65,14 +68,15 @@ def truncated(
     cap: int | None = None,
     seed: int = 0,
     exact: bool = False,
+    first: int = 32,
 ) -> Truncation:
     """Approximate `matrix`, with ‖D‖² = `energy`, by the rank that `choose` picks.
 
-    `cap` is the largest rank it will pick, if that is known. The result depends on the seed only
-    where the full decomposition is too expensive.
+    `cap` is the largest rank it will pick, if that is known, and `first` the one to begin with. The
+    result depends on the seed only where the full decomposition is too expensive.
     """
     limit = min(matrix.rows, matrix.columns)
-    size = _FIRST if cap is None else min(cap, limit)
+    size = min(first, limit)
     size += max(8, size // 4)
     if not exact and 8 * size <= limit:
         generator = torch.Generator().manual_seed(seed)
@@ -81,10 +85,6 @@ def truncated(
         if rank:
             return _from_space(space, rank, energy, generator)
     return _in_full(matrix, choose)
-
-
-#: The rank to begin with where none is known.
-_FIRST = 32
 
 
 def _settle(space: BlockKrylov, energy: float, choose: Choice, cap: int | None) -> int:
@@ -115,7 +115,8 @@ def _is_settled(held: list[float], energy: float, steps: int) -> bool:
     if left <= _DROWNED * energy:
         return steps >= _ENOUGH
     gain, earlier = max(held[2] - held[1], 0.0), max(held[1] - held[0], 1e-300)
-    ratio = min(max(gain / earlier, 0.1), 0.95)
+    # What a step found of a few large values says nothing of the many small ones to come.
+    ratio = min(max(gain / earlier, _SLOW), 0.95)
     return 2 * gain * ratio / (1 - ratio) <= _SETTLED * left
 
 
@@ -131,7 +132,7 @@ def _from_space(
         least = energy * (1 - _ROUNDING) - space.bound(rank, energy, generator)
     if cut < _MEASURED * energy:
         cut = _difference(space.matrix, left, right)
-    values = squares[: space.size] ** 0.5
+    values = squares[: max(space.size, rank)] ** 0.5
     return Truncation(
         left, right, values[:rank], values[rank:], energy, cut, min(max(least, 0.0), cut), passes
     )
@@ -156,9 +157,11 @@ def _in_full(matrix: Matrix, choose: Choice) -> Truncation:
             gram.addmm_(wide.T, wide)
         whole = None
     else:
-        whole = torch.empty(matrix.rows, matrix.columns, device=matrix.device)
-        for low, block in matrix.blocks():
-            whole[low : low + len(block)] = block
+        whole = matrix.held
+        if whole is None:
+            whole = torch.empty(matrix.rows, matrix.columns, device=matrix.device)
+            for low, block in matrix.blocks():
+                whole[low : low + len(block)] = block
         gram = torch.zeros(matrix.rows, matrix.rows, dtype=torch.float64, device=matrix.device)
         for columns in _slices(whole):
             wide = columns.double()

@@ -1,0 +1,612 @@
+"""The best approximation of a large matrix and its bounds, against NumPy's full SVD in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.counterparts import Counterpart
+from loratool.differences import Size
+from loratool.extraction import Found, Policy
+from loratool.linalg import truncation
+from loratool.linalg.krylov import BlockKrylov, through
+from loratool.linalg.ranks import Criterion, spread
+from loratool.linalg.truncation import Choice, Truncation, truncated
+
+SHAPES = {"square": (330, 330), "wide": (300, 520), "tall": (520, 300)}
+RANKS = (4, 16, 64)
+
+#: Singular values of a matrix with `n` of them, largest first.
+SPECTRA: dict[str, Callable[[int], Any]] = {
+    "power 0.5": lambda n: np.arange(1, n + 1) ** -0.5,
+    "power 1": lambda n: np.arange(1, n + 1) ** -1.0,
+    "power 2": lambda n: np.arange(1, n + 1) ** -2.0,
+    "power 3": lambda n: np.arange(1, n + 1) ** -3.0,
+    "flat": lambda n: np.ones(n),
+    "slowly falling": lambda n: 1 - 0.5 * np.arange(n) / n,
+    "low rank": lambda n: np.linspace(2, 1, 10),
+    "step": lambda n: np.where(np.arange(n) < 20, 1.0, 0.1),
+}
+#: A few large singular values over a random bulk, whose largest is the unit.
+OVER_NOISE: dict[str, Any] = {
+    "gaussian": np.zeros(0),
+    "outlier 1e3": np.array([1e3]),
+    "outlier 3e4": np.array([3e4]),
+    "low rank and noise": np.linspace(8, 3, 10),
+}
+KINDS = [*SPECTRA, *OVER_NOISE]
+
+
+class Blocks:
+    """A matrix that can only be read in blocks, and counts how often it was."""
+
+    def __init__(self, dense: np.ndarray, rows: int = 64) -> None:
+        self.rows, self.columns = dense.shape
+        self.device = torch.device("cpu")
+        self.reads = 0
+        self._dense = torch.from_numpy(dense)
+        self._size = rows
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        self.reads += 1
+        buffer = torch.empty(self._size, self.columns)
+        for low in range(0, self.rows, self._size):
+            own = self._dense[low : low + self._size]
+            block = buffer[: len(own)]
+            yield low, block.copy_(own)
+            buffer.fill_(math.nan)  # valid until the next one
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A float32 matrix, its singular values and ‖D‖², in float64."""
+
+    matrix: np.ndarray
+    values: np.ndarray
+    energy: float
+
+    def least(self, rank: int) -> float:
+        return float(np.sum(self.values[rank:] ** 2))
+
+    def truncated(self, rank: int, rows: int = 64, **options: Any) -> Truncation:
+        return truncated(Blocks(self.matrix, rows), self.energy, fixed(rank), rank, **options)
+
+
+def fixed(rank: int) -> Choice:
+    return lambda values, _: min(rank, len(values))
+
+
+def known(matrix: np.ndarray) -> Dense:
+    wide = matrix.astype(np.float64)
+    return Dense(matrix, np.linalg.svd(wide, compute_uv=False), float(np.sum(wide**2)))
+
+
+def directed(values: Any, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """A float64 matrix with these singular values, in random directions."""
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.standard_normal((rows, len(values))))[0]
+    right = np.linalg.qr(rng.standard_normal((columns, len(values))))[0]
+    return np.asarray((left * values) @ right.T)
+
+
+@cache
+def matrix(kind: str, shape: tuple[int, int]) -> Dense:
+    if kind in SPECTRA:
+        return known(directed(SPECTRA[kind](min(shape)), *shape).astype(np.float32))
+    noise = np.random.default_rng(1).standard_normal(shape) / (
+        math.sqrt(shape[0]) + shape[1] ** 0.5
+    )
+    large = OVER_NOISE[kind]
+    return known((noise + directed(large, *shape) if len(large) else noise).astype(np.float32))
+
+
+@cache
+def approximation(kind: str, shape: tuple[int, int], rank: int) -> Truncation:
+    return matrix(kind, shape).truncated(rank)
+
+
+def true_cut(dense: Dense, found: Truncation) -> float:
+    product = found.left.double().numpy() @ found.right.double().numpy().T
+    return float(np.sum((dense.matrix - product) ** 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """As the workers compute; and tests that run beside each other do not slow each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1, "blas"):
+        yield
+    torch.set_num_threads(before)
+
+
+each_matrix = pytest.mark.parametrize(
+    ("kind", "shape"), list(itertools.product(KINDS, SHAPES.values())), ids=str
+)
+
+
+# The approximation
+
+
+@each_matrix
+def test_error_is_the_best_possible(kind: str, shape: tuple[int, int]) -> None:
+    """At every rank the error is within a thousandth of Eckart and Young's."""
+    dense = matrix(kind, shape)
+    norm = math.sqrt(dense.energy)
+    for rank in RANKS:
+        found = approximation(kind, shape, rank)
+        kept = found.left.shape[1]
+        assert found.left.shape == (shape[0], kept)
+        assert found.right.shape == (shape[1], kept)
+        assert found.left.dtype == found.right.dtype == torch.float32
+        assert kept == rank or (kind == "low rank" and 10 <= kept < rank)
+        error = math.sqrt(true_cut(dense, found))
+        assert error <= 1.001 * math.sqrt(dense.least(rank)) + 1e-6 * norm
+
+
+def test_both_methods_are_taken() -> None:
+    """Low ranks go through a Krylov space, and ranks that are a large part of the matrix do not."""
+    for kind, shape in itertools.product(KINDS, SHAPES.values()):
+        assert approximation(kind, shape, 4).passes >= 3
+        assert approximation(kind, shape, 64).passes == 0
+    krylov = [approximation(k, s, 16).passes > 0 for k in KINDS for s in SHAPES.values()]
+    assert sum(krylov) > len(krylov) / 2
+
+
+@pytest.mark.parametrize("kind", ["power 1", "flat", "step"])
+def test_high_rank_of_a_larger_matrix(kind: str) -> None:
+    """Rank 64 by a Krylov space is as good as lower ranks are."""
+    shape = (700, 720)
+    dense, found = matrix(kind, shape), approximation(kind, shape, 64)
+    assert found.passes >= 3
+    best, error = math.sqrt(dense.least(64)), math.sqrt(true_cut(dense, found))
+    assert error <= 1.001 * best + 1e-6 * math.sqrt(dense.energy)
+    assert found.least <= dense.least(64) * (1 + 1e-9)
+
+
+@each_matrix
+def test_cut_is_the_error_of_the_factors(kind: str, shape: tuple[int, int]) -> None:
+    """`cut` is ‖D - left·rightᵀ‖² of the float32 factors that are handed out."""
+    dense = matrix(kind, shape)
+    norm = math.sqrt(dense.energy)
+    for rank in RANKS:
+        found = approximation(kind, shape, rank)
+        # Where more than 1e-4 of the energy is left, `cut` is a difference of sums that are good to
+        # a few 1e-8: 2e-4 of the error at most. Where less is left it is measured, from elements
+        # with a rounding of 2⁻²⁵. The full decomposition knows the Gram matrix to 1e-15, and not
+        # what rounding the factors to float32 adds: errors to 2⁻²⁴ of the norm.
+        error = math.sqrt(true_cut(dense, found))
+        assert abs(math.sqrt(found.cut) - error) <= 2e-4 * error + 2.0**-24 * norm
+        assert found.energy == pytest.approx(dense.energy, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-5])
+def test_cut_is_right_where_it_is_tiny(size: float) -> None:
+    """Of low rank but for noise that is far below float32's sums of squares, `cut` is the noise."""
+    shape = (400, 300)
+    noise = np.random.default_rng(2).standard_normal(shape) / 20
+    dense = known((directed([3.0, 2.0, 1.0], *shape) + size * noise).astype(np.float32))
+    found = dense.truncated(4)
+    assert found.passes > 0
+    assert found.cut == pytest.approx(true_cut(dense, found), rel=1e-3, abs=0)
+    assert math.sqrt(found.cut) <= 1.002 * math.sqrt(dense.least(4))
+
+
+@each_matrix
+def test_least_is_a_bound(kind: str, shape: tuple[int, int]) -> None:
+    """`least` is never more than what the best approximation leaves."""
+    dense = matrix(kind, shape)
+    for rank in RANKS:
+        found = approximation(kind, shape, rank)
+        # Float64 sums of 1e5 squares are good to 1e-14 of the energy.
+        assert 0 <= found.least <= dense.least(rank) * (1 + 1e-9) + 1e-14 * dense.energy
+        assert found.least <= found.cut
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_least_is_a_bound_for_any_seed(kind: str) -> None:
+    """Neither directions nor probes of another seed make `least` too high."""
+    dense = matrix(kind, (300, 520))
+    for seed in range(4):
+        assert dense.truncated(8, seed=seed).least <= dense.least(8) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(
+    ("kind", "ratio"),
+    [("power 0.5", 1.02), ("power 1", 1.02), ("power 2", 1.02), ("flat", 1.05), ("gaussian", 1.05),
+     ("outlier 1e3", 1.05), ("slowly falling", 1.05), ("low rank and noise", 1.05)],
+)  # fmt: skip
+def test_least_is_close(kind: str, ratio: float, rank: int, shape: tuple[int, int]) -> None:
+    """The bound is a few per cent below the error where more than 1e-7 of the energy is left."""
+    found = approximation(kind, shape, rank)
+    assert math.sqrt(found.cut / found.least) <= ratio
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_least_is_close_for_steep_spectra(shape: tuple[int, int]) -> None:
+    """Of σ ~ k⁻³ at rank 4, where 1e-4 of the energy is left, too."""
+    found = approximation("power 3", shape, 4)
+    assert math.sqrt(found.cut / found.least) <= 1.02
+
+
+@each_matrix
+def test_factors_are_balanced(kind: str, shape: tuple[int, int]) -> None:
+    """Columns of both factors are orthogonal and √σ long, σ falling."""
+    for rank in RANKS:
+        found = approximation(kind, shape, rank)
+        assert len(found.values) == found.left.shape[1]
+        assert np.all(np.diff(found.values) <= 0)
+        for factor in (found.left, found.right):
+            gram = factor.double().numpy().T @ factor.double().numpy()
+            kept = found.values > 1e-5 * found.values[0]  # of others, 1e-7 of the norm is much
+            lengths = np.sqrt(np.diagonal(gram))[kept]
+            assert np.allclose(lengths, np.sqrt(found.values[kept]), rtol=1e-3)
+            cosines = gram[np.ix_(kept, kept)] / np.outer(lengths, lengths)
+            assert np.abs(cosines - np.eye(len(lengths))).max() <= 2e-2
+
+
+@pytest.mark.parametrize("kind", ["power 0.5", "power 1", "power 2", "low rank", "step"])
+@pytest.mark.parametrize("rank", [4, 64])
+def test_values_are_the_singular_values(kind: str, rank: int) -> None:
+    """Where they lie apart, `values` are those of the SVD; `following` goes on, never above it."""
+    for shape in SHAPES.values():
+        dense, found = matrix(kind, shape), approximation(kind, shape, rank)
+        together = np.concatenate([found.values, found.following])
+        assert np.all(np.diff(together) <= 0)
+        assert len(together) > rank or kind == "low rank"
+        true = dense.values[: len(together)]
+        # A sum of squares is good to 1e-7 of the largest square in the one, 1e-15 in the other.
+        slack = (1e-7 if found.passes else 1e-14) * dense.values[0] ** 2
+        assert np.all(together**2 <= true**2 * (1 + 1e-6) + slack)
+        distance = np.abs(found.values**2 - true[: len(found.values)] ** 2)
+        assert np.all(distance <= 2e-3 * true[: len(found.values)] ** 2 + slack)
+
+
+def test_exact_is_the_full_decomposition() -> None:
+    """With `exact` no Krylov space is built, and the error is Eckart and Young's."""
+    for kind in ("gaussian", "power 1"):
+        for shape in SHAPES.values():
+            dense = matrix(kind, shape)
+            found = dense.truncated(4, exact=True)
+            assert found.passes == 0
+            assert true_cut(dense, found) == pytest.approx(dense.least(4), rel=1e-8, abs=0)
+            assert found.cut == pytest.approx(dense.least(4), rel=1e-10, abs=0)
+            assert found.least == pytest.approx(dense.least(4), rel=1e-10, abs=0)
+
+
+def test_seeds() -> None:
+    """The same seed gives the same bytes; another gives others, and the same error to 1e-3."""
+    dense = matrix("gaussian", SHAPES["wide"])
+    one, again, other = (dense.truncated(16, seed=seed) for seed in (5, 5, 6))
+    assert one.passes > 0
+    assert torch.equal(one.left, again.left)
+    assert torch.equal(one.right, again.right)
+    assert (one.cut, one.least) == (again.cut, again.least)
+    assert not torch.equal(one.left, other.left)
+    assert math.sqrt(one.cut) == pytest.approx(math.sqrt(other.cut), rel=1e-3, abs=0)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e-20, 1e-18, 1e-12, 1e12, 1e17])
+def test_any_scale(scale: float) -> None:
+    """Differences of any size are approximated as well; the bound holds."""
+    dense = known((matrix("power 0.5", (300, 300)).matrix * scale).astype(np.float32))
+    found = dense.truncated(8)
+    best = math.sqrt(dense.least(8))
+    assert math.sqrt(true_cut(dense, found)) <= 1.001 * best
+    assert math.sqrt(found.cut) == pytest.approx(math.sqrt(true_cut(dense, found)), rel=1e-6, abs=0)
+    assert found.least <= dense.least(8) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (2, 300), (300, 3), (5, 5)])
+def test_small_matrices(shape: tuple[int, int]) -> None:
+    """Matrices of any small shape get the best approximation, and no rank beyond their own."""
+    dense = known(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    for rank in (1, 2, 40):
+        found = dense.truncated(rank)
+        assert found.left.shape[1] == min(rank, *shape)
+        error = math.sqrt(true_cut(dense, found))
+        assert error <= math.sqrt(dense.least(rank)) * (1 + 1e-6) + 1e-6 * math.sqrt(dense.energy)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_blocks_of_any_size(shape: tuple[int, int], exact: bool) -> None:
+    """How the rows are cut into blocks changes nothing but rounding."""
+    dense = matrix("power 0.5", shape)
+    wanted = dense.truncated(4, rows=64, exact=exact)
+    for rows in (1, 77, 10_000):
+        found = dense.truncated(4, rows=rows, exact=exact)
+        assert found.passes == wanted.passes
+        assert found.cut == pytest.approx(wanted.cut, rel=1e-6, abs=0)
+        assert np.allclose(found.values, wanted.values, rtol=1e-5)
+        product = (wanted.left @ wanted.right.T).numpy()
+        assert np.abs((found.left @ found.right.T).numpy() - product).max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["power 0.5", "power 3", "gaussian", "low rank"])
+def test_passes_are_counted(kind: str) -> None:
+    """`passes` are those of the Krylov space; bound and measured error take four more at most."""
+    dense = matrix(kind, SHAPES["tall"])
+    reader = Blocks(dense.matrix)
+    found = truncated(reader, dense.energy, fixed(4), 4)
+    assert 3 <= found.passes <= 16
+    assert found.passes <= reader.reads <= found.passes + 4
+
+
+def test_long_matrices_are_summed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slices that are widened at a time do not change the result."""
+    dense = matrix("power 1", SHAPES["tall"])
+    wide = matrix("power 1", SHAPES["wide"])
+    whole, exact = dense.truncated(4), wide.truncated(4, exact=True)
+    monkeypatch.setattr("loratool.linalg.krylov._SLICE", 37)
+    monkeypatch.setattr(truncation, "_COLUMNS", 37)
+    assert dense.truncated(4).cut == pytest.approx(whole.cut, rel=1e-9, abs=0)
+    found = wide.truncated(4, exact=True)
+    assert found.cut == pytest.approx(exact.cut, rel=1e-9, abs=0)
+    assert true_cut(wide, found) == pytest.approx(true_cut(wide, exact), rel=1e-6, abs=0)
+
+
+def test_through_is_both_products() -> None:
+    """One pass gives D·V and DᵀD·V."""
+    dense = matrix("gaussian", SHAPES["tall"])
+    right = torch.randn(dense.matrix.shape[1], 5, generator=torch.Generator().manual_seed(0))
+    image, back = through(Blocks(dense.matrix, 33), right)
+    wanted = dense.matrix.astype(np.float64) @ right.double().numpy()
+    assert np.allclose(image.numpy(), wanted, rtol=0, atol=1e-5)
+    assert np.allclose(back.numpy(), dense.matrix.T.astype(np.float64) @ wanted, rtol=0, atol=1e-5)
+
+
+# Choice by energy
+
+SHARES = (0.3, 0.8, 0.95)
+FALLING: dict[str, Callable[[int], Any]] = {
+    "power 0.8": lambda n: np.arange(1, n + 1) ** -0.8,
+    "power 1": lambda n: np.arange(1, n + 1) ** -1.0,
+    "geometric": lambda n: 0.97 ** np.arange(n),
+    "slowly geometric": lambda n: 0.985 ** np.arange(n),
+    "slowly falling": lambda n: 1 - 0.5 * np.arange(n) / n,
+}
+
+
+@cache
+def falling(kind: str) -> Dense:
+    return known(directed(FALLING[kind](640), 640, 650).astype(np.float32))
+
+
+def by_energy(share: float, cap: int | None = None) -> Choice:
+    criterion = Criterion(energy=share, max_rank=cap)
+    return lambda values, energy: criterion.choose(values[values > 2.0**-24 * values[0]], energy)
+
+
+def wanted_rank(dense: Dense, share: float) -> int:
+    return int(np.searchsorted(np.cumsum(dense.values**2), share * dense.energy)) + 1
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", FALLING)
+def test_energy_takes_the_smallest_rank(kind: str, share: float) -> None:
+    """The rank is the first that reaches the share, and all that is returned is of that rank."""
+    dense = falling(kind)
+    found = truncated(Blocks(dense.matrix), dense.energy, by_energy(share))
+    rank = found.left.shape[1]
+    # The Krylov space never holds more than there is, and a thousandth of the rest less at most,
+    # so that a share which the true rank just reaches may take one more.
+    wanted = wanted_rank(dense, share)
+    assert wanted <= rank <= wanted + (found.passes > 0)
+    assert found.right.shape[1] == rank
+    assert len(found.values) == rank
+    assert np.allclose(found.values, dense.values[:rank], rtol=2e-2)
+    assert 1 - true_cut(dense, found) / dense.energy >= share * (1 - 1e-6)
+    assert found.least <= dense.least(rank) * (1 + 1e-9)
+
+
+def test_energy_takes_both_methods() -> None:
+    """Few ranks come from a Krylov space, and so do more than it began with; many do not."""
+    dense = falling("slowly geometric")
+    counts = {}
+    for share in (0.3, 0.8, 0.95):
+        found = truncated(Blocks(dense.matrix), dense.energy, by_energy(share))
+        counts[found.left.shape[1]] = found.passes
+    assert [passes > 0 for passes in counts.values()] == [True, True, False]
+    assert sorted(counts)[1] > 40
+
+
+@pytest.mark.parametrize("cap", [1, 20, 60])
+@pytest.mark.parametrize("kind", FALLING)
+def test_cap_is_respected(kind: str, cap: int) -> None:
+    """With a cap the rank is the lower of the two, and the error the best at that rank."""
+    dense = falling(kind)
+    for share in (0.5, 0.95):
+        found = truncated(Blocks(dense.matrix), dense.energy, by_energy(share, cap), cap)
+        rank = found.left.shape[1]
+        wanted = wanted_rank(dense, share)
+        assert min(wanted, cap) <= rank <= min(wanted + (found.passes > 0), cap)
+        assert len(found.values) == rank
+        error = math.sqrt(true_cut(dense, found))
+        assert error <= 1.001 * math.sqrt(dense.least(rank)) + 1e-6 * math.sqrt(dense.energy)
+
+
+# The Krylov space
+
+SPACES = {
+    "gaussian": lambda: matrix("gaussian", (300, 300)),
+    "flat": lambda: matrix("flat", (300, 300)),
+    "power 1": lambda: matrix("power 1", (300, 520)),
+    "step": lambda: matrix("step", (520, 300)),
+    "outlier": lambda: matrix("outlier 1e3", (300, 520)),
+    "pairs": lambda: known(
+        directed(np.repeat(0.8 ** np.arange(60), 2), 300, 300).astype(np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_bound_holds_for_every_seed(kind: str) -> None:
+    """Spaces of one block or more, of any seed, bound the sum of the largest squares from above."""
+    dense = SPACES[kind]()
+    for seed, steps, rank in itertools.product(range(6), (1, 3), (1, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        space = BlockKrylov(Blocks(dense.matrix, 512), 8, generator)
+        for _ in range(steps):
+            space.step()
+        true = dense.energy - dense.least(rank)
+        # 2e-7: products are float32.
+        assert space.squares[:rank].sum() <= true * (1 + 2e-7)
+        bound = space.bound(rank, dense.energy, generator)
+        assert true * (1 - 2e-7) <= bound <= dense.energy * (1 + 2e-7)
+
+
+def test_blocks_of_the_space_are_orthonormal() -> None:
+    """So they stay where the matrix has no more to give: of rank 10, after 40 dimensions."""
+    dense = matrix("low rank", (300, 520))
+    space = BlockKrylov(Blocks(dense.matrix), 8, torch.Generator().manual_seed(0))
+    for _ in range(5):
+        space.step()
+    gram = space.basis.T @ space.basis
+    assert float((gram - torch.eye(40)).abs().max()) <= 1e-12
+    # The Gram matrix is of the images that are kept, in float64.
+    images = space.images.double()
+    assert torch.allclose(images.T @ images, space.gram, rtol=0, atol=1e-12)
+    assert np.allclose(space.squares[:10].sqrt(), dense.values[:10], rtol=1e-6)
+
+
+# Ranks of several matrices
+
+
+@st.composite
+def several(draw: st.DrawFn, equal: bool = False) -> tuple[list[np.ndarray], list[int], int]:
+    """Singular values of a few matrices, what one of each costs, and a budget."""
+    count = draw(st.integers(1, 4))
+    sizes = st.lists(st.integers(1, 50), min_size=0, max_size=4)
+    values = [np.array(sorted(draw(sizes), reverse=True), float) for _ in range(count)]
+    costs = [draw(st.integers(1, 9))] * count
+    if not equal:
+        costs = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    return values, costs, draw(st.integers(0, 60))
+
+
+def kept_energy(values: Sequence[np.ndarray], ranks: Sequence[int]) -> float:
+    return sum(float(np.sum(own[:rank] ** 2)) for own, rank in zip(values, ranks, strict=True))
+
+
+def all_ranks(
+    values: Sequence[np.ndarray], costs: Sequence[int], budget: int
+) -> Iterator[tuple[int, ...]]:
+    for ranks in itertools.product(*(range(len(own) + 1) for own in values)):
+        if sum(r * c for r, c in zip(ranks, costs, strict=True)) <= budget:
+            yield ranks
+
+
+@settings(deadline=None, max_examples=150)
+@given(several())
+def test_spread_stays_in_the_budget(case: tuple[list[np.ndarray], list[int], int]) -> None:
+    """The ranks cost no more than the budget, and it is not enough for one more of any matrix."""
+    values, costs, budget = case
+    ranks = spread(values, costs, budget)
+    assert all(0 <= rank <= len(own) for rank, own in zip(ranks, values, strict=True))
+    spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    assert spent <= budget
+    # Greedy: what is kept is no less than the best, but for the one that did not fit.
+    best = max(kept_energy(values, r) for r in all_ranks(values, costs, budget))
+    largest = max((float(own[0]) ** 2 for own in values if len(own)), default=0.0)
+    assert kept_energy(values, ranks) >= best - largest
+
+
+@settings(deadline=None, max_examples=150)
+@given(several(equal=True))
+def test_spread_is_optimal_for_equal_costs(case: tuple[list[np.ndarray], list[int], int]) -> None:
+    """No other ranks within the budget keep more."""
+    values, costs, budget = case
+    best = max(kept_energy(values, r) for r in all_ranks(values, costs, budget))
+    assert kept_energy(values, spread(values, costs, budget)) == best
+
+
+def test_spread_fills_what_is_left() -> None:
+    """What does not fit closes its matrix only; a cheaper one takes the rest, largest first."""
+    values = [np.array([10.0, 1.0]), np.array([3.0, 2.0, 1.0])]
+    assert spread(values, [5, 1], 0) == [0, 0]
+    assert spread(values, [5, 1], 4) == [0, 3]
+    assert spread(values, [5, 1], 5) == [1, 0]
+    assert spread(values, [5, 1], 7) == [1, 2]
+    assert spread(values, [5, 1], 1000) == [2, 3]
+    assert spread([], [], 10) == []
+
+
+def test_spread_counts_energy_by_the_byte() -> None:
+    """σ = 3 at a cost of 2 is less by the byte than σ = 2.5 at a cost of 1."""
+    assert spread([np.array([3.0]), np.array([2.5])], [2, 1], 2) == [0, 1]
+
+
+# What is known of a module, and policies
+
+
+def found_of(values: Any, following: Any = (), cut: float = 0.0, least: float = 0.0) -> Found:
+    info = TensorInfo("m.weight", "F32", (8, 8), Path("x"), 0)
+    part = Counterpart("m.weight", "m.weight", info, info, "linears", "factors")
+    size = Size(1.0, 1.0, True, 0.0)
+    own = np.array(values, float), np.array(following, float)
+    return Found(part, size, *own, cut=cut, least=least)
+
+
+def test_found_at_lower_ranks() -> None:
+    """Each singular value that is left out adds its square to `cut` and to `least`."""
+    found = found_of([4, 2, 1], [0.5], cut=0.5, least=0.25)
+    assert found.at(3) == found.at(9) == (0.5, 0.25)
+    assert found.at(2) == (1.5, 1.25)
+    assert found.at(1) == (5.5, 5.25)
+    assert found.at(0) == (21.5, 21.25)
+
+
+def test_found_at_is_true_of_a_truncation() -> None:
+    """`cut` at a lower rank is that of the first columns, and `least` still a bound."""
+    for kind, shape in (("power 0.5", SHAPES["tall"]), ("gaussian", SHAPES["wide"])):
+        dense, result = matrix(kind, shape), approximation(kind, shape, 16)
+        found = found_of(result.values, result.following, result.cut, result.least)
+        for rank in (15, 7, 1):
+            cut, least = found.at(rank)
+            shorter: Any = SimpleNamespace(left=result.left[:, :rank], right=result.right[:, :rank])
+            assert cut == pytest.approx(true_cut(dense, shorter), rel=1e-5, abs=0)
+            assert least <= dense.least(rank) * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 50), max_size=6), st.integers(0, 20))
+def test_even_budget(budget: int, costs: list[int], cap: int) -> None:
+    """The one rank fits the budget and the cap, and one more does not."""
+    rank = Policy(Criterion(max_rank=cap or None), budget, uniform=True).even(costs)
+    total = sum(costs)
+    assert rank * total <= budget
+    assert rank == cap or (rank + 1) * max(1, total) > budget
+    assert not cap or rank <= cap
+
+
+def test_policies() -> None:
+    """A fixed rank, a rank for each, the largest of them, one for a budget, or a budget's best."""
+    found = [found_of([3, 2]), found_of([5]), found_of([1, 1, 1])]
+    costs = [1, 1, 1]
+    energy = Criterion(energy=0.9)
+    assert Policy(Criterion(rank=7)).ranks(found, costs) == [7, 7, 7]
+    assert Policy(energy).ranks(found, costs) == [2, 1, 3]
+    assert Policy(energy, uniform=True).ranks(found, costs) == [3, 3, 3]
+    assert Policy(energy, uniform=True).ranks([], []) == []
+    assert Policy(Criterion(), budget=7, uniform=True).ranks(found, costs) == [2, 2, 2]
+    assert Policy(Criterion(), budget=3).ranks(found, costs) == [2, 1, 0]

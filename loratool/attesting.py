@@ -7,7 +7,7 @@ against the model, in float32 and before anything is rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,31 +29,36 @@ def distance(
     base: Checkpoint,
     adapter: Path,
     parts: Sequence[Counterpart],
+    saved: Collection[str],
     advance: Callable[[int, str], None],
     threads: int | None,
 ) -> tuple[float, float]:
     """`(‖base + adapter - tuned‖, ‖tuned - base‖)` over the tensors that both models have.
 
-    Raises VerifyError if a tensor that was saved whole does not come back as it is.
+    `saved` names the tensors that are in the adapter whole. Raises VerifyError if one of them does
+    not come back as it is.
     """
     plan = build_plan(base, [read_lora(adapter)], [1.0], "base")
     goals = _goals(plan.jobs, parts)
     off = size = 0.0
-    wrong = []
+    wrong = set(saved) - {part.name for _, part in goals}
+    counted: dict[str, str] = {}
     with FilePool() as files, Workers(threads) as workers:
         calls = (
             partial(running.task, low, high)
             for running in (_Distance(job, part, files) for job, part in goals)
             for low, high in blocks(running.length, running.task_elements)
         )
-        for part, own_off, own_size, nbytes in workers.in_order(calls):
-            off, size = off + own_off, size + own_size
+        for name, part, own_off, own_size, nbytes in workers.in_order(calls):
+            if counted.setdefault(part.name, name) == name:  # not a tied matrix a second time
+                advance(nbytes, part.name)
+                if part.tuned.is_float:
+                    off, size = off + own_off, size + own_size
             if own_off and part.fate == "whole":
-                wrong.append(part.name)
-            advance(nbytes, part.name)
+                wrong.add(part.name)
     if wrong:
         raise VerifyError(
-            f"The adapter does not give back what it holds:\n{listed(dict.fromkeys(wrong))}",
+            f"The adapter does not give back what it holds:\n{listed(sorted(wrong))}",
             "Nothing was written; please report this.",
         )
     return math.sqrt(off), math.sqrt(size)
@@ -63,8 +68,7 @@ def _goals(jobs: Sequence[Job], parts: Sequence[Counterpart]) -> list[tuple[Job,
     """The tensors of the merge and what each should be."""
     by_tensor: dict[str, Counterpart] = {}
     for part in parts:
-        if part.tuned.is_float:
-            by_tensor |= {part.target: part, part.twin: part, part.name: part}
+        by_tensor |= {part.target: part, part.twin: part, part.name: part}
     found = [(job, by_tensor[job.name]) for job in jobs if job.name in by_tensor]
     # One of another shape that was left out cannot be compared.
     return [(job, part) for job, part in found if job.source.shape == part.tuned.shape]
@@ -77,15 +81,18 @@ class _Distance(RunningJob):
         super().__init__(job, files)
         self.part = part
 
-    def task(self, low: int, high: int) -> tuple[Counterpart, float, float, int]:
+    def task(self, low: int, high: int) -> tuple[str, Counterpart, float, float, int]:
         off = size = 0.0
         self.prepare()
         for first, last in blocks(high - low, self.block_elements):
             one, other = self._compare(low + first, low + last)
             off, size = off + one, size + other
-        return self.part, off, size, (high - low) * self.part.tuned.itemsize
+        return self.job.name, self.part, off, size, (high - low) * self.part.tuned.itemsize
 
     def _compare(self, low: int, high: int) -> tuple[float, float]:
+        if not self.part.tuned.is_float:
+            one, other = (read_raw(info, self.files) for info in (self.source, self.part.tuned))
+            return float(one.tobytes() != other.tobytes()), 0.0
         tuned = self._elements(self.part.tuned, low, high).clone()
         size = 0.0
         if self.part.base is not None and self.part.is_comparable:

@@ -17,9 +17,10 @@ from typing import Literal
 
 from loratool.adapter import Kind, Notice, Place
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.layout import Layout, in_memory, is_legacy_buffer
+from loratool.checkpoint.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import MatchError, UsageError, listed, nearest
+from loratool.folding import pattern
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_targets import saved_unit
 from loratool.matching import is_vocabulary
@@ -39,14 +40,18 @@ _ROUTER = re.compile(
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 #: Modules that PEFT refuses to adapt, or whose models do without it.
 _UNADAPTABLE = {
-    **dict.fromkeys(
-        ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"),
-        re.compile(r"\.(out_proj|conv1d)$"),
-    ),
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), re.compile(r"\.(out_proj|conv1d)$")),
+    # These multiply with the weights of two more layers themselves.
+    **dict.fromkeys(("mamba", "falcon_mamba"), re.compile(r"\.(out_proj|conv1d|dt_proj|x_proj)$")),
+    "jamba": re.compile(r"\.dt_proj$"),
     "whisper": re.compile(r"\.(conv1|conv2)$"),
 }
 _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
+)
+#: What pretraining leaves on top of an encoder, which a classifier made of it does not have.
+_PRETRAINING = re.compile(
+    r"^(cls|lm_head|predictions|sop_classifier|discriminator_predictions|generator_\w+|vocab_\w+)\."
 )
 
 
@@ -116,7 +121,7 @@ class Counterparts:
 
     @property
     def modules(self) -> set[str]:
-        return {c.module for c in self.found}
+        return {name.rpartition(".")[0] for c in self.found for name in c.names}
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,10 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
         found = replace(_counterpart(path, source, info, tuned, own, choice), target=base_name,
                         shared=layout.shared_alias(base_name))  # fmt: skip
         if both_tied and own.tied is not None and name == own.tied.embedding:
-            found = replace(found, twin=named(own.tied.head))
+            twin = named(own.tied.head)
+            found = replace(found, twin=twin)
+            if choice.fate(twin.rpartition(".")[0], "embeddings") == "left":
+                found = replace(found, fate="left")
         if source is None and found.fate != "left" and not _is_new_head(base_name, base):
             lost.append(f"{name} {list(info.shape)}: only in the tuned model")
         elif source is not None and not _fits(found, source):
@@ -191,9 +199,38 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
         result.found.append(found)
     lost += _missing(base, tuned, layout, taken, choice, result)
     _refuse(base, tuned, lost, misfits)
+    names = [name for found in result.found for name in found.names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MatchError(
+            f"Two tensors of {tuned.source} would both be {twice} in an adapter.",
+            "The file holds one of them under an old name; save the model again.",
+        )
+    if has_unknown_names(tuned):
+        text = (
+            f"transformers 5 holds a {tuned.model_type} under other names than its files have. "
+            "merge places this adapter right; PEFT may not find its modules."
+        )
+        result.notices.append(Notice("names-in-memory", text, str(tuned.source)))
+    result.found = _by_layer(result.found)
     result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
     choice.check({*result.modules, *(name.rpartition(".")[0] for name in base.tensors)})
     return result
+
+
+def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
+    """Layers by number and name, as files do not have them; before and after them what else is."""
+
+    def key(part: Counterpart) -> tuple[int, str, list[int], str]:
+        if numbers := _numbers(part.module):
+            return 1, pattern(part.module).partition("#")[0], numbers[:1], part.name
+        return (0 if "embed" in part.name else 2), "", [], part.name
+
+    return sorted(parts, key=key)
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(part) for part in path.split(".") if part.isdigit()]
 
 
 def _tensors(checkpoint: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
@@ -292,17 +329,23 @@ def _missing(
     result: Counterparts,
 ) -> list[str]:
     """What only the base has. Heads that the tuned model's class has no use for are no loss."""
-    lost, dropped = [], []
+    lost, dropped, left = [], [], []
     for name, info in base.tensors.items():
         if name in taken or is_legacy_buffer(name, info.shape):
             continue
         if layout.tied is not None and name == layout.tied.head:
             continue
         before, after = (c.config.get("architectures") or [] for c in (base, tuned))
-        if _HEAD.search(name) and before and after and before != after:
+        head = _HEAD.search(name) or _PRETRAINING.search(name)
+        if head and before and after and before != after:
             dropped.append(name)
-        elif choice.fate(name.rpartition(".")[0], "others") != "left":
+        elif choice.fate(name.rpartition(".")[0], "others") == "left":
+            left.append(name)
+        else:
             lost.append(f"{name} {list(info.shape)}: only in the base")
+    if left:
+        text = f"Left out, and in the base alone:\n{listed(left)}"
+        result.notices.append(Notice("left-in-base", text, left[0]))
     if dropped:
         text = f"{tuned.config['architectures'][0]} does not have the base's head:\n"
         result.notices.append(Notice("head-dropped", text + listed(dropped), dropped[0]))

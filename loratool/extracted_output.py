@@ -21,7 +21,6 @@ from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import MatchError, ValueRangeError, VerifyError, listed
 from loratool.extraction import Extraction, Found, Policy, cost
-from loratool.folding import pattern
 from loratool.formats.peft_targets import extracted_config, saved_modules, saved_unit
 from loratool.formats.peft_writer import (
     WEIGHTS,
@@ -65,6 +64,8 @@ _TEXT_TO_TEXT = {
 
 #: Modules of which models in memory have one tensor for all.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+#: Architectures of which PEFT 0.21 was seen to load such factors rightly.
+_EXPERTS_READ = {"mixtral", "qwen3_moe", "olmoe"}
 
 #: The metadata that transformers asks for.
 _METADATA = {"format": "pt"}
@@ -111,7 +112,7 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
     Raises ValueRangeError if there is nothing that an adapter could hold.
     """
     by_name = {f.part.name: f for f in found}
-    ordered = [by_name[part.name] for part in _by_layer(pairs.found)]
+    ordered = [by_name[part.name] for part in pairs.found]
     changed = [f for f in ordered if f.changed]
     fates = {
         fate: [f for f in changed if f.part.fate == fate] for fate in ("factors", "whole", "left")
@@ -128,21 +129,6 @@ def gather(pairs: Counterparts, found: Sequence[Found]) -> Held:
     kept = {id(f) for f in (*whole, *fates["left"], *fates["factors"])}
     unchanged = sum(id(f) not in kept for f in ordered)
     return Held(fates["factors"], whole, fates["left"], unchanged, list(pairs.notices))
-
-
-def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
-    """Layers by number and name, as files do not have them; before and after them what else is."""
-
-    def key(part: Counterpart) -> tuple[int, str, list[int], str]:
-        if numbers := _numbers(part.module):
-            return 1, pattern(part.module).partition("#")[0], numbers[:1], part.name
-        return (0 if "embed" in part.name else 2), "", [], part.name
-
-    return sorted(parts, key=key)
-
-
-def _numbers(path: str) -> list[int]:
-    return [int(part) for part in path.split(".") if part.isdigit()]
 
 
 def _refuse_nothing(count: int, changed: list[Found], fates: dict[str, list[Found]]) -> None:
@@ -168,7 +154,7 @@ def _refuse_nothing(count: int, changed: list[Found], fates: dict[str, list[Foun
 
 
 def _with_siblings(
-    whole: list[Found], found: list[Found], adapted: list[Counterpart], pairs: Counterparts
+    whole: list[Found], found: Sequence[Found], adapted: list[Counterpart], pairs: Counterparts
 ) -> list[Found]:
     """`whole`, and what else PEFT saves with it: all tensors of a saved module."""
     names = [f.part.name for f in whole]
@@ -226,7 +212,7 @@ def write(
                 held.nbytes = file_size(_tensors(held, work.dtype), _METADATA)
                 refuse_full_disk(held.nbytes, output)
                 writer.finish(places, final, extras, threads)
-            _note(held, work.dtype, policy)
+            _note(held, tuned.model_type, policy)
             saved = [name for f in held.whole for name in f.part.names]
             config = extracted_config(
                 places, final, saved, pairs.modules, base_name=base_name,
@@ -317,7 +303,8 @@ def _verified(
     threads: int | None,
 ) -> float:
     """The error of base + adapter, which must be what the singular values say."""
-    off, size = distance(base, folder, pairs.found, work.advance, threads)
+    saved = [f.part.name for f in held.whole]
+    off, size = distance(base, folder, pairs.found, saved, work.advance, threads)
     cut = sum(f.at(rank)[0] for f, rank in zip(held.factors, held.ranks, strict=True))
     cut += math.fsum(f.size.energy for f in held.left)
     rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in held.factors)
@@ -330,18 +317,12 @@ def _verified(
     return off / size
 
 
-def _note(held: Held, dtype: str, policy: Policy) -> None:
+def _note(held: Held, kind: str, policy: Policy) -> None:
     """What people should know about the result."""
     ranks = [rank for _, rank in held.placed]
     if len(set(ranks)) > 1:
         held.notices.append(note_ranks(ranks))
-        experts = [f.part.module for f in held.factors if _EXPERT.search(f.part.module)]
-        if experts:
-            text = (
-                "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
-                "one rank: add --uniform to load this adapter with it."
-            )
-            held.notices.append(Notice("ranks-of-experts", text, experts[0]))
+    _note_experts(held, kind, ranks)
     asked = policy.criterion.rank or 0
     needed = max(len(f.values) for f in held.factors)
     if needed < asked:
@@ -378,9 +359,35 @@ def _note(held: Held, dtype: str, policy: Policy) -> None:
         )
         held.notices.append(Notice("saved-large", text))
     lost = [f.rounding for f in held.factors if f.rounding and f.rounding > _LARGE_ROUNDING]
+    if any(f.part.twin for f in held.factors):
+        text = (
+            "Embedding and head are one matrix. PEFT 0.21's merge_and_unload adds the factors of "
+            "such a matrix twice; its forward pass and loratool merge are right."
+        )
+        held.notices.append(Notice("tied-in-peft", text))
     if lost:
         text = f"Rounding the factors changes a delta by up to {max(lost):.1%}. Write float32."
         held.notices.append(Notice("rounding-large", text))
+
+
+def _note_experts(held: Held, kind: str, ranks: list[int]) -> None:
+    experts = [f.part.module for f in held.factors if _EXPERT.search(f.part.module)]
+    if experts and kind not in _EXPERTS_READ:
+        text = (
+            f"transformers 5 holds the experts of a {kind} in one tensor, and PEFT 0.21 may not "
+            "apply factors for each of them. merge does."
+        )
+        held.notices.append(Notice("experts-in-peft", text, experts[0]))
+    elif experts and len(set(ranks)) > 1:
+        text = (
+            "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
+            "one rank: add --uniform to load this adapter with it."
+        )
+        held.notices.append(Notice("ranks-of-experts", text, experts[0]))
+    stacks = [f.part for f in held.whole if ".experts" in f.part.name and f.part.group == "others"]
+    if stacks:
+        text = f"Stacks of experts have no factors and are saved whole ({len(stacks)} tensors)."
+        held.notices.append(Notice("experts-whole", text, stacks[0].name))
 
 
 def _record(

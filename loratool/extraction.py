@@ -35,7 +35,6 @@ from loratool.linalg.truncation import truncated
 from loratool.workers import Workers
 
 _NOTHING = Size(0.0, 0.0, False, 0.0)
-_EMPTY = np.zeros(0)
 
 #: The rank to begin with where none is asked for.
 _FIRST = 32
@@ -55,8 +54,8 @@ class Found:
 
     part: Counterpart
     size: Size = _NOTHING
-    values: Float64 = _EMPTY
-    following: Float64 = _EMPTY
+    values: Float64 = field(default_factory=partial(np.zeros, 0))
+    following: Float64 = field(default_factory=partial(np.zeros, 0))
     cut: float = 0.0
     least: float = 0.0
     rounding: float | None = None
@@ -121,7 +120,7 @@ class Policy:
             if not any(ranks):
                 raise _too_small(budget, min(costs), "the smallest module")
             alive = [(part, rank) for part, rank in zip(parts, ranks, strict=True) if rank]
-            over = self.size(*map(list, zip(*alive, strict=True))) - budget  # type: ignore[arg-type]
+            over = self.size([p for p, _ in alive], [r for _, r in alive]) - budget
             if over <= 0:
                 return ranks
             rest -= over  # larger ranks have more digits in the header

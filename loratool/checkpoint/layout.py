@@ -24,6 +24,27 @@ _CONV1D = {
     "decision_transformer": r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$",
 }
 
+#: Parts of names on disk and in memory, for architectures that differ in nothing else.
+_PARTS = {
+    "dinov2": [
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+    ],
+    "swin": [
+        ("attention.self.query", "attention.q_proj"),
+        ("attention.self.key", "attention.k_proj"),
+        ("attention.self.value", "attention.v_proj"),
+        ("attention.self.relative_position_bias_table",
+         "attention.relative_position_bias.relative_position_bias_table"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ],
+}  # fmt: skip
+_PARTS["dinov2_with_registers"] = _PARTS["dinov2"]
+
 _VIT = [
     (r"(^|\.)layers\.(\d+)\.attention\.q_proj\b", r"\1encoder.layer.\2.attention.attention.query"),
     (r"(^|\.)layers\.(\d+)\.attention\.k_proj\b", r"\1encoder.layer.\2.attention.attention.key"),
@@ -42,6 +63,8 @@ _RENAMES: dict[str, list[tuple[str, str]]] = {
     "": [(r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta")],
     **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit",
                      "audio-spectrogram-transformer"), _VIT),
+    **{kind: [(rf"\.{re.escape(memory)}(?=\.|$)", f".{disk}") for disk, memory in parts]
+       for kind, parts in _PARTS.items()},
 }  # fmt: skip
 
 _VIT_IN_MEMORY = [
@@ -58,18 +81,26 @@ _VIT_IN_MEMORY = [
 
 #: The other way: from names on disk to those of modules in memory.
 _IN_MEMORY: dict[str, list[tuple[str, str]]] = {
-    kind: (
-        _VIT_IN_MEMORY
-        if rules is _VIT
-        else {
-            "gpt_neox": [(r"^embed_out\.", "lm_head.")],
-            "mixtral": [(r"\.block_sparse_moe\.gate\.", ".mlp.gate.")],
-            "": [(r"LayerNorm\.gamma$", "LayerNorm.weight"),
-                 (r"LayerNorm\.beta$", "LayerNorm.bias")],
-        }[kind]
-    )
-    for kind, rules in _RENAMES.items()
+    "gpt_neox": [(r"^embed_out\.", "lm_head.")],
+    "mixtral": [(r"\.block_sparse_moe\.gate\.", ".mlp.gate.")],
+    "": [(r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")],
+    **{kind: _VIT_IN_MEMORY for kind, rules in _RENAMES.items() if rules is _VIT},
+    **{kind: [(rf"\.{re.escape(disk)}(?=\.|$)", f".{memory}") for disk, memory in parts]
+       for kind, parts in _PARTS.items()},
 }  # fmt: skip
+
+#: Architectures whose files transformers 5 reads under other names, in ways not known here.
+_RENAMED = {
+    "aria", "aya_vision", "colqwen2", "conditional_detr", "d_fine", "deepseek_ocr2", "deepseek_v4",
+    "deformable_detr", "detr", "emu3", "ernie4_5_moe", "ernie4_5_vl_moe", "esm", "fuyu", "gemma3n",
+    "got_ocr2", "granitemoe", "granitemoehybrid", "granitemoeshared", "gte", "hunyuan_vl",
+    "internvl", "jina_embeddings_v3", "kimi_k25", "kimi_linear", "lw_detr", "maskformer", "mimi",
+    "mimo_v2_flash", "minimax", "minimax_m2", "mllama", "nemotron_h", "nomic_bert", "olmo_hybrid",
+    "phimoe", "qwen2_audio", "qwen2_5_vl", "qwen2_vl", "qwen3_5_text", "rf_detr", "rt_detr",
+    "rt_detr_v2", "sapiens2", "segformer", "timesfm2_5", "videomae", "video_llava", "yolos",
+}  # fmt: skip
+#: Models of text and images whose names are the same on disk and in memory.
+_PLAIN_PAIRS = {"clip", "chinese_clip", "siglip", "siglip2", "metaclip_2", "xclip", "altclip"}
 
 #: What the class with a head puts before the names of models that were saved without it.
 _ROOTS = {
@@ -83,10 +114,15 @@ _EMBEDDING = re.compile(
     r"\.weight$"
 )
 _HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|proj_out|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
+    r"(^|\.)(lm_head|embed_out|proj_out|cls\.predictions\.decoder|lm_head\.decoder|vocab_projector"
+    r"|generator_lm_head|predictions\.decoder)\.weight$"
 )
-_HEAD_NAMES = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
-               "xlm-roberta": "lm_head.decoder", "whisper": "proj_out"}  # fmt: skip
+_HEAD_NAMES = {
+    **dict.fromkeys(("bert", "deberta", "deberta-v2", "mobilebert"), "cls.predictions.decoder"),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), "lm_head.decoder"),
+    "whisper": "proj_out", "distilbert": "vocab_projector", "electra": "generator_lm_head",
+    "albert": "predictions.decoder", "gpt_neox": "embed_out",
+}  # fmt: skip
 _MASKED_CLASS = re.compile(r"(ForMaskedLM|ForPreTraining)$")
 LM_CLASS = re.compile(
     r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$"
@@ -226,7 +262,19 @@ def in_memory(model: Checkpoint) -> Naming:
                                         for name in architectures)  # fmt: skip
     if not root or headless or any(name.startswith(f"{root}.") for name in model.tensors):
         return rename
-    return lambda name: name if _HEAD.search(name) else f"{root}.{rename(name)}"
+
+    def rooted(name: str) -> str:
+        inside = _HEAD.search(name) is None and not name.startswith(f"{root}.")
+        return f"{root}.{rename(name)}" if inside else rename(name)
+
+    return rooted
+
+
+def has_unknown_names(model: Checkpoint) -> bool:
+    """Whether transformers 5 may hold the modules of this model under names not known here."""
+    config = model.config
+    mixed = "vision_config" in config and ("text_config" in config or "llm_config" in config)
+    return model.model_type in _RENAMED or (mixed and model.model_type not in _PLAIN_PAIRS)
 
 
 def _find_tied(base: Checkpoint) -> Tied | None:

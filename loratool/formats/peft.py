@@ -300,6 +300,7 @@ def _check_expectations(adapter: Adapter) -> None:
                 )
             )
     saved = string_list(config, "modules_to_save")
+    saved = [plain_path(s) for s in saved]
     absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
     if len(saved) > len(absent):
         absent = [s for s in absent if s not in AUTOMATIC_HEADS]

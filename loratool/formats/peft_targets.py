@@ -1,8 +1,9 @@
 """adapter_config.json of an adapter that was not trained: which modules of a model it means.
 
 PEFT takes an entry of target_modules or exclude_modules for the dotted end of a path, and one of
-modules_to_save for any end. Short names, as people write them, are used where they mean exactly the
-right modules.
+modules_to_save for any end. Short names, as people write them, are used where by these rules they
+mean exactly the right modules. Sources: peft/tuners/tuners_utils.py (`check_target_module_exists`),
+peft/utils/other.py (`_set_trainable`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from loratool.adapter import Place
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_config import rank_pattern
+
+_PREFIX = "base_model.model."
 
 
 def extracted_config(
@@ -37,9 +40,11 @@ def extracted_config(
     rank = max(ranks, default=1)
     patterns = rank_pattern(places, ranks) if len(set(ranks)) > 1 else {}
     biases = [n.rpartition(".")[0] for n in saved if n.endswith(".bias")]
+    every = {m[:i] for m in modules for i, letter in enumerate(m) if letter == "."} | {*modules}
     whole = saved_modules(saved, modules, set(paths))
-    loose = [path for path in biases if path not in whole]
-    targets, excluded = _targets(paths, modules)
+    loose = [path for path in biases if saved_unit(path) not in whole]
+    named = _saved_names(whole, every, paths)
+    targets, excluded = _targets(paths, {m for m in every if not _inside(m, named)})
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -52,7 +57,7 @@ def extracted_config(
         "lora_dropout": 0.0,
         "target_modules": targets,
         "exclude_modules": excluded or None,
-        "modules_to_save": _shortest(whole, modules) or None,
+        "modules_to_save": named or None,
         "bias": "none" if not loose else "lora_only" if set(loose) <= set(paths) else "all",
         "fan_in_fan_out": fan_in_fan_out,
         "rank_pattern": patterns,
@@ -73,12 +78,12 @@ def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] 
     wanted = set(paths)
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     others = sorted(m for m in modules if m not in wanted and _ends(m, leaves))
-    if len(others) <= len(paths) and not any(leaf.isdigit() for leaf in leaves):
-        if not any(_ends(path, others) for path in paths):
-            return leaves, others
-    if not any(_ends(m, paths) for m in modules if m not in wanted):
-        if all("." in path for path in paths):
-            return sorted(paths), []
+    short = len(others) <= len(paths) and not any(leaf.isdigit() for leaf in leaves)
+    if short and not any(_ends(path, others) for path in paths):
+        return leaves, others
+    dotted = all("." in path for path in paths)
+    if dotted and not any(_ends(m, paths) for m in modules if m not in wanted):
+        return sorted(paths), []
     return "|".join(map(re.escape, sorted(paths))), []
 
 
@@ -106,7 +111,11 @@ def saved_modules(
     return sorted(
         path
         for path, own in leaves.items()
-        if path and path not in inner and path not in adapted and own != {"bias"}
+        if path
+        and path not in inner
+        and path not in adapted
+        and own != {"bias"}
+        and ".parametrizations." not in f".{path}."
     )
 
 
@@ -119,12 +128,23 @@ def saved_unit(path: str) -> str:
     return path
 
 
-def _shortest(paths: Sequence[str], modules: Collection[str]) -> list[str]:
-    """`paths`, or the last parts of them where all that ends so is meant."""
-    chosen = set(paths)
+def _saved_names(units: Sequence[str], every: Collection[str], adapted: Sequence[str]) -> list[str]:
+    """modules_to_save for these modules: last parts of names, full paths, or those with a prefix.
+
+    An entry also keeps PEFT from adapting what is inside of a module called so.
+    """
+    chosen = set(units)
     named = set()
-    for path in paths:
+    for path in units:
         leaf = path.rpartition(".")[2]
-        meant = {m for m in modules if m.endswith(leaf)}
-        named.add(leaf if not leaf.isdigit() and meant <= chosen else path)
+        for name in (leaf, path, _PREFIX + path):
+            meant = {m for m in every if (_PREFIX + m).endswith(name)}
+            if meant <= chosen and not any(_inside(m, [name]) for m in adapted):
+                named.add(name)
+                break
     return sorted(named)
+
+
+def _inside(path: str, names: Collection[str]) -> bool:
+    """Whether a module is one of modules_to_save or in one, as PEFT sees it."""
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in names)

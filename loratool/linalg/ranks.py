@@ -109,13 +109,10 @@ def spread(values: Sequence[Float64], costs: Sequence[int], budget: int) -> list
     """
     gains = [(float(s) ** 2 / costs[i], i) for i, own in enumerate(values) for s in own]
     ranks = [0] * len(values)
-    closed = [False] * len(values)
     for _, i in sorted(gains, key=lambda gain: (-gain[0], gain[1])):
-        if not closed[i] and costs[i] <= budget:
+        if costs[i] <= budget:
             ranks[i] += 1
             budget -= costs[i]
-        else:
-            closed[i] = True  # a later one of this matrix must not come without the earlier
     return ranks
 
 

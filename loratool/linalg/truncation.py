@@ -26,7 +26,7 @@ _SETTLED = 1.5e-3
 
 #: Where less than this share of the energy is cut off, the sum of squares in float32 cannot tell
 #: how much, and the difference is measured element by element.
-_MEASURED = 1e-4
+_MEASURED = 1e-3
 
 #: Below this share the gain of a step drowns in rounding, so the search ends after so many steps.
 _DROWNED, _ENOUGH = 1e-5, 7
@@ -35,7 +35,7 @@ _DROWNED, _ENOUGH = 1e-5, 7
 _SLOW = 0.35
 
 #: What rounding may add to a sum of squares, as a share of it.
-_ROUNDING = 1e-7
+_ROUNDING = 3e-7
 
 #: Blocks of a Krylov space: more than flat spectra need.
 _STEPS = 16
@@ -61,6 +61,10 @@ class Truncation:
     passes: int
 
 
+#: The rank to begin with where none is known.
+_FIRST = 32
+
+
 def truncated(
     matrix: Matrix,
     energy: float,
@@ -68,15 +72,16 @@ def truncated(
     cap: int | None = None,
     seed: int = 0,
     exact: bool = False,
-    first: int = 32,
+    first: int | None = None,
 ) -> Truncation:
     """Approximate `matrix`, with ‖D‖² = `energy`, by the rank that `choose` picks.
 
-    `cap` is the largest rank it will pick, if that is known, and `first` the one to begin with. The
-    result depends on the seed only where the full decomposition is too expensive.
+    `cap` is the largest rank it will pick, if that is known, and `first` the one to begin with, by
+    default the cap. The result depends on the seed only where the full decomposition is too
+    expensive.
     """
     limit = min(matrix.rows, matrix.columns)
-    size = min(first, limit)
+    size = min(first or cap or _FIRST, limit)
     size += max(8, size // 4)
     if not exact and 8 * size <= limit:
         generator = torch.Generator().manual_seed(seed)
@@ -128,7 +133,7 @@ def _from_space(
     passes = space.steps
     cut = max(energy - float(squares[:rank].sum()), 0.0)
     least = 0.0
-    if cut > 2 * _ROUNDING * energy:
+    if cut > _ROUNDING * energy:
         least = energy * (1 - _ROUNDING) - space.bound(rank, energy, generator)
     if cut < _MEASURED * energy:
         cut = _difference(space.matrix, left, right)

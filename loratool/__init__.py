@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from loratool.combining import CombineReport, combine
     from loratool.comparing import CompareReport, compare
     from loratool.errors import LoraToolError
-    from loratool.extracting import ExtractReport, extract
+    from loratool.extracting import extract
+    from loratool.extraction_report import ExtractReport
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
     from loratool.resizing import ResizeReport, resize
@@ -58,7 +59,7 @@ _HOMES = {
     "compare": "comparing",
     "CompareReport": "comparing",
     "extract": "extracting",
-    "ExtractReport": "extracting",
+    "ExtractReport": "extraction_report",
     "LoraToolError": "errors",
 }
 

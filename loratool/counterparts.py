@@ -21,38 +21,12 @@ from loratool.checkpoint.layout import Layout, has_unknown_names, in_memory, is_
 from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.folding import pattern
-from loratool.formats.peft import AUTOMATIC_HEADS
-from loratool.formats.peft_targets import saved_unit
+from loratool.grouping import HEAD, PRETRAINING, Group, group_of
 from loratool.matching import is_vocabulary
 from loratool.selection import matches
 
-Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
-
-_EMBEDDING = re.compile(
-    r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
-    r"|wte|wpe|shared|embed_in|embed|relative_attention_bias"
-)
-#: Linear maps that are no module of their own in current models: PEFT could not adapt them.
-_ROUTER = re.compile(
-    r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
-)
 #: The file name of one shard of several.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-#: Modules that PEFT refuses to adapt, or whose models do without it.
-_UNADAPTABLE = {
-    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), re.compile(r"\.(out_proj|conv1d)$")),
-    # These multiply with the weights of two more layers themselves.
-    **dict.fromkeys(("mamba", "falcon_mamba"), re.compile(r"\.(out_proj|conv1d|dt_proj|x_proj)$")),
-    "jamba": re.compile(r"\.dt_proj$"),
-    "whisper": re.compile(r"\.(conv1|conv2)$"),
-}
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
-)
-#: What pretraining leaves on top of an encoder, which a classifier made of it does not have.
-_PRETRAINING = re.compile(
-    r"^(cls|lm_head|predictions|sop_classifier|discriminator_predictions|generator_\w+|vocab_\w+)\."
-)
 
 
 @dataclass(frozen=True)
@@ -138,7 +112,7 @@ class Choice:
         chosen = (not self.include or matches(path, self.include)) and not matches(
             path, self.exclude
         )
-        head = "heads" in self.skip and _HEAD.search(path) is not None
+        head = "heads" in self.skip and HEAD.search(path) is not None
         if not chosen or head or group in self.skip:
             return "left"
         factored = group in ("linears", "convs", "embeddings") and not matches(path, self.save)
@@ -254,7 +228,7 @@ def _counterpart(
     choice: Choice,
 ) -> Counterpart:
     path = info.name.rpartition(".")[0]
-    group = _group(name, info, tuned)
+    group = group_of(name, info, tuned)
     module = name.rpartition(".")[0]
     fate = choice.fate(module, group)
     if fate == "factors" and group == "embeddings" and not is_vocabulary(f"{module}.weight"):
@@ -268,32 +242,6 @@ def _counterpart(
     return Counterpart(name, name, source, info, group, fate, transposed)
 
 
-def _group(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
-    tensors = tuned.tensors
-    path, _, leaf = name.rpartition(".")
-    own = info.name.rpartition(".")[0]
-    weight = tensors.get(f"{own}.weight")
-    if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
-        return "norms"
-    if saved_unit(path) != path or path.endswith(tuple(AUTOMATIC_HEADS)):
-        return "heads"
-    if leaf == "bias":
-        return "biases"
-    parent = own.rpartition(".")[0]
-    attention = any(f"{p}.in_proj_weight" in tensors for p in (own, parent))
-    fixed = _UNADAPTABLE.get(tuned.model_type)
-    if leaf != "weight" or attention or _ROUTER.search(path) or (fixed and fixed.search(path)):
-        return "others"
-    if len(info.shape) == 2:
-        last = path.rpartition(".")[2]
-        return "embeddings" if _EMBEDDING.fullmatch(last) else "linears"
-    # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape, and
-    # weights of three axes that are not called so are experts.
-    axes = len(info.shape)
-    convolves = axes in (4, 5) or (axes == 3 and "conv" in path.rpartition(".")[2])
-    return "convs" if convolves and info.shape[1] > 1 else "others"
-
-
 def _is_new_head(name: str, base: Checkpoint) -> bool:
     """Whether a tensor that the base lacks belongs to a head that it lacks.
 
@@ -305,7 +253,7 @@ def _is_new_head(name: str, base: Checkpoint) -> bool:
     top = module.partition(".")[0]
     layered = any(part.isdigit() for part in module.split("."))
     new = not any(t.partition(".")[0] == top for t in base.tensors)
-    return _HEAD.search(module) is not None or (new and not layered)
+    return HEAD.search(module) is not None or (new and not layered)
 
 
 def _fits(found: Counterpart, source: TensorInfo) -> bool:
@@ -315,7 +263,7 @@ def _fits(found: Counterpart, source: TensorInfo) -> bool:
     """
     if found.is_comparable or found.fate == "left":
         return True
-    resizable = is_vocabulary(found.name) or _HEAD.search(found.name) is not None
+    resizable = is_vocabulary(found.name) or HEAD.search(found.name) is not None
     one_axis = bool(source.shape) and len(source.shape) == len(found.tuned.shape)
     return resizable and one_axis and source.shape[1:] == found.tuned.shape[1:]
 
@@ -336,7 +284,7 @@ def _missing(
         if layout.tied is not None and name == layout.tied.head:
             continue
         before, after = (c.config.get("architectures") or [] for c in (base, tuned))
-        head = _HEAD.search(name) or _PRETRAINING.search(name)
+        head = HEAD.search(name) or PRETRAINING.search(name)
         if head and before and after and before != after:
             dropped.append(name)
         elif choice.fate(name.rpartition(".")[0], "others") == "left":

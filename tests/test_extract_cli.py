@@ -162,7 +162,7 @@ def test_a_dry_run_with_a_budget_is_right_about_the_rank(tiny: Pair, extra: int)
 
 def test_a_dry_run_that_no_rank_fits_says_so(tiny: Pair) -> None:
     """A budget that is too small for one rank is refused before anything is decomposed, too."""
-    tiny.fails(UsageError, "too small", budget=100, dry_run=True)
+    tiny.fails(UsageError, "too small", rank=None, budget=100, dry_run=True)
 
 
 # --- mistakes ------------------------------------------------------------------------------------

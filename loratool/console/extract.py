@@ -19,7 +19,7 @@ from loratool.console.common import (
     span_text,
     spectrum_table,
 )
-from loratool.extracting import ExtractedModule, ExtractReport, OtherTensor
+from loratool.extraction_report import ExtractedModule, ExtractReport, OtherTensor
 from loratool.folding import pattern, ranged
 
 

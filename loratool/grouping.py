@@ -1,0 +1,63 @@
+"""What kind of tensor a name and a shape stand for, as far as an adapter can hold it."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.formats.peft import AUTOMATIC_HEADS
+from loratool.formats.peft_targets import saved_unit
+
+Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
+
+_EMBEDDING = re.compile(
+    r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
+    r"|wte|wpe|shared|embed_in|embed|relative_attention_bias"
+)
+#: Linear maps that are no module of their own in current models: PEFT could not adapt them.
+_ROUTER = re.compile(
+    r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
+)
+#: Modules that PEFT refuses to adapt, or whose models do without it.
+_UNADAPTABLE = {
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), re.compile(r"\.(out_proj|conv1d)$")),
+    # These multiply with the weights of two more layers themselves.
+    **dict.fromkeys(("mamba", "falcon_mamba"), re.compile(r"\.(out_proj|conv1d|dt_proj|x_proj)$")),
+    "jamba": re.compile(r"\.dt_proj$"),
+    "whisper": re.compile(r"\.(conv1|conv2)$"),
+}
+HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
+)
+#: What pretraining leaves on top of an encoder, which a classifier made of it does not have.
+PRETRAINING = re.compile(
+    r"^(cls|lm_head|predictions|sop_classifier|discriminator_predictions|generator_\w+|vocab_\w+)\."
+)
+
+
+def group_of(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
+    tensors = tuned.tensors
+    path, _, leaf = name.rpartition(".")
+    own = info.name.rpartition(".")[0]
+    weight = tensors.get(f"{own}.weight")
+    if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
+        return "norms"
+    if saved_unit(path) != path or path.endswith(tuple(AUTOMATIC_HEADS)):
+        return "heads"
+    if leaf == "bias":
+        return "biases"
+    parent = own.rpartition(".")[0]
+    attention = any(f"{p}.in_proj_weight" in tensors for p in (own, parent))
+    fixed = _UNADAPTABLE.get(tuned.model_type)
+    if leaf != "weight" or attention or _ROUTER.search(path) or (fixed and fixed.search(path)):
+        return "others"
+    if len(info.shape) == 2:
+        last = path.rpartition(".")[2]
+        return "embeddings" if _EMBEDDING.fullmatch(last) else "linears"
+    # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape, and
+    # weights of three axes that are not called so are experts.
+    axes = len(info.shape)
+    convolves = axes in (4, 5) or (axes == 3 and "conv" in path.rpartition(".")[2])
+    return "convs" if convolves and info.shape[1] > 1 else "others"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
@@ -125,10 +126,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         places = {"base": work / "base", "tuned": work / "tuned", "output": work / "out"}
-        if not places["base"].exists():
-            make_base(places["base"], args.size, 4)
-        if not places["tuned"].exists():
-            make_tuned(places["tuned"], places["base"])
+        made: list[tuple[Path, Callable[..., None], tuple[Any, ...]]] = [
+            (places["base"], make_base, (places["base"], args.size, 4)),
+            (places["tuned"], make_tuned, (places["tuned"], places["base"])),
+        ]
+        for folder, make, arguments in made:
+            if not folder.exists():  # in a process of its own, so that this one stays small
+                maker = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
+                maker.start()
+                maker.join()
         print(machine(work))
         if args.stages:
             stages(places["base"], places["tuned"], places["output"], args.rank)

@@ -173,6 +173,15 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
         result.found.append(found)
     lost += _missing(base, tuned, layout, taken, choice, result)
     _refuse(base, tuned, lost, misfits)
+    _check_names(result, tuned)
+    result.found = _by_layer(result.found)
+    result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
+    choice.check({*result.modules, *(name.rpartition(".")[0] for name in base.tensors)})
+    return result
+
+
+def _check_names(result: Counterparts, tuned: Checkpoint) -> None:
+    """Refuse two tensors of one name; say where names in memory are not known."""
     names = [name for found in result.found for name in found.names]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -186,10 +195,6 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
             "merge places this adapter right; PEFT may not find its modules."
         )
         result.notices.append(Notice("names-in-memory", text, str(tuned.source)))
-    result.found = _by_layer(result.found)
-    result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
-    choice.check({*result.modules, *(name.rpartition(".")[0] for name in base.tensors)})
-    return result
 
 
 def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:

@@ -25,6 +25,9 @@ _EXPERTS_READ = {"mixtral", "qwen3_moe", "olmoe"}
 #: From this share on, rounding to half precision is worth a warning.
 _LARGE_ROUNDING = 0.01
 
+#: Bytes from which on it matters how many of them are saved whole.
+_LARGE = 10_000_000
+
 
 @dataclass
 class Held:
@@ -120,27 +123,41 @@ def with_siblings(
 
 
 def note(held: Held, kind: str, policy: Policy) -> None:
-    """What people should know about the result."""
+    """Say what people should know about the result."""
+    _note_ranks(held, policy.criterion.rank or 0)
+    _note_experts(held, kind)
+    _note_saved(held)
+    if any(f.part.twin for f in held.factors):
+        text = (
+            "Embedding and head are one matrix. PEFT 0.21's merge_and_unload adds the factors of "
+            "such a matrix twice; its forward pass and loratool merge are right."
+        )
+        held.notices.append(Notice("tied-in-peft", text))
+    lost = max(f.rounding or 0.0 for f in held.factors)
+    if lost > _LARGE_ROUNDING:
+        text = f"Rounding the factors changes a delta by up to {lost:.1%}. Write float32."
+        held.notices.append(Notice("rounding-large", text))
+
+
+def _note_ranks(held: Held, asked: int) -> None:
     ranks = [rank for _, rank in held.placed]
     if len(set(ranks)) > 1:
         held.notices.append(note_ranks(ranks))
-    _note_experts(held, kind, ranks)
-    asked = policy.criterion.rank or 0
     needed = max(len(f.values) for f in held.factors)
     if needed < asked:
         text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
         held.notices.append(Notice("rank-not-needed", text))
     small = [f.part.module for f in held.factors if asked > min(f.part.place.shape)]
     if small:
-        text = (
-            f"Rank {asked} is more than {len(small)} modules can have; their factors are filled "
-            f"up with zeros:\n{listed(small)}"
-        )
+        text = f"Rank {asked} is more than these matrices have; zeros fill it up:\n{listed(small)}"
         held.notices.append(Notice("rank-too-large", text, small[0]))
     dropped = [f.part.module for f, rank in zip(held.factors, held.ranks, strict=True) if not rank]
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
         held.notices.append(Notice("no-budget", text, dropped[0]))
+
+
+def _note_saved(held: Held) -> None:
     grown = [f.part for f in held.whole if f.part.base is not None and not f.part.is_comparable]
     if grown:
         lines = [
@@ -154,25 +171,20 @@ def note(held: Held, kind: str, policy: Policy) -> None:
         text += f"Before PEFT can load them, make the base fit: {how}."
         held.notices.append(Notice("shape-changed", text, grown[0].name))
     saved = sum(f.part.tuned.nbytes for f in held.whole)
-    if saved > max(held.nbytes - saved, 10_000_000):
+    if saved > max(held.nbytes - saved, _LARGE):
         text = (
             f"{format_bytes(saved)} of {format_bytes(held.nbytes)} are tensors saved whole. Leave "
             "them out with --skip or --exclude if the adapter should be small."
         )
         held.notices.append(Notice("saved-large", text))
-    lost = [f.rounding for f in held.factors if f.rounding and f.rounding > _LARGE_ROUNDING]
-    if any(f.part.twin for f in held.factors):
-        text = (
-            "Embedding and head are one matrix. PEFT 0.21's merge_and_unload adds the factors of "
-            "such a matrix twice; its forward pass and loratool merge are right."
-        )
-        held.notices.append(Notice("tied-in-peft", text))
-    if lost:
-        text = f"Rounding the factors changes a delta by up to {max(lost):.1%}. Write float32."
-        held.notices.append(Notice("rounding-large", text))
+    stacks = [f.part for f in held.whole if ".experts" in f.part.name and f.part.group == "others"]
+    if stacks:
+        text = f"Stacks of experts have no factors and are saved whole ({len(stacks)} tensors)."
+        held.notices.append(Notice("experts-whole", text, stacks[0].name))
 
 
-def _note_experts(held: Held, kind: str, ranks: list[int]) -> None:
+def _note_experts(held: Held, kind: str) -> None:
+    ranks = [rank for _, rank in held.placed]
     experts = [f.part.module for f in held.factors if _EXPERT.search(f.part.module)]
     if experts and kind not in _EXPERTS_READ:
         text = (
@@ -186,7 +198,3 @@ def _note_experts(held: Held, kind: str, ranks: list[int]) -> None:
             "one rank: add --uniform to load this adapter with it."
         )
         held.notices.append(Notice("ranks-of-experts", text, experts[0]))
-    stacks = [f.part for f in held.whole if ".experts" in f.part.name and f.part.group == "others"]
-    if stacks:
-        text = f"Stacks of experts have no factors and are saved whole ({len(stacks)} tensors)."
-        held.notices.append(Notice("experts-whole", text, stacks[0].name))

@@ -330,7 +330,7 @@ def test_rank_is_the_same_for_every_module(tiny: Pair) -> None:
     assert set(ranks_of(report).values()) == {12}
     assert codes(report).count("rank-too-large") == 1
     text = next(n.message for n in report.warnings if n.code == "rank-too-large")
-    assert "2 modules" in text
+    assert "k_proj" in text
     tensors = load_file(tiny.out / WEIGHTS)
     a = tensors[f"{PREFIX}model.layers.0.self_attn.k_proj.lora_A.weight"]
     assert a.shape == (12, 16)

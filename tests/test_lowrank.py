@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -696,11 +695,10 @@ def test_float64_and_strides(dtype: str) -> None:
 def test_encoded_factors_are_rows(dtype: str) -> None:
     """`a` and then `b` transposed, so that each rank is a run of both."""
     b, a = draw(7, 5, 3, dtype=np.float64)
-    module: Any = SimpleNamespace(path="layer")
     wanted = [torch.from_numpy(x).to(TORCH[dtype]).flatten() for x in (a, b.T.copy())]
-    found = encode(module, b, a, dtype)
+    found = encode("layer.q", b, a, dtype)
     assert np.array_equal(found, torch.cat(wanted).view(torch.uint8).numpy())
-    assert encode(module, b[:, :0], a[:0], dtype).size == 0
+    assert encode("layer.q", b[:, :0], a[:0], dtype).size == 0
 
 
 @pytest.mark.parametrize(
@@ -712,20 +710,19 @@ def test_overflow_is_refused_where_it_would_round_to_infinity(
     dtype: str, most: float, less: float, half: str
 ) -> None:
     """Values that still round to the largest number pass; larger ones and NaN are refused."""
-    module: Any = SimpleNamespace(path="layer.q")
     for value, fits in ((less, True), (-less, True), (most, False), (-most, False)):
         b, a = draw(7, 5, 3, dtype=np.float64)
         (a if half == "A" else b)[1, 2] = value
         if fits:
-            raw = torch.from_numpy(encode(module, b, a, dtype)).view(TORCH[dtype])
+            raw = torch.from_numpy(encode("layer.q", b, a, dtype)).view(TORCH[dtype])
             assert torch.isfinite(raw).all()
         else:
             with pytest.raises(ValueRangeError, match=rf"layer\.q: lora_{half} has values up to"):
-                encode(module, b, a, dtype)
+                encode("layer.q", b, a, dtype)
     b[:], a[:] = 1, 1
     (a if half == "A" else b)[0, 0] = np.nan
     with pytest.raises(ValueRangeError):
-        encode(module, b, a, dtype)
+        encode("layer.q", b, a, dtype)
 
 
 def test_a_decomposition_keeps_its_factors_untouched() -> None:

@@ -23,7 +23,7 @@ _ENTRY_FILES = (
     "pytorch_model.bin",
 )
 
-_ORDER = "Models come first, adapters after them; resize changes the rank of an adapter."
+_ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth"}
 

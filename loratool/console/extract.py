@@ -42,8 +42,10 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
         bound = f" (best possible ≥ {percent_text(best)})" if best > 1e-4 else ""
         facts.add_row("holds", text + bound)
     if len(report.held_by_rank) > 1:
-        shares = [f"{rank}: {percent_text(share)}" for rank, share in report.held_by_rank.items()]
-        facts.add_row("by rank", ", ".join(shares))
+        near = [
+            (r, share) for r, share in report.held_by_rank.items() if r <= 2 * (report.rank or 0)
+        ]
+        facts.add_row("by rank", ", ".join(f"{r}: {percent_text(share)}" for r, share in near))
     facts.add_row(
         "noise", f"{percent_text(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off"
     )

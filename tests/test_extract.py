@@ -21,11 +21,15 @@ from files import State, assert_clean, assert_clear, load, sha256s, write_base
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool import extracted_output, extraction
+from loratool.checkpoint.tensors import raw_blocks
 from loratool.errors import (
     LoraToolError,
     MatchError,
     UsageError,
+    VerifyError,
 )
+from loratool.formats.peft_writer import encode
 
 AT = "model.layers.{}."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -1031,6 +1035,35 @@ def test_a_module_that_only_the_base_has_can_be_excluded_by_its_path(tmp_path: P
     state = model()
     tuned = {n: t for n, t in moved(state).items() if n != f"{UP1}.weight"}
     Pair(tmp_path, state, tuned).extract(rank=2, exclude=[UP1])
+
+
+@pytest.mark.parametrize("broken", ["saved", "factors"])
+def test_verify_sees_what_was_not_written_as_it_was_computed(
+    tiny: Pair, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """A saved tensor with one wrong bit and factors of another scale fail, and nothing stays."""
+    if broken == "saved":
+
+        def blocks(info: Any) -> Any:
+            for raw in raw_blocks(info):
+                raw[0] ^= 1
+                yield raw
+
+        monkeypatch.setattr(extracted_output, "raw_blocks", blocks)
+    else:
+        monkeypatch.setattr(extraction, "encode", lambda p, b, a, d: encode(p, 1.5 * b, a, d))
+    tiny.fails(VerifyError, verify=True)
+
+
+def test_a_tied_head_that_is_excluded_takes_its_embedding_along(tmp_path: Path) -> None:
+    """The two are one matrix, so --exclude with the name of either leaves both out."""
+    state = model()
+    del state["lm_head.weight"]
+    pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
+    for name in ("lm_head", "embed_tokens"):
+        report = pair.extract(rank=2, exclude=[name], overwrite=True)
+        assert [t.name for t in report.left] == ["model.embed_tokens.weight"]
+        assert not any("embed" in m.path or "head" in m.path for m in report.modules)
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from files import State, assert_clean, assert_clear, load, sha256s, write_base
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool import extracted_output, extraction
+from loratool import extracted_output
 from loratool.checkpoint.tensors import raw_blocks
 from loratool.errors import (
     LoraToolError,
@@ -29,7 +29,7 @@ from loratool.errors import (
     UsageError,
     VerifyError,
 )
-from loratool.formats.peft_writer import encode
+from loratool.formats.peft_targets import extracted_config
 
 AT = "model.layers.{}."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -1051,7 +1051,11 @@ def test_verify_sees_what_was_not_written_as_it_was_computed(
 
         monkeypatch.setattr(extracted_output, "raw_blocks", blocks)
     else:
-        monkeypatch.setattr(extraction, "encode", lambda p, b, a, d: encode(p, 1.5 * b, a, d))
+
+        def config(*args: Any, **options: Any) -> dict[str, Any]:
+            return {**extracted_config(*args, **options), "lora_alpha": 3}
+
+        monkeypatch.setattr(extracted_output, "extracted_config", config)
     tiny.fails(VerifyError, verify=True)
 
 

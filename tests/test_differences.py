@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from loratool import differences
 from loratool.checkpoint.header import read_header
 from loratool.checkpoint.pickled import read_pickled
 from loratool.checkpoint.tensors import FilePool, TensorInfo
-from loratool.differences import Difference
+from loratool.differences import Difference, Stopped
 from loratool.errors import ValueRangeError
 from loratool.linalg.truncation import truncated
 
@@ -302,3 +303,16 @@ def test_noise_is_what_rounding_takes(
     taken = square(base.double() - base.to(dtype).double())
     assert size.energy == pytest.approx(taken, rel=1e-6, abs=0)
     assert math.sqrt(size.noise) == pytest.approx(math.sqrt(taken), rel=0.2)
+
+
+def test_a_matrix_nobody_waits_for_stops(tmp_path: Path, files: FilePool) -> None:
+    """After Ctrl-C a thread gives up at its next block, held or read."""
+    stop = threading.Event()
+    sides = [stored(tmp_path / f"{n}.safetensors", torch.full((4, 4), n)) for n in (1.0, 2.0)]
+    found = Difference(*sides, files, CPU, stop)
+    found.measure(hold=True)
+    stop.set()
+    with pytest.raises(Stopped):
+        next(found.blocks())
+    with pytest.raises(Stopped):
+        found.measure()

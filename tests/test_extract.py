@@ -309,6 +309,8 @@ def test_large_matrices_get_nearly_the_best_error(tmp_path: Path, exact: bool) -
     assert report.error == pytest.approx(real, rel=1e-4)
     assert report.best_error is not None
     assert 0.99 * best <= report.best_error <= best * (1 + 1e-6)
+    assert report.best_error == pytest.approx(report.modules[0].best_error, rel=1e-9)
+    assert (report.best_error < report.error) is not exact
     found = report.modules[0].singular_values
     assert found[:6] == pytest.approx(values[:6].tolist(), rel=1e-3)
 

@@ -80,6 +80,7 @@ class _Distance(RunningJob):
     def __init__(self, job: Job, part: Counterpart, files: FilePool) -> None:
         super().__init__(job, files)
         self.part = part
+        self._gathered: dict[TensorInfo, torch.Tensor] = {}
 
     def task(self, low: int, high: int) -> tuple[str, Counterpart, float, float, int]:
         off = size = 0.0
@@ -90,9 +91,11 @@ class _Distance(RunningJob):
         return self.job.name, self.part, off, size, (high - low) * self.part.tuned.itemsize
 
     def _compare(self, low: int, high: int) -> tuple[float, float]:
-        if not self.part.tuned.is_float:
-            one, other = (read_raw(info, self.files) for info in (self.source, self.part.tuned))
-            return float(one.tobytes() != other.tobytes()), 0.0
+        if not self.part.tuned.is_float:  # not numbers: are the bytes the same?
+            sides = (
+                self._bytes(info, low, high).clone() for info in (self.source, self.part.tuned)
+            )
+            return float(not torch.equal(*sides)), 0.0
         tuned = self._elements(self.part.tuned, low, high).clone()
         size = 0.0
         if self.part.base is not None and self.part.is_comparable:
@@ -101,15 +104,19 @@ class _Distance(RunningJob):
         return _squared(merged.sub_(tuned)), size
 
     def _elements(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
-        count = high - low
+        values = scratch.get("side", high - low, self.work)
+        return values.copy_(self._bytes(info, low, high).view(TORCH[info.dtype]))
+
+    def _bytes(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
+        size = info.itemsize
         if info.strides is None:
-            raw = scratch.get("raw", count * info.itemsize, torch.uint8)
-            self.files.read_into(info.file, info.start + low * info.itemsize, raw.numpy().data)
-        else:
-            whole = read_raw(info, self.files)
-            raw = torch.from_numpy(whole[low * info.itemsize : high * info.itemsize])
-        values = scratch.get("side", count, self.work)
-        return values.copy_(raw.view(TORCH[info.dtype]))
+            raw = scratch.get("raw", (high - low) * size, torch.uint8)
+            self.files.read_into(info.file, info.start + low * size, raw.numpy().data)
+            return raw
+        with self._lock:  # a view in a torch file is gathered once, not for every block
+            if info not in self._gathered:
+                self._gathered[info] = torch.from_numpy(read_raw(info, self.files))
+        return self._gathered[info][low * size : high * size]
 
 
 def _squared(values: torch.Tensor) -> float:

@@ -118,7 +118,7 @@ def report_of(
     ranks: list[int | None] = [None] * len(held.factors) if dry_run else list(held.ranks)
     modules = [_module(f, r) for f, r in zip(held.factors, ranks, strict=True)]
     energy, cut, least = held.total, 0.0, 0.0
-    for own, rank in zip(held.factors, held.ranks, strict=False):
+    for own, rank in zip(held.factors, held.ranks, strict=not dry_run):
         more = own.at(rank)
         cut, least = cut + more[0], least + more[1]
     lost = sum(f.size.energy for f in held.left)

@@ -1061,6 +1061,34 @@ def test_verify_sees_what_was_not_written_as_it_was_computed(
     tiny.fails(VerifyError, verify=True)
 
 
+def test_verify_sees_a_wrong_bit_of_an_integer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A buffer of integers is compared byte for byte."""
+    state = odd_model()
+    tuned = moved(state) | {"model.position_ids": state["model.position_ids"] + 1}
+
+    def blocks(info: Any) -> Any:
+        for raw in raw_blocks(info):
+            raw[0] ^= info.dtype == "I64"
+            yield raw
+
+    monkeypatch.setattr(extracted_output, "raw_blocks", blocks)
+    error = Pair(tmp_path, state, tuned).fails(VerifyError, "model.position_ids", verify=True)
+    assert "weight" not in error.message
+
+
+def test_verify_reads_views_of_torch_files(tmp_path: Path) -> None:
+    """A tuned matrix that a torch file stores transposed, several blocks long, is read in order."""
+    state = {f"{Q0}.weight": (0.1 * random_for("q", 1100, 1000)).float()}
+    pair = Pair(tmp_path, state, moved(state, decay=0.5))
+    value = pair.after[f"{Q0}.weight"]
+    torch.save({f"{Q0}.weight": value.T.contiguous().T}, tmp_path / "view.bin")
+    report = loratool.extract(pair.base, tmp_path / "view.bin", pair.out, rank=3, verify=True)
+    assert not value.T.is_contiguous()
+    assert report.verified == pytest.approx(distance(state, pair.after, pair.out), rel=1e-4)
+
+
 def test_a_tied_head_that_is_excluded_takes_its_embedding_along(tmp_path: Path) -> None:
     """The two are one matrix, so --exclude with the name of either leaves both out."""
     state = model()

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from loratool.checkpoint.folder import Folder, origin_of
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32
+from loratool.errors import shown
 
 Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
 Matrix = npt.NDArray[np.float32]
@@ -160,6 +162,7 @@ class Adapter:
 
     source: Path
     weights: Path
+    folder: Folder
     format: str
     description: str
     tensors: dict[str, TensorInfo]
@@ -173,9 +176,24 @@ class Adapter:
     notices: list[Notice] = field(default_factory=list)
 
     @property
+    def label(self) -> str:
+        """What people gave: a path, or a Hub id."""
+        return shown(self.source)
+
+    @property
     def name(self) -> str:
-        """The last part of the path: what people call it."""
-        return self.source.resolve().name
+        """The last part of the path or of the Hub id: what people call it."""
+        origin = origin_of(self.source)
+        return origin.name if origin else self.source.resolve().name
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the weights are on this disk; `fetch` sees to it."""
+        return self.weights.is_file()
+
+    def fetch(self) -> None:
+        """See to it that the weights are on this disk."""
+        self.folder.fetch([str(self.weights.relative_to(self.folder.path))])
 
     @property
     def peft_type(self) -> str | None:

@@ -17,6 +17,7 @@ from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import float_blocks, raw_blocks, read_float32
 from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.errors import explained_os_errors, unknown
+from loratool.formats import CONFIG
 from loratool.formats.peft_config import adapter_config
 from loratool.formats.peft_writer import (
     FACTOR_DTYPES,
@@ -35,7 +36,7 @@ from loratool.formats.peft_writer import (
 )
 from loratool.joining import Joined, Part, Saved
 from loratool.output import Progress, refuse_full_disk
-from loratool.provenance import CONFIG, describe_adapter, file_sha256, versions, write_json
+from loratool.provenance import describe_adapter, file_sha256, versions, write_json
 from loratool.threads import computed
 
 #: What `--dtype` may be, and the safetensors code of it.
@@ -182,7 +183,7 @@ def _agreed_tokenizer(joined: Joined) -> dict[str, Path]:
     """The tokenizer files beside the adapters, if those of one name are the same for all."""
     agreed: dict[str, Path] = {}
     for adapter in joined.used:
-        found = tokenizer_files(adapter.source) if adapter.source.is_dir() else {}
+        found = tokenizer_files(adapter.folder) if adapter.source.is_dir() else {}
         for name, path in found.items():
             if file_sha256(agreed.setdefault(name, path)) != file_sha256(path):
                 text = f"The adapters come with different tokenizers ({name}); none was copied."

@@ -30,6 +30,8 @@ class BaseWeights:
             placed = match(adapter, layout)
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
             self._deltas |= {d.module.path: d for d in placed.deltas}
+        wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
+        self._base.fetch(wanted & self._base.tensors.keys())
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",

@@ -157,10 +157,10 @@ def _note_weights(joined: Joined) -> None:
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
         if weight not in (0, 1) and (adapter.replaced or adapter.token_rows):
             text = (
-                f"The weight {weight:g} does not apply to the tensors that {adapter.source} holds "
+                f"The weight {weight:g} does not apply to the tensors that {adapter.label} holds "
                 "whole."
             )
-            joined.notices.append(Notice("weight-not-applied", text, str(adapter.source)))
+            joined.notices.append(Notice("weight-not-applied", text, adapter.label))
 
 
 def unequal(one: Adapter, other: Adapter, tolerance: float) -> list[str]:

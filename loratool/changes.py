@@ -191,8 +191,8 @@ def _idle(joined: Joined, shrunk: list[Shrunk]) -> list[Notice]:
     return [
         Notice(
             "zero-adapter",
-            f"{adapter.source} does nothing: in every module A or B is zero.",
-            str(adapter.source),
+            f"{adapter.label} does nothing: in every module A or B is zero.",
+            adapter.label,
         )
         for index, adapter in enumerate(joined.adapters)
         if joined.weights[index] and index not in alive

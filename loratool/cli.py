@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback reaches a user."""
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
+    if as_json or {"-q", "--quiet"} & set(arguments):
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Work is spread over our own threads; BLAS threads beside them would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A terminal that cannot show a character gets a "?" for it, not a crash.

@@ -163,7 +163,7 @@ def combine(
         text = f"The result has rank {done.rank}, less than the {rank} asked for; nothing was cut."
         notices.append(Notice("rank-not-reached", text))
     return CombineReport(
-        adapters=[str(a.source) for a in loras],
+        adapters=[a.label for a in loras],
         weights=factors,
         method=method,
         options=options,
@@ -222,8 +222,8 @@ def _note_copies(joined: Joined) -> None:
     for number, adapter in enumerate(joined.used):
         twin = next((other for other in joined.used[:number] if _same(adapter, other)), None)
         if twin is not None:
-            text = f"{adapter.source} is the same adapter as {twin.source}."
-            joined.notices.append(Notice("same-adapter", text, str(adapter.source)))
+            text = f"{adapter.label} is the same adapter as {twin.label}."
+            joined.notices.append(Notice("same-adapter", text, adapter.label))
 
 
 def _same(one: Adapter, other: Adapter) -> bool:

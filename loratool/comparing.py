@@ -149,7 +149,7 @@ def compare(
     pairs = overall(modules, len(loras))
     held, share = survival(modules, factors)
     return CompareReport(
-        adapters=[str(a.source) for a in loras],
+        adapters=[a.label for a in loras],
         weights=factors,
         tolerance=tolerance,
         modules=[m.module for m in modules],
@@ -234,7 +234,7 @@ def _note_dora(adapters: Sequence[Adapter]) -> list[Notice]:
     if not dora:
         return []
     text = (
-        f"{', '.join(str(a.source) for a in dora)} has DoRA magnitudes: cosines, norms and "
+        f"{', '.join(a.label for a in dora)} has DoRA magnitudes: cosines, norms and "
         "overlaps are of scale·B·A alone; the magnitudes only count for equality."
     )
     return [Notice("dora-compared", text)]

@@ -140,7 +140,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Choice) -> Counterparts:
     kinds = (base.model_type, tuned.model_type)
     if all(kinds) and kinds[0] != kinds[1]:
         raise MatchError(
-            f"Different architectures: {base.source} is a {kinds[0]}, {tuned.source} a {kinds[1]}.",
+            f"Different architectures: {base.label} is a {kinds[0]}, {tuned.label} a {kinds[1]}.",
             "Give a base and a model that was fine-tuned from it.",
         )
     layout, own = Layout(base), Layout(tuned)
@@ -186,7 +186,7 @@ def _check_names(result: Counterparts, tuned: Checkpoint) -> None:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise MatchError(
-            f"Two tensors of {tuned.source} would both be {twice} in an adapter.",
+            f"Two tensors of {tuned.label} would both be {twice} in an adapter.",
             "The file holds one of them under an old name; save the model again.",
         )
     if has_unknown_names(tuned):
@@ -194,7 +194,7 @@ def _check_names(result: Counterparts, tuned: Checkpoint) -> None:
             f"transformers 5 holds a {tuned.model_type} under other names than its files have. "
             "merge places this adapter right; PEFT may not find its modules."
         )
-        result.notices.append(Notice("names-in-memory", text, str(tuned.source)))
+        result.notices.append(Notice("names-in-memory", text, tuned.label))
 
 
 def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
@@ -308,7 +308,7 @@ def _missing(
 def _refuse(base: Checkpoint, tuned: Checkpoint, lost: list[str], misfits: list[str]) -> None:
     if misfits:
         raise MatchError(
-            f"Tensors of {tuned.source} have other shapes than those of {base.source} "
+            f"Tensors of {tuned.label} have other shapes than those of {base.label} "
             f"({len(misfits)} of {len(tuned.tensors)}):\n{listed(misfits)}",
             "Give the base that the tuned model was made from, or leave modules out with "
             "--exclude.",

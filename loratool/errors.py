@@ -9,6 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+#: Paths that people know by another name: the folders of the download cache, by Hub id.
+_KNOWN_AS: dict[str, str] = {}
+
+
+def call(path: object, name: str) -> None:
+    """From now on show `name` to people where `path` would stand."""
+    _KNOWN_AS[str(path)] = name
+
+
+def shown(text: object) -> str:
+    """A path or a text with paths as people should see it."""
+    result = str(text)
+    for path, name in _KNOWN_AS.items():
+        result = result.replace(path, name)
+    return result
+
 
 class LoraToolError(Exception):
     """Something the user can act on.
@@ -23,9 +39,9 @@ class LoraToolError(Exception):
     code = "error"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(shown(message))
+        self.message = shown(message)
+        self.hint = shown(hint)
 
     def to_dict(self) -> dict[str, str]:
         """The object that `--json` prints on stderr."""
@@ -83,6 +99,25 @@ class OutputError(LoraToolError):
     """The output cannot be written: it exists, the disk is full, it would harm an input."""
 
     code = "bad-output"
+
+
+class HubError(LoraToolError):
+    """The Hub cannot be reached, has not got what was asked for, or does not give it."""
+
+    code = "hub"
+
+
+class LoginError(HubError):
+    """The Hub wants to know who asks, or does not let this login do it."""
+
+    code = "hub-login"
+    exit_code = 4
+
+
+class PushError(LoraToolError):
+    """Files that should not go to the Hub as they are."""
+
+    code = "not-pushed"
 
 
 class UsageError(LoraToolError):

@@ -19,6 +19,7 @@ from loratool.checkpoint.writer import StagedDirectory, explain
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import VerifyError
 from loratool.extraction import Extraction, Found, Policy, cost
+from loratool.formats import CONFIG
 from loratool.formats.peft_targets import extracted_config, saved_unit
 from loratool.formats.peft_writer import (
     WEIGHTS,
@@ -31,7 +32,7 @@ from loratool.formats.peft_writer import (
 from loratool.held import Held, gather, note, with_siblings
 from loratool.linalg.ranks import Criterion
 from loratool.output import refuse_full_disk
-from loratool.provenance import CONFIG, describe_model, file_sha256, versions, write_json
+from loratool.provenance import describe_model, file_sha256, versions, write_json
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)
@@ -171,10 +172,10 @@ def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
 
 def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
     """The tuned model's tokenizer, if it is another one than the base's."""
-    if not tuned.source.is_dir():
+    if not tuned.is_directory:
         return {}
-    old = tokenizer_files(base.directory) if base.source.is_dir() else {}
-    new = tokenizer_files(tuned.directory)
+    old = tokenizer_files(base.folder) if base.is_directory else {}
+    new = tokenizer_files(tuned.folder)
     same = old.keys() == new.keys() and all(
         file_sha256(old[name]) == file_sha256(path) for name, path in new.items()
     )

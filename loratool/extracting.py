@@ -10,6 +10,7 @@ from pathlib import Path
 from loratool.adapter import Notice
 from loratool.adapter_output import DTYPES
 from loratool.checkpoint.base import Checkpoint, open_checkpoint, refuse_quantised
+from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.counterparts import Choice, pair
@@ -99,6 +100,8 @@ def extract(
     refuse_quantised(after, "tuned model", _QUANTISED)
     pairs = pair(before, after, Choice(include, exclude, skip, save))
     pairs.notices += _note_swapped(before, after)
+    before.fetch()
+    after.fetch()
 
     from loratool.extracted_output import propose, write  # torch: two seconds to import
     from loratool.extraction import Extraction, as_device
@@ -173,7 +176,7 @@ def _check_options(
 def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:
     if {p.resolve() for p in base.files} == {p.resolve() for p in tuned.files}:
         raise UsageError(
-            f"BASE and TUNED are the same files ({base.source}).", "Give the fine-tuned model too."
+            f"BASE and TUNED are the same files ({base.label}).", "Give the fine-tuned model too."
         )
 
 
@@ -188,7 +191,7 @@ def _note_swapped(base: Checkpoint, tuned: Checkpoint) -> list[Notice]:
     else:
         return []
     text = f"BASE and TUNED may be swapped: {why}. The adapter takes BASE to TUNED."
-    return [Notice("swapped", text, str(base.source))]
+    return [Notice("swapped", text, base.label)]
 
 
 #: Parts of names that models have after a fine-tune.
@@ -200,7 +203,5 @@ def _published_name(base: Checkpoint) -> str:
     named = base.config.get("_name_or_path")
     if isinstance(named, str) and named and not Path(named).is_absolute():
         return named
-    for folder in base.directory.absolute().parents:
-        if folder.name.startswith("models--"):
-            return folder.name.removeprefix("models--").replace("--", "/")
-    return base.directory.resolve().name
+    origin = origin_of(base.directory)
+    return origin.repo if origin else base.directory.resolve().name

@@ -129,8 +129,8 @@ def report_of(
         for f, m in zip(held.factors, modules, strict=True)
     )
     report = ExtractReport(
-        base=str(base.source),
-        tuned=str(tuned.source),
+        base=base.label,
+        tuned=tuned.label,
         output=str(output or ""),
         dtype=dtype,
         dry_run=dry_run,

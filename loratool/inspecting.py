@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, LowRank, Notice
-from loratool.checkpoint.base import open_checkpoint
+from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.layout import Layout
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
-from loratool.errors import UsageError, explained_os_errors, listed
+from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.formats import read_adapter
 from loratool.linalg.spectrum import gram, singular_values
-from loratool.matching import match
+from loratool.matching import Delta, match
 from loratool.selection import selected
 
 
@@ -68,6 +68,8 @@ class BaseReport:
     trainable_share: float
     coverage: list[Coverage]
     unmatched: list[str]
+    #: Whether its weights were read, for ‖ΔW‖/‖W‖.
+    measured: bool
 
 
 @dataclass
@@ -88,6 +90,8 @@ class InspectReport:
     total_modules: int
     config: dict[str, Any]
     metadata: dict[str, str]
+    #: Whether the values were read: norms are known, NaN and infinity would have been seen.
+    measured: bool
     warnings: list[Notice] = field(default_factory=list)
     base: BaseReport | None = None
 
@@ -108,6 +112,7 @@ class InspectReport:
             "description": self.description,
             "peft_type": self.peft_type,
             "base_model": self.base_model,
+            "measured": self.measured,
             "modules": modules,
             "saved": self.saved,
             "totals": {
@@ -134,23 +139,30 @@ class InspectReport:
 
 _OPTIONAL = {"singular_values", "relative_norm"}
 
+#: Adapters on the Hub up to this many bytes are downloaded for their norms without being asked.
+SMALL = 50_000_000
+
 
 def inspect(
     source: str | Path,
     *,
     base: str | Path | None = None,
     spectrum: bool = False,
+    norms: bool = False,
     layers: str | None = None,
     include: Sequence[str] = (),
 ) -> InspectReport:
-    """Report what is in an adapter directory or weights file.
+    """Report what is in an adapter directory or weights file, here or on the Hub.
 
     Parameters
     ----------
-    source: adapter directory, `.safetensors` or torch file. Files that are no LoRA adapter are
-        named in `format` and `description`; damaged ones raise FileError.
-    base: base model directory or file; adds coverage and ‖ΔW‖/‖W‖, and reads the adapted weights.
+    source: adapter directory, `.safetensors` or torch file, or a Hub id. Files that are no LoRA
+        adapter are named in `format` and `description`; damaged ones raise FileError.
+    base: base model directory or file, or a Hub id; adds coverage and, where its weights are on
+        this disk, ‖ΔW‖/‖W‖.
     spectrum: keep each module's singular values, largest first.
+    norms: download what norms need. Without it, headers are all that is read of a base on the Hub,
+        and of an adapter there with more than `SMALL` bytes.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
 
@@ -159,14 +171,19 @@ def inspect(
     """
     with explained_os_errors():
         adapter = read_adapter(source)
+        if spectrum or norms or adapter.nbytes <= SMALL:
+            adapter.fetch()
+    measured = adapter.is_here
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
     notices = list(adapter.notices)
-    modules = _measure(chosen, spectrum, notices)
-    _check_replaced(adapter, notices)
+    modules = [_describe(module) for module in chosen]
+    if measured:
+        _measure(chosen, modules, spectrum, notices)
+        _check_replaced(adapter, notices)
     report = InspectReport(
-        source=str(adapter.source),
-        file=str(adapter.weights),
+        source=adapter.label,
+        file=shown(adapter.weights),
         format=adapter.format,
         description=adapter.description,
         peft_type=adapter.peft_type,
@@ -179,6 +196,7 @@ def inspect(
         total_modules=len(adapter.modules),
         config=adapter.config,
         metadata=adapter.metadata,
+        measured=measured,
         warnings=notices,
     )
     if base is not None:
@@ -189,7 +207,7 @@ def inspect(
                 "Leave --base away.",
             )
         with explained_os_errors():
-            report.base = _compare(adapter, modules, base, notices)
+            report.base = _compare(adapter, modules, base, norms, notices)
     return report
 
 
@@ -198,16 +216,18 @@ def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
     return {**adapter.replaced, **rows}
 
 
-def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> list[ModuleReport]:
+def _describe(module: LowRank) -> ModuleReport:
+    return ModuleReport(
+        module.path, module.kind, module.rank, module.alpha, module.scale,
+        {"A": list(module.a.shape), "B": list(module.b.shape)}, module.a.dtype,
+        module.magnitude is not None, module.parameters,
+    )  # fmt: skip
+
+
+def _measure(
+    modules: list[LowRank], reports: list[ModuleReport], spectrum: bool, notices: list[Notice]
+) -> None:
     """Norms of all modules, each from its own factors; factors are read module by module."""
-    reports = [
-        ModuleReport(
-            m.path, m.kind, m.rank, m.alpha, m.scale,
-            {"A": list(m.a.shape), "B": list(m.b.shape)}, m.a.dtype,
-            m.magnitude is not None, m.parameters,
-        )
-        for m in modules
-    ]  # fmt: skip
     sound = [(m, r) for m, r in zip(modules, reports, strict=True) if _is_product(m)]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda pair: _fill_norms(pair[0], pair[1], files, spectrum), sound))
@@ -223,7 +243,6 @@ def _measure(modules: list[LowRank], spectrum: bool, notices: list[Notice]) -> l
     if silent:
         text = f"{len(silent)} modules do nothing, one of their factors is zero:\n{listed(silent)}"
         notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
-    return reports
 
 
 def _is_product(module: LowRank) -> bool:
@@ -267,7 +286,11 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
 
 
 def _compare(
-    adapter: Adapter, modules: list[ModuleReport], base: str | Path, notices: list[Notice]
+    adapter: Adapter,
+    modules: list[ModuleReport],
+    base: str | Path,
+    norms: bool,
+    notices: list[Notice],
 ) -> BaseReport:
     checkpoint = open_checkpoint(base)
     if checkpoint.model_type:
@@ -275,26 +298,7 @@ def _compare(
         notices[:] = [n for n in notices if n.code != "square-conv1d"]
     layout = Layout(checkpoint)
     found = match(adapter, layout)
-    by_path = {m.path: m for m in modules}
-    adapted = set()
-    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        measured = [(d, by_path[d.module.path]) for d in found.deltas if d.module.path in by_path]
-        targets = [checkpoint.tensors.get(d.tensor) for d, _ in measured]
-        if layout.tied is not None:
-            whole = checkpoint.tensors[layout.tied.embedding]
-            targets = [t or whole for t in targets]
-        known = [t for t in targets if t is not None]
-        norms = dict(
-            zip(
-                (t.name for t in known),
-                pool.map(lambda t: math.sqrt(squared_norm(t, files)) if t.is_float else 0, known),
-                strict=True,
-            )
-        )
-        for (_, report), target in zip(measured, targets, strict=True):
-            norm = norms.get(target.name, 0.0) if target is not None else 0.0
-            if norm and report.delta_norm is not None:
-                report.relative_norm = report.delta_norm / norm
+    measured = _measure_base(checkpoint, layout, found.deltas, modules, norms)
     adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
     adapted |= {name for name, _ in found.rows}
     if found.unmatched:
@@ -308,10 +312,36 @@ def _compare(
             entry[0] += name in adapted
             entry[1] += 1
     return BaseReport(
-        source=str(base),
+        source=checkpoint.label,
         model_type=checkpoint.model_type,
         parameters=checkpoint.parameters,
         trainable_share=adapter.parameters / checkpoint.parameters,
         coverage=[Coverage(name, *entry) for name, entry in counts.items()],
         unmatched=[what for what, _ in found.unmatched],
+        measured=measured,
     )
+
+
+def _measure_base(
+    base: Checkpoint, layout: Layout, deltas: list[Delta], modules: list[ModuleReport], norms: bool
+) -> bool:
+    """Fill in ‖ΔW‖/‖W‖ where the weights are on this disk, or may be downloaded (`norms`)."""
+    by_path = {m.path: m for m in modules}
+    pairs = [(by_path[d.module.path], d.tensor) for d in deltas if d.module.path in by_path]
+    if layout.tied is not None:
+        # A head that is the embedding's matrix has no tensor of its own.
+        whole = layout.tied.embedding
+        pairs = [(m, name if name in base.tensors else whole) for m, name in pairs]
+    known = {name: base.tensors[name] for _, name in pairs if name in base.tensors}
+    if norms:
+        base.fetch(known)
+    if not all(info.file.is_file() for info in known.values()):
+        return False
+    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        squares = pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, known.values())
+        lengths = {name: math.sqrt(square) for name, square in zip(known, squares, strict=True)}
+    for module, name in pairs:
+        length = lengths.get(name)
+        if length and module.delta_norm is not None:
+            module.relative_norm = module.delta_norm / length
+    return True

@@ -104,13 +104,13 @@ def refuse_unusable(adapter: Adapter, verb: str) -> None:
     reasons = [n for n in adapter.notices if n.refused]
     if reasons:
         raise AdapterError(
-            f"{adapter.source}: this adapter cannot be {verb}.\n"
+            f"{adapter.label}: this adapter cannot be {verb}.\n"
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
     if not adapter.modules:
         raise AdapterError(
-            f"{adapter.source}: the adapter has no low-rank modules to be {verb}.",
+            f"{adapter.label}: the adapter has no low-rank modules to be {verb}.",
             "`loratool inspect` shows what is in it.",
         )
 
@@ -130,8 +130,8 @@ def join(
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         refuse_unusable(adapter, verb)
         if weight == 0:
-            text = f"{adapter.source} has weight 0 and is left out, with all it holds."
-            joined.notices.append(Notice("zero-weight", text, str(adapter.source)))
+            text = f"{adapter.label} has weight 0 and is left out, with all it holds."
+            joined.notices.append(Notice("zero-weight", text, adapter.label))
             continue
         if not with_dora:
             _refuse_dora(adapter, verb)
@@ -148,7 +148,7 @@ def _refuse_dora(adapter: Adapter, verb: str) -> None:
     dora = [path for path, m in adapter.modules.items() if m.magnitude is not None]
     if dora:
         raise AdapterError(
-            f"{adapter.source}: DoRA cannot be {verb}: {len(dora)} modules scale the base's own "
+            f"{adapter.label}: DoRA cannot be {verb}: {len(dora)} modules scale the base's own "
             "weights, so their change is not B·A and depends on the base.",
             "`loratool merge BASE ADAPTER ADAPTER` merges it together with others.",
         )
@@ -189,16 +189,16 @@ def _compare_names(joined: Joined) -> None:
                 if prefix:
                     path = next(iter(short.modules))
                     raise MatchError(
-                        f"{short.source} calls a module {path!r} that {long.source} calls "
+                        f"{short.label} calls a module {path!r} that {long.label} calls "
                         f"'{prefix}{path}': they were trained on different classes of the model.",
                         "Give both adapters the same names first.",
                     )
         text = (
-            f"{one.source} shares no module with the adapters before it: it has "
+            f"{one.label} shares no module with the adapters before it: it has "
             f"{next(iter(one.modules))}, they have {next(iter(others[0].modules))}. Is it for "
             "another architecture?"
         )
-        joined.notices.append(Notice("nothing-shared", text, str(one.source)))
+        joined.notices.append(Notice("nothing-shared", text, one.label))
     tasks = {str(a.config.get("task_type")) for a in joined.used}
     if len(tasks) > 1:
         text = f"The adapters are for different tasks ({', '.join(sorted(tasks))}): none is noted."

@@ -147,6 +147,7 @@ def merge(
 
             _note_undo(report, plan, undo_bytes(plan))
         return report
+    checkpoint.fetch()
     refuse_full_disk(report.bytes_needed, target)
     with StagedDirectory(target, overwrite) as staged:
         try:
@@ -185,7 +186,7 @@ def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
         for name, path in own.items()
         if name == "config.json" or files.copied.get(name) != path
     }
-    if base.source.is_dir() and (base.directory / INDEX).is_file():
+    if base.is_directory and (base.directory / INDEX).is_file():
         kept[INDEX] = (base.directory / INDEX).read_bytes()
     (folder / FOLDER).mkdir()
     for path in _previous(base):
@@ -197,7 +198,7 @@ def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
 
 
 def _previous(base: Checkpoint) -> list[Path]:
-    return previous(base.directory) if base.source.is_dir() else []
+    return previous(base.folder) if base.is_directory else []
 
 
 def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
@@ -222,8 +223,8 @@ def _report(
         if job.action in changes:
             changes[job.action].append(job.name)
     return MergeReport(
-        base=str(plan.base.source),
-        adapters=[str(a.source) for a in plan.adapters],
+        base=plan.base.label,
+        adapters=[a.label for a in plan.adapters],
         weights=plan.weights,
         output=str(target),
         dtype=plan.dtype,

@@ -43,11 +43,12 @@ def side_files_of(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> S
 
     Raises FileError for a file that cannot be read.
     """
-    folders = [a.source if a.source.is_dir() else a.weights.parent for a in adapters]
-    index = {path.name for path in checkpoint.directory.glob("*.index.json")}
-    names = {path.name for path in checkpoint.files} | index
+    names = {path.name for path in checkpoint.files}
+    names |= {name for name in checkpoint.folder.names(depth=0) if name.endswith(".index.json")}
     with explained_os_errors():
-        found = collect(checkpoint.directory, names, folders, checkpoint.source.is_dir())
+        found = collect(
+            checkpoint.folder, names, [a.folder for a in adapters], checkpoint.is_directory
+        )
         found.check_readable()
     return found
 

@@ -34,7 +34,7 @@ def build_plan(
     """
     refuse_quantised(base)
     plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched)
-    plan.notices += [Notice("base-note", note, str(base.source)) for note in base.notes]
+    plan.notices += [Notice("base-note", note, base.label) for note in base.notes]
     layout = Layout(base)
     matches = []
     for adapter in adapters:
@@ -55,7 +55,7 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
     reasons = [n for n in adapter.notices if n.refused and n.code not in tolerated]
     if reasons:
         raise AdapterError(
-            f"{adapter.source}: this adapter cannot be merged.\n"
+            f"{adapter.label}: this adapter cannot be merged.\n"
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
@@ -67,7 +67,7 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
         if (not n.refused or n.code in tolerated) and n.code not in settled
     ]
     if not (adapter.modules or adapter.replaced or adapter.token_rows):
-        raise AdapterError(f"{adapter.source}: the adapter adapts nothing.", "Check the file.")
+        raise AdapterError(f"{adapter.label}: the adapter adapts nothing.", "Check the file.")
 
 
 def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:

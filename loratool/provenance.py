@@ -16,11 +16,11 @@ from typing import Any
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.config import read_json
+from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, RestoreError, listed
+from loratool.formats import CONFIG
 from loratool.plan import DTYPES, Plan
-
-CONFIG = "adapter_config.json"
 
 
 def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
@@ -53,6 +53,7 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
 def describe_model(model: Checkpoint) -> dict[str, Any]:
     return {
         "name": model.name,
+        **_published(model.source),
         "model_type": model.model_type,
         "architectures": model.config.get("architectures"),
         "tensors": len(model.tensors),
@@ -60,6 +61,15 @@ def describe_model(model: Checkpoint) -> dict[str, Any]:
         "dtypes": sorted({t.dtype for t in model.tensors.values() if t.is_float}),
         "header_sha256": model.identity(),
     }
+
+
+def _published(source: Path) -> dict[str, str]:
+    """Where on the Hub something comes from, if it does: repository, commit, place inside."""
+    origin = origin_of(source)
+    if origin is None:
+        return {}
+    place = {"path": origin.path} if origin.path else {}
+    return {"repo": origin.repo, "revision": origin.revision, **place}
 
 
 def versions(*libraries: str) -> dict[str, str]:
@@ -71,8 +81,9 @@ def versions(*libraries: str) -> dict[str, str]:
 
 def _held_by(base: Checkpoint) -> list[dict[str, Any]]:
     """What the base itself was merged from, by its own record, the oldest first."""
-    if not base.source.is_dir():
+    if not base.is_directory or not base.folder.has(PROVENANCE):
         return []
+    base.folder.fetch([PROVENANCE])
     held = [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
     return [entry.document for entry in held]
 
@@ -80,6 +91,7 @@ def _held_by(base: Checkpoint) -> list[dict[str, Any]]:
 def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
     return {
         "name": adapter.name,
+        **_published(adapter.source),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
         "weight": weight,
         "files": adapter_files(adapter),
@@ -211,19 +223,19 @@ def identify(
                 what = "it was merged earlier, before those that came last"
                 hint = "Take the last ones off first; what comes out knows how to go on."
             raise RestoreError(
-                f"{adapter.source}: {what}. Merged last:\n{listed(map(str, held))}", hint
+                f"{adapter.label}: {what}. Merged last:\n{listed(map(str, held))}", hint
             )
         copies = given[position:].count(given[position])
         if weights is None and len(exact) > copies and len({held[i].weight for i in exact}) > 1:
             raise RestoreError(
-                f"{adapter.source} was merged more than once, with different weights:\n"
+                f"{adapter.label} was merged more than once, with different weights:\n"
                 f"{listed(str(held[i]) for i in exact)}",
                 "Say which with --weight, or give the adapter once for each.",
             )
         index = exact[0]
         if weights is not None and held[index].weight != weights[position]:
             raise RestoreError(
-                f"{adapter.source} was merged with weight {held[index].weight:g}, "
+                f"{adapter.label} was merged with weight {held[index].weight:g}, "
                 f"not {weights[position]:g}.",
                 "Leave --weight out; loratool.json knows the weights.",
             )

@@ -137,7 +137,7 @@ def resize(
         text = "DoRA: the magnitudes are kept as they are; energies are of scale·B·A alone."
         notices.append(Notice("dora-magnitudes-kept", text))
     return ResizeReport(
-        adapter=str(lora.source),
+        adapter=lora.label,
         output=str(target),
         dtype=FACTOR_DTYPES[code],
         dry_run=dry_run,

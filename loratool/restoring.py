@@ -79,7 +79,7 @@ def _check_hash(name: str, found: str, undo: Undo, merged: Checkpoint) -> None:
         raise RestoreError(
             f"{name}: it does not come out as it was in the base (sha256 {found[:12]}…, expected "
             f"{undo.tensors[name].sha256[:12]}…).",
-            f"{merged.source} was changed after the merge, or its undo file is of another one. "
+            f"{merged.label} was changed after the merge, or its undo file is of another one. "
             "Nothing was written. `loratool unmerge --subtract` does without the undo file, but "
             "not exactly.",
         )

@@ -59,7 +59,9 @@ def _originals(
     """The tensors of `base` that `merged` was made from, checked by merging them again."""
     from loratool.checking import Pair, compare  # torch: about two seconds to import
 
-    there = open_checkpoint(base, partial=True).tensors
+    model = open_checkpoint(base, partial=True)
+    model.fetch()
+    there = model.tensors
     pairs = []
     for job in forward.jobs:
         original, now = there.get(job.name), merged.tensors.get(job.name)
@@ -75,9 +77,9 @@ def _originals(
     if wrong or not pairs:
         raise RestoreError(
             f"{base}: {len(wrong)} of its {len(pairs)} tensors do not give those of "
-            f"{merged.source} with these adapters:\n{listed(wrong)}"
+            f"{merged.label} with these adapters:\n{listed(wrong)}"
             if pairs
-            else f"{base}: it has no tensor of {merged.source}.",
+            else f"{base}: it has no tensor of {merged.label}.",
             "It is another base, or the adapters were merged otherwise: see `loratool verify`.",
         )
     return {pair.job.name: there[pair.job.name] for pair in pairs}
@@ -108,7 +110,7 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
         reasons.append(f"the merge added {added} tensors that the base does not have")
     if reasons:
         raise RestoreError(
-            f"{found.plan.base.source}: this cannot be taken back by subtraction:\n"
+            f"{found.plan.base.label}: this cannot be taken back by subtraction:\n"
             f"{listed(reasons)}",
             "The undo file that `loratool merge --reversible` writes takes back all of it.",
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.adapter import Adapter, Notice
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import PROVENANCE
+from loratool.checkpoint.sidefiles import PROVENANCE, fetch_undo
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO, Undo, read_undo
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
@@ -156,10 +156,13 @@ def unmerge(
         check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
         checkpoint = open_checkpoint(merged)
         loras = [read_lora(source) for source in sources]
-        record = read_record(checkpoint.directory) if checkpoint.source.is_dir() else None
+        checkpoint.fetch()
+        checkpoint.folder.fetch([PROVENANCE])
+        fetch_undo(checkpoint.folder)
+        record = read_record(checkpoint.directory) if checkpoint.is_directory else None
         undo_path = checkpoint.directory / FOLDER / UNDO
         undo = None
-        if checkpoint.source.is_dir() and undo_path.is_file() and not subtract:
+        if checkpoint.is_directory and undo_path.is_file() and not subtract:
             if record is None:
                 raise RestoreError(
                     f"{merged}: its {PROVENANCE} is missing, which says what the undo file undoes.",
@@ -205,7 +208,7 @@ def _recognise(request: _Request, weights: list[float] | None, exact: bool) -> N
     everything = held if exact else [*earlier, *held]
     if not everything:
         raise RestoreError(
-            f"{request.merged.source}: by its {PROVENANCE} no adapter is merged into it.",
+            f"{request.merged.label}: by its {PROVENANCE} no adapter is merged into it.",
             "It may be what `unmerge` made; check the path.",
         )
     found = identify(request.adapters, everything, weights, earlier if exact else ())
@@ -223,7 +226,7 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
     merged = request.merged
     if request.remaining:
         raise RestoreError(
-            f"{merged.source}: the undo file gives back what was before all its adapters were "
+            f"{merged.label}: the undo file gives back what was before all its adapters were "
             f"merged. Not given:\n{listed(map(str, request.remaining))}",
             "Give all of them, then merge again what should stay: that is exact. To subtract "
             "the given ones alone, rounding again, use --subtract.",
@@ -279,7 +282,7 @@ def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
             wrong.append(f"{info}, but {job.dtype} {list(job.source.shape)} was written")
     if wrong:
         raise RestoreError(
-            f"{merged.source} is not as the merge wrote it:\n{listed(wrong)}",
+            f"{merged.label} is not as the merge wrote it:\n{listed(wrong)}",
             "Use the directory that `loratool merge --reversible` wrote. `--subtract` does "
             "without the undo file, but not exactly.",
         )
@@ -317,7 +320,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         request.notices.append(
             Notice(
                 "no-provenance",
-                f"{merged.source} has no {PROVENANCE}: nothing says that these adapters were "
+                f"{merged.label} has no {PROVENANCE}: nothing says that these adapters were "
                 "merged into it, or with which weights. `loratool verify` can tell, with the base.",
             )
         )
@@ -360,8 +363,8 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
 
 def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:
     return UnmergeReport(
-        merged=str(request.merged.source),
-        adapters=[str(a.source) for a in request.adapters],
+        merged=request.merged.label,
+        adapters=[a.label for a in request.adapters],
         weights=request.weights,
         output=str(request.target),
         exact=False,

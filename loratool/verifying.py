@@ -107,6 +107,8 @@ def verify(
         report = _report(plan, merged)
         try:
             model = open_checkpoint(merged)
+            original.fetch()
+            model.fetch()
         except TruncatedError as error:
             report.summary = [error.message.rstrip(".")]
         else:
@@ -185,8 +187,8 @@ def _look_for_adapters(
 def _report(plan: Plan, merged: str | Path) -> VerifyReport:
     return VerifyReport(
         merged=str(merged),
-        base=str(plan.base.source),
-        adapters=[str(a.source) for a in plan.adapters],
+        base=plan.base.label,
+        adapters=[a.label for a in plan.adapters],
         weights=plan.weights,
         verdict="no",
         summary=[],

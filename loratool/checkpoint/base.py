@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint.config import read_json
-from loratool.checkpoint.header import read_header
+from loratool.checkpoint.folder import Folder, origin_of
+from loratool.checkpoint.header import parse_header
+from loratool.checkpoint.hub import locate
 from loratool.checkpoint.pickled import read_pickled
 from loratool.checkpoint.tensors import TensorInfo
-from loratool.errors import BaseError, FileError, listed, nearest
+from loratool.errors import BaseError, FileError, listed, nearest, shown
 
 #: What a model directory is looked for, in this order: an index or the only file.
 _ENTRY_FILES = (
@@ -39,11 +42,12 @@ class Checkpoint:
     """A base model: `tensors` by name, and which output shard each belongs to.
 
     `shards` maps the file name a shard will have in an output (`.bin` becomes `.safetensors`) to
-    the names of its tensors in file order. `directory` holds config and tokenizer.
+    the names of its tensors in file order. `folder` holds config and tokenizer; where it is one of
+    the Hub, the tensors' files are on the disk only after `fetch`.
     """
 
     source: Path
-    directory: Path
+    folder: Folder
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     shards: dict[str, list[str]]
@@ -51,8 +55,23 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def label(self) -> str:
+        """What people gave: a path, or a Hub id."""
+        return shown(self.source)
+
+    @property
+    def directory(self) -> Path:
+        return self.folder.path
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether the whole folder is the model; otherwise one file of it is."""
+        return self.source == self.folder.path
+
+    @property
     def name(self) -> str:
-        return self.source.resolve().name
+        origin = origin_of(self.source)
+        return origin.name if origin else self.source.resolve().name
 
     @property
     def model_type(self) -> str:
@@ -70,6 +89,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         return sorted({t.file for t in self.tensors.values()})
 
+    def fetch(self, tensors: Iterable[str] | None = None) -> None:
+        """See to it that the files of these tensors, or of all, are on this disk."""
+        names = self.tensors if tensors is None else tensors
+        self.folder.fetch({self.tensors[name].file.name for name in names})
+
     def identity(self) -> str:
         """sha256 over names, dtypes, shapes and sizes: which checkpoint this is, from headers."""
         lines = sorted(f"{t.name} {t.dtype} {list(t.shape)}" for t in self.tensors.values())
@@ -83,25 +107,27 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
 
     Raises FileError for what is missing or damaged, BaseError for what is no base model.
     """
-    source = Path(source)
-    if source.is_file():
-        if source.suffix == ".json":
+    place = locate(source)
+    folder = place.folder
+    if place.file:
+        if place.file.endswith(".json"):
             raise FileError(
-                f"{source}: this describes a model and holds no weights.",
-                f"Give the directory: {source.parent}.",
+                f"{place.path}: this describes a model and holds no weights.",
+                f"Give the directory: {folder.path}.",
             )
-        tensors, metadata = _read_file(source)
+        tensors, metadata = _read_file(folder, place.file)
         checkpoint = Checkpoint(
-            source, source.parent, {}, tensors, {"model.safetensors": list(tensors)}, metadata
+            place.path, folder, {}, tensors, {"model.safetensors": list(tensors)}, metadata
         )
-    elif source.is_dir():
-        checkpoint = _open_directory(source, partial)
+    elif folder.is_there():
+        checkpoint = _open_directory(folder, partial)
     else:
-        siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
-        near = nearest(source.name, siblings)
+        path = place.path
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
         raise FileError(
             f"{source}: no such file or directory.",
-            f"Did you mean {source.with_name(near)}?" if near else "Check the path.",
+            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
         )
     if not checkpoint.tensors:
         raise BaseError(f"{source}: the base holds no tensors.", "Check the path.")
@@ -111,46 +137,46 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
         )
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in checkpoint.tensors):
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
-    config = checkpoint.directory / "config.json"
-    if config.is_file():
-        checkpoint.config = read_json(config)
+    if folder.has("config.json"):
+        checkpoint.config = folder.json("config.json")
     return checkpoint
 
 
-def _open_directory(directory: Path, partial: bool) -> Checkpoint:
-    entry = next((directory / n for n in _ENTRY_FILES if (directory / n).is_file()), None)
+def _open_directory(folder: Folder, partial: bool) -> Checkpoint:
+    entry = next((name for name in _ENTRY_FILES if folder.has(name)), None)
     if entry is None:
-        entry = _only_weights_file(directory)
-    if entry.suffix != ".json":
-        tensors, metadata = _read_file(entry)
+        entry = _only_weights_file(folder)
+    if not entry.endswith(".json"):
+        tensors, metadata = _read_file(folder, entry)
         return Checkpoint(
-            directory, directory, {}, tensors, {"model.safetensors": list(tensors)}, metadata
+            folder.path, folder, {}, tensors, {"model.safetensors": list(tensors)}, metadata
         )
-    return _open_index(directory, entry, partial)
+    return _open_index(folder, entry, partial)
 
 
-def _only_weights_file(directory: Path) -> Path:
-    if (directory / "adapter_config.json").is_file():
+def _only_weights_file(folder: Folder) -> str:
+    if folder.has("adapter_config.json"):
         raise BaseError(
-            f"{directory}: this is an adapter, not a base model.",
+            f"{folder.path}: this is an adapter, not a base model.",
             _ORDER,
         )
-    found = sorted(p for p in directory.glob("*.safetensors") if p.is_file())
+    found = [n for n in folder.names(depth=0) if n.endswith(".safetensors")]
     if len(found) == 1:
         return found[0]
     if found:
         raise FileError(
-            f"{directory}: {len(found)} safetensors files but no model.safetensors.index.json.",
+            f"{folder.path}: {len(found)} safetensors files but no model.safetensors.index.json.",
             "Fetch the index too; it says which tensor lies in which file.",
         )
     raise FileError(
-        f"{directory}: no model weights in this directory.",
+        f"{folder.path}: no model weights in this directory.",
         "Expected model.safetensors, or shards with model.safetensors.index.json.",
     )
 
 
-def _open_index(directory: Path, index: Path, partial: bool) -> Checkpoint:
-    weight_map = read_json(index).get("weight_map")
+def _open_index(folder: Folder, entry: str, partial: bool) -> Checkpoint:
+    index = folder.path / entry
+    weight_map = folder.json(entry).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileError(f"{index}: it has no weight_map.", "Fetch the index again.")
     for tensor, name in weight_map.items():
@@ -160,7 +186,7 @@ def _open_index(directory: Path, index: Path, partial: bool) -> Checkpoint:
                 "An index names files beside itself; fetch it again from a source you trust.",
             )
     names = list(dict.fromkeys(weight_map.values()))
-    missing = [name for name in names if not _is_file(directory / name)]
+    missing = [name for name in names if not folder.has(name)]
     if partial and len(missing) < len(names):
         names = [name for name in names if name not in missing]
         weight_map = {t: name for t, name in weight_map.items() if name not in missing}
@@ -174,8 +200,7 @@ def _open_index(directory: Path, index: Path, partial: bool) -> Checkpoint:
     shards: dict[str, list[str]] = {}
     metadata: dict[str, str] = {}
     notes = []
-    for name in sorted(names):
-        found, own_metadata = _read_file(directory / name)
+    for name, (found, own_metadata) in _read_files(folder, sorted(names)):
         metadata = metadata or own_metadata
         # The index decides; a tensor it does not know is kept, one it places elsewhere is not.
         here = {t: info for t, info in found.items() if weight_map.get(t, name) == name}
@@ -204,19 +229,26 @@ def _open_index(directory: Path, index: Path, partial: bool) -> Checkpoint:
             f"{listed(wanted)}",
             "Index and shards do not belong together; fetch both again.",
         )
-    return Checkpoint(directory, directory, {}, tensors, shards, metadata, notes)
+    return Checkpoint(folder.path, folder, {}, tensors, shards, metadata, notes)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+_Header = tuple[dict[str, TensorInfo], dict[str, str]]
 
 
-def _read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_files(folder: Folder, names: Sequence[str]) -> Iterator[tuple[str, _Header]]:
+    """The headers of shards in this order; several at a time, for the Hub is slow to answer."""
+    first, *others = names
+    yield first, _read_file(folder, first)
+    with ThreadPoolExecutor(8) as pool:
+        yield from zip(others, pool.map(lambda name: _read_file(folder, name), others), strict=True)
+
+
+def _read_file(folder: Folder, name: str) -> _Header:
+    path = folder.path / name
     if path.suffix not in _TORCH_SUFFIXES:
-        return read_header(path)
+        with folder.reading(name) as (stream, size):
+            return parse_header(path, stream, size)
+    folder.fetch([name])  # what a torch file holds cannot be told from its beginning
     tensors, top = read_pickled(path)
     if top != "dict":
         raise BaseError(f"{path}: its top object is a {top}, not named weights.", "Check the file.")
@@ -243,7 +275,7 @@ def refuse_quantised(
     if method:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise BaseError(
-            f"{base.source}: a quantised {role} (quantization_config: {name or method}). "
+            f"{base.label}: a quantised {role} (quantization_config: {name or method}). "
             "Its packed weights cannot be computed with.",
             hint,
         )
@@ -252,7 +284,7 @@ def refuse_quantised(
     if packed:
         kinds = Counter(base.tensors[n].dtype for n in packed).most_common(1)[0][0]
         raise BaseError(
-            f"{base.source}: a quantised {role}: {len(packed)} tensors such as {packed[0]!r} "
+            f"{base.label}: a quantised {role}: {len(packed)} tensors such as {packed[0]!r} "
             f"({kinds}) hold packed weights or their scales.",
             hint,
         )

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, format_bytes
 from loratool.errors import FileError, TruncatedError
@@ -33,27 +33,36 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not path.is_file():
         what = "a directory" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}.", "Check the path.")
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        start = stream.read(64)
-        refuse_known_impostors(path, start, size)
-        start = start[:8]
-        if size < 8:
-            raise FileError(f"{path}: only {size} bytes long, too short for a header.", _REFETCH)
-        length = int.from_bytes(start, "little")
-        if length > MAX_HEADER_BYTES or (start[:4].isascii() and start[:4].isalnum()):
-            raise FileError(
-                f"{path}: not a safetensors file (its first bytes are {start!r}).",
-                "Check what the file really is; its name does not fit its content.",
-            )
-        if 8 + length > size:
-            raise TruncatedError(
-                f"{path}: truncated in its header: {format_bytes(8 + length)} announced, "
-                f"{format_bytes(size)} there.",
-                _REFETCH,
-            )
-        stream.seek(8)
-        raw = stream.read(length)
+        return parse_header(path, stream, path.stat().st_size)
+
+
+def parse_header(
+    path: Path, stream: BinaryIO, size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """`read_header` of a file of `size` bytes that is read through `stream`.
+
+    `path` is where the tensors will be read, and what errors call it.
+    """
+    start = stream.read(64)
+    refuse_known_impostors(path, start, size)
+    start = start[:8]
+    if size < 8:
+        raise FileError(f"{path}: only {size} bytes long, too short for a header.", _REFETCH)
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES or (start[:4].isascii() and start[:4].isalnum()):
+        raise FileError(
+            f"{path}: not a safetensors file (its first bytes are {start!r}).",
+            "Check what the file really is; its name does not fit its content.",
+        )
+    if 8 + length > size:
+        raise TruncatedError(
+            f"{path}: truncated in its header: {format_bytes(8 + length)} announced, "
+            f"{format_bytes(size)} there.",
+            _REFETCH,
+        )
+    stream.seek(8)
+    raw = stream.read(length)
     entries, metadata = _parse_json(path, raw)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_tiling(path, tensors, 8 + length, size)

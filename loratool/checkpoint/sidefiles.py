@@ -8,7 +8,6 @@ model), hidden files, and the model card, which describes the base.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.checkpoint.config import read_json
+from loratool.checkpoint.folder import Folder
 from loratool.checkpoint.undo import FOLDER, UNDO
 
 _TOKENIZER = re.compile(
@@ -52,9 +52,9 @@ class SideFiles:
 
 
 def collect(
-    directory: Path, weights: set[str], adapters: list[Path], whole_directory: bool
+    folder: Folder, weights: set[str], adapters: list[Folder], whole_directory: bool
 ) -> SideFiles:
-    """The side files of the base in `directory`, and the tokenizers of adapter directories.
+    """The side files of the base in `folder`, fetched, and the tokenizers of adapter directories.
 
     `weights` names the files the base consists of. Folders with weights of their own (checkpoints
     of a training run, adapters) are left out, but for those that modules.json names: they are parts
@@ -64,68 +64,81 @@ def collect(
     only config and tokenizer are taken.
     """
     found = SideFiles()
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    listed = _sentence_modules(directory)
-    for folder, names, files in os.walk(directory, onerror=fail):
-        where = Path(folder).relative_to(directory)
-        if not whole_directory:
-            names.clear()
-        for name in sorted(names):
-            foreign = name.startswith((".", "__")) or name.lower() in _FOREIGN_FOLDERS
-            inside = Path(folder) / name
-            unknown = str(where / name) not in listed and _has_weights(inside)
-            if foreign or unknown or inside.is_symlink():
-                found.left_out.append(f"{where / name}/")
-        names[:] = sorted(n for n in names if f"{where / n}/" not in found.left_out)
-        for name in sorted(files):
-            path = Path(folder) / name
-            at_top = where == Path()
-            if at_top and _WEIGHTS.search(name):
-                if name not in weights:
-                    found.left_out.append(name)
-                continue
-            known = _TOKENIZER.match(name) or name in ("config.json", "generation_config.json")
-            if not path.is_file():
-                found.left_out.append(f"{where / name} (a broken link)")
-            elif name.startswith(".") or (at_top and name in _LEFT_AT_TOP):
-                found.left_out.append(str(where / name))
-            elif whole_directory or known:
-                found.copied[str(where / name)] = path
+    names = folder.names() if whole_directory else _plain_files(folder)
+    parts = _sentence_modules(folder)
+    heavy = {parent for name in names if _WEIGHTS.search(name) for parent in _parents(name)}
+    taken = []
+    for name in names:
+        shut = next((p for p in _parents(name) if _is_foreign(p, parts, heavy)), None)
+        at_top, leaf = "/" not in name, name.rpartition("/")[2]
+        known = _TOKENIZER.match(leaf) or leaf in ("config.json", "generation_config.json")
+        if shut is not None:
+            if f"{shut}/" not in found.left_out:
+                found.left_out.append(f"{shut}/")
+        elif at_top and _WEIGHTS.search(name):
+            if name not in weights:
+                found.left_out.append(name)
+        elif not folder.has(name):
+            found.left_out.append(name if name.endswith("/") else f"{name} (a broken link)")
+        elif leaf.startswith(".") or (at_top and name in _LEFT_AT_TOP):
+            found.left_out.append(name)
+        elif whole_directory or known:
+            taken.append(name)
+    folder.fetch(taken)
+    found.copied = {name: folder.path / name for name in taken}
     for adapter in adapters:
-        if adapter.is_dir():
+        if adapter.is_there():
             found.copied |= tokenizer_files(adapter)
     return found
 
 
-def tokenizer_files(directory: Path) -> dict[str, Path]:
-    """The files of a tokenizer in a directory, by name."""
-    return {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if path.is_file() and _TOKENIZER.match(path.name)
-    }
+def _plain_files(folder: Folder) -> list[str]:
+    return [name for name in folder.names(depth=0) if not name.endswith("/")]
 
 
-def previous(directory: Path) -> list[Path]:
+def _parents(name: str) -> list[str]:
+    """The folders that a name lies in, the outermost first: "a/b/c" -> ["a", "a/b"]."""
+    parts = name.rstrip("/").split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _is_foreign(place: str, parts: set[str], heavy: set[str]) -> bool:
+    """Whether a folder holds something else than the model: another format, a training run."""
+    name = place.rpartition("/")[2]
+    other = name.startswith((".", "__")) or name.lower() in _FOREIGN_FOLDERS
+    return other or (place in heavy and place not in parts)
+
+
+def tokenizer_files(folder: Folder) -> dict[str, Path]:
+    """The files of a tokenizer in a folder, by name, fetched."""
+    names = [name for name in folder.names(depth=0) if _TOKENIZER.match(name) and folder.has(name)]
+    folder.fetch(names)
+    return {name: folder.path / name for name in names}
+
+
+def previous(folder: Folder) -> list[Path]:
     """What a reversible merge left in a model that is now a base: how it came about itself."""
-    found = [directory / PROVENANCE] if (directory / PROVENANCE).is_file() else []
-    return found + ([directory / FOLDER] if (directory / FOLDER / UNDO).is_file() else [])
+    found = [folder.path / PROVENANCE] if folder.has(PROVENANCE) else []
+    if folder.has(f"{FOLDER}/{UNDO}"):
+        fetch_undo(folder)
+        found.append(folder.path / FOLDER)
+    return found
 
 
-def _sentence_modules(directory: Path) -> set[str]:
-    path = directory / "modules.json"
+def fetch_undo(folder: Folder) -> None:
+    """See to it that what a reversible merge left is on this disk."""
+    folder.fetch(name for name in folder.names() if name.startswith(f"{FOLDER}/"))
+
+
+def _sentence_modules(folder: Folder) -> set[str]:
+    if not folder.has("modules.json"):
+        return set()
+    folder.fetch(["modules.json"])
     try:
-        modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
         return {str(module["path"]) for module in modules}
     except (ValueError, TypeError, KeyError):
         return set()
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(_WEIGHTS.search(p.name) for p in folder.rglob("*"))
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:

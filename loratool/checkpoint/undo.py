@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.folder import Folder
 from loratool.checkpoint.header import build_header, described, read_header
 from loratool.checkpoint.residual import (
     DamagedChunk,
@@ -155,7 +156,7 @@ class Undo:
         config = json.loads(self.files["config.json"]) if "config.json" in self.files else {}
         tensors = {name: tensor.info for name, tensor in self.tensors.items()}
         shards = {shard.file: list(shard.tensors) for shard in self.shards}
-        return Checkpoint(name, name, config, tensors, shards)
+        return Checkpoint(name, Folder(name), config, tensors, shards)
 
     def residual(self, name: str, low: int, files: FilePool) -> tuple[Positions, Distances]:
         """What is missing in the elements from `low` on, a multiple of `step`; positions count

@@ -25,7 +25,7 @@ from loratool.errors import OutputError
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that exists (unless `overwrite`) or that would touch an input."""
     place = output.resolve()
-    for source in inputs:
+    for source in filter(os.path.lexists, inputs):  # the others are on the Hub, or errors soon
         there = source.resolve()
         if place == there or place in there.parents or there in place.parents:
             relation = "is" if place == there else "contains" if place in there.parents else "is in"

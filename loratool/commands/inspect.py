@@ -13,6 +13,7 @@ from loratool.options import json_option, quiet_option
 @click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
 @click.option("--spectrum", is_flag=True, help="Show each module's singular values.")
+@click.option("--norms", is_flag=True, help="Download from the Hub what norms need, however large.")
 @click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
 @click.option(
     "--include", multiple=True, metavar="GLOB",
@@ -26,6 +27,7 @@ def inspect_command(
     full: bool,
     tensors: bool,
     spectrum: bool,
+    norms: bool,
     layers: str | None,
     include: tuple[str, ...],
     as_json: bool,
@@ -33,20 +35,25 @@ def inspect_command(
 ) -> None:
     """Show what is in an adapter: modules, ranks, scales, norms, and what is odd.
 
-    SOURCE is an adapter directory or a weights file (.safetensors, .bin, .pt).
-    Norms come from the r × r core of each module, never from the dense product.
+    SOURCE is an adapter directory, a weights file (.safetensors, .bin, .pt) or a
+    Hub id (org/name, org/name@revision, hf://org/name/folder). Norms come from the
+    r × r core of each module, never from the dense product.
+
+    From the Hub only headers are read: adapters above 50 MB, and weights of a base,
+    are downloaded only with --norms (or --spectrum, for the adapter).
 
     \b
     Examples:
       loratool inspect adapter/
       loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
       loratool inspect adapter/ --base base/ --json
+      loratool inspect org/adapter --base org/base
     """
     from loratool.console import common
     from loratool.console.inspect import show_inspect
     from loratool.inspecting import inspect as run
 
-    report = run(source, base=base, spectrum=spectrum, layers=layers, include=include)
+    report = run(source, base=base, spectrum=spectrum, norms=norms, layers=layers, include=include)
     if as_json:
         common.print_json(report.to_dict())
         return

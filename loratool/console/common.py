@@ -85,14 +85,18 @@ def progress_bar(
         TextColumn("{task.description}"), BarColumn(bar_width=None), *amounts,
         TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(verb, total=None)
+    bar = Progress(*columns, console=err, transient=True)
+    task = bar.add_task(verb, total=None)
+    try:
 
         def advance(done: int, total: int, label: str) -> None:
+            bar.start()  # only now: a download before the work has a bar of its own
             short = verb if counted else re.sub(r"^model-|\.safetensors$", "", label)
             bar.update(task, completed=done, total=total, description=short)
 
         yield advance
+    finally:
+        bar.stop()
 
 
 def spectrum_table(spectra: Sequence[tuple[str, Sequence[float]]], heading: str) -> Table:

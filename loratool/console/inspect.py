@@ -40,6 +40,8 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
     size = f"{count_text(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
     facts.add_row("size", size)
+    if not report.measured:
+        facts.add_row("norms", f"--norms downloads {format_bytes(report.nbytes)} for them")
     for key, value in list(report.metadata.items())[:5]:
         shown = value if len(value) <= 60 else value[:57] + "…"
         facts.add_row("metadata", escape(f"{key} = {shown}"))
@@ -48,7 +50,8 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     out.print(facts)
     if report.modules:
         out.print()
-        out.print(_module_table(report.modules, full or len(report.modules) == 1))
+        whole = full or len(report.modules) == 1
+        out.print(_module_table(report.modules, whole, report.measured))
     if spectrum and report.modules:
         out.print()
         spectra = [(m.path, m.singular_values or []) for m in report.modules]
@@ -93,7 +96,7 @@ def _values(numbers: Sequence[float]) -> str:
     return ", ".join(f"{n:g}" for n in numbers)
 
 
-def _module_table(modules: list[ModuleReport], full: bool) -> Table:
+def _module_table(modules: list[ModuleReport], full: bool, measured: bool) -> Table:
     """One line per group of modules that differ only in their numbers, under their layers."""
     wide = out.width >= WIDE
     relative = any(m.relative_norm is not None for m in modules)
@@ -102,6 +105,8 @@ def _module_table(modules: list[ModuleReport], full: bool) -> Table:
                 "module", "r/α", "scale", "out×in", "‖ΔW‖", "σ₁ max", "s.rank"]  # fmt: skip
     if out.width < NARROW:
         headings = ["module", "r/α", "‖ΔW‖"]
+    if not measured:
+        headings = [h for h in headings if h not in _MEASURED]
     if relative:
         headings.append("‖ΔW‖/‖W‖")
     return folded_table(
@@ -112,6 +117,10 @@ def _module_table(modules: list[ModuleReport], full: bool) -> Table:
         _module_cells,
         full,
     )
+
+
+#: Columns that take the values of an adapter, not only its headers.
+_MEASURED = ("‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank")
 
 
 def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
@@ -146,6 +155,8 @@ def _show_base(report: InspectReport) -> None:
     facts.add_row("base", f"{escape(base.source)} ({escape(base.model_type or 'no config')}, "
                   f"{count_text(base.parameters, 'parameter')})")  # fmt: skip
     facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
+    if report.measured and not base.measured:
+        facts.add_row("‖ΔW‖/‖W‖", "--norms downloads the adapted weights for it")
     if base.unmatched:
         facts.add_row("unmatched", f"[red]{len(base.unmatched)} parts do not fit this base[/]")
     out.print()

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.config import read_json
-from loratool.checkpoint.header import read_header
+from loratool.checkpoint.folder import Folder
+from loratool.checkpoint.header import parse_header
+from loratool.checkpoint.hub import locate
 from loratool.checkpoint.pickled import read_pickled
 from loratool.errors import AdapterError, FileError, nearest
 from loratool.formats.peft import fill_adapter
@@ -15,6 +16,8 @@ from loratool.formats.recognise import recognise
 
 #: Names of weight files in an adapter directory, the first that exists is read.
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+
+CONFIG = "adapter_config.json"
 
 _TORCH_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 
@@ -25,40 +28,47 @@ def read_adapter(source: str | Path) -> Adapter:
     The result's `format` is "peft" where the modules could be read; anything else that is readable
     is named by `format` and `description`. Raises FileError for what is damaged or not there.
     """
-    source = Path(source)
-    weights = _find_weights(source)
-    config_file = weights.with_name("adapter_config.json")
-    config = read_json(config_file) if config_file.is_file() else {}
+    place = locate(source)
+    folder, name = place.folder, place.file or _find_weights(place.folder, source)
+    beside = name.rpartition("/")[0]
+    config_file = f"{beside}/{CONFIG}" if beside else CONFIG
+    config = folder.json(config_file) if folder.has(config_file) else {}
+    weights = folder.path / name
     if weights.suffix in _TORCH_SUFFIXES:
+        folder.fetch([name])  # what a torch file holds cannot be told from its beginning
         tensors, top = read_pickled(weights)
         metadata: dict[str, str] = {}
     else:
-        tensors, metadata = read_header(weights)
+        with folder.reading(name) as (stream, size):
+            tensors, metadata = parse_header(weights, stream, size)
         top = "dict"
     code, words = recognise(tensors, config, top)
-    adapter = Adapter(source, weights, code, words, tensors, config, metadata)
+    adapter = Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
     if code == "peft":
         fill_adapter(adapter)
     return adapter
 
 
 def read_lora(source: str | Path) -> Adapter:
-    """Like `read_adapter`, for those who need LoRA modules: anything else is an AdapterError."""
+    """Like `read_adapter`, for those who need LoRA modules: anything else is an AdapterError.
+
+    What the adapter holds is on the disk afterwards, downloaded if it must be.
+    """
     adapter = read_adapter(source)
     if adapter.format != "peft":
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
             "loratool works on PEFT LoRA adapters. `loratool inspect` shows what is in the file.",
         )
+    adapter.fetch()
     return adapter
 
 
-def _find_weights(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if not source.exists():
-        siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
-        near = nearest(source.name, siblings)
+def _find_weights(folder: Folder, source: str | Path) -> str:
+    path = folder.path
+    if not folder.is_there():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
         if re.fullmatch(r"-?\d*\.?\d+", str(source)):
             raise FileError(
                 f"{source}: taken for a path, and there is no such file.",
@@ -66,30 +76,31 @@ def _find_weights(source: Path) -> Path:
             )
         raise FileError(
             f"{source}: no such file or directory.",
-            f"Did you mean {source.with_name(near)}?" if near else "Check the path.",
+            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
         )
     for name in WEIGHT_NAMES:
-        if (source / name).is_file():
-            return source / name
-    if (source / "model.safetensors.index.json").is_file():
+        if folder.has(name):
+            return name
+    if folder.has("model.safetensors.index.json"):
         raise FileError(
-            f"{source}: this is a base model (sharded weights), not an adapter.",
+            f"{path}: this is a base model (sharded weights), not an adapter.",
             "Name the adapter, or one of the shards to look into it.",
         )
-    inside = sorted(
-        str(p.relative_to(source))
-        for p in [*source.glob("*"), *source.glob("*/adapter_model.*")]
-        if p.suffix in _TORCH_SUFFIXES | {".safetensors"}
-    )
+    inside = [
+        name
+        for name in folder.names(depth=1)
+        if Path(name).suffix in _TORCH_SUFFIXES | {".safetensors"}
+        and ("/" not in name or re.fullmatch(r"[^/]+/adapter_model\.[^/]+", name))
+    ]
     if len(inside) == 1:
-        return source / inside[0]
+        return inside[0]
     if inside:
         raise FileError(
-            f"{source}: no {WEIGHT_NAMES[0]} in this directory.",
+            f"{path}: no {WEIGHT_NAMES[0]} in this directory.",
             f"Name one of the files in it: {', '.join(inside[:5])}"
             + (", …" if len(inside) > 5 else "."),
         )
     raise FileError(
-        f"{source}: no adapter weights in this directory.",
-        f"Expected {WEIGHT_NAMES[0]} beside adapter_config.json.",
+        f"{path}: no adapter weights in this directory.",
+        f"Expected {WEIGHT_NAMES[0]} beside {CONFIG}.",
     )

@@ -155,6 +155,8 @@ def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: Tens
     if taken is info:
         return
     same_kind = (taken.dtype, taken.shape) == (info.dtype, info.shape)
+    if same_kind:
+        adapter.fetch()
     same = same_kind and bool((read_raw(taken) == read_raw(info)).all())
     (adapter.inert if same else adapter.unknown).append(info.name)
 

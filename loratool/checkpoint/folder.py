@@ -1,0 +1,106 @@
+"""The files of a model or an adapter by name: a folder on the disk, or one on the Hub.
+
+Whoever opens a checkpoint asks a `Folder` what is there and reads headers through it; tensor data
+is read from the paths of the files, once `fetch` has seen to it that they are on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from loratool.checkpoint.config import read_json
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where on the Hub a file or a folder comes from: repository, commit, path inside."""
+
+    repo: str
+    revision: str
+    path: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people call it: the last part."""
+        return (self.path or self.repo).rpartition("/")[2]
+
+
+def origin_of(path: Path) -> Origin | None:
+    """Where `path` comes from, told from its place in a download cache; None elsewhere.
+
+    A cache keeps files under `models--org--name/snapshots/<commit>/`.
+    """
+    parts = path.absolute().parts
+    for i, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[i + 1] == "snapshots":
+            repo = part.removeprefix("models--").replace("--", "/")
+            return Origin(repo, parts[i + 2], "/".join(parts[i + 3 :]))
+    return None
+
+
+class Folder:
+    """A directory on the disk. Names are relative paths with slashes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def is_there(self) -> bool:
+        return self.path.is_dir()
+
+    def names(self, depth: int | None = None) -> list[str]:
+        """Every file below, sorted; a link to a folder is named with a slash at its end.
+
+        With `depth` only that many levels of folders are entered.
+        """
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        found: list[str] = []
+        for place, folders, files in os.walk(self.path, onerror=fail):
+            where = Path(place).relative_to(self.path)
+            found += [str(where / name) for name in files]
+            found += [f"{where / name}/" for name in folders if (Path(place) / name).is_symlink()]
+            if depth is not None and len(where.parts) >= depth:
+                folders.clear()
+        return sorted(found)
+
+    def has(self, name: str) -> bool:
+        try:
+            return (self.path / name).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            return False
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file. Raises FileError for anything else."""
+        self.fetch([name])
+        return read_json(self.path / name)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """A stream of a file that can be sought, and its size in bytes."""
+        path = self.path / name
+        with path.open("rb") as stream:
+            yield stream, path.stat().st_size
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """See to it that these files are on the disk, where `path` says."""
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Give back the disk space of what `fetch` brought in this run, and nothing else."""
+
+
+class Place(NamedTuple):
+    """What somebody pointed at: a folder, or with `file` one file in it."""
+
+    folder: Folder
+    file: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path / self.file if self.file else self.folder.path

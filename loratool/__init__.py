@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratool.combining import CombineReport, combine
     from loratool.comparing import CompareReport, compare
+    from loratool.describing import CardReport, card
     from loratool.errors import LoraToolError
     from loratool.extracting import extract
     from loratool.extraction_report import ExtractReport
     from loratool.inspecting import InspectReport, inspect
     from loratool.merging import MergeReport, merge
+    from loratool.pushing import PushReport, push
     from loratool.resizing import ResizeReport, resize
     from loratool.unmerging import UnmergeReport, unmerge
     from loratool.verifying import VerifyReport, verify
@@ -23,21 +25,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CardReport",
     "CombineReport",
     "CompareReport",
     "ExtractReport",
     "InspectReport",
     "LoraToolError",
     "MergeReport",
+    "PushReport",
     "ResizeReport",
     "UnmergeReport",
     "VerifyReport",
     "__version__",
+    "card",
     "combine",
     "compare",
     "extract",
     "inspect",
     "merge",
+    "push",
     "resize",
     "unmerge",
     "verify",
@@ -60,6 +66,10 @@ _HOMES = {
     "CompareReport": "comparing",
     "extract": "extracting",
     "ExtractReport": "extraction_report",
+    "push": "pushing",
+    "PushReport": "pushing",
+    "card": "describing",
+    "CardReport": "describing",
     "LoraToolError": "errors",
 }
 

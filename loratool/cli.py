@@ -12,11 +12,13 @@ from typing import NoReturn
 import click
 
 from loratool import __version__
+from loratool.commands.card import card_command
 from loratool.commands.combine import combine_command
 from loratool.commands.compare import compare_command
 from loratool.commands.extract import extract_command
 from loratool.commands.inspect import inspect_command
 from loratool.commands.merge import merge_command
+from loratool.commands.push import push_command
 from loratool.commands.resize import resize_command
 from loratool.commands.unmerge import unmerge_command
 from loratool.commands.verify import verify_command
@@ -29,10 +31,10 @@ _INTERRUPTED = 130
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="loratool")
 def cli() -> None:
-    """Inspect, merge, combine, resize, compare and extract LoRA adapters.
+    """Inspect, merge, combine, resize, compare, extract and publish LoRA adapters.
 
-    Works on files: no model is loaded, memory stays flat, and an output appears
-    complete or not at all.
+    Works on files, here or on the Hugging Face Hub (org/name): no model is loaded,
+    memory stays flat, and an output appears complete or not at all.
 
     \b
     Examples:
@@ -44,6 +46,7 @@ def cli() -> None:
       loratool combine style/ task/ --weight 0.7 --weight 0.5 -o both/
       loratool resize adapter/ --rank 8 -o smaller/
       loratool extract base/ tuned/ --rank 16 -o adapter/
+      loratool push adapter/ org/adapter
     """
 
 
@@ -56,6 +59,8 @@ for command in (
     resize_command,
     compare_command,
     extract_command,
+    push_command,
+    card_command,
 ):
     cli.add_command(command)
 
@@ -66,6 +71,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     as_json = "--json" in arguments
     if as_json or {"-q", "--quiet"} & set(arguments):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Each retry would be a warning with a signed link in it; our errors say what matters.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Work is spread over our own threads; BLAS threads beside them would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A terminal that cannot show a character gets a "?" for it, not a crash.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from loratool.checkpoint.header import build_header
 from loratool.checkpoint.tensors import FilePool
@@ -29,6 +31,24 @@ class Written:
     shards: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
+    def __iadd__(self, other: Written) -> Written:
+        self.shards |= other.shards
+        self.counts += other.counts
+        return self
+
+
+class Courier(Protocol):
+    """Takes each shard away once it is complete, while the others are still to be made."""
+
+    def fetch(self, shard: str) -> Written | None:
+        """Called before a shard is computed, to have its inputs at hand.
+
+        What is returned, of a shard that was taken away before, takes the place of computing it.
+        """
+
+    def take(self, shard: str, written: Written) -> None:
+        """Called when a shard is complete on the disk and none of its inputs is open any more."""
+
 
 def execute(
     plan: Plan,
@@ -36,31 +56,56 @@ def execute(
     progress: Progress,
     threads: int | None = None,
     recorder: Recorder | None = None,
+    courier: Courier | None = None,
 ) -> Written:
     """Write the shards of `plan` into `folder`, and with a `recorder` what takes the merge back.
 
     `progress(bytes, shard)` is called as output bytes are done. Raises ValueRangeError for NaN,
     infinity and overflow, naming the tensor, the count and the cause.
     """
-    written = Written()
-    part = recorder.part if recorder else Merging
     with FilePool() as files, Workers(threads) as workers:
-        shards = {
-            name: Shard(header_of(jobs), (part(job, files) for job in jobs))
-            for name, jobs in plan.shards.items()
-        }
-        digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}
-
-        def consume(shard: str, part: Part, task: Task, data: Bytes) -> None:
-            digests[shard].update(data.data)
-            assert isinstance(task, MergeTask)
-            written.counts += task.counts
-            if recorder is not None:
-                recorder.take(task, data, workers)
-
-        write_shards(folder, shards, workers, consume, progress)
+        write = partial(_write, plan, folder, progress, recorder, files, workers)
+        if courier is None:
+            written = write(list(plan.shards))
+        else:
+            written = Written()
+            for name in plan.shards:
+                done = courier.fetch(name)
+                if done is None:
+                    done = write([name])
+                    files.close()  # inputs may go now; those that do not are opened again
+                    courier.take(name, done)
+                written += done
         if recorder is not None:
             recorder.finish(files, workers)
+    return written
+
+
+def _write(
+    plan: Plan,
+    folder: Path,
+    progress: Progress,
+    recorder: Recorder | None,
+    files: FilePool,
+    workers: Workers,
+    names: Sequence[str],
+) -> Written:
+    part = recorder.part if recorder else Merging
+    shards = {
+        name: Shard(header_of(plan.shards[name]), (part(job, files) for job in plan.shards[name]))
+        for name in names
+    }
+    digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}
+    written = Written()
+
+    def consume(shard: str, part: Part, task: Task, data: Bytes) -> None:
+        digests[shard].update(data.data)
+        assert isinstance(task, MergeTask)
+        written.counts += task.counts
+        if recorder is not None:
+            recorder.take(task, data, workers)
+
+    write_shards(folder, shards, workers, consume, progress)
     written.shards = {name: digest.hexdigest() for name, digest in digests.items()}
     return written
 

@@ -209,6 +209,7 @@ def _record(
     base: Checkpoint, tuned: Checkpoint, held: Held, options: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """loratool.json, which holds no path and no date."""
+    lost = held.lost[0] / held.total
     return {
         "schema_version": 1,
         "command": "extract",
@@ -218,6 +219,8 @@ def _record(
         "tuned": describe_model(tuned),
         "result": {
             "rank": max(held.ranks),
+            "held": max(0.0, 1 - lost),
+            "error": math.sqrt(lost),
             "modules": {
                 f.part.module: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
                 for f, rank in zip(held.factors, held.ranks, strict=True)

@@ -117,12 +117,9 @@ def report_of(
 ) -> ExtractReport:
     ranks: list[int | None] = [None] * len(held.factors) if dry_run else list(held.ranks)
     modules = [_module(f, r) for f, r in zip(held.factors, ranks, strict=True)]
-    energy, cut, least = held.total, 0.0, 0.0
-    for own, rank in zip(held.factors, held.ranks, strict=not dry_run):
-        more = own.at(rank)
-        cut, least = cut + more[0], least + more[1]
-    lost = sum(f.size.energy for f in held.left)
+    energy = held.total
     known = not dry_run and energy > 0
+    cut, least = held.lost if known else (0.0, 0.0)
     kept = sum(f.size.energy * (m.kept or 0) for f, m in zip(held.factors, modules, strict=True))
     rounded = sum(
         f.size.energy * (m.kept or 0) * (m.rounding or 0) ** 2
@@ -141,14 +138,14 @@ def report_of(
         left=[_other(f) for f in held.left],
         unchanged=held.unchanged,
         norm=math.sqrt(energy),
-        held=max(0.0, 1 - (cut + lost) / energy) if known else None,
-        error=math.sqrt((cut + lost) / energy) if known else None,
-        best_error=math.sqrt((least + lost) / energy) if known else None,
+        held=max(0.0, 1 - cut / energy) if known else None,
+        error=math.sqrt(cut / energy) if known else None,
+        best_error=math.sqrt(least / energy) if known else None,
         noise=_noise(held.factors),
         rounding=math.sqrt(rounded / kept) if kept and dtype != "float32" else None,
         bytes_tuned=sum(p.stat().st_size for p in tuned.files),
         bytes_written=held.nbytes,
-        held_by_rank=_held_by_rank(held, lost) if known else {},
+        held_by_rank=_held_by_rank(held) if known else {},
         verified=held.verified,
         warnings=held.notices,
     )
@@ -182,11 +179,12 @@ def _noise(factors: Sequence[Found]) -> float:
     return math.sqrt(math.fsum(f.size.noise for f in factors) / energy)
 
 
-def _held_by_rank(held: Held, lost: float) -> dict[int, float]:
+def _held_by_rank(held: Held) -> dict[int, float]:
     """`held` of the report if all modules had this rank, as far as their spectra are known.
 
     Where a spectrum is known in part, its last values are a little too small.
     """
+    lost = math.fsum(f.size.energy for f in held.left)
     spectra = [(f, np.concatenate([f.values, f.following]) ** 2) for f in held.factors]
     longest = max(len(squares) for _, squares in spectra)
     known = min((len(squares) for f, squares in spectra if f.passes), default=longest)

@@ -55,6 +55,16 @@ class Held:
         return math.fsum(f.size.energy for f in self.changed)
 
     @property
+    def lost(self) -> tuple[float, float]:
+        """‖tuned - base - adapter‖² before rounding, and what no adapter of these ranks beats."""
+        cut, least = 0.0, math.fsum(f.size.energy for f in self.left)
+        cut += least
+        for found, rank in zip(self.factors, self.ranks, strict=True):
+            more = found.at(rank)
+            cut, least = cut + more[0], least + more[1]
+        return cut, least
+
+    @property
     def placed(self) -> list[tuple[Place, int]]:
         """The places that get factors, and their ranks."""
         pairs = zip(self.factors, self.ranks, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
 from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
-from loratool.errors import explained_os_errors
+from loratool.errors import HubError, UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import (
     as_list,
@@ -37,9 +37,11 @@ from loratool.output import (
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe, file_sha256, write_json
+from loratool.publishing import open_target, target_of
 
 if TYPE_CHECKING:
     from loratool.recording import Recorder
+    from loratool.shipping import Shipment
 
 
 @dataclass
@@ -74,6 +76,12 @@ class MergeReport:
     zeroed: int = 0
     lost: float | None = None
     verified: bool = False
+    #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
+    pushed: str = ""
+    commit: str = ""
+    #: Shards that an earlier run had uploaded.
+    resumed: list[str] = field(default_factory=list)
+    kept: bool = True
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +93,7 @@ class MergeReport:
 def merge(
     base: str | Path,
     adapters: str | Path | Sequence[str | Path],
-    output: str | Path,
+    output: str | Path | None,
     *,
     weights: Sequence[float] | None = None,
     dtype: str = "float16",
@@ -94,6 +102,9 @@ def merge(
     dry_run: bool = False,
     reversible: bool = False,
     verify: bool = False,
+    push: str | None = None,
+    keep: bool = True,
+    private: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -101,9 +112,10 @@ def merge(
 
     Parameters
     ----------
-    base: model directory (safetensors or pytorch_model.bin, sharded or not), or one weights file.
-    adapters: PEFT adapter directory or file, or several of them.
-    output: directory to make; it appears complete or not at all.
+    base: model directory (safetensors or pytorch_model.bin, sharded or not), or one weights file,
+        or a Hub id.
+    adapters: PEFT adapter directory, file or Hub id, or several of them.
+    output: directory to make; it appears complete or not at all. None with `keep=False`.
     weights: one factor per adapter, of any sign; 1.0 each if not given.
     dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" to keep each
         tensor's own. Arithmetic is float32 (float64 for float64 tensors), rounded once.
@@ -112,6 +124,11 @@ def merge(
     dry_run: plan and report only; nothing is written.
     reversible: also write what `unmerge` needs to give the base back bit for bit.
     verify: read what was written and compare it with the merge computed anew.
+    push: repository on the Hub ("org/name") to upload to. Each shard goes up once it is written and
+        verified; the model appears there in one commit at the end. A run that was stopped goes on
+        where it was.
+    keep: False removes each shard here once it is on the Hub, and reads a base from the Hub shard
+        by shard, so that neither must fit on the disk. private: make the repository private.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -119,10 +136,12 @@ def merge(
     ------
     FileError, AdapterError, BaseError, MatchError: the inputs do not allow an honest merge.
     ValueRangeError: NaN, infinity or overflow. OutputError: the output cannot be written.
-    VerifyError: it was written, but is not what was computed.
+    VerifyError: it was written, but is not what was computed. LoginError, HubError: the Hub.
     """
     started = time.perf_counter()
     sources = as_list(adapters)
+    _check_output_options(output, push, keep, private, reversible)
+    output = output if output is not None else _workplace(str(push))
     check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
     check_threads(threads)
     check_dtype(dtype)
@@ -136,8 +155,16 @@ def merge(
     files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
     check_output(target, files, overwrite)
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
+    repository = open_target(push, private, dry_run, None) if push is not None else None
     side_files = side_files_of(checkpoint, loras)
     report = _report(plan, target, side_files, dry_run, reversible)
+    report.kept = keep
+    if repository is not None:
+        report.pushed = repository.url
+        if not keep:
+            from loratool.shipping import space_needed
+
+            report.bytes_needed = space_needed(plan) + side_files.nbytes
     with explained_os_errors():
         for lora in loras:
             refuse_not_finite(lora)
@@ -147,20 +174,30 @@ def merge(
 
             _note_undo(report, plan, undo_bytes(plan))
         return report
-    checkpoint.fetch()
+    if keep:
+        checkpoint.fetch()
     refuse_full_disk(report.bytes_needed, target)
-    with StagedDirectory(target, overwrite) as staged:
+    with StagedDirectory(target, overwrite) as staged, ExitStack() as stack:
         try:
+            shipment = None
+            if repository is not None:
+                from loratool.shipping import Shipment
+
+                repository.create(private)
+                shipment = Shipment(plan, staged.path, repository, keep, threads)
+                stack.enter_context(shipment)
             with _recorder(plan, staged.path, side_files) if reversible else nullcontext() as undo:
-                written = write_model(plan, staged.path, side_files, progress, threads, undo)
+                written = write_model(
+                    plan, staged.path, side_files, progress, threads, undo, shipment
+                )
             report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
             report.lost = written.counts.share_lost
-            if verify:
+            if verify and shipment is None:
                 from loratool.pairing import check_written
 
                 again = counting(progress, report.bytes_written)
                 check_written(plan, staged.path, again, threads)
-                report.verified = True
+            report.verified = verify or shipment is not None
             if undo is not None:
                 _note_undo(report, plan, undo.nbytes)
             result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
@@ -168,11 +205,52 @@ def merge(
             if undo is not None:
                 record["undo"] = {"file": f"{FOLDER}/{UNDO}", "bytes": undo.nbytes}
             write_json(staged.path / PROVENANCE, record)
-            staged.commit()
+            if keep:
+                staged.commit()
+            if shipment is not None:
+                _ship(shipment, staged.path, report)
         except OSError as error:
             raise explain(error, target) from error
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
+    """Make the commit that brings the model to its place on the Hub."""
+    try:
+        done = shipment.finish(folder)
+    except HubError as error:
+        if report.kept:
+            hint = f"{error.hint} The merge itself is complete: {report.output}. Run it again with "
+            error.hint = hint + "--overwrite, or push it: loratool push."
+        raise
+    report.pushed, report.commit = done.url, done.commit
+    report.resumed = shipment.resumed
+
+
+def _check_output_options(
+    output: str | Path | None, push: str | None, keep: bool, private: bool, reversible: bool
+) -> None:
+    if push is None and not keep:
+        raise UsageError("--no-keep without --push would leave nothing.", "Say where: --push REPO.")
+    if push is None and private:
+        raise UsageError("--private goes with --push.", "Leave it out, or give --push REPO.")
+    if output is None and keep:
+        raise UsageError("No output given.", "Say where to write: --output OUT, or -o OUT.")
+    if output is not None and not keep:
+        raise UsageError("--no-keep leaves nothing here.", "Leave out -o, or --no-keep.")
+    if reversible and not keep:
+        raise UsageError(
+            "--reversible reads the base to its end, and --no-keep gives it back on the way.",
+            "Leave out one of the two.",
+        )
+
+
+def _workplace(repo: str) -> Path:
+    """Where shards are made that are not kept: beside the download cache, where there is room."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "loratool" / target_of(repo).replace("/", "--")
 
 
 def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:

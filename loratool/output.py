@@ -16,7 +16,7 @@ from loratool.plan import Plan
 from loratool.provenance import write_json
 
 if TYPE_CHECKING:
-    from loratool.executor import Written
+    from loratool.executor import Courier, Written
     from loratool.recording import Recorder
 
 #: `progress(bytes_done, bytes_total, label)`, called as the output grows.
@@ -70,11 +70,13 @@ def write_model(
     progress: Progress | None,
     threads: int | None,
     recorder: Recorder | None = None,
+    courier: Courier | None = None,
 ) -> Written:
-    """Write everything but the provenance into `folder`."""
+    """Write everything but the provenance into `folder`; a `courier` takes shards from there."""
     from loratool.executor import execute  # torch: about two seconds to import
 
-    written = execute(plan, folder, counting(progress, plan.bytes_to_write), threads, recorder)
+    advance = counting(progress, plan.bytes_to_write)
+    written = execute(plan, folder, advance, threads, recorder, courier)
     write_side_files(files, folder, plan.dtype, plan.config_changes)
     if list(plan.shards) != ["model.safetensors"]:
         weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}

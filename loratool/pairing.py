@@ -6,13 +6,14 @@ copy of a tied head. All of that is understood here; what remains is missing, ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.adapter import Notice
 from loratool.checking import Pair, compare
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
+from loratool.checkpoint.base import Checkpoint
+from loratool.checkpoint.header import read_header
 from loratool.checkpoint.layout import Layout, is_legacy_buffer
 from loratool.errors import VerifyError, listed
 from loratool.findings import Finding
@@ -64,8 +65,16 @@ def check_written(
     plan: Plan, folder: Path, progress: Callable[[int, str], None], threads: int | None
 ) -> None:
     """Read what a merge wrote into `folder` and compute it anew. Raises VerifyError."""
-    written = open_checkpoint(folder).tensors
-    pairs = [Pair(job, written[job.name]) for job in plan.jobs]
+    for shard, jobs in plan.shards.items():
+        check_shard(jobs, folder / shard, progress, threads)
+
+
+def check_shard(
+    jobs: Sequence[Job], path: Path, progress: Callable[[int, str], None], threads: int | None
+) -> None:
+    """Read one shard that a merge wrote and compute it anew. Raises VerifyError."""
+    written, _ = read_header(path)
+    pairs = [Pair(job, written[job.name]) for job in jobs]
     stats = compare(pairs, progress, threads)
     wrong = [
         f"{n}: {s.elements - s.equal} values" for n, s in stats.items() if s.equal < s.elements

@@ -528,7 +528,7 @@ class Handler(BaseHTTPRequestHandler):
             self.json({"error": repr(error)}, 500)
         return None
 
-    do_GET = do_HEAD = do_POST = do_PUT = serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     def dispatch(self) -> None:
         path = urlsplit(self.path).path  # still quoted, as revisions hold slashes
@@ -703,6 +703,7 @@ class HubHandler(Handler):
         ("GET", rf"{API}/refs", "refs"),
         ("GET", rf"{API}/commits/{REV}", "commits"),
         ("POST", rf"{API}/branch/{REV}", "create_branch"),
+        ("DELETE", rf"{API}/branch/{REV}", "delete_branch"),
         ("POST", rf"{API}/preupload/{REV}", "preupload"),
         ("POST", rf"{API}/commit/{REV}", "commit"),
         ("POST", rf"{API}/discussions", "open_discussion"),
@@ -858,6 +859,13 @@ class HubHandler(Handler):
                 raise Refusal(409, f"Reference already exists: refs/heads/{rev}")
             found.refs[rev] = found.find(start).id
         self.json({}, 201)
+
+    def delete_branch(self, repo: str, rev: str) -> None:
+        found = self.access(repo, write=True)
+        with self.hub.lock:
+            if found.refs.pop(rev, None) is None:
+                raise Refusal(404, f"Invalid rev id: {rev}", "RevisionNotFound")
+        self.json({})
 
     def open_discussion(self, repo: str) -> None:
         found, author, asked = self.access(repo), self.needs_user(), self.read_json()

@@ -11,7 +11,10 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "loratool"
 
-VERBS = ("inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract")
+VERBS = (
+    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract", "push",
+    "card",
+)  # fmt: skip
 
 #: Imports go from a floor to lower ones only; modules of one floor know nothing of each other.
 FLOORS = [
@@ -22,9 +25,14 @@ FLOORS = [
     {"console.changes"},
     {"console.common", "console"},
     {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing",
-     "extracting"},
-    {"extracted_output", "extraction_report"},
-    {"held"},
+     "extracting", "pushing", "describing"},
+    {"shipping"},
+    {"extracted_output", "extraction_report", "licensing", "parcel"},
+    {"held", "publishing"},
+    {"cards.making", "cards"},
+    {"cards.parts"},
+    {"cards.history", "cards.usage"},
+    {"cards.facts"},
     {"adapter_output", "pairing", "subtraction", "extraction"},
     {"output", "changes"},
     {"executor", "restoring", "sampling", "checking", "attesting"},
@@ -44,7 +52,8 @@ FLOORS = [
     {"checkpoint.undo"},
     {"checkpoint.base", "checkpoint.writer"},
     {"checkpoint.pickled", "checkpoint.hub"},
-    {"checkpoint.header", "checkpoint.folder"},
+    {"checkpoint.header", "checkpoint.folder", "checkpoint.answers"},
+    {"checkpoint.address"},
     {"checkpoint.tensors", "checkpoint.config", "checkpoint.residual", "checkpoint"},
     {"linalg.methods"},
     {"linalg.angles", "linalg.ranks", "linalg.sparsify", "linalg.dense", "linalg.intruders",

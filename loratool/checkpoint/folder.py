@@ -53,9 +53,8 @@ class Folder:
         return self.path.is_dir()
 
     def names(self, depth: int | None = None) -> list[str]:
-        """Every file below, sorted; a link to a folder is named with a slash at its end.
-
-        With `depth` only that many levels of folders are entered.
+        """Every file below, sorted. Hidden folders and links to folders are not entered, but named
+        with a slash at their end. With `depth` only that many levels of folders are entered.
         """
 
         def fail(error: OSError) -> None:
@@ -65,9 +64,14 @@ class Folder:
         for place, folders, files in os.walk(self.path, onerror=fail):
             where = Path(place).relative_to(self.path)
             found += [str(where / name) for name in files]
-            found += [f"{where / name}/" for name in folders if (Path(place) / name).is_symlink()]
-            if depth is not None and len(where.parts) >= depth:
-                folders.clear()
+            closed = [
+                name
+                for name in folders
+                if name.startswith(".") or (Path(place) / name).is_symlink()
+            ]
+            found += [f"{where / name}/" for name in closed]
+            enter = depth is None or len(where.parts) < depth
+            folders[:] = [name for name in folders if enter and name not in closed]
         return sorted(found)
 
     def has(self, name: str) -> bool:
@@ -87,6 +91,10 @@ class Folder:
         path = self.path / name
         with path.open("rb") as stream:
             yield stream, path.stat().st_size
+
+    def missing(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes that `fetch` would download, by name; nothing for what is on this disk."""
+        return {}
 
     def fetch(self, names: Iterable[str]) -> None:
         """See to it that these files are on the disk, where `path` says."""

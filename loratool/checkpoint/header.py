@@ -63,6 +63,8 @@ def parse_header(
         )
     stream.seek(8)
     raw = stream.read(length)
+    if len(raw) < length:
+        raise TruncatedError(f"{path}: the file ended within its header.", _REFETCH)
     entries, metadata = _parse_json(path, raw)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_tiling(path, tensors, 8 + length, size)

@@ -64,5 +64,15 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             share = report.undo_bytes / max(1, report.bytes_written)
             undo = f"{format_bytes(report.undo_bytes)} ({share:.2%} of the output)"
             facts.add_row("undo file", undo)
-        facts.add_row("output", escape(report.output))
+        if report.kept:
+            facts.add_row("output", escape(report.output))
+        if report.resumed:
+            count = f"{len(report.resumed)} of {len(report.shards)} shards"
+            facts.add_row("resumed", f"{count} were there from an earlier run")
+        if report.pushed:
+            facts.add_row("commit", report.commit)
+    if report.pushed and report.dry_run:
+        facts.add_row("to push to", escape(report.pushed))
     out.print(facts)
+    if report.pushed and not report.dry_run:
+        out.print(escape(report.pushed), soft_wrap=True)

@@ -1,0 +1,279 @@
+"""What a model card can say: what the headers and loratool.json of a folder tell, and no more."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter
+from loratool.checkpoint.base import Checkpoint, open_checkpoint
+from loratool.checkpoint.config import read_json
+from loratool.checkpoint.folder import Folder
+from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
+from loratool.plan import DTYPES
+from loratool.provenance import file_sha256
+
+_HUB = "https://huggingface.co"
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: The Hub's first models have ids without an owner; any other single word is a folder's name.
+_OLD_ID = re.compile(
+    r"(distil)?gpt2(-medium|-large|-xl)?|openai-gpt|(albert|xlnet|camembert|(xlm-)?roberta)-"
+    r"(base|large|xlarge|xxlarge)(-v[12]|-cased)?|(distil)?(bert|roberta)-(base|large)(-\w+)*"
+    r"(-(un)?cased)?|t5-(small|base|large|3b|11b)"
+)
+_NO_ID = re.compile(
+    r"(models?|checkpoints?|ckpts?|outputs?|out|results?|runs|tmp|weights|saved_models)/.*"
+    r"|.*(--|\.\.).*|.*[.-](/.*)?|.*/checkpoint-\d+"
+    r"|.*\.(safetensors|bin|pt|pth|ckpt|json|gguf|zip|git)",
+    re.IGNORECASE,
+)
+_CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)(?:[/\\]|$)", re.ASCII)
+#: One of these makes a tokenizer; its settings alone do not.
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+                 "sentencepiece.bpe.model"}  # fmt: skip
+_NAMES = {code: name for name, code in DTYPES.items() if code}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the adapter or the model in a folder; one of `adapter` and `model` is set.
+
+    `base` is the Hub id of the base model, `revision` the one of it that was used, and `subfolder`
+    where in it. `record` is loratool.json, {} without one. It is `stale`, and {} too, where it
+    describes other weights.
+    """
+
+    name: str
+    base: str | None
+    revision: str | None
+    subfolder: str
+    record: dict[str, Any]
+    stale: bool
+    tokenizer: bool
+    undo: bool
+    adapter: Adapter | None = None
+    model: Checkpoint | None = None
+
+    @property
+    def command(self) -> str:
+        """The loratool command that made it, "" if that is not known."""
+        return str(self.record.get("command") or "")
+
+    @property
+    def is_merged(self) -> bool:
+        return self.model is not None and bool(dicts(self.record.get("adapters")))
+
+
+def read_facts(folder: Path, base_model: str | None = None) -> Facts:
+    """Read the headers in `folder`, and its record.
+
+    `base_model` is the Hub id of the base where somebody knows it. Raises FileError, AdapterError
+    and BaseError for what cannot be read.
+    """
+    adapter, model = _opened(folder)
+    record = _record(folder)
+    stale = bool(record) and not _fits(record, adapter, model)
+    if stale:
+        record = {}
+    config = adapter.config if adapter else {}
+    base = hub_id(base_model) if base_model is not None else _base(config, record)
+    used = part(record, "base")
+    if not base or base != hub_id(used.get("repo")):
+        named = base is not None and base == hub_id(config.get("base_model_name_or_path"))
+        used = {"revision": config.get("revision")} if named else {}
+    undo = part(record, "undo").get("file")
+    return Facts(
+        name=one_line(folder.resolve().name) or "model",
+        base=base,
+        revision=string(used.get("revision")) or None,
+        subfolder=re.sub(r"/?[^/]*\.(safetensors|bin|pt|pth)$", "", string(used.get("path"))),
+        record=record,
+        stale=stale,
+        tokenizer=bool(_VOCABULARIES & tokenizer_files(Folder(folder)).keys()),
+        undo=isinstance(undo, str) and (folder / undo).is_file(),
+        adapter=adapter,
+        model=model,
+    )
+
+
+def base_of(folder: Path) -> str | None:
+    """The Hub id of the base model, as far as the folder tells; None for a local path.
+
+    Raises FileError for a config or a record that is no JSON.
+    """
+    config = folder / CONFIG
+    return _base(read_json(config) if config.is_file() else {}, _record(folder))
+
+
+def _base(config: dict[str, Any], record: dict[str, Any]) -> str | None:
+    return hub_id(config.get("base_model_name_or_path")) or hub_id(part(record, "base").get("repo"))
+
+
+def hub_id(name: object) -> str | None:
+    """`name` if it can only be an id on the Hub, or a path that has one: of the download cache."""
+    if not isinstance(name, str):
+        return None
+    cached = _CACHED.search(name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    if _OLD_ID.fullmatch(name):
+        return name
+    return name if _ID.fullmatch(name) and not _NO_ID.fullmatch(name) else None
+
+
+def _opened(folder: Path) -> tuple[Adapter | None, Checkpoint | None]:
+    if any((folder / name).is_file() for name in (CONFIG, *WEIGHT_NAMES)):
+        return read_adapter(folder), None
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).is_file() for name in names):
+        found = sorted(folder.glob("*.safetensors"))
+        if len(found) == 1:
+            adapter = read_adapter(folder)
+            if adapter.format not in ("base-checkpoint", "unknown"):
+                return adapter, None
+    return None, open_checkpoint(folder)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    path = folder / PROVENANCE
+    return read_json(path) if path.is_file() else {}
+
+
+def _fits(record: dict[str, Any], adapter: Adapter | None, model: Checkpoint | None) -> bool:
+    """Whether the record is of these weights.
+
+    A model's are not hashed, which would take as long as reading it all.
+    """
+    if adapter is not None:
+        noted = part(record, "files").get(adapter.weights.name)
+        return noted is not None and noted == file_sha256(adapter.weights)
+    shards = part(record, "shards")
+    return model is not None and shards.keys() == {path.name for path in model.files}
+
+
+def part(document: object, key: str) -> dict[str, Any]:
+    """The object under `key`, {} for anything else."""
+    found = document.get(key) if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def dicts(value: object) -> list[dict[str, Any]]:
+    """The objects in a list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+
+
+def texts(value: object) -> list[str]:
+    """The strings in a list."""
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
+def number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def string(value: object) -> str:
+    return one_line(value) if isinstance(value, str) else ""
+
+
+def reference(entry: dict[str, Any]) -> str:
+    """What an input is called in a command: `org/name@revision`, or its name."""
+    repo, revision = hub_id(entry.get("repo")), string(entry.get("revision"))
+    if repo is None:
+        return re.split(r"[/\\]", string(entry.get("name")))[-1] or "INPUT"
+    return address(repo, revision, string(entry.get("path")))
+
+
+def address(repo: str, revision: str | None, path: str = "") -> str:
+    """A place on the Hub as the command line takes it."""
+    place = f"{repo}@{revision}" if revision else repo
+    return f"hf://{place}/{path}" if path else place
+
+
+def short_revision(revision: str) -> str:
+    """12 digits of a commit; the whole name of a branch or a tag."""
+    return revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
+
+
+# ------------------------------------------------------------------------------------ words
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and other control characters, and such that UTF-8 can hold it."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(plain.encode("utf-8", "replace").decode("utf-8").split())
+
+
+def code(text: str) -> str:
+    """`text` as Markdown shows it unchanged, in tables too."""
+    text = one_line(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text or ' '}{space}{fence}"
+
+
+def cell(text: str) -> str:
+    """What stands in a table's cell: no `|` may end it."""
+    return text.replace("|", r"\|")
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def linked(entry: dict[str, Any]) -> str:
+    """An input by its name, with links to it and to its revision where it is on the Hub."""
+    repo, revision = hub_id(entry.get("repo")), string(entry.get("revision"))
+    if repo is None:
+        return code(reference(entry))
+    path = string(entry.get("path"))
+    text = link(repo) + (f", {code(path)}" if path else "")
+    if not re.fullmatch(r"[\w./-]+", revision, re.ASCII):
+        return text
+    return f"{text} at [{code(short_revision(revision))}]({_HUB}/{repo}/tree/{revision})"
+
+
+def link(repo: str) -> str:
+    return f"[{code(repo)}]({_HUB}/{repo})"
+
+
+def listed(items: Sequence[str], shown: int = 8) -> str:
+    """ "a, b and c", or the first ones and how many there are beside them."""
+    if len(items) > shown:
+        return ", ".join(items[:shown]) + f" and {len(items) - shown} more"
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def percent(share: float) -> str:
+    """Three digits where they matter: 100% only if nothing is missing from it."""
+    if 0.9995 < share < 1:
+        return "<100%"
+    return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
+
+
+def span(values: Iterable[float | None]) -> str:
+    """ "8" for one value, "5–7" for several."""
+    known = sorted({value for value in values if value is not None})
+    shown = list(dict.fromkeys(f"{value:.4g}" for value in known))
+    return "–".join(shown if len(shown) < 2 else [shown[0], shown[-1]]) or "unknown"
+
+
+def dtype_names(tensors: Iterable[TensorInfo]) -> str:
+    """The dtypes of these tensors, the most frequent one first; beside floats none is counted."""
+    every = list(tensors)
+    floats = [info.dtype for info in every if info.is_float] or [info.dtype for info in every]
+    found = Counter(floats).most_common()
+    return listed([_NAMES.get(dtype, dtype) for dtype, _ in found])

@@ -1,0 +1,66 @@
+"""card: the model card of an adapter or a merged model, made or completed in its folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Notice
+from loratool.checkpoint.writer import explain
+from loratool.errors import FileError, explained_os_errors
+from loratool.licensing import README, Fate, card_of
+from loratool.publishing import target_of
+
+
+@dataclass
+class CardReport:
+    """What became of the card at `path`; `text` is all of it."""
+
+    path: str
+    card: Fate
+    dry_run: bool
+    text: str
+    warnings: list[Notice] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k != "warnings"}
+        return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
+
+
+def card(path: str | Path, *, repo_id: str | None = None, dry_run: bool = False) -> CardReport:
+    """Write README.md for the adapter or the merged model in `path`.
+
+    Parameters
+    ----------
+    path: directory of an adapter or a model.
+    repo_id: "org/name" under which it is or will be on the Hub; the card's code loads it from
+        there.
+    dry_run: make the text, and write nothing.
+
+    A card that is there is completed: YAML keys that are missing are added, and a section between
+    two markers is added or renewed; what somebody wrote stays byte for byte. The licence is taken
+    from the base's card on the Hub, where that can be read.
+
+    Raises FileError, AdapterError and BaseError for what is neither an adapter nor a model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileError(f"{path}: no such directory.", "Give an adapter's or a model's directory.")
+    target = folder / README
+    with explained_os_errors():
+        text = target.read_bytes().decode("utf-8") if target.is_file() else None
+        repo = target_of(repo_id) if repo_id else None
+        made, fate, notices = card_of(folder, text, repo)
+    if not dry_run and fate != "kept":
+        # Replaced in one step: a card that somebody wrote must not be lost half-way.
+        draft = target.with_name(f".{README}.loratool-{os.getpid()}")
+        try:
+            draft.write_bytes(made.encode())
+            os.replace(draft, target)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise explain(error, target) from error
+    return CardReport(str(target), fate, dry_run, made, notices)

@@ -1,0 +1,206 @@
+"""What of a folder goes to the Hub, and every reason why it should not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from loratool.adapter import Notice
+from loratool.checkpoint.base import open_checkpoint
+from loratool.checkpoint.config import read_json
+from loratool.checkpoint.folder import Folder
+from loratool.checkpoint.sidefiles import PROVENANCE
+from loratool.errors import FileError, PushError, UsageError, listed, nearest
+from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
+from loratool.inputs import refuse_not_finite
+
+#: Files that stay here: what tools, editors and systems leave behind.
+_LITTER = re.compile(
+    r"(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|__MACOSX|\.venv|\.idea|\.vscode)/"
+    r"|(^|/)(\.DS_Store|Thumbs\.db|desktop\.ini|.*\.(lock|tmp|swp|pyc)|.*~)$"
+)
+#: Names of files that hold keys and passwords.
+_SECRET_NAME = re.compile(
+    r"(^|/)(\.env(\..+)?|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd|"
+    r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
+    r"(service[-_]?account|client[-_]?secrets?|credentials?|secrets?)([-_.].*)?|"
+    r"(hf|api|access|auth|stored)?[-_.]?token(\.(txt|json))?)$",
+    re.IGNORECASE,
+)
+#: Texts that are keys by their form.
+_SECRET_TEXT = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{50,}|"
+    rb"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[0-9A-Za-z-]{20,}|"
+    rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAIza[0-9A-Za-z_-]{35}\b"
+)
+#: Longer files are no notes or configs, in which somebody left a key.
+_LONGEST_TEXT = 1_000_000
+_TEXT = re.compile(r"\.(json|md|txt|ya?ml|toml|cfg|ini|py|sh|log|jinja|ipynb|csv|jsonl)$|^[^.]+$")
+#: Vocabularies are long lists of odd words.
+_VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
+
+#: What a training run needs to go on, and nobody else.
+_TRAINING = re.compile(
+    r"(^|/)(optimizer.*|optim_states.*|scheduler\.(pt|bin)|scaler\.pt|rng_state.*|random_states.*|"
+    r"training_args\.bin|.*\.distcp|.*_optim_states\.pt|.*_model_states\.pt)$"
+    r"|(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb)/"
+)
+_PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
+_UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
+
+
+@dataclass
+class Parcel:
+    """`files` of the `folder` go up, by name; `left_out` stay here."""
+
+    folder: Folder
+    kind: Literal["adapter", "model"]
+    files: list[str]
+    left_out: list[str]
+    notices: list[Notice] = field(default_factory=list)
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """The sha256 of the weights by name, as loratool.json has them; {} without one."""
+        if not self.folder.has(PROVENANCE):
+            return {}
+        record = self.folder.json(PROVENANCE)
+        found = record.get("shards") or record.get("files") or {}
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Parcel:
+    """Choose what of an adapter or a model in `path` goes up.
+
+    `include` are globs of files that go up though they look as if they should not; `exclude` are
+    globs of files that stay here.
+
+    Raises PushError for an output that is incomplete or failed, for secrets and for leftovers of a
+    training run; FileError and AdapterError for weights that cannot be read.
+    """
+    folder = _open(path)
+    kind: Literal["adapter", "model"] = "model"
+    if folder.has(CONFIG) or any(folder.has(name) for name in WEIGHT_NAMES):
+        kind = "adapter"
+    files: list[str] = []
+    left_out: list[str] = []
+    for name in folder.names():
+        stays = name.endswith("/") or _LITTER.search(name) or _matches(name, exclude)
+        (left_out if stays and not _matches(name, include) else files).append(name)
+    for pattern in (*include, *exclude):
+        if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
+            raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
+    parcel = Parcel(folder, kind, files, left_out)
+    _refuse_incomplete(parcel)
+    _refuse_left_behind(parcel)
+    asked = [name for name in files if not _matches(name, include)]
+    _refuse_secrets(folder, asked)
+    _refuse_strays(folder, asked, files)
+    return parcel
+
+
+def _open(path: Path) -> Folder:
+    if _UNFINISHED.match(path.resolve().name):
+        raise PushError(
+            f"{path}: what a run that was stopped left behind. It is not complete.",
+            "Run the command again, and push its output.",
+        )
+    if path.is_file():
+        raise PushError(f"{path}: a file.", f"Give the directory: {path.parent}.")
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        raise FileError(
+            f"{path}: no such directory.",
+            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
+        )
+    return Folder(path)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a glob fits the whole path, its last part, or a folder that it lies in."""
+    parts = name.split("/")
+    ways = [name, parts[-1], *("/".join(parts[:i]) + "/" for i in range(1, len(parts)))]
+    return any(fnmatchcase(way, p) or fnmatchcase(way, p + "/") for way in ways for p in patterns)
+
+
+def _refuse_incomplete(parcel: Parcel) -> None:
+    """Raise where the weights are not all there, or not fit for use."""
+    path = parcel.folder.path
+    if parcel.kind == "adapter":
+        adapter = read_adapter(path)
+        refused = [n.message for n in adapter.notices if n.refused]
+        if adapter.format == "peft" and refused:
+            raise PushError(
+                f"{path}: an adapter that nobody could use as it is:\n{listed(refused)}",
+                "Repair it first; `loratool inspect` shows all of it.",
+            )
+        if adapter.format == "peft":
+            refuse_not_finite(adapter)
+        parcel.notices += adapter.notices
+    else:
+        try:
+            open_checkpoint(path)
+        except FileError as error:
+            raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
+    gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
+    if gone:
+        raise PushError(
+            f"{path}: {PROVENANCE} names {len(gone)} files that are not there:\n{listed(gone)}",
+            "Make the output again.",
+        )
+
+
+def _refuse_left_behind(parcel: Parcel) -> None:
+    """Raise where `exclude` took what the rest does not work without."""
+    needed = {*parcel.recorded, CONFIG, "config.json", *WEIGHT_NAMES[:1]}
+    index = "model.safetensors.index.json"
+    if parcel.folder.has(index):
+        needed |= {index, *read_json(parcel.folder.path / index).get("weight_map", {}).values()}
+    lost = sorted(needed & set(parcel.left_out))
+    if lost:
+        raise UsageError(
+            f"Without {lost[0]} the {parcel.kind} cannot be loaded.", "Do not exclude it."
+        )
+
+
+def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
+    found = []
+    for name in names:
+        if _SECRET_NAME.search(name):
+            found.append(f"{name} (by its name)")
+        elif _holds_secret(folder.path / name, name):
+            found.append(f"{name} (it holds what looks like a key or a token)")
+    if found:
+        raise PushError(
+            f"{folder.path}: {len(found)} files look like secrets:\n{listed(found)}",
+            "Remove them, or leave them out: --exclude NAME. If one is none: --include NAME.",
+        )
+
+
+def _holds_secret(path: Path, name: str) -> bool:
+    if _VOCABULARY.search(name) or not _TEXT.search(path.name.lower()):
+        return False
+    if path.stat().st_size > _LONGEST_TEXT:
+        return False
+    return _SECRET_TEXT.search(path.read_bytes()) is not None
+
+
+def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -> None:
+    tops = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
+    found = []
+    for name in names:
+        if _TRAINING.search(name):
+            found.append(f"{name} (of a training run)")
+        elif _PICKLE.search(name) and name.rpartition("/")[0] in tops:
+            found.append(f"{name} (a pickle beside safetensors)")
+    if found:
+        few = found[0].partition(" ")[0]
+        raise PushError(
+            f"{folder.path}: {len(found)} files do not belong to what is pushed:\n{listed(found)}",
+            f"Leave them out: --exclude '{few}'. To push them all the same: --include '{few}'.",
+        )

@@ -1,0 +1,208 @@
+"""push: an adapter or a merged model to the Hub, with its card, in one commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.adapter import Notice
+from loratool.checkpoint.sidefiles import PROVENANCE
+from loratool.errors import PushError, UsageError, explained_os_errors, listed
+from loratool.licensing import README, card_upload
+from loratool.parcel import Parcel, pack
+from loratool.publishing import Repository, Upload, open_target
+from loratool.threads import few
+
+#: More files than this are uploaded by the library's resumable upload, which may take several
+#: commits; the Hub takes no more in one.
+MANY = 250
+
+
+@dataclass
+class PushedFile:
+    """A file, and what becomes of it: "new", "changed", or "there" already, by its hash."""
+
+    name: str
+    bytes: int
+    state: Literal["new", "changed", "there"]
+
+
+@dataclass
+class PushReport:
+    """What a push did, or with `dry_run` would do. Sizes are bytes, times seconds."""
+
+    source: str
+    repo: str
+    revision: str
+    kind: str
+    dry_run: bool
+    private: bool
+    created: bool
+    files: list[PushedFile]
+    left_out: list[str]
+    card: str
+    url: str
+    commit: str = ""
+    pull_request: str = ""
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def bytes_to_upload(self) -> int:
+        return sum(f.bytes for f in self.files if f.state != "there")
+
+    @property
+    def bytes_there(self) -> int:
+        return sum(f.bytes for f in self.files if f.state == "there")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        fields = {k: v for k, v in self.__dict__.items() if k not in ("warnings", "files")}
+        return {
+            "schema_version": 1,
+            **fields,
+            "files": [dict(f.__dict__) for f in self.files],
+            "bytes_to_upload": self.bytes_to_upload,
+            "bytes_there": self.bytes_there,
+            "warnings": [w.to_dict() for w in self.warnings],
+        }
+
+
+def push(
+    path: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dry_run: bool = False,
+) -> PushReport:
+    """Upload an adapter or a merged model to a repository on the Hub, in one commit.
+
+    Parameters
+    ----------
+    path: directory of an adapter or a model.
+    repo_id: "org/name"; it is created if it is not there.
+    private: create it private.
+    revision: branch to commit to; created if it is not there. "main" if not given.
+    create_pr: open a pull request instead of committing to the branch.
+    message: of the commit.
+    include: globs of files to upload though they look like secrets or leftovers.
+    exclude: globs of files to leave out.
+    dry_run: compare with what is there, and write nothing.
+
+    A model card is made, or completed without changing what somebody wrote, and uploaded as
+    README.md; the folder itself is not changed. Files that the repository has already, by hash, are
+    not uploaded; other files in it stay.
+
+    Raises
+    ------
+    PushError: what should not be pushed as it is. FileError, AdapterError: weights that cannot be
+    read. LoginError, HubError: what the Hub does not allow, or does not answer.
+    """
+    started = time.perf_counter()
+    if create_pr and revision not in (None, "main"):
+        raise UsageError(
+            "--create-pr opens a pull request against main.", "Leave out one of the two."
+        )
+    with explained_os_errors():
+        parcel = pack(Path(path), include, exclude)
+    target = open_target(repo_id, private, dry_run, revision)
+    there = target.files
+    with explained_os_errors():
+        uploads = _hashed(parcel)
+        card, made, said = card_upload(parcel.folder.path, target)
+    uploads = [*(u for u in uploads if u.name != README), card]
+    files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]
+    report = PushReport(
+        source=str(path),
+        repo=target.repo,
+        revision=target.revision,
+        kind=parcel.kind,
+        dry_run=dry_run,
+        private=target.private if target.exists else private,
+        created=not target.exists,
+        files=files,
+        left_out=parcel.left_out,
+        card=made,
+        url=target.url,
+        warnings=[*parcel.notices, *said, *_note_others(parcel, uploads, there)],
+    )
+    if not dry_run:
+        _send(target, parcel, uploads, files, report, message, create_pr)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _send(
+    target: Repository,
+    parcel: Parcel,
+    uploads: list[Upload],
+    files: list[PushedFile],
+    report: PushReport,
+    message: str | None,
+    create_pr: bool,
+) -> None:
+    wanted = [u for u, f in zip(uploads, files, strict=True) if f.state != "there"]
+    target.create(report.private)
+    words = message or f"Upload {parcel.kind} with loratool"
+    if len(wanted) > MANY:
+        rest = [u for u in wanted if isinstance(u.content, Path)]
+        target.upload_many(parcel.folder.path, rest, words, create_pr)
+        wanted = [u for u in wanted if not isinstance(u.content, Path)]
+        create_pr = False  # it is open by now, and is what `target` writes to
+    if wanted:
+        done = target.commit(wanted, words, create_pr=create_pr)
+        report.url, report.pull_request = done.url, done.pull_request
+    report.commit = target.head
+
+
+def _hashed(parcel: Parcel) -> list[Upload]:
+    """Every file with its hash. Raises PushError where loratool.json has another one."""
+    with ThreadPoolExecutor(few(None)) as pool:
+        make = partial(_upload, parcel.folder.path)
+        uploads = list(pool.map(make, parcel.files))
+    recorded = parcel.recorded
+    changed = [u.name for u in uploads if recorded.get(u.name, u.sha256) != u.sha256]
+    if changed:
+        raise PushError(
+            f"{parcel.folder.path}: {len(changed)} files are not as {PROVENANCE} says they were "
+            f"written:\n{listed(changed)}",
+            f"Make the output again; or remove {PROVENANCE} if they were changed on purpose.",
+        )
+    return uploads
+
+
+def _upload(folder: Path, name: str) -> Upload:
+    return Upload.of_file(name, folder / name)
+
+
+def _state(upload: Upload, there: dict[str, str]) -> Literal["new", "changed", "there"]:
+    if upload.name not in there:
+        return "new"
+    return "there" if upload.is_as(there[upload.name]) else "changed"
+
+
+def _note_others(parcel: Parcel, uploads: list[Upload], there: dict[str, str]) -> list[Notice]:
+    """A warning where the repository keeps weights that are not among those pushed."""
+    names = {u.name for u in uploads}
+    others = [
+        name
+        for name in there
+        if name not in names and name.endswith((".safetensors", ".bin", ".index.json"))
+    ]
+    if not others:
+        return []
+    text = (
+        f"The repository keeps {len(others)} other files of weights, which programs may load "
+        f"instead:\n{listed(others)}"
+    )
+    return [Notice("other-weights", text, others[0])]

@@ -30,13 +30,13 @@ class BaseWeights:
             placed = match(adapter, layout)
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
             self._deltas |= {d.module.path: d for d in placed.deltas}
-        wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
-        self._base.fetch(wanted & self._base.tensors.keys())
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",
                 "Give the base model they were trained on.",
             )
+        wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
+        self._base.fetch(wanted & self._base.tensors.keys())
         if lost:
             text = f"{len(lost)} parts of the adapters do not fit this base:\n{listed(lost)}"
             self.notices.append(Notice("unmatched", text, str(base)))

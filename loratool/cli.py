@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from typing import NoReturn
 
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Each retry would be a warning with a signed link in it; our errors say what matters.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module="huggingface_hub")
     # Work is spread over our own threads; BLAS threads beside them would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A terminal that cannot show a character gets a "?" for it, not a crash.

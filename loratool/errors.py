@@ -137,8 +137,9 @@ def explained_os_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        what = f"{error.filename}: it" if error.filename else "A file"
         raise FileError(
-            f"{error.filename}: it cannot be read ({error.strerror}).",
+            f"{what} cannot be read ({error.strerror or error}).",
             "Check the path and its permissions.",
         ) from error
 

@@ -69,8 +69,8 @@ def _refuse_paths(card: str) -> None:
     """Raise PushError where the card calls its base by a path, as PEFT's own cards may."""
     from huggingface_hub import ModelCard
 
-    named: Any = ModelCard(card, ignore_metadata_errors=True).data.base_model
-    for base in named if isinstance(named, list) else [named]:
+    data: Any = ModelCard(card, ignore_metadata_errors=True).data
+    for base in data.base_model if isinstance(data.base_model, list) else [data.base_model]:
         if isinstance(base, str) and not _ID.fullmatch(base):
             raise PushError(
                 f"{README} names its base_model {base!r}, which is no model on the Hub.",

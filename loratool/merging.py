@@ -172,6 +172,7 @@ def merge(
         if reversible:
             from loratool.sampling import undo_bytes
 
+            checkpoint.fetch()
             _note_undo(report, plan, undo_bytes(plan))
         return report
     if keep:

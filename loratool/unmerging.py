@@ -246,6 +246,7 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
     report.tensors, report.parameters = len(base.tensors), base.parameters
     report.shards = list(base.shards)
     report.side_files = sorted(undo.side_files)
+    merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
     report.warnings += _changed_side_files(merged.directory, undo)
     if request.dry_run:
         return report

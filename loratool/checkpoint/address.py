@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from loratool.errors import FileError
 
@@ -41,7 +42,8 @@ def parse(text: str) -> Address | None:
                 f"{text}: not an address on the Hub.",
                 "Write hf://org/name, hf://org/name@revision or hf://org/name/folder.",
             )
-        return Address(found["repo"], found["revision"], found["path"] or "")
+        revision = found["revision"] and unquote(found["revision"])
+        return Address(found["repo"], revision, found["path"] or "")
     found = _ID.fullmatch(text)
     if found is None or text.lower().endswith(_FILES):
         return None

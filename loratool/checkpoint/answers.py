@@ -61,7 +61,13 @@ def _explanation(error: Exception, address: Address, writing: bool) -> LoraToolE
             f"{address.repo}: the disk of the download cache is full ({constants.HF_HUB_CACHE}).",
             "Free some space, or set HF_HOME to a place on another disk.",
         )
-    if isinstance(error, OSError) and error.errno is None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return OutputError(
+            f"{address.repo}: the download cache at {constants.HF_HUB_CACHE} cannot be written "
+            f"({error.strerror}).",
+            "HF_HOME can put it elsewhere.",
+        )
+    if isinstance(error, OSError):
         text = str(error).partition("\n")[0].rstrip(".")
         return HubError(f"{address.repo}: {text}.", "Try again; if it stays, tell its owner.")
     return None

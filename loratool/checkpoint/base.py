@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint.folder import Folder, origin_of
+from loratool.checkpoint.folder import CachedFolder, Folder, origin_of
 from loratool.checkpoint.header import parse_header
 from loratool.checkpoint.hub import locate
 from loratool.checkpoint.pickled import read_pickled
@@ -168,9 +168,10 @@ def _only_weights_file(folder: Folder) -> str:
             f"{folder.path}: {len(found)} safetensors files but no model.safetensors.index.json.",
             "Fetch the index too; it says which tensor lies in which file.",
         )
+    wanted = "Expected model.safetensors, or shards with model.safetensors.index.json."
     raise FileError(
         f"{folder.path}: no model weights in this directory.",
-        "Expected model.safetensors, or shards with model.safetensors.index.json.",
+        folder.remedy if isinstance(folder, CachedFolder) else wanted,
     )
 
 
@@ -194,7 +195,7 @@ def _open_index(folder: Folder, entry: str, partial: bool) -> Checkpoint:
         raise FileError(
             f"{index}: {len(missing)} of {len(names)} shards are missing:\n"
             + listed(ascii(name) for name in missing),
-            "Finish the download.",
+            folder.remedy,
         )
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}

@@ -46,6 +46,9 @@ def origin_of(path: Path) -> Origin | None:
 class Folder:
     """A directory on the disk. Names are relative paths with slashes."""
 
+    #: What to do about a file that is not here.
+    remedy = "Finish the download."
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -101,6 +104,15 @@ class Folder:
 
     def let_go(self, names: Iterable[str]) -> None:
         """Give back the disk space of what `fetch` brought in this run, and nothing else."""
+
+
+class CachedFolder(Folder):
+    """What the download cache has of a repository while the Hub cannot be asked."""
+
+    remedy = (
+        "The Hub cannot be asked, and the download cache holds only a part. "
+        "Try again with a network, and without HF_HUB_OFFLINE."
+    )
 
 
 class Place(NamedTuple):

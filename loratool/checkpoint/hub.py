@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratool.checkpoint.address import SCHEME, Address, parse
 from loratool.checkpoint.answers import Unreachable, explained, progress_bars
-from loratool.checkpoint.folder import Folder, Place, origin_of
+from loratool.checkpoint.folder import CachedFolder, Folder, Place, origin_of
 from loratool.errors import HubError, call, nearest
 
 #: Bytes of a header that are fetched at once; most headers are shorter.
@@ -57,7 +57,10 @@ def _open(address: Address) -> Place:
     prefix = f"{address.path}/" if address.path else ""
     if sizes is None:  # the Hub cannot be reached: what the cache has is all there is
         path = root / address.path
-        return Place(Folder(path.parent), path.name) if path.is_file() else Place(Folder(path))
+        if path.is_file():
+            return Place(CachedFolder(path.parent), path.name)
+        return Place(CachedFolder(path))
+    _remember(root, address.revision or "main", commit)
     if address.path in sizes:
         folder, _, file = address.path.rpartition("/")
         prefix = f"{folder}/" if folder else ""
@@ -83,6 +86,21 @@ def _listing(address: Address) -> tuple[dict[str, int] | None, str]:
             raise
         return None, commit
     return {f.rfilename: f.size or 0 for f in info.siblings or []}, str(info.sha)
+
+
+def _remember(root: Path, revision: str, commit: str) -> None:
+    """Note the commit of a branch or a tag where the cache has such notes, for times offline.
+
+    The library does so only when it is asked for the revision by its name.
+    """
+    note = root.parent.parent / "refs" / revision
+    if revision == commit:
+        return
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        draft = note.with_name(f".{note.name}.{os.getpid()}")
+        draft.write_text(commit, encoding="utf-8")
+        os.replace(draft, note)
 
 
 def _cached_commit(address: Address) -> str | None:

@@ -72,6 +72,8 @@ def collect(
         shut = next((p for p in _parents(name) if _is_foreign(p, parts, heavy)), None)
         at_top, leaf = "/" not in name, name.rpartition("/")[2]
         known = _TOKENIZER.match(leaf) or leaf in ("config.json", "generation_config.json")
+        if name == ".gitattributes":  # every repository of the Hub has one
+            continue
         if shut is not None:
             if f"{shut}/" not in found.left_out:
                 found.left_out.append(f"{shut}/")

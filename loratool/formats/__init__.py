@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.folder import Folder
+from loratool.checkpoint.folder import CachedFolder, Folder
 from loratool.checkpoint.header import parse_header
 from loratool.checkpoint.hub import locate
 from loratool.checkpoint.pickled import read_pickled
@@ -100,7 +100,8 @@ def _find_weights(folder: Folder, source: str | Path) -> str:
             f"Name one of the files in it: {', '.join(inside[:5])}"
             + (", …" if len(inside) > 5 else "."),
         )
+    wanted = f"Expected {WEIGHT_NAMES[0]} beside {CONFIG}."
     raise FileError(
         f"{path}: no adapter weights in this directory.",
-        f"Expected {WEIGHT_NAMES[0]} beside {CONFIG}.",
+        folder.remedy if isinstance(folder, CachedFolder) else wanted,
     )

@@ -106,7 +106,10 @@ def test_every_method_is_in_the_help_and_in_the_docs() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["README.md", *(f"docs/{n}.md" for n in ("design", "warnings", "combining", "extracting"))],
+    [
+        "README.md",
+        *(f"docs/{n}.md" for n in ("design", "warnings", "combining", "extracting", "hub")),
+    ],
 )
 def test_links_and_named_modules_exist(path: str) -> None:
     """Relative links lead somewhere."""

@@ -19,6 +19,7 @@ from loratool.checkpoint.config import read_json
 from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, RestoreError, listed
+from loratool.folding import pattern, ranged
 from loratool.formats import CONFIG
 from loratool.plan import DTYPES, Plan
 
@@ -94,8 +95,22 @@ def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
         **_published(adapter.source),
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
         "weight": weight,
+        "modules": _modules_of(adapter),
         "files": adapter_files(adapter),
     }
+
+
+def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
+    """What it adapts, modules that are alike but for the numbers in their paths taken together."""
+    groups: dict[Any, list[str]] = {}
+    for m in adapter.modules.values():
+        key = pattern(m.path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
+        groups.setdefault(key, []).append(m.path)
+    return [
+        {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
+         "scale": scale, **({"dora": True} if dora else {})}
+        for (_, kind, rank, alpha, scale, dora), paths in groups.items()
+    ]  # fmt: skip
 
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:

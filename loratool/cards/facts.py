@@ -112,7 +112,17 @@ def base_of(folder: Path) -> str | None:
 
 
 def _base(config: dict[str, Any], record: dict[str, Any]) -> str | None:
-    return hub_id(config.get("base_model_name_or_path")) or hub_id(part(record, "base").get("repo"))
+    used = part(record, "base")
+    known = hub_id(config.get("base_model_name_or_path")) or hub_id(used.get("repo"))
+    # A base that held adapters already is another model than the one they name.
+    named = [] if used.get("adapters") else bases_named(record)
+    return known or (named[0] if len(named) == 1 else None)
+
+
+def bases_named(record: dict[str, Any]) -> list[str]:
+    """The Hub ids by which the adapters of a record call their base."""
+    found = [entry.get("base_model_name_or_path") for entry in dicts(record.get("adapters"))]
+    return list(dict.fromkeys(filter(None, map(hub_id, found))))
 
 
 def hub_id(name: object) -> str | None:

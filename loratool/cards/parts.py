@@ -10,6 +10,7 @@ from typing import Any
 from loratool.adapter import Adapter, LowRank
 from loratool.cards.facts import (
     Facts,
+    bases_named,
     code,
     counted,
     dicts,
@@ -22,6 +23,7 @@ from loratool.cards.facts import (
     part,
     percent,
     span,
+    string,
     table,
     texts,
 )
@@ -144,12 +146,12 @@ def _bytes(model: Checkpoint) -> str:
 
 def _said_bases(facts: Facts) -> str:
     """What the adapters call their base, where the base that was taken has no id."""
-    found = [entry.get("base_model_name_or_path") for entry in dicts(facts.record.get("adapters"))]
-    ids = list(dict.fromkeys(filter(None, map(hub_id, found))))
-    if facts.base or not ids:
+    if hub_id(part(facts.record, "base").get("repo")):
         return ""
-    named = listed(list(map(link, ids)))
-    return f"The Hub id of the base is not recorded; the adapters name {named}. "
+    if facts.base:
+        return "That this is the base is what the adapters say. "
+    named = listed(list(map(link, bases_named(facts.record))))
+    return f"The Hub id of the base is not recorded; the adapters name {named}. " if named else ""
 
 
 # ------------------------------------------------------------------------------------ modules
@@ -179,7 +181,29 @@ def _modules(facts: Facts) -> str:
     changes = part(result, "config_changes")
     if changes:
         text += f" In `config.json` changed: {listed(list(map(code, changes)))}."
-    return text
+    inputs = _input_table(facts)
+    return f"{text}\n\n{inputs}" if inputs else text
+
+
+def _input_table(facts: Facts) -> str:
+    """The modules of the adapters that went into a model, by its record."""
+    entries = dicts(facts.record.get("removed" if facts.command == "unmerge" else "adapters"))
+    rows = []
+    for entry in entries:
+        name = hub_id(entry.get("repo")) or string(entry.get("name"))
+        for group in dicts(entry.get("modules")):
+            kind = string(group.get("kind")) + (", DoRA" if group.get("dora") else "")
+            numbers = [number(group.get(key)) for key in ("count", "rank", "alpha", "scale")]
+            cells = ["unknown" if n is None else f"{n:.4g}" for n in numbers]
+            rows.append([code(name), code(string(group.get("path"))), kind, *cells])
+    headings = ["adapter", "module", "kind", "count", "rank", "alpha", "scale"]
+    if len(entries) < 2:
+        headings, rows = headings[1:], [row[1:] for row in rows]
+    if not rows:
+        return ""
+    more = len(rows) - _MOST
+    text = table(headings, rows[:_MOST])
+    return f"{text}\n\nand {more} more kinds of module." if more > 0 else text
 
 
 def _module_table(adapter: Adapter) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from loratool.adapter import Notice
 from loratool.checkpoint.writer import explain
 from loratool.errors import FileError, explained_os_errors
-from loratool.licensing import README, Fate, card_of
+from loratool.inputs import check_paths
+from loratool.licensing import README, Fate, as_text, card_of
 from loratool.publishing import target_of
 
 
@@ -46,12 +47,13 @@ def card(path: str | Path, *, repo_id: str | None = None, dry_run: bool = False)
 
     Raises FileError, AdapterError and BaseError for what is neither an adapter nor a model.
     """
+    check_paths([path], [path], "loratool card PATH")
     folder = Path(path)
     if not folder.is_dir():
         raise FileError(f"{path}: no such directory.", "Give an adapter's or a model's directory.")
     target = folder / README
     with explained_os_errors():
-        text = target.read_bytes().decode("utf-8") if target.is_file() else None
+        text = as_text(target.read_bytes()) if target.is_file() else None
         repo = target_of(repo_id) if repo_id else None
         made, fate, notices = card_of(folder, text, repo)
     if not dry_run and fate != "kept":

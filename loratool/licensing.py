@@ -10,7 +10,7 @@ from loratool.adapter import Notice
 from loratool.cards.making import Licence, base_of, make_card
 from loratool.checkpoint.address import Address
 from loratool.checkpoint.answers import explained, progress_bars
-from loratool.errors import HubError, PushError
+from loratool.errors import FileError, HubError, PushError
 from loratool.publishing import Repository, Upload
 
 README = "README.md"
@@ -39,13 +39,21 @@ def card_upload(folder: Path, target: Repository) -> tuple[Upload, Fate, list[No
     own = folder / README
     text = None
     if own.is_file():
-        text = own.read_bytes().decode("utf-8")
+        text = as_text(own.read_bytes())
     elif README in target.files:
-        text = target.read(README).decode("utf-8")
+        text = as_text(target.read(README))
     card, fate, notices = card_of(folder, text, target.repo)
     _refuse_paths(card)
     data = card.encode()
     return Upload(README, data, len(data)), fate, notices
+
+
+def as_text(data: bytes) -> str:
+    """A card as text. Raises FileError for what is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{README} is not UTF-8 ({error}).", "Save it as UTF-8.") from None
 
 
 def _licence_of(base: str) -> tuple[Licence | None, str]:

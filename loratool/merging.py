@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Notice
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
+from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
 from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
@@ -155,7 +156,12 @@ def merge(
     files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
     check_output(target, files, overwrite)
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
-    repository = open_target(push, private, dry_run, None) if push is not None else None
+    repository = None
+    if push is not None:
+        origins = [origin_of(checkpoint.source), *(origin_of(a.source) for a in loras)]
+        if target_of(push) in [origin.repo for origin in origins if origin]:
+            raise UsageError(f"{push} is an input.", "Inputs are not written to; take another.")
+        repository = open_target(push, private, dry_run, None)
     side_files = side_files_of(checkpoint, loras)
     report = _report(plan, target, side_files, dry_run, reversible)
     report.kept = keep
@@ -206,6 +212,8 @@ def merge(
             if undo is not None:
                 record["undo"] = {"file": f"{FOLDER}/{UNDO}", "bytes": undo.nbytes}
             write_json(staged.path / PROVENANCE, record)
+            if shipment is not None:
+                shipment.settle()
             if keep:
                 staged.commit()
             if shipment is not None:
@@ -219,7 +227,7 @@ def merge(
 def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
     """Make the commit that brings the model to its place on the Hub."""
     try:
-        done = shipment.finish(folder)
+        done, notices = shipment.finish(folder)
     except HubError as error:
         if report.kept:
             hint = f"{error.hint} The merge itself is complete: {report.output}. Run it again with "
@@ -227,6 +235,7 @@ def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
         raise
     report.pushed, report.commit = done.url, done.commit
     report.resumed = shipment.resumed
+    report.warnings += notices
 
 
 def _check_output_options(

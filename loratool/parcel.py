@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,7 +21,8 @@ from loratool.inputs import refuse_not_finite
 
 #: Files that stay here: what tools, editors and systems leave behind.
 _LITTER = re.compile(
-    r"(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|__MACOSX|\.venv|\.idea|\.vscode)/"
+    r"(^|/)\.[^/]*\.loratool-[^/]*(/|$)"
+    r"|(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|__MACOSX|\.venv|\.idea|\.vscode)/"
     r"|(^|/)(\.DS_Store|Thumbs\.db|desktop\.ini|.*\.(lock|tmp|swp|pyc)|.*~)$"
 )
 #: Names of files that hold keys and passwords.
@@ -28,6 +30,7 @@ _SECRET_NAME = re.compile(
     r"(^|/)(\.env(\..+)?|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd|"
     r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
     r"(service[-_]?account|client[-_]?secrets?|credentials?|secrets?)([-_.].*)?|"
+    r"api[-_]?keys?(\..*)?|"
     r"(hf|api|access|auth|stored)?[-_.]?token(\.(txt|json))?)$",
     re.IGNORECASE,
 )
@@ -39,7 +42,6 @@ _SECRET_TEXT = re.compile(
 )
 #: Longer files are no notes or configs, in which somebody left a key.
 _LONGEST_TEXT = 1_000_000
-_TEXT = re.compile(r"\.(json|md|txt|ya?ml|toml|cfg|ini|py|sh|log|jinja|ipynb|csv|jsonl)$|^[^.]+$")
 #: Vocabularies are long lists of odd words.
 _VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
 
@@ -169,38 +171,49 @@ def _refuse_left_behind(parcel: Parcel) -> None:
 
 
 def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
-    found = []
+    found = {}
     for name in names:
         if _SECRET_NAME.search(name):
-            found.append(f"{name} (by its name)")
+            found[name] = "by its name"
         elif _holds_secret(folder.path / name, name):
-            found.append(f"{name} (it holds what looks like a key or a token)")
+            found[name] = "it holds what looks like a key or a token"
     if found:
         raise PushError(
-            f"{folder.path}: {len(found)} files look like secrets:\n{listed(found)}",
-            "Remove them, or leave them out: --exclude NAME. If one is none: --include NAME.",
+            f"{folder.path}: {len(found)} of its files look like secrets:\n{_reasons(found)}",
+            f"Remove them, or leave them out: {_options('--exclude', found)}. "
+            "What is no secret goes up with --include.",
         )
 
 
 def _holds_secret(path: Path, name: str) -> bool:
-    if _VOCABULARY.search(name) or not _TEXT.search(path.name.lower()):
+    if _VOCABULARY.search(name) or path.stat().st_size > _LONGEST_TEXT:
         return False
-    if path.stat().st_size > _LONGEST_TEXT:
-        return False
-    return _SECRET_TEXT.search(path.read_bytes()) is not None
+    data = path.read_bytes()
+    return b"\0" not in data and _SECRET_TEXT.search(data) is not None
 
 
 def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -> None:
     tops = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
-    found = []
+    found = {}
     for name in names:
         if _TRAINING.search(name):
-            found.append(f"{name} (of a training run)")
+            found[name] = "of a training run"
         elif _PICKLE.search(name) and name.rpartition("/")[0] in tops:
-            found.append(f"{name} (a pickle beside safetensors)")
+            found[name] = "a pickle beside safetensors"
     if found:
-        few = found[0].partition(" ")[0]
         raise PushError(
-            f"{folder.path}: {len(found)} files do not belong to what is pushed:\n{listed(found)}",
-            f"Leave them out: --exclude '{few}'. To push them all the same: --include '{few}'.",
+            f"{folder.path}: {len(found)} of its files do not belong to what is pushed:\n"
+            f"{_reasons(found)}",
+            f"Leave them out: {_options('--exclude', found)}. "
+            "To push them all the same, name them with --include.",
         )
+
+
+def _reasons(found: dict[str, str]) -> str:
+    return listed(f"{name} ({reason})" for name, reason in found.items())
+
+
+def _options(option: str, found: dict[str, str]) -> str:
+    """The option for every file, or for every folder with such files."""
+    tops = {name.partition("/")[0] + "/" if "/" in name else name for name in found}
+    return " ".join(f"{option} {shlex.quote(top)}" for top in sorted(tops))

@@ -7,57 +7,68 @@ the Hub has already.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from loratool.adapter import Notice
 from loratool.checkpoint.address import Address, parse
 from loratool.checkpoint.answers import LOGIN, explained, logged_in, progress_bars
 from loratool.checkpoint.hub import literal
-from loratool.errors import HubError, LoginError, UsageError
+from loratool.errors import HubError, LoginError, UsageError, listed
 from loratool.provenance import file_sha256
+
+#: Files up to this size, but for weights, are held from the look at them until they are sent.
+_HELD = 5_000_000
 
 
 @dataclass(frozen=True)
 class Upload:
     """A file to upload: its name in the repository, its content as a path or as bytes.
 
-    `sha256` is known for files of which it was taken, when their time of change was `mtime_ns`.
+    `sha256` is known for files on the disk; it was taken when they had `stamp` (size and time of
+    change in ns) at `path`.
     """
 
     name: str
     content: Path | bytes
     nbytes: int
     sha256: str = ""
-    mtime_ns: int = 0
+    path: Path | None = None
+    stamp: tuple[int, int] = (0, 0)
 
     @classmethod
     def of_file(cls, name: str, path: Path, sha256: str = "") -> Upload:
         """A file with its hash, taken now if it is not known."""
-        before = path.stat()
-        return cls(name, path, before.st_size, sha256 or file_sha256(path), before.st_mtime_ns)
+        found = path.stat()
+        stamp = found.st_size, found.st_mtime_ns
+        content: Path | bytes = path
+        if found.st_size <= _HELD and path.suffix != ".safetensors":
+            content = path.read_bytes()
+            sha256 = hashlib.sha256(content).hexdigest()
+        return cls(name, content, found.st_size, sha256 or file_sha256(path), path, stamp)
 
     @property
     def has_changed(self) -> bool:
         """Whether the file is not any more what the hash was taken of."""
-        if not isinstance(self.content, Path) or not self.sha256:
+        if self.path is None:
             return False
         try:
-            now = self.content.stat()
+            now = self.path.stat()
         except FileNotFoundError:
             return True
-        return (now.st_size, now.st_mtime_ns) != (self.nbytes, self.mtime_ns)
+        return (now.st_size, now.st_mtime_ns) != self.stamp
 
     def is_as(self, remote: str) -> bool:
         """Whether the Hub's hash of a file, sha256 or git's sha1, is that of this content."""
+        if len(remote) == 64 and self.sha256:
+            return remote == self.sha256
+        data = self.content.read_bytes() if isinstance(self.content, Path) else self.content
         if len(remote) == 64:
-            return remote == (self.sha256 or hashlib.sha256(self._bytes()).hexdigest())
-        data = self._bytes()
+            return remote == hashlib.sha256(data).hexdigest()
         return remote == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-    def _bytes(self) -> bytes:
-        return self.content.read_bytes() if isinstance(self.content, Path) else self.content
 
 
 @dataclass(frozen=True)
@@ -78,11 +89,13 @@ class Repository:
         self.address = Address(repo, revision)
         self.repo, self.revision = repo, revision
         self.api = HfApi()
-        #: The commit that `look` saw, "" where there is none yet, and the hash of its files.
+        #: What `look` saw: the commit, "" where there is none yet, and its files' hashes.
         self.head = ""
         self.files: dict[str, str] = {}
         self.exists = False
         self.private = False
+        #: The branch is not there; what was looked at is the main one, which it will start from.
+        self.new_branch = False
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -93,26 +106,29 @@ class Repository:
         """The hash of every file by name, sha256 or git's sha1; {} where there is nothing yet."""
         from huggingface_hub import errors
 
-        self.exists, self.head, self.files = False, "", {}
+        self.exists, self.head, self.files, self.new_branch = False, "", {}, False
         with self._talking():
             try:
-                self.private = bool(self.api.model_info(self.repo).private)
+                info = self._info(self.revision)
+            except errors.RevisionNotFoundError:
+                if self.revision == "main" or self.revision.startswith("refs/"):
+                    raise
+                self.new_branch = True
+                info = self._info("main")
             except errors.GatedRepoError:
                 raise
             except errors.RepositoryNotFoundError:
                 if not logged_in():
                     raise
                 return {}
-            self.exists = True
-            try:
-                info = self.api.model_info(self.repo, revision=self.revision, files_metadata=True)
-            except errors.RevisionNotFoundError:
-                return {}
-        self.head = str(info.sha)
+        self.exists, self.private, self.head = True, bool(info.private), str(info.sha)
         self.files = {
             f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or []
         }
         return self.files
+
+    def _info(self, revision: str) -> Any:
+        return self.api.model_info(self.repo, revision=revision, files_metadata=True)
 
     def read(self, name: str) -> bytes:
         """A file as it is at the commit that `look` saw."""
@@ -121,14 +137,20 @@ class Repository:
         return Path(path).read_bytes()
 
     def create(self, private: bool) -> None:
-        """Make the repository and the branch, where they are missing."""
-        with self._talking():
-            if not self.exists:
-                self.api.create_repo(self.repo, private=private or None, exist_ok=True)
-                self.exists, self.private = True, private
-            if self.revision != "main" and not self.revision.startswith("refs/"):
-                self.api.create_branch(self.repo, branch=self.revision, exist_ok=True)
-            self.head = str(self.api.model_info(self.repo, revision=self.revision).sha)
+        """Make the repository and the branch, where `look` found them missing.
+
+        Raises HubError for a repository that somebody else made since then.
+        """
+        if not self.exists:
+            with self._talking():
+                self.api.create_repo(self.repo, private=private or None)
+                self.head = str(self.api.model_info(self.repo).sha)
+            self.exists, self.private = True, private
+            self.new_branch = self.revision != "main"
+        if self.new_branch:
+            with self._talking():
+                self.api.create_branch(self.repo, branch=self.revision, revision=self.head)
+            self.new_branch = False
 
     def commit(
         self, uploads: Sequence[Upload], message: str, *, create_pr: bool = False,
@@ -150,10 +172,9 @@ class Repository:
         copies = [CommitOperationCopy(name, name, src_revision=source) for name in copied]
         branch = None if self.revision == "main" else self.revision
         with self._talking(), progress_bars(not quiet):
-            for add in adds:  # one after the other: what is up stays up if the next one fails
-                self.api.preupload_lfs_files(
-                    self.repo, [add], revision=branch, create_pr=create_pr, free_memory=False
-                )
+            self.api.preupload_lfs_files(
+                self.repo, adds, revision=branch, create_pr=create_pr, free_memory=False
+            )
         _refuse_changed(uploads)
         before = self.head
         try:
@@ -169,20 +190,23 @@ class Repository:
             return Committed(self.url, self.head)
         if done.pr_revision:
             self.revision = str(done.pr_revision)
-        if not self._holds(uploads, copied, source):
+        # A question that is not answered is no reason to doubt the answer before it.
+        if self._holds(uploads, copied, source) is False:
             raise HubError(
                 f"{self.repo}: the Hub did not take all files into the commit {done.oid}.",
                 "A .gitignore in the repository may forbid some; look at its files.",
             )
+        self.head = str(done.oid)
         return Committed(str(done.pr_url or self.url), self.head, str(done.pr_url or ""))
 
     def upload_many(
         self, folder: Path, uploads: Sequence[Upload], message: str, create_pr: bool
-    ) -> None:
+    ) -> str:
         """Upload very many files of a folder the library's resumable way, maybe in some commits.
 
-        A pull request that it opens becomes what this repository writes to.
+        Returns the URL of the pull request, which becomes what this repository writes to, or "".
         """
+        _refuse_changed(uploads)
         with self._talking(), progress_bars(True):
             done = self.api.upload_folder(
                 repo_id=self.repo, folder_path=folder, commit_message=message,
@@ -191,13 +215,22 @@ class Repository:
             )  # fmt: skip
             if done.pr_revision:
                 self.revision = str(done.pr_revision)
-            self.head = str(self.api.model_info(self.repo, revision=self.revision).sha)
-        _refuse_changed(uploads)
+        self.look()
+        changed = [u.name for u in uploads if u.has_changed or not u.is_as(self.files[u.name])]
+        if changed:
+            raise HubError(
+                f"{changed[0]} changed while it was uploaded; it went up as it was then.",
+                "Let what writes there finish; then push again.",
+            )
+        return str(done.pr_url or "")
 
-    def _holds(self, uploads: Sequence[Upload], copied: Sequence[str], source: str) -> bool:
-        """Whether the files are there now, by hash; `head` is the commit that was looked at."""
-        there = self.look()
-        staged = Repository(self.repo, source).look() if copied else {}
+    def _holds(self, uploads: Sequence[Upload], copied: Sequence[str], source: str) -> bool | None:
+        """Whether the files are there now, by hash; None if the Hub does not say."""
+        try:
+            there = self.look()
+            staged = Repository(self.repo, source).look() if copied else {}
+        except HubError:
+            return None
         return all(u.is_as(there.get(u.name, "")) for u in uploads) and all(
             there.get(name) == staged.get(name, "") for name in copied
         )
@@ -221,6 +254,23 @@ def _refuse_changed(uploads: Sequence[Upload]) -> None:
             f"{changed[0]} changed while it was uploaded. Nothing was committed.",
             "Let what writes there finish; then push again.",
         )
+
+
+def note_others(names: Iterable[str], there: Iterable[str]) -> list[Notice]:
+    """A warning where the repository keeps weights that are not among those that go up."""
+    own = set(names)
+    others = [
+        name
+        for name in there
+        if name not in own and name.endswith((".safetensors", ".bin", ".index.json"))
+    ]
+    if not others:
+        return []
+    text = (
+        f"The repository keeps {len(others)} other files of weights, which programs may load "
+        f"instead:\n{listed(others)}"
+    )
+    return [Notice("other-weights", text, others[0])]
 
 
 def target_of(repo_id: str) -> str:

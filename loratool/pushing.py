@@ -13,9 +13,10 @@ from typing import Any, Literal
 from loratool.adapter import Notice
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import PushError, UsageError, explained_os_errors, listed
+from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
 from loratool.parcel import Parcel, pack
-from loratool.publishing import Repository, Upload, open_target
+from loratool.publishing import Repository, Upload, note_others, open_target
 from loratool.threads import few
 
 #: More files than this are uploaded by the library's resumable upload, which may take several
@@ -109,6 +110,7 @@ def push(
     read. LoginError, HubError: what the Hub does not allow, or does not answer.
     """
     started = time.perf_counter()
+    check_paths([path], [path], "loratool push PATH REPO_ID")
     if create_pr and revision not in (None, "main"):
         raise UsageError(
             "--create-pr opens a pull request against main.", "Leave out one of the two."
@@ -134,7 +136,7 @@ def push(
         left_out=parcel.left_out,
         card=made,
         url=target.url,
-        warnings=[*parcel.notices, *said, *_note_others(parcel, uploads, there)],
+        warnings=[*parcel.notices, *said, *note_others([u.name for u in uploads], there)],
     )
     if not dry_run:
         _send(target, parcel, uploads, files, report, message, create_pr)
@@ -155,13 +157,15 @@ def _send(
     target.create(report.private)
     words = message or f"Upload {parcel.kind} with loratool"
     if len(wanted) > MANY:
-        rest = [u for u in wanted if isinstance(u.content, Path)]
-        target.upload_many(parcel.folder.path, rest, words, create_pr)
-        wanted = [u for u in wanted if not isinstance(u.content, Path)]
+        rest = [u for u in wanted if u.path is not None]
+        report.pull_request = target.upload_many(parcel.folder.path, rest, words, create_pr)
+        wanted = [u for u in wanted if u.path is None]
         create_pr = False  # it is open by now, and is what `target` writes to
     if wanted:
-        done = target.commit(wanted, words, create_pr=create_pr)
-        report.url, report.pull_request = done.url, done.pull_request
+        report.pull_request = target.commit(wanted, words, create_pr=create_pr).pull_request or (
+            report.pull_request
+        )
+    report.url = report.pull_request or target.url
     report.commit = target.head
 
 
@@ -189,20 +193,3 @@ def _state(upload: Upload, there: dict[str, str]) -> Literal["new", "changed", "
     if upload.name not in there:
         return "new"
     return "there" if upload.is_as(there[upload.name]) else "changed"
-
-
-def _note_others(parcel: Parcel, uploads: list[Upload], there: dict[str, str]) -> list[Notice]:
-    """A warning where the repository keeps weights that are not among those pushed."""
-    names = {u.name for u in uploads}
-    others = [
-        name
-        for name in there
-        if name not in names and name.endswith((".safetensors", ".bin", ".index.json"))
-    ]
-    if not others:
-        return []
-    text = (
-        f"The repository keeps {len(others)} other files of weights, which programs may load "
-        f"instead:\n{listed(others)}"
-    )
-    return [Notice("other-weights", text, others[0])]

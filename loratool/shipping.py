@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from loratool.adapter import Notice
 from loratool.checkpoint.folder import origin_of
 from loratool.errors import HubError, explained_os_errors
 from loratool.executor import Written, header_of
@@ -24,7 +25,7 @@ from loratool.licensing import card_upload
 from loratool.pairing import check_shard
 from loratool.plan import Plan
 from loratool.provenance import describe_adapter, describe_model, versions
-from loratool.publishing import Committed, Repository, Upload
+from loratool.publishing import Committed, Repository, Upload, note_others
 from loratool.rounding import Counts
 
 #: On the branch: what is known of the shards there.
@@ -58,15 +59,14 @@ class Shipment:
 
     def __enter__(self) -> Shipment:
         there = self._branch.look()
-        if not there:
+        if self._branch.new_branch:
             self._branch.create(self._target.private)
-            there = self._branch.look()
-        if JOURNAL in there:
-            self._journal = json.loads(self._branch.read(JOURNAL))
+        elif JOURNAL in there:
+            self._journal = _entries(self._branch.read(JOURNAL))
         self._staged = {
             name: there[name]
             for name, entry in self._journal.items()
-            if name in self._plan.shards and there.get(name) == entry.get("sha256")
+            if name in self._plan.shards and there.get(name) == entry["sha256"]
         }
         return self
 
@@ -78,6 +78,8 @@ class Shipment:
     ) -> None:
         for pool in (self._uploader, self._downloader):
             pool.shutdown(wait=error is None, cancel_futures=True)
+        if not self._keep:
+            self._plan.base.folder.let_go({n for names in self._inputs.values() for n in names})
 
     def fetch(self, shard: str) -> Written | None:
         if not self._keep and shard in self._staged:
@@ -108,21 +110,30 @@ class Shipment:
         entry = {"sha256": upload.sha256, **written.counts.__dict__}
         self._uploads.append(self._uploader.submit(self._send, upload, entry))
 
-    def finish(self, folder: Path) -> Committed:
-        """Bring the model in `folder` to the target in one commit, and drop the branch."""
+    def settle(self) -> None:
+        """Wait until every shard is on the branch."""
         for done in self._uploads:
             done.result()
+
+    def finish(self, folder: Path) -> tuple[Committed, list[Notice]]:
+        """Bring the model in `folder` to the target in one commit, and drop the branch.
+
+        To be called once `settle` was; `folder` may have another place by now.
+        """
         shards = list(self._plan.shards)
         with explained_os_errors():
             uploads = _small_files(folder, shards)
             self._target.look()
-            card, _, _ = card_upload(folder, self._target)
+            card, _, notices = card_upload(folder, self._target)
+            uploads.append(card)
+            names = [*shards, *(upload.name for upload in uploads)]
+            notices += note_others(names, self._target.files)
         committed = self._target.commit(
-            [*uploads, card], MESSAGE, copied=shards, source=self._branch.revision
+            uploads, MESSAGE, copied=shards, source=self._branch.revision
         )
         with suppress(HubError):  # an old branch does no harm; the model is where it should be
             self._branch.drop()
-        return committed
+        return committed, notices
 
     def _send(self, upload: Upload, entry: dict[str, Any]) -> None:
         self._journal[upload.name] = entry
@@ -150,6 +161,19 @@ class Shipment:
             fetch: Callable[[Sequence[str]], None] = self._plan.base.folder.fetch
             self._downloads[shard] = self._downloader.submit(fetch, self._inputs[shard])
         return self._downloads[shard]
+
+
+def _entries(data: bytes) -> dict[str, dict[str, Any]]:
+    """The journal as it should be; what is not as this version writes it counts for nothing."""
+    try:
+        document = dict(json.loads(data))
+        return {
+            name: {**Counts(**{k: v for k, v in entry.items() if k != "sha256"}).__dict__,
+                   "sha256": str(entry["sha256"])}
+            for name, entry in document.items()
+        }  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def _files(plan: Plan, shard: str) -> list[str]:

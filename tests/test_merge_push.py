@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ LARGE = 120_000
 
 FETCH = """
 from huggingface_hub import snapshot_download
-found = snapshot_download(sys.argv[1], allow_patterns=json.loads(sys.argv[2]))
-print(json.dumps(found))
+from huggingface_hub.utils import disable_progress_bars
+disable_progress_bars()
+snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:])
+print("null")
 """
 
 
@@ -101,7 +104,16 @@ def local(stock: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def through(hub: HubServer, home: Path, repo: str, *options: object, **more: Any) -> Done:
     """Merge from Hub to Hub."""
+    # `python -m` looks for modules in its directory, which must not be HF_HOME.
+    more.setdefault("cwd", home.parent)
     return run(hub, home, *INPUTS, "--push", repo, "--no-keep", *options, **more)
+
+
+def cached(hub: HubServer, home: Path, name: str, *patterns: str) -> Path:
+    """Have files of a repository in the cache; gives their folder there."""
+    call(hub, home, FETCH, name, *patterns)
+    folder = f"models--{name.replace('/', '--')}"
+    return home / "hub" / folder / "snapshots" / hub.commits(name)[0].id
 
 
 def own_commits(hub: HubServer, repo: str) -> list[Any]:
@@ -205,7 +217,7 @@ def test_what_was_cached_before_stays(hub: HubServer, home: Path, repo: str, bas
     """Shards that lay in the cache are used and left; those of this run go. Also where another
     snapshot of the base has them, with which the cache shares its content."""
     hub.add("org/moving", dict(paths(base)))
-    old = Path(call(hub, home, FETCH, "org/moving", json.dumps(["*-00002-*", "*-00005-*"])))
+    old = cached(hub, home, "org/moving", "*-00002-*", "*-00005-*")
     before = contents(old)
     assert len(before) == 2
     hub.add("org/moving", {"README.md": "A later commit.\n"})
@@ -220,7 +232,7 @@ def test_what_was_cached_before_stays(hub: HubServer, home: Path, repo: str, bas
 
 def test_a_whole_base_in_the_cache_stays(hub: HubServer, home: Path, repo: str) -> None:
     """The plain case: nothing is downloaded, nothing is removed."""
-    old = Path(call(hub, home, FETCH, "org/base", json.dumps(["*"])))
+    old = cached(hub, home, "org/base", "*")
     before = contents(old)
     hub.clear()
     through(hub, home, repo)
@@ -248,6 +260,9 @@ def test_kept_and_pushed(
     nothing is uploaded, and no commit is made."""
     hub.add(repo, {"README.md": "---\ntags: [mine]\n---\nWords of a person.\n"})
     hub.on("^/upload/", lambda: hub.add(repo, {"notes.txt": "meanwhile"}))
+    for _ in range(COUNT - 2):
+        hub.on("^/upload/", lambda: None)
+    hub.on("^/upload/", lambda: time.sleep(1))  # the last one is on its way for long
     out = tmp_path / "out"
     done = run(hub, home, *INPUTS, "-o", out, "--push", repo)
     assert f"{hub.url}/{repo}" in done.out.splitlines()[-1]
@@ -379,7 +394,7 @@ def stopped(
     home.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, "-m", "loratool", *map(str, command)]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    child.append(subprocess.Popen(line, env=hub.environment(home), cwd=home, **streams))
+    child.append(subprocess.Popen(line, env=hub.environment(home), cwd=home.parent, **streams))
     _, errors = child[0].communicate(timeout=120)
     return child[0].returncode, errors
 
@@ -398,16 +413,16 @@ def test_stopped_and_run_again(
         assert not (home / "loratool").exists()
     assert own_commits(hub, repo) == []
     assert len(staging(hub, repo)) == 1
-    cached = len(weights_in(home / "hub"))
+    before = len(weights_in(home / "hub"))
     hub.clear()
     report = through(hub, home, repo, "--json").json
     assert report["resumed"] == SHARDS[:3]
-    assert puts(hub) == COUNT - 3
+    assert puts(hub) in (COUNT - 3, COUNT - 4)  # the fourth may have come through
     assert not set(SHARDS[:3]) & set(fetched(hub))
     assert_pushed(hub, repo, local)
-    assert not (home / "loratool").exists()
+    assert list((home / "loratool").glob("*")) == []
     # What the first run had downloaded for shards to come may stay; it is not much.
-    assert len(weights_in(home)) <= cached <= 2
+    assert len(weights_in(home)) <= before <= 2
 
 
 def test_stopped_and_run_again_on_another_machine(
@@ -421,7 +436,7 @@ def test_stopped_and_run_again_on_another_machine(
     assert beside(out) == []
     hub.clear()
     run(hub, tmp_path / "other", *INPUTS, "-o", out, "--push", repo)
-    assert puts(hub) == COUNT - 5
+    assert puts(hub) in (COUNT - 5, COUNT - 6)
     kept = contents(out)
     kept.pop("README.md", None)
     assert kept == local
@@ -435,7 +450,7 @@ def test_other_merges_do_not_resume_from_each_other(
 
     Each is what its own options say, and the first goes on where it was: nothing of it is
     downloaded or uploaded again."""
-    call(hub, home, FETCH, "org/base", json.dumps(["*"]))
+    cached(hub, home, "org/base", "*")
     hub.fail("/commit/main", 500)
     done = through(hub, home, repo, code=1)
     assert "500" in done.err

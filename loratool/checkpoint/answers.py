@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,6 +115,11 @@ def _answer(error: Any, address: Address, writing: bool) -> HubError:
             f"The Hub does not let this login {verb} {address.repo}{_said(error)}.",
             f"Use a token that may {verb} there: {LOGIN}",
         )
+    if status == 409:
+        return HubError(
+            f"Somebody else made {address.repo}, or wrote to it, meanwhile{_said(error)}.",
+            "Look at what is there now, and run the command again.",
+        )
     if status == 412:
         return HubError(
             f"Somebody else committed to {address.repo} meanwhile. Nothing was committed.",
@@ -143,20 +149,38 @@ def _said(error: Exception) -> str:
     return f" ({str(message).strip().rstrip('.')})" if message else ""
 
 
+_quiet = 0
+_switching = threading.Lock()
+
+
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Let the library show its bars, on a terminal alone and if the user lets it."""
+    """Let the library show its bars, on a terminal alone and if the user lets it.
+
+    Its switch is one for all threads; they stay off while any thread wants them off.
+    """
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if (shown and sys.stderr.isatty()) or are_progress_bars_disabled():
+    global _quiet
+    if shown and sys.stderr.isatty():
         yield
         return
-    disable_progress_bars()
+    with _switching:
+        if _quiet or not are_progress_bars_disabled():  # else: the user has switched them off
+            _quiet += 1
+            disable_progress_bars()
+            counted = True
+        else:
+            counted = False
     try:
         yield
     finally:
-        enable_progress_bars()
+        if counted:
+            with _switching:
+                _quiet -= 1
+                if not _quiet:
+                    enable_progress_bars()

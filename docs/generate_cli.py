@@ -28,6 +28,7 @@ def cli_reference() -> str:
         "| 1 | failed: the error says what, where and what to do; `verify`: no telling |\n"
         "| 2 | wrong usage |\n"
         "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal` |\n"
+        "| 4 | the Hub wants a login, or another one: `hf auth login` |\n"
         "| 130 | interrupted; no unfinished output is left behind |\n"
     )
     return "\n".join(parts)

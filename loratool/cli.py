@@ -99,7 +99,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             error.show()
             code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; no unfinished output is left behind", err=True)
+        left = "no unfinished output is left behind"
+        if arguments[:1] == ["push"] or "--push" in arguments:
+            left = "the main branch is as it was; the same command goes on from here"
+        click.echo(f"interrupted; {left}", err=True)
         code = _INTERRUPTED
     except ReaderGone:
         _keep_quiet()

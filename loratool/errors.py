@@ -22,7 +22,8 @@ def shown(text: object) -> str:
     """A path or a text with paths as people should see it."""
     result = str(text)
     for path, name in _KNOWN_AS.items():
-        result = result.replace(path, name)
+        inside = name if "://" in name else f"hf://{name}"
+        result = result.replace(f"{path}/", f"{inside}/").replace(path, name)
     return result
 
 

@@ -20,6 +20,7 @@ from loratool.checkpoint.layout import Layout
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.formats import read_adapter
+from loratool.inputs import check_paths
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match
 from loratool.selection import selected
@@ -169,6 +170,7 @@ def inspect(
     Norms and singular values are computed in float64 from the r × r core, never from the dense
     product. No torch is imported.
     """
+    check_paths([source], [source], "loratool inspect SOURCE")
     with explained_os_errors():
         adapter = read_adapter(source)
         if spectrum or norms or adapter.nbytes <= SMALL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from loratool.adapter import Notice
 from loratool.cards.making import Licence, base_of, make_card
 from loratool.checkpoint.address import Address
 from loratool.checkpoint.answers import explained, progress_bars
-from loratool.errors import FileError, HubError, PushError
+from loratool.errors import FileError, LoraToolError, PushError
 from loratool.publishing import Repository, Upload
 
 README = "README.md"
@@ -24,28 +25,45 @@ def card_of(folder: Path, text: str | None, repo_id: str | None) -> tuple[str, F
     `text` is the card that is there already. The licence is looked up on the Hub.
     """
     base = base_of(folder)
-    licence, why = _licence_of(base) if base else (None, "it is not known where its base is")
+    licence, why = _licence_of(base) if base else (None, "")
     card = make_card(folder, text, repo_id=repo_id, licence=licence)
     fate: Fate = "made" if text is None else "kept" if card == text else "completed"
     notices = []
     if licence is None and not _names_licence(card):
-        words = f"The card names no licence: {why}. Add `license:` to its first lines."
+        words = f"The card names no licence{f': {why}' if why else ''}. Add `license:` to its YAML"
+        words += " (`loratool card` writes it here)." if repo_id else "."
         notices.append(Notice("licence-unknown", words, README))
     return card, fate, notices
 
 
-def card_upload(folder: Path, target: Repository) -> tuple[Upload, Fate, list[Notice]]:
-    """README.md as it goes up: of the folder, else of the repository, completed; or a new one."""
-    own = folder / README
-    text = None
-    if own.is_file():
-        text = as_text(own.read_bytes())
-    elif README in target.files:
-        text = as_text(target.read(README))
+def card_upload(
+    folder: Path, target: Repository, files: Sequence[str] = (), chosen: bool = False
+) -> tuple[Upload, Fate, list[Notice]]:
+    """README.md as it goes up: of the folder or of the repository, completed; or a new one.
+
+    `files` of the folder go up. Raises PushError where both have one and it was not the same
+    words that were completed, but for `chosen`: then the folder's goes up.
+    """
+    own = as_text((folder / README).read_bytes()) if README in files else None
+    there = as_text(target.read(README)) if README in target.files else None
+    text = there if own is None else own
     card, fate, notices = card_of(folder, text, target.repo)
+    if own is not None and there is not None and not chosen:
+        theirs, _, _ = card_of(folder, there, target.repo)
+        if _lines(theirs) != _lines(card):
+            raise PushError(
+                f"{README} in {folder} says something else than the one in {target.repo}.",
+                f"--include {README} sends the one here, --exclude {README} keeps the one there.",
+            )
+        card, fate = theirs, "kept" if theirs == there else "completed"
     _refuse_paths(card)
     data = card.encode()
     return Upload(README, data, len(data)), fate, notices
+
+
+def _lines(text: str) -> list[str]:
+    """What a card says, whatever the order of its YAML."""
+    return sorted(line.rstrip() for line in text.splitlines())
 
 
 def as_text(data: bytes) -> str:
@@ -58,19 +76,19 @@ def as_text(data: bytes) -> str:
 
 def _licence_of(base: str) -> tuple[Licence | None, str]:
     """What the base's card on the Hub says, or why that is not known."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, constants
 
     try:
         with explained(Address(base)), progress_bars(False):
             data: Any = ModelCard.load(base).data
-    except HubError:
+    except LoraToolError:
         return None, f"the card of {base} could not be read"
-    except Exception:  # no card, or one that the library cannot read
-        return None, f"{base} has no card that could be read"
-    if not data.license:
+    if not isinstance(data.license, str):
         return None, f"the card of {base} names none"
     name, link = data.get("license_name"), data.get("license_link")
-    return Licence(str(data.license), name, link), ""
+    if link and not re.match(r"https?://", str(link)):  # a file beside the base's card
+        link = f"{constants.ENDPOINT}/{base}/blob/main/{link}"
+    return Licence(data.license, name, link), ""
 
 
 def _refuse_paths(card: str) -> None:

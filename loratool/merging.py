@@ -17,7 +17,7 @@ from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
 from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
-from loratool.errors import HubError, UsageError, explained_os_errors
+from loratool.errors import HubError, OutputError, UsageError, explained_os_errors, shown
 from loratool.formats import read_lora
 from loratool.inputs import (
     as_list,
@@ -38,7 +38,7 @@ from loratool.output import (
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe, file_sha256, write_json
-from loratool.publishing import open_target, target_of
+from loratool.publishing import Repository, open_target, refuse_mixture, target_of
 
 if TYPE_CHECKING:
     from loratool.recording import Recorder
@@ -80,6 +80,8 @@ class MergeReport:
     #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
     pushed: str = ""
     commit: str = ""
+    created: bool = False
+    private: bool = False
     #: Shards that an earlier run had uploaded.
     resumed: list[str] = field(default_factory=list)
     kept: bool = True
@@ -162,6 +164,7 @@ def merge(
         if target_of(push) in [origin.repo for origin in origins if origin]:
             raise UsageError(f"{push} is an input.", "Inputs are not written to; take another.")
         repository = open_target(push, private, dry_run, None)
+        _check_target(plan, repository, private, overwrite)
     side_files = side_files_of(checkpoint, loras)
     report = _report(plan, target, side_files, dry_run, reversible)
     report.kept = keep
@@ -181,6 +184,11 @@ def merge(
             checkpoint.fetch()
             _note_undo(report, plan, undo_bytes(plan))
         return report
+    if repository is not None:
+        report.created = not repository.exists
+        repository.create(private)  # before anything large is downloaded: may it be written to?
+        report.private = repository.private
+    side_files.fetch()
     if keep:
         checkpoint.fetch()
     refuse_full_disk(report.bytes_needed, target)
@@ -190,7 +198,6 @@ def merge(
             if repository is not None:
                 from loratool.shipping import Shipment
 
-                repository.create(private)
                 shipment = Shipment(plan, staged.path, repository, keep, threads)
                 stack.enter_context(shipment)
             with _recorder(plan, staged.path, side_files) if reversible else nullcontext() as undo:
@@ -224,6 +231,28 @@ def merge(
     return report
 
 
+def _check_target(plan: Plan, target: Repository, private: bool, overwrite: bool) -> None:
+    """Refuse, before anything is computed, what must not or could not be used there."""
+    weights = [name for name in target.files if name.endswith((".safetensors", ".bin"))]
+    if weights and not overwrite:
+        raise OutputError(
+            f"{target.repo} holds weights already: {weights[0]}.",
+            "Choose another repository, or replace what is there: --overwrite.",
+        )
+    index = [INDEX] if list(plan.shards) != ["model.safetensors"] else []
+    refuse_mixture([*plan.shards, "config.json", *index], target)
+    hidden = [f.path for f in (plan.base.folder, *(a.folder for a in plan.adapters)) if f.private]
+    if not hidden:
+        return
+    text = f"{shown(hidden[0])} is private, and {target.repo} "
+    if not (target.exists or private):
+        raise UsageError(
+            f"{text}would be public.", "Give --private; or create it first, if it is to be public."
+        )
+    if not target.private and not private:
+        plan.notices.append(Notice("private-input", f"{text}is public.", target.repo))
+
+
 def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
     """Make the commit that brings the model to its place on the Hub."""
     try:
@@ -246,7 +275,9 @@ def _check_output_options(
     if push is None and private:
         raise UsageError("--private goes with --push.", "Leave it out, or give --push REPO.")
     if output is None and keep:
-        raise UsageError("No output given.", "Say where to write: --output OUT, or -o OUT.")
+        hint = "Say where to write: --output OUT, or -o OUT"
+        more = "; or keep nothing here: --no-keep." if push is not None else "."
+        raise UsageError("No output given.", hint + more)
     if output is not None and not keep:
         raise UsageError("--no-keep leaves nothing here.", "Leave out -o, or --no-keep.")
     if reversible and not keep:
@@ -260,7 +291,7 @@ def _workplace(repo: str) -> Path:
     """Where shards are made that are not kept: beside the download cache, where there is room."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "loratool" / target_of(repo).replace("/", "--")
+    return Path(constants.HF_HUB_CACHE).parent / "loratool" / target_of(repo).replace("/", "--")
 
 
 def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
@@ -268,7 +299,9 @@ def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
     from loratool.recording import Recorder
 
     base = plan.base
-    own = side_files_of(base).copied
+    beside = side_files_of(base)
+    beside.fetch()
+    own = beside.copied
     kept = {
         name: path.read_bytes()
         for name, path in own.items()

@@ -7,12 +7,13 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from loratool.adapter import Notice
+from loratool.adapter import Adapter, Notice
+from loratool.checkpoint.address import parse
 from loratool.checkpoint.base import open_checkpoint
-from loratool.checkpoint.config import read_json
 from loratool.checkpoint.folder import Folder
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
@@ -30,7 +31,7 @@ _SECRET_NAME = re.compile(
     r"(^|/)(\.env(\..+)?|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd|"
     r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
     r"(service[-_]?account|client[-_]?secrets?|credentials?|secrets?)([-_.].*)?|"
-    r"api[-_]?keys?(\..*)?|"
+    r"api[-_]?keys?(\..*)?|kaggle\.json|"
     r"(hf|api|access|auth|stored)?[-_.]?token(\.(txt|json))?)$",
     re.IGNORECASE,
 )
@@ -38,18 +39,21 @@ _SECRET_NAME = re.compile(
 _SECRET_TEXT = re.compile(
     rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{50,}|"
     rb"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[0-9A-Za-z-]{20,}|"
+    rb"\b(?:[A-Z]+_)*(?:API_KEY|TOKEN|SECRET|PASSWORD)\s*=\s*[\"']?[A-Za-z0-9_-]{20,}|"
     rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAIza[0-9A-Za-z_-]{35}\b"
 )
 #: Longer files are no notes or configs, in which somebody left a key.
-_LONGEST_TEXT = 1_000_000
+_LONGEST_TEXT = 50_000_000
+#: A file without a zero byte in so many bytes is a text.
+_BEGINNING = 8_192
 #: Vocabularies are long lists of odd words.
 _VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
 
 #: What a training run needs to go on, and nobody else.
 _TRAINING = re.compile(
     r"(^|/)(optimizer.*|optim_states.*|scheduler\.(pt|bin)|scaler\.pt|rng_state.*|random_states.*|"
-    r"training_args\.bin|.*\.distcp|.*_optim_states\.pt|.*_model_states\.pt)$"
-    r"|(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb)/"
+    r"training_args\.bin|events\.out\.tfevents.*|.*\.distcp|.*_optim_states\.pt|.*_model_states\.pt)$"
+    r"|(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
 _UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
@@ -63,9 +67,11 @@ class Parcel:
     kind: Literal["adapter", "model"]
     files: list[str]
     left_out: list[str]
+    #: Files without which it cannot be loaded.
+    needed: set[str] = field(default_factory=set)
     notices: list[Notice] = field(default_factory=list)
 
-    @property
+    @cached_property
     def recorded(self) -> dict[str, str]:
         """The sha256 of the weights by name, as loratool.json has them; {} without one."""
         if not self.folder.has(PROVENANCE):
@@ -91,8 +97,9 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     files: list[str] = []
     left_out: list[str] = []
     for name in folder.names():
-        stays = name.endswith("/") or _LITTER.search(name) or _matches(name, exclude)
-        (left_out if stays and not _matches(name, include) else files).append(name)
+        stays = _LITTER.search(name) or _matches(name, exclude)
+        stays = name.endswith("/") or (stays and not _matches(name, include))
+        (left_out if stays else files).append(name)
     for pattern in (*include, *exclude):
         if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
             raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
@@ -112,8 +119,15 @@ def _open(path: Path) -> Folder:
             "Run the command again, and push its output.",
         )
     if path.is_file():
-        raise PushError(f"{path}: a file.", f"Give the directory: {path.parent}.")
+        raise PushError(f"{path}: a file.", f"Give its directory, {path.absolute().parent}.")
     if not path.is_dir():
+        address = parse(str(path))
+        if address is not None and not path.parent.is_dir():
+            raise FileError(
+                f"{path}: no such directory.",
+                f"push takes a directory on this disk; {address} can be downloaded: "
+                f"hf download {address.repo} --local-dir DIR.",
+            )
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings)
         raise FileError(
@@ -143,12 +157,15 @@ def _refuse_incomplete(parcel: Parcel) -> None:
             )
         if adapter.format == "peft":
             refuse_not_finite(adapter)
-        parcel.notices += adapter.notices
+        parcel.needed = {str(adapter.weights.relative_to(path)), CONFIG}
+        parcel.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:
-            open_checkpoint(path)
+            model = open_checkpoint(path)
         except FileError as error:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
+        indices = {name for name in parcel.files if name.endswith(".index.json")}
+        parcel.needed = {*(file.name for file in model.files), "config.json", *indices}
     gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
     if gone:
         raise PushError(
@@ -157,13 +174,20 @@ def _refuse_incomplete(parcel: Parcel) -> None:
         )
 
 
+def _note_local_base(adapter: Adapter) -> list[Notice]:
+    base = adapter.config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not re.match(r"[/\\~.]|[A-Za-z]:[/\\]", base):
+        return []
+    text = (
+        f"{CONFIG} names the base by a path, {base!r}: nobody else can load it. Write the id that "
+        "it has on the Hub."
+    )
+    return [Notice("local-base", text, CONFIG)]
+
+
 def _refuse_left_behind(parcel: Parcel) -> None:
     """Raise where `exclude` took what the rest does not work without."""
-    needed = {*parcel.recorded, CONFIG, "config.json", *WEIGHT_NAMES[:1]}
-    index = "model.safetensors.index.json"
-    if parcel.folder.has(index):
-        needed |= {index, *read_json(parcel.folder.path / index).get("weight_map", {}).values()}
-    lost = sorted(needed & set(parcel.left_out))
+    lost = sorted((parcel.needed | parcel.recorded.keys()) & set(parcel.left_out))
     if lost:
         raise UsageError(
             f"Without {lost[0]} the {parcel.kind} cannot be loaded.", "Do not exclude it."
@@ -186,10 +210,11 @@ def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
 
 
 def _holds_secret(path: Path, name: str) -> bool:
-    if _VOCABULARY.search(name) or path.stat().st_size > _LONGEST_TEXT:
+    weights = name.endswith((".safetensors", ".gguf")) or _PICKLE.search(name)
+    if weights or _VOCABULARY.search(name) or path.stat().st_size > _LONGEST_TEXT:
         return False
     data = path.read_bytes()
-    return b"\0" not in data and _SECRET_TEXT.search(data) is not None
+    return b"\0" not in data[:_BEGINNING] and _SECRET_TEXT.search(data) is not None
 
 
 def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -> None:

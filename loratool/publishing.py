@@ -7,17 +7,18 @@ the Hub has already.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Notice
 from loratool.checkpoint.address import Address, parse
-from loratool.checkpoint.answers import LOGIN, explained, logged_in, progress_bars
+from loratool.checkpoint.answers import LOGIN, explained, interruptible, logged_in, progress_bars
 from loratool.checkpoint.hub import literal
-from loratool.errors import HubError, LoginError, UsageError, listed
+from loratool.errors import HubError, LoginError, PushError, UsageError, listed
 from loratool.provenance import file_sha256
 
 #: Files up to this size, but for weights, are held from the look at them until they are sent.
@@ -142,10 +143,12 @@ class Repository:
         Raises HubError for a repository that somebody else made since then.
         """
         if not self.exists:
+            if self.revision.startswith("refs/"):
+                raise HubError(f"{self.repo} is not there, so it has no {self.revision}.", "")
             with self._talking():
                 self.api.create_repo(self.repo, private=private or None)
-                self.head = str(self.api.model_info(self.repo).sha)
-            self.exists, self.private = True, private
+                info = self.api.model_info(self.repo)
+            self.exists, self.private, self.head = True, bool(info.private), str(info.sha)
             self.new_branch = self.revision != "main"
         if self.new_branch:
             with self._talking():
@@ -154,12 +157,12 @@ class Repository:
 
     def commit(
         self, uploads: Sequence[Upload], message: str, *, create_pr: bool = False,
-        copied: Sequence[str] = (), source: str = "", quiet: bool = False,
+        copied: Mapping[str, str] | None = None, source: str = "", quiet: bool = False,
     ) -> Committed:  # fmt: skip
         """Upload files, then make one commit of them all, on top of what `look` saw.
 
-        `copied` names files that the revision `source` of the same repository has already. With
-        `quiet` the library shows no bars.
+        `copied` are files, with their hashes, that the commit `source` of the same repository has.
+        With `quiet` the library shows no bars.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
@@ -169,12 +172,16 @@ class Repository:
             if upload.sha256:
                 add.upload_info.sha256 = bytes.fromhex(upload.sha256)
             adds.append(add)
+        copied = copied or {}
         copies = [CommitOperationCopy(name, name, src_revision=source) for name in copied]
         branch = None if self.revision == "main" else self.revision
         with self._talking(), progress_bars(not quiet):
-            self.api.preupload_lfs_files(
-                self.repo, adds, revision=branch, create_pr=create_pr, free_memory=False
-            )
+            interruptible(
+                partial(
+                    self.api.preupload_lfs_files, self.repo, adds,
+                    revision=branch, create_pr=create_pr, free_memory=False,
+                )
+            )  # fmt: skip
         _refuse_changed(uploads)
         before = self.head
         try:
@@ -185,54 +192,50 @@ class Repository:
                 )  # fmt: skip
         except HubError:
             # The answer may be what got lost, not the commit.
-            if create_pr or not self._holds(uploads, copied, source) or self.head == before:
+            if create_pr or not self._holds(uploads, copied) or self.head == before:
                 raise
             return Committed(self.url, self.head)
         if done.pr_revision:
             self.revision = str(done.pr_revision)
         # A question that is not answered is no reason to doubt the answer before it.
-        if self._holds(uploads, copied, source) is False:
+        if self._holds(uploads, copied) is False:
             raise HubError(
-                f"{self.repo}: the Hub did not take all files into the commit {done.oid}.",
-                "A .gitignore in the repository may forbid some; look at its files.",
+                f"{self.repo}: the commit {done.oid} does not hold what was sent.",
+                "A .gitignore in the repository may forbid some files, or somebody else committed "
+                "right after it; look at its files.",
             )
         self.head = str(done.oid)
         return Committed(str(done.pr_url or self.url), self.head, str(done.pr_url or ""))
 
-    def upload_many(
-        self, folder: Path, uploads: Sequence[Upload], message: str, create_pr: bool
-    ) -> str:
-        """Upload very many files of a folder the library's resumable way, maybe in some commits.
-
-        Returns the URL of the pull request, which becomes what this repository writes to, or "".
-        """
+    def upload_many(self, folder: Path, uploads: Sequence[Upload], message: str) -> None:
+        """Upload very many files of a folder the library's resumable way, in several commits."""
         _refuse_changed(uploads)
+        if self.new_branch:
+            self.create(self.private)
         with self._talking(), progress_bars(True):
-            done = self.api.upload_folder(
+            upload = partial(
+                self.api.upload_folder,
                 repo_id=self.repo, folder_path=folder, commit_message=message,
-                revision=None if self.revision == "main" else self.revision, create_pr=create_pr,
-                allow_patterns=[literal(upload.name) for upload in uploads],
+                revision=self.revision, allow_patterns=[literal(u.name) for u in uploads],
             )  # fmt: skip
-            if done.pr_revision:
-                self.revision = str(done.pr_revision)
-        self.look()
-        changed = [u.name for u in uploads if u.has_changed or not u.is_as(self.files[u.name])]
-        if changed:
+            interruptible(upload)
+        there = self.look()
+        wrong = [u.name for u in uploads if not u.is_as(there.get(u.name, ""))]
+        if wrong:
             raise HubError(
-                f"{changed[0]} changed while it was uploaded; it went up as it was then.",
+                f"{wrong[0]} changed while it was uploaded. Nothing was committed to the main "
+                "branch.",
                 "Let what writes there finish; then push again.",
             )
-        return str(done.pr_url or "")
 
-    def _holds(self, uploads: Sequence[Upload], copied: Sequence[str], source: str) -> bool | None:
-        """Whether the files are there now, by hash; None if the Hub does not say."""
+    def _holds(self, uploads: Sequence[Upload], copied: Mapping[str, str]) -> bool | None:
+        """Look whether the files are there now, by hash; None if the Hub does not say."""
         try:
             there = self.look()
-            staged = Repository(self.repo, source).look() if copied else {}
         except HubError:
             return None
         return all(u.is_as(there.get(u.name, "")) for u in uploads) and all(
-            there.get(name) == staged.get(name, "") for name in copied
+            there.get(name) == digest for name, digest in copied.items()
         )
 
     def drop(self) -> None:
@@ -256,31 +259,44 @@ def _refuse_changed(uploads: Sequence[Upload]) -> None:
         )
 
 
-def note_others(names: Iterable[str], there: Iterable[str]) -> list[Notice]:
-    """A warning where the repository keeps weights that are not among those that go up."""
+def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
+    """Raise PushError where a model would lie beside files that programs load in its place.
+
+    Returns a warning where the repository keeps other weights that do no harm.
+    """
     own = set(names)
-    others = [
-        name
-        for name in there
-        if name not in own and name.endswith((".safetensors", ".bin", ".index.json"))
-    ]
+    others = [n for n in target.files if n not in own and n.endswith(_WEIGHTS)]
+    first = [n for n in others if n in _LOADED_FIRST]
+    if first and "config.json" in own:
+        raise PushError(
+            f"{target.repo} holds {first[0]}, which programs would load instead of this model.",
+            "Delete it there first, or choose another repository.",
+        )
     if not others:
         return []
-    text = (
-        f"The repository keeps {len(others)} other files of weights, which programs may load "
-        f"instead:\n{listed(others)}"
-    )
+    text = f"The repository keeps {len(others)} other files of weights:\n{listed(others)}"
     return [Notice("other-weights", text, others[0])]
+
+
+_WEIGHTS = (".safetensors", ".bin", ".index.json", "adapter_config.json")
+#: Files by which programs tell what to load; the first that is there wins.
+_LOADED_FIRST = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json"}
 
 
 def target_of(repo_id: str) -> str:
     """The repository that a user wants to write to. Raises UsageError for what is no id."""
     address = None if repo_id.startswith((".", "/", "~")) else parse(repo_id)
-    if address is None or address.path:
+    if address is None or address.path or "/" not in address.repo:
         raise UsageError(f"{repo_id!r} is no repository id.", "Ids are org/name.")
     if address.revision:
         raise UsageError(
-            f"{repo_id!r} names a revision.", f"Write {address.repo} --revision {address.revision}."
+            f"{repo_id!r} names a revision.",
+            f"Write the id alone; `push --revision {address.revision}` writes to a branch.",
+        )
+    if Path(repo_id).is_dir():
+        raise UsageError(
+            f"{repo_id} is a directory here.",
+            "Give the directory first and the id after it; or write the id as hf://org/name.",
         )
     return address.repo
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,14 @@ from typing import Any, Literal
 
 from loratool.adapter import Notice
 from loratool.checkpoint.sidefiles import PROVENANCE
-from loratool.errors import PushError, UsageError, explained_os_errors, listed
+from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
 from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
 from loratool.parcel import Parcel, pack
-from loratool.publishing import Repository, Upload, note_others, open_target
+from loratool.publishing import Committed, Repository, Upload, open_target, refuse_mixture
 from loratool.threads import few
 
-#: More files than this are uploaded by the library's resumable upload, which may take several
-#: commits; the Hub takes no more in one.
+#: More files than this go by the library's resumable upload, which may take several commits.
 MANY = 250
 
 
@@ -121,7 +122,7 @@ def push(
     there = target.files
     with explained_os_errors():
         uploads = _hashed(parcel)
-        card, made, said = card_upload(parcel.folder.path, target)
+        card, made, said = card_upload(parcel.folder.path, target, parcel.files, README in include)
     uploads = [*(u for u in uploads if u.name != README), card]
     files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]
     report = PushReport(
@@ -136,7 +137,7 @@ def push(
         left_out=parcel.left_out,
         card=made,
         url=target.url,
-        warnings=[*parcel.notices, *said, *note_others([u.name for u in uploads], there)],
+        warnings=[*parcel.notices, *said, *refuse_mixture([u.name for u in uploads], target)],
     )
     if not dry_run:
         _send(target, parcel, uploads, files, report, message, create_pr)
@@ -157,16 +158,30 @@ def _send(
     target.create(report.private)
     words = message or f"Upload {parcel.kind} with loratool"
     if len(wanted) > MANY:
-        rest = [u for u in wanted if u.path is not None]
-        report.pull_request = target.upload_many(parcel.folder.path, rest, words, create_pr)
-        wanted = [u for u in wanted if u.path is None]
-        create_pr = False  # it is open by now, and is what `target` writes to
-    if wanted:
-        report.pull_request = target.commit(wanted, words, create_pr=create_pr).pull_request or (
-            report.pull_request
-        )
-    report.url = report.pull_request or target.url
-    report.commit = target.head
+        done = _send_many(target, parcel, wanted, words, create_pr)
+    elif wanted:
+        done = target.commit(wanted, words, create_pr=create_pr)
+    else:
+        done = Committed(target.url, target.head)
+    report.url, report.commit, report.pull_request = done.url, done.commit, done.pull_request
+    report.private = target.private
+
+
+def _send_many(
+    target: Repository, parcel: Parcel, wanted: list[Upload], words: str, create_pr: bool
+) -> Committed:
+    """By way of a branch of their own, named after the files: so they arrive in one commit too."""
+    files = {u.name: u.sha256 for u in wanted if u.path is not None}
+    name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+    branch = Repository(target.repo, f"loratool-{name}")
+    branch.look()
+    branch.upload_many(parcel.folder.path, [u for u in wanted if u.path is not None], words)
+    hashes = {name: branch.files[name] for name in files}
+    rest = [u for u in wanted if u.path is None]
+    done = target.commit(rest, words, create_pr=create_pr, copied=hashes, source=branch.head)
+    with suppress(HubError):  # an old branch does no harm
+        branch.drop()
+    return done
 
 
 def _hashed(parcel: Parcel) -> list[Upload]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +25,7 @@ from loratool.licensing import card_upload
 from loratool.pairing import check_shard
 from loratool.plan import Plan
 from loratool.provenance import describe_adapter, describe_model, versions
-from loratool.publishing import Committed, Repository, Upload, note_others
+from loratool.publishing import Committed, Repository, Upload, refuse_mixture
 from loratool.rounding import Counts
 
 #: On the branch: what is known of the shards there.
@@ -35,7 +35,7 @@ MESSAGE = "Merge with loratool"
 
 
 class Shipment:
-    """The courier of one merge. Use as a context manager, so that no upload goes on after it."""
+    """The courier of one merge. Use as a context manager, after which no upload begins."""
 
     def __init__(
         self, plan: Plan, folder: Path, target: Repository, keep: bool, threads: int | None
@@ -80,6 +80,7 @@ class Shipment:
             pool.shutdown(wait=error is None, cancel_futures=True)
         if not self._keep:
             self._plan.base.folder.let_go({n for names in self._inputs.values() for n in names})
+            self._plan.base.folder.sweep()
 
     def fetch(self, shard: str) -> Written | None:
         if not self._keep and shard in self._staged:
@@ -120,17 +121,22 @@ class Shipment:
 
         To be called once `settle` was; `folder` may have another place by now.
         """
-        shards = list(self._plan.shards)
+        shards = {name: self._staged[name] for name in self._plan.shards}
+        there = self._branch.look()
+        spoilt = [name for name, digest in shards.items() if there.get(name) != digest]
+        if spoilt:
+            raise HubError(
+                f"{self._target.repo}: {spoilt[0]} on the branch {self._branch.revision} is not "
+                "what was uploaded. Nothing was committed.",
+                "Somebody else writes there; delete the branch, and run the command again.",
+            )
         with explained_os_errors():
             uploads = _small_files(folder, shards)
             self._target.look()
             card, _, notices = card_upload(folder, self._target)
-            uploads.append(card)
-            names = [*shards, *(upload.name for upload in uploads)]
-            notices += note_others(names, self._target.files)
-        committed = self._target.commit(
-            uploads, MESSAGE, copied=shards, source=self._branch.revision
-        )
+        uploads.append(card)
+        notices += refuse_mixture([*shards, *(u.name for u in uploads)], self._target)
+        committed = self._target.commit(uploads, MESSAGE, copied=shards, source=self._branch.head)
         with suppress(HubError):  # an old branch does no harm; the model is where it should be
             self._branch.drop()
         return committed, notices
@@ -223,7 +229,7 @@ def space_needed(plan: Plan) -> int:
     return 2 * max(sizes.values()) + sum(sorted(inputs)[-2:])
 
 
-def _small_files(folder: Path, shards: Sequence[str]) -> list[Upload]:
+def _small_files(folder: Path, shards: Iterable[str]) -> list[Upload]:
     """Everything in the folder of a merge but its shards and its card, with hashes."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {str(p.relative_to(folder)): p for p in paths}

@@ -344,6 +344,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     report.expected_changed = share * changed_by_cycle(found.forward, plan)
     report.exact = len(found.originals) == len(plan.jobs) and not request.remaining
     files = side_files_of(merged)
+    files.fetch()
     report.side_files = sorted(files.copied)
     if request.dry_run:
         return report

@@ -39,7 +39,6 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for name in kept.keys() - {"README.md"}:
             assert kept[name] == streamed[name], name
         assert hub.branches("org/streamed").keys() == {"main"}
-        assert hub.is_private("org/adapter")
         assert not list((place / "home").rglob("*partial*"))
     assert sorted(os.listdir(place)) == ["fixtures", "home", "merged"]
     return printed

@@ -593,7 +593,9 @@ def test_subfolders_and_single_files(hub: HubServer, warm: Path, tmp_path: Path)
         ("hf://org/several/d", "no such file or folder"),
         ("hf://org/several/a/nope.safetensors", "no such file or folder"),
         ("hf://org/several/../a", "not an address"),
-        ("hf://org", "not an address"),
+        ("hf://org/a/../b", "not an address"),
+        ("hf://datasets/org/name", "models"),
+        ("https://example.com/org/name", "not the page"),
     ):
         assert words in refused(hub, warm, "inspect", address)["message"], address
 

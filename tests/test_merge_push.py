@@ -5,6 +5,7 @@ The command line runs in processes of its own against the Hub of `hub.py`; the c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -288,8 +289,11 @@ def test_kept_and_pushed(
 def test_weights_of_before_are_told(hub: HubServer, home: Path, repo: str) -> None:
     """A model.safetensors that is there already would be loaded in place of the shards."""
     hub.add(repo, {"model.safetensors": b"old weights"})
-    done = through(hub, home, repo)
-    assert "model.safetensors" in done.err
+    for options in ([], ["--overwrite"]):
+        done = through(hub, home, repo, *options, code=1)
+        assert "model.safetensors" in done.err
+    assert not hub.received("/upload/")
+    assert hub.files(repo) == {"model.safetensors": b"old weights"}
 
 
 def test_a_reversible_merge(hub: HubServer, home: Path, repo: str, tmp_path: Path) -> None:
@@ -461,7 +465,7 @@ def test_other_merges_do_not_resume_from_each_other(
     others: list[list[str]] = [["--weight", "0.5"], ["--dtype", "bfloat16"]]
     for number, options in enumerate(others, 1):
         hub.clear()
-        report = through(hub, home, repo, *options, "--json").json
+        report = through(hub, home, repo, *options, "--overwrite", "--json").json
         assert report["resumed"] == []
         assert puts(hub) == COUNT
         assert len(own_commits(hub, repo)) == number
@@ -470,7 +474,7 @@ def test_other_merges_do_not_resume_from_each_other(
         changed = [name for name in SHARDS if files[name] != local[name]]
         assert len(changed) == COUNT or (options[0] == "--weight" and changed)
     hub.clear()
-    report = through(hub, home.with_name("another"), repo, "--json").json
+    report = through(hub, home.with_name("another"), repo, "--overwrite", "--json").json
     assert report["resumed"] == SHARDS
     assert (puts(hub), fetched(hub)) == (0, [])
     files = hub.files(repo)
@@ -584,9 +588,62 @@ def test_a_branch_whose_account_is_damaged(
     assert_pushed(hub, repo, local)
     hub.add(repo, {SHARDS[0]: os.urandom(LARGE)})
     hub.fail("/commit/main", 500)
-    through(hub, home, repo, code=1)
+    through(hub, home, repo, "--overwrite", code=1)
     (branch,) = staging(hub, repo)
     hub.add(repo, {"loratool-progress.json": '{"half'}, branch=branch)
+    done = through(hub, home, repo, "--overwrite", "--json")
+    assert done.json["resumed"] == []
+    assert hub.files(repo)[SHARDS[0]] == local[SHARDS[0]]
+
+
+def test_a_branch_that_changes_at_the_last_moment(hub: HubServer, home: Path, repo: str) -> None:
+    """What comes to main is what was computed, not what is on the branch by then."""
+
+    def spoil() -> None:
+        (branch,) = staging(hub, repo)
+        hub.add(repo, {SHARDS[0]: os.urandom(LARGE)}, branch=branch)
+
+    hub.on("/preupload/main", spoil)
     done = through(hub, home, repo, code=None)
-    assert done.code in (0, 1)
-    assert done.code == 0 or branch in done.err
+    files = hub.files(repo)
+    if done.code == 0:
+        record = json.loads(files["loratool.json"])
+        for name, digest in record["shards"].items():
+            assert hashlib.sha256(files[name]).hexdigest() == digest, name
+    else:
+        assert own_commits(hub, repo) == []
+
+
+def test_a_model_that_is_there_is_not_replaced_unasked(
+    hub: HubServer, home: Path, repo: str, local: dict[str, bytes]
+) -> None:
+    """As with OUT: --overwrite."""
+    through(hub, home, repo)
+    hub.clear()
+    done = through(hub, home, repo, "--dtype", "bfloat16", code=1)
+    assert "--overwrite" in done.err
+    assert not hub.received()
+    assert_pushed(hub, repo, local)
+    through(hub, home, repo, "--dtype", "bfloat16", "--overwrite")
+
+
+def test_a_login_that_may_not_write_downloads_nothing_large(
+    hub: HubServer, home: Path, repo: str, tmp_path: Path
+) -> None:
+    """It is refused before the base comes, with --no-keep and without."""
+    for options in (["--no-keep"], ["-o", tmp_path / "out"]):
+        hub.clear()
+        done = run(hub, home, *INPUTS, *options, "--push", repo, code=4, HF_TOKEN="hf_reader")
+        assert "hf auth login" in done.err
+        assert fetched(hub) == []
+
+
+def test_private_inputs_do_not_become_public(hub: HubServer, home: Path, repo: str) -> None:
+    """Of a private adapter no public repository is made unasked."""
+    hub.add("org/secret", dict(hub.files("org/adapter")), private=True)
+    command = ["merge", "org/base", "org/secret", "--push", repo, "--no-keep"]
+    done = run(hub, home, *command, code=2)
+    assert "--private" in done.err
+    assert not hub.exists(repo)
+    run(hub, home, *command, "--private")
+    assert hub.is_private(repo)

@@ -158,7 +158,8 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
         options += f", num_labels={labels}"
     lines.append(f"model = {use.auto}.from_pretrained(base{options})")
     tokens = _rows(adapter, _EMBEDDING)
-    if tokens:
+    partial = any(notice.code == "partial-embedding-rows" for notice in adapter.notices)
+    if tokens and not partial:
         # PEFT leaves the base as it is, also where the vocabulary grew in training.
         lines += [
             f"# The adapter brings an embedding of {tokens} tokens.",

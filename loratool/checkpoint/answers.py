@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from loratool.checkpoint.address import Address
 from loratool.errors import HubError, LoginError, LoraToolError, OutputError
@@ -17,28 +18,35 @@ class Unreachable(HubError):
     """No answer from the Hub: no network, or HF_HUB_OFFLINE."""
 
 
+T = TypeVar("T")
+
+
 @contextmanager
 def explained(address: Address, writing: bool = False) -> Iterator[None]:
-    """Turn what `huggingface_hub` raises into errors for people."""
+    """Turn what `huggingface_hub` raises into errors for people.
+
+    What is not known is not quoted: it may hold a signed link.
+    """
     try:
         yield
     except LoraToolError:
         raise
     except Exception as error:
-        found = _explanation(error, address, writing)
-        if found is None:
-            raise
-        raise found from error
+        raise _explanation(error, address, writing) from error
 
 
-def _explanation(error: Exception, address: Address, writing: bool) -> LoraToolError | None:
+def _explanation(error: Exception, address: Address, writing: bool) -> LoraToolError:
     """The error for people, told from the one in the chain of causes that says most."""
     from huggingface_hub import constants, errors
 
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    answered = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
+    answered = next(
+        (e for e in chain if isinstance(e, errors.HfHubHTTPError) and hasattr(e, "response")
+         and e.response is not None),
+        None,
+    )  # fmt: skip
     if answered is not None:
         return _answer(answered, address, writing)
     if any(isinstance(e, errors.HFValidationError) for e in chain):
@@ -71,7 +79,10 @@ def _explanation(error: Exception, address: Address, writing: bool) -> LoraToolE
     if isinstance(error, OSError):
         text = str(error).partition("\n")[0].rstrip(".")
         return HubError(f"{address.repo}: {text}.", "Try again; if it stays, tell its owner.")
-    return None
+    return HubError(
+        f"{address.repo}: the transfer failed ({type(error).__name__}).",
+        "Try again; HF_HUB_DISABLE_XET=1 takes another way.",
+    )
 
 
 #: Libraries whose errors mean that a connection failed.
@@ -113,7 +124,7 @@ def _answer(error: Any, address: Address, writing: bool) -> HubError:
         verb = "write" if writing else "read"
         return LoginError(
             f"The Hub does not let this login {verb} {address.repo}{_said(error)}.",
-            f"Use a token that may {verb} there: {LOGIN}",
+            f"If it is for the token, use one that may {verb} there: {LOGIN}",
         )
     if status == 409:
         return HubError(
@@ -147,6 +158,15 @@ def _said(error: Exception) -> str:
     """What the Hub gave as reason, in brackets."""
     message = getattr(error, "server_message", None)
     return f" ({str(message).strip().rstrip('.')})" if message else ""
+
+
+def interruptible(call: Callable[[], T]) -> T:
+    """The result of `call`, run in a thread: a Ctrl-C need not wait for transfers under way."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(call).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 _quiet = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.checkpoint.address import other_reading
 from loratool.checkpoint.folder import CachedFolder, Folder, origin_of
 from loratool.checkpoint.header import parse_header
 from loratool.checkpoint.hub import locate
@@ -127,7 +128,9 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
         near = nearest(path.name, siblings)
         raise FileError(
             f"{source}: no such file or directory.",
-            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
+            f"Did you mean {path.with_name(near)}?"
+            if near
+            else "Check the path." + other_reading(str(source)),
         )
     if not checkpoint.tensors:
         raise BaseError(f"{source}: the base holds no tensors.", "Check the path.")

@@ -46,6 +46,8 @@ def origin_of(path: Path) -> Origin | None:
 class Folder:
     """A directory on the disk. Names are relative paths with slashes."""
 
+    #: Whether only some may see it: a private repository.
+    private = False
     #: What to do about a file that is not here.
     remedy = "Finish the download."
 
@@ -104,6 +106,9 @@ class Folder:
 
     def let_go(self, names: Iterable[str]) -> None:
         """Give back the disk space of what `fetch` brought in this run, and nothing else."""
+
+    def sweep(self) -> None:
+        """Remove what downloads of this run left that were stopped."""
 
 
 class CachedFolder(Folder):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratool.checkpoint.address import SCHEME, Address, parse
-from loratool.checkpoint.answers import Unreachable, explained, progress_bars
-from loratool.checkpoint.folder import CachedFolder, Folder, Place, origin_of
-from loratool.errors import HubError, call, nearest
+from loratool.checkpoint.address import Address, parse
+from loratool.checkpoint.answers import Unreachable, explained, interruptible, progress_bars
+from loratool.checkpoint.folder import CachedFolder, Folder, Place
+from loratool.checkpoint.tensors import format_bytes
+from loratool.errors import HubError, OutputError, call, nearest
 
 #: Bytes of a header that are fetched at once; most headers are shorter.
 _FIRST_BYTES = 100_000
@@ -38,22 +41,23 @@ def locate(source: str | Path) -> Place:
     try:
         return _open(address)
     except HubError as error:
-        if str(source).startswith(SCHEME):
+        if str(source).lower().startswith(("hf:", "http:", "https:")):
             raise
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = nearest(path.name, siblings)
         guess = f"Did you mean the path {path.with_name(near)}? " if near else ""
         raise type(error)(
-            f"{source}: no such file or directory here; read as a Hub id: {error.message}",
+            f"{source}: no such file or directory here; and as a Hub id: "
+            f"{error.message.removeprefix(f'{address.repo}: ')}",
             guess + error.hint,
         ) from error
 
 
 def _open(address: Address) -> Place:
-    sizes, commit = _listing(address)
+    sizes, commit, private = _listing(address)
     root = _snapshot(address, commit)
     label = Address(address.repo, address.revision)
-    call(root, f"{SCHEME}{label}" if address.path else str(label))
+    call(root, str(label))
     prefix = f"{address.path}/" if address.path else ""
     if sizes is None:  # the Hub cannot be reached: what the cache has is all there is
         path = root / address.path
@@ -64,17 +68,17 @@ def _open(address: Address) -> Place:
     if address.path in sizes:
         folder, _, file = address.path.rpartition("/")
         prefix = f"{folder}/" if folder else ""
-        return Place(HubFolder(address.repo, commit, root, prefix, sizes), file)
+        return Place(HubFolder(address, commit, root, prefix, sizes, private), file)
     if not any(name.startswith(prefix) for name in sizes):
         raise HubError(
             f"{address}: the repository has no such file or folder.",
             f"It holds: {', '.join(sorted({n.partition('/')[0] for n in sizes})[:8])}.",
         )
-    return Place(HubFolder(address.repo, commit, root, prefix, sizes))
+    return Place(HubFolder(address, commit, root, prefix, sizes, private))
 
 
-def _listing(address: Address) -> tuple[dict[str, int] | None, str]:
-    """Sizes by file name, and the commit; (None, commit) where only the cache can tell."""
+def _listing(address: Address) -> tuple[dict[str, int] | None, str, bool]:
+    """Sizes by file name, the commit, and if it is private; no sizes where only the cache tells."""
     from huggingface_hub import HfApi
 
     try:
@@ -84,19 +88,25 @@ def _listing(address: Address) -> tuple[dict[str, int] | None, str]:
         commit = _cached_commit(address)
         if commit is None:
             raise
-        return None, commit
-    return {f.rfilename: f.size or 0 for f in info.siblings or []}, str(info.sha)
+        return None, commit, False
+    sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+    return sizes, str(info.sha), bool(info.private)
 
 
 def _remember(root: Path, revision: str, commit: str) -> None:
     """Note the commit of a branch or a tag where the cache has such notes, for times offline.
 
-    The library does so only when it is asked for the revision by its name.
+    The library does so only when it is asked for the revision by its name. A note stays where the
+    commit that it names has files in the cache that this one has not.
     """
     note = root.parent.parent / "refs" / revision
     if revision == commit:
         return
     with suppress(OSError):
+        if note.is_file():
+            before = root.with_name(note.read_text(encoding="utf-8").strip())
+            if before.is_dir() and any(not (root / n).exists() for n in Folder(before).names()):
+                return
         note.parent.mkdir(parents=True, exist_ok=True)
         draft = note.with_name(f".{note.name}.{os.getpid()}")
         draft.write_text(commit, encoding="utf-8")
@@ -127,10 +137,18 @@ class HubFolder(Folder):
     """A folder of a repository at one commit; `path` is its place in the download cache."""
 
     def __init__(
-        self, repo: str, commit: str, root: Path, prefix: str, sizes: dict[str, int]
+        self,
+        address: Address,
+        commit: str,
+        root: Path,
+        prefix: str,
+        sizes: dict[str, int],
+        private: bool,
     ) -> None:
         super().__init__(root / prefix if prefix else root)
-        self.repo, self.commit = repo, commit
+        self.repo, self.commit = address.repo, commit
+        self._revision = address.revision or "main"
+        self.private = private
         self._root, self._prefix = root, prefix
         self._sizes = {
             name.removeprefix(prefix): size
@@ -138,6 +156,7 @@ class HubFolder(Folder):
             if name.startswith(prefix)
         }
         self._brought: set[str] = set()
+        self._unfinished = set(self._halves())
         self._files: Any = None
 
     def is_there(self) -> bool:
@@ -183,21 +202,33 @@ class HubFolder(Folder):
         contents = self._root.parent.parent / "blobs"
         before = {p.name for p in contents.iterdir()} if contents.is_dir() else set()
         shows = sum(wanted.values()) > _WORTH_A_BAR
+        _refuse_full_cache(self._root, sum(wanted.values()))
         with explained(Address(self.repo, self.commit)), progress_bars(shows):
-            snapshot_download(
-                self.repo,
-                revision=self.commit,
-                allow_patterns=[literal(self._prefix + name) for name in wanted],
+            interruptible(
+                partial(
+                    snapshot_download,
+                    self.repo,
+                    revision=self.commit,
+                    allow_patterns=[literal(self._prefix + name) for name in wanted],
+                )
             )
         for name, size in wanted.items():
             found = (self.path / name).stat().st_size if self._is_here(name) else -1
             if found != size:
                 raise HubError(
-                    f"{self.repo}: {name} came with {max(found, 0)} bytes instead of {size}.",
+                    f"{self.repo}: {name} did not come whole ({max(found, 0)} of {size} bytes).",
                     "Run the command again; what is complete is not downloaded twice.",
                 )
             if (self.path / name).resolve().name not in before:
                 self._brought.add(name)
+        _remember(self._root, self._revision, self.commit)
+
+    def _halves(self) -> Iterator[Path]:
+        return (self._root.parent.parent / "blobs").glob("*.incomplete")
+
+    def sweep(self) -> None:
+        for path in set(self._halves()) - self._unfinished:
+            path.unlink(missing_ok=True)
 
     def let_go(self, names: Iterable[str]) -> None:
         for name in self._brought & set(names):
@@ -205,9 +236,21 @@ class HubFolder(Folder):
             # The cache keeps the content beside the snapshots and links to it.
             content = path.resolve()
             path.unlink(missing_ok=True)
-            if content != path and origin_of(path) is not None:
+            others = self._root.parent.glob("*/" + literal(self._prefix + name))
+            if content != path and not any(other.resolve() == content for other in others):
                 content.unlink(missing_ok=True)
             self._brought.discard(name)
+
+
+def _refuse_full_cache(root: Path, needed: int) -> None:
+    place = next(p for p in root.parents if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OutputError(
+            f"The download takes {format_bytes(needed)}, and {format_bytes(free)} are free at the "
+            f"download cache, {root.parents[2]}.",
+            "Free some space, or set HF_HOME to a place on another disk.",
+        )
 
 
 def literal(name: str) -> str:

@@ -38,23 +38,38 @@ _LEFT_AT_TOP = {"README.md", "adapter_config.json", PROVENANCE}
 class SideFiles:
     """Which files go along: `copied` by path in the output, and the names `left_out`."""
 
+    folder: Folder
     copied: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
     @property
+    def _coming(self) -> dict[str, int]:
+        """Bytes of those that are still to be downloaded, by name."""
+        own = [name for name, path in self.copied.items() if path == self.folder.path / name]
+        return self.folder.missing(own)
+
+    @property
     def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.copied.values())
+        coming = self._coming
+        here = (path for name, path in self.copied.items() if name not in coming)
+        return sum(coming.values()) + sum(path.stat().st_size for path in here)
 
     def check_readable(self) -> None:
         """Raise OSError now for a file that could not be copied later."""
-        for path in self.copied.values():
-            path.open("rb").close()
+        coming = self._coming
+        for name, path in self.copied.items():
+            if name not in coming:
+                path.open("rb").close()
+
+    def fetch(self) -> None:
+        """See to it that they are on this disk."""
+        self.folder.fetch(self._coming)
 
 
 def collect(
     folder: Folder, weights: set[str], adapters: list[Folder], whole_directory: bool
 ) -> SideFiles:
-    """The side files of the base in `folder`, fetched, and the tokenizers of adapter directories.
+    """The side files of the base in `folder`, and the tokenizers of adapter directories.
 
     `weights` names the files the base consists of. Folders with weights of their own (checkpoints
     of a training run, adapters) are left out, but for those that modules.json names: they are parts
@@ -63,7 +78,7 @@ def collect(
     With `whole_directory` False (the base was given as one file, whose neighbours may be anything)
     only config and tokenizer are taken.
     """
-    found = SideFiles()
+    found = SideFiles(folder)
     names = folder.names() if whole_directory else _plain_files(folder)
     parts = _sentence_modules(folder)
     heavy = {parent for name in names if _WEIGHTS.search(name) for parent in _parents(name)}
@@ -86,7 +101,6 @@ def collect(
             found.left_out.append(name)
         elif whole_directory or known:
             taken.append(name)
-    folder.fetch(taken)
     found.copied = {name: folder.path / name for name in taken}
     for adapter in adapters:
         if adapter.is_there():

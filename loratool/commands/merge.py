@@ -24,7 +24,7 @@ from loratool.options import Dtype, json_option, quiet_option
     "--allow-unmatched", is_flag=True,
     help="Merge what fits when parts of an adapter do not, and record the rest.",
 )  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, or the weights in REPO, if there.")
 @click.option(
     "--reversible", is_flag=True,
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",

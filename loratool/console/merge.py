@@ -70,6 +70,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             count = f"{len(report.resumed)} of {len(report.shards)} shards"
             facts.add_row("resumed", f"{count} were there from an earlier run")
         if report.pushed:
+            seen = "private" if report.private else "public"
+            facts.add_row("repository", f"{'created, ' if report.created else ''}{seen}")
             facts.add_row("commit", report.commit)
     if report.pushed and report.dry_run:
         facts.add_row("to push to", escape(report.pushed))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from loratool.adapter import Adapter
+from loratool.checkpoint.address import other_reading
 from loratool.checkpoint.folder import CachedFolder, Folder
 from loratool.checkpoint.header import parse_header
 from loratool.checkpoint.hub import locate
@@ -76,7 +77,9 @@ def _find_weights(folder: Folder, source: str | Path) -> str:
             )
         raise FileError(
             f"{source}: no such file or directory.",
-            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
+            f"Did you mean {path.with_name(near)}?"
+            if near
+            else "Check the path." + other_reading(str(source)),
         )
     for name in WEIGHT_NAMES:
         if folder.has(name):
@@ -97,7 +100,7 @@ def _find_weights(folder: Folder, source: str | Path) -> str:
     if inside:
         raise FileError(
             f"{path}: no {WEIGHT_NAMES[0]} in this directory.",
-            f"Name one of the files in it: {', '.join(inside[:5])}"
+            f"Name one of the files in it: {', '.join(str(path / name) for name in inside[:5])}"
             + (", …" if len(inside) > 5 else "."),
         )
     wanted = f"Expected {WEIGHT_NAMES[0]} beside {CONFIG}."

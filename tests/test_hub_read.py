@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from conftest import FIXTURES, pair, write_adapter
@@ -57,27 +58,27 @@ def run(
 ) -> Done:
     """Run the command line against `hub`. Whatever happens there is no traceback, no token and no
     place of the cache in what it says."""
-    return _done(
-        [sys.executable, "-m", "loratool", *map(str, arguments)],
-        {**hub.environment(home, token), **settings}, cwd or home, code,
-    )  # fmt: skip
+    env, cwd = {**hub.environment(home, token), **settings}, cwd or home
+    cwd.mkdir(parents=True, exist_ok=True)
+    return _checked(Done(*forked.run(list(map(str, arguments)), env, cwd)), env, code)
 
 
 def call(hub: HubServer, home: Path, snippet: str, *arguments: str) -> Any:
     """Run a snippet that has loratool; gives what it printed as JSON."""
     prelude = "import json, sys\nimport loratool\n"
     command = [sys.executable, "-c", prelude + snippet, *arguments]
-    return _done(command, hub.environment(home), home, 0).json
+    env = hub.environment(home)
+    home.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, timeout=120)
+    return _checked(Done(done.returncode, done.stdout, done.stderr), env, 0).json
 
 
-def _done(command: Sequence[str], env: dict[str, str], cwd: Path, code: int | None) -> Done:
-    cwd.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
-    text = done.stdout + done.stderr
-    assert code in (None, done.returncode), text
+def _checked(done: Done, env: dict[str, str], code: int | None) -> Done:
+    text = done.out + done.err
+    assert code in (None, done.code), text
     for never in ("Traceback", env.get("HF_TOKEN", "Traceback"), "models--", "Signature="):
         assert never not in text, text
-    return Done(done.returncode, done.stdout, done.stderr)
+    return done
 
 
 def refused(

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Notice
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
 from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
-from loratool.errors import HubError, OutputError, UsageError, explained_os_errors, shown
+from loratool.errors import HubError, UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import (
     as_list,
@@ -38,7 +37,7 @@ from loratool.output import (
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe, file_sha256, write_json
-from loratool.publishing import Repository, open_target, refuse_mixture, target_of
+from loratool.push_target import merge_target, target_of
 
 if TYPE_CHECKING:
     from loratool.recording import Recorder
@@ -160,11 +159,7 @@ def merge(
     plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
     repository = None
     if push is not None:
-        origins = [origin_of(checkpoint.source), *(origin_of(a.source) for a in loras)]
-        if target_of(push) in [origin.repo for origin in origins if origin]:
-            raise UsageError(f"{push} is an input.", "Inputs are not written to; take another.")
-        repository = open_target(push, private, dry_run, None)
-        _check_target(plan, repository, private, overwrite)
+        repository = merge_target(plan, push, private, overwrite, dry_run)
     side_files = side_files_of(checkpoint, loras)
     report = _report(plan, target, side_files, dry_run, reversible)
     report.kept = keep
@@ -184,6 +179,7 @@ def merge(
             checkpoint.fetch()
             _note_undo(report, plan, undo_bytes(plan))
         return report
+    refuse_full_disk(report.bytes_needed, target)
     if repository is not None:
         report.created = not repository.exists
         repository.create(private)  # before anything large is downloaded: may it be written to?
@@ -191,7 +187,7 @@ def merge(
     side_files.fetch()
     if keep:
         checkpoint.fetch()
-    refuse_full_disk(report.bytes_needed, target)
+        refuse_full_disk(report.bytes_needed, target)
     with StagedDirectory(target, overwrite) as staged, ExitStack() as stack:
         try:
             shipment = None
@@ -229,28 +225,6 @@ def merge(
             raise explain(error, target) from error
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _check_target(plan: Plan, target: Repository, private: bool, overwrite: bool) -> None:
-    """Refuse, before anything is computed, what must not or could not be used there."""
-    weights = [name for name in target.files if name.endswith((".safetensors", ".bin"))]
-    if weights and not overwrite:
-        raise OutputError(
-            f"{target.repo} holds weights already: {weights[0]}.",
-            "Choose another repository, or replace what is there: --overwrite.",
-        )
-    index = [INDEX] if list(plan.shards) != ["model.safetensors"] else []
-    refuse_mixture([*plan.shards, "config.json", *index], target)
-    hidden = [f.path for f in (plan.base.folder, *(a.folder for a in plan.adapters)) if f.private]
-    if not hidden:
-        return
-    text = f"{shown(hidden[0])} is private, and {target.repo} "
-    if not (target.exists or private):
-        raise UsageError(
-            f"{text}would be public.", "Give --private; or create it first, if it is to be public."
-        )
-    if not target.private and not private:
-        plan.notices.append(Notice("private-input", f"{text}is public.", target.repo))
 
 
 def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:

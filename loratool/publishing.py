@@ -7,18 +7,17 @@ the Hub has already.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Notice
-from loratool.checkpoint.address import Address, parse
-from loratool.checkpoint.answers import LOGIN, explained, interruptible, logged_in, progress_bars
+from loratool.checkpoint.address import Address
+from loratool.checkpoint.answers import explained, interruptible, logged_in, progress_bars
 from loratool.checkpoint.hub import literal
-from loratool.errors import HubError, LoginError, PushError, UsageError, listed
+from loratool.errors import HubError
 from loratool.provenance import file_sha256
 
 #: Files up to this size, but for weights, are held from the look at them until they are sent.
@@ -257,66 +256,3 @@ def _refuse_changed(uploads: Sequence[Upload]) -> None:
             f"{changed[0]} changed while it was uploaded. Nothing was committed.",
             "Let what writes there finish; then push again.",
         )
-
-
-def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
-    """Raise PushError where a model would lie beside files that programs load in its place.
-
-    Returns a warning where the repository keeps other weights that do no harm.
-    """
-    own = set(names)
-    others = [n for n in target.files if n not in own and n.endswith(_WEIGHTS)]
-    first = [n for n in others if n in _LOADED_FIRST]
-    if first and "config.json" in own:
-        raise PushError(
-            f"{target.repo} holds {first[0]}, which programs would load instead of this model.",
-            "Delete it there first, or choose another repository.",
-        )
-    if not others:
-        return []
-    text = f"The repository keeps {len(others)} other files of weights:\n{listed(others)}"
-    return [Notice("other-weights", text, others[0])]
-
-
-_WEIGHTS = (".safetensors", ".bin", ".index.json", "adapter_config.json")
-#: Files by which programs tell what to load; the first that is there wins.
-_LOADED_FIRST = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json"}
-
-
-def target_of(repo_id: str) -> str:
-    """The repository that a user wants to write to. Raises UsageError for what is no id."""
-    address = None if repo_id.startswith((".", "/", "~")) else parse(repo_id)
-    if address is None or address.path or "/" not in address.repo:
-        raise UsageError(f"{repo_id!r} is no repository id.", "Ids are org/name.")
-    if address.revision:
-        raise UsageError(
-            f"{repo_id!r} names a revision.",
-            f"Write the id alone; `push --revision {address.revision}` writes to a branch.",
-        )
-    if Path(repo_id).is_dir():
-        raise UsageError(
-            f"{repo_id} is a directory here.",
-            "Give the directory first and the id after it; or write the id as hf://org/name.",
-        )
-    return address.repo
-
-
-def open_target(repo_id: str, private: bool, dry_run: bool, revision: str | None) -> Repository:
-    """A repository to write to, looked at but not made yet.
-
-    Raises UsageError for no id, LoginError without a login (but for `dry_run`).
-    """
-    target = Repository(target_of(repo_id), revision or "main")
-    if not (logged_in() or dry_run):
-        raise LoginError("Writing to the Hub takes a login, and there is none.", f"Run {LOGIN}.")
-    try:
-        target.look()
-    except LoginError:
-        if not dry_run or logged_in():
-            raise  # else: without a login, what is not there looks like what is private
-    if private and target.exists and not target.private:
-        raise UsageError(
-            f"{target.repo} is there already, and public.",
-            "Choose another name, or make it private on its settings page.",
-        )
-    return target

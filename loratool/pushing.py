@@ -18,7 +18,8 @@ from loratool.errors import HubError, PushError, UsageError, explained_os_errors
 from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
 from loratool.parcel import Parcel, pack
-from loratool.publishing import Committed, Repository, Upload, open_target, refuse_mixture
+from loratool.publishing import Committed, Repository, Upload
+from loratool.push_target import open_target, refuse_mixture
 from loratool.threads import few
 
 #: More files than this go by the library's resumable upload, which may take several commits.

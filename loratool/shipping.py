@@ -25,7 +25,8 @@ from loratool.licensing import card_upload
 from loratool.pairing import check_shard
 from loratool.plan import Plan
 from loratool.provenance import describe_adapter, describe_model, versions
-from loratool.publishing import Committed, Repository, Upload, refuse_mixture
+from loratool.publishing import Committed, Repository, Upload
+from loratool.push_target import refuse_mixture
 from loratool.rounding import Counts
 
 #: On the branch: what is known of the shards there.

@@ -27,7 +27,7 @@ FLOORS = [
     {"inspecting", "merging", "unmerging", "verifying", "combining", "resizing", "comparing",
      "extracting", "pushing", "describing"},
     {"shipping"},
-    {"extracted_output", "extraction_report", "licensing", "parcel"},
+    {"extracted_output", "extraction_report", "licensing", "parcel", "push_target"},
     {"held", "publishing"},
     {"cards.making", "cards"},
     {"cards.parts"},

@@ -151,7 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    )
     main()

@@ -304,6 +304,47 @@ def test_offline_by_branch_and_by_commit(hub: HubServer, home: Path, tmp_path: P
     assert "HF_HUB_OFFLINE" in found["message"] + found["hint"]
 
 
+def test_a_look_at_headers_leaves_what_is_complete_in_use(
+    hub: HubServer, home: Path, tmp_path: Path
+) -> None:
+    """A whole base is in the cache; a newer commit of it is looked at; offline the whole one is
+    used."""
+    hub.add("org/moving", {n: hub.files("org/base")[n] for n in hub.files("org/base")})
+    command = ["merge", "org/moving", "org/adapter"]
+    run(hub, home, *command, "-o", tmp_path / "one")
+    hub.add("org/moving", {"config.json": hub.files("org/base")["config.json"] + b"\n"})
+    run(hub, home, "inspect", "org/adapter", "--base", "org/moving")
+    run(hub, home, *command, "-o", tmp_path / "two", HF_HUB_OFFLINE="1")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+_LET_GO = """
+import os, shutil
+from pathlib import Path
+from loratool.checkpoint.hub import locate
+folder, name = locate("org/base").folder, "model-00001-of-00003.safetensors"
+path, blobs = folder.path / name, folder.path.parents[1] / "blobs"
+folder.fetch([name]); blob = path.resolve()
+seen = [blob.is_file()]
+other = folder.path.with_name("0" * 40); other.mkdir()
+(other / name).symlink_to(os.path.relpath(blob, other))
+folder.let_go([name]); seen += [os.path.lexists(path), (other / name).is_file()]
+shutil.rmtree(other)
+second = locate("org/base").folder
+second.fetch([name]); second.let_go([name]); seen.append(blob.is_file())
+blob.unlink()
+third = locate("org/base").folder
+third.fetch([name]); third.let_go([name]); seen += [blob.is_file(), os.path.lexists(path)]
+print(json.dumps(seen))
+"""
+
+
+def test_only_what_was_brought_is_given_back(hub: HubServer, home: Path) -> None:
+    """A file that another commit links to stays, and one that was there before; what this run
+    alone downloaded goes."""
+    assert call(hub, home, _LET_GO) == [True, False, True, True, False, False]
+
+
 def test_offline_without_a_cache_is_one_clear_error(hub: HubServer, home: Path) -> None:
     """It says that the cache has it not, and why nobody was asked."""
     found = refused(hub, home, "inspect", "org/adapter", HF_HUB_OFFLINE="1")

@@ -31,7 +31,9 @@ class CardReport:
         return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
 
 
-def card(path: str | Path, *, repo_id: str | None = None, dry_run: bool = False) -> CardReport:
+def card(
+    path: str | Path, *, repo_id: str | None = None, base: str | None = None, dry_run: bool = False
+) -> CardReport:
     """Write README.md for the adapter or the merged model in `path`.
 
     Parameters
@@ -39,6 +41,7 @@ def card(path: str | Path, *, repo_id: str | None = None, dry_run: bool = False)
     path: directory of an adapter or a model.
     repo_id: "org/name" under which it is or will be on the Hub; the card's code loads it from
         there.
+    base: the Hub id of the base model, where the folder does not tell.
     dry_run: make the text, and write nothing.
 
     A card that is there is completed: YAML keys that are missing are added, and a section between
@@ -55,7 +58,7 @@ def card(path: str | Path, *, repo_id: str | None = None, dry_run: bool = False)
     with explained_os_errors():
         text = as_text(target.read_bytes()) if target.is_file() else None
         repo = target_of(repo_id) if repo_id else None
-        made, fate, notices = card_of(folder, text, repo)
+        made, fate, notices = card_of(folder, text, repo, base)
     if not dry_run and fate != "kept":
         # Replaced in one step: a card that somebody wrote must not be lost half-way.
         draft = target.with_name(f".{README}.loratool-{os.getpid()}")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapter import Notice
+from loratool.cards.facts import hub_id
 from loratool.cards.making import Licence, base_of, make_card
 from loratool.checkpoint.address import Address
 from loratool.checkpoint.answers import explained, progress_bars
-from loratool.errors import FileError, LoraToolError, PushError
+from loratool.errors import FileError, LoraToolError, PushError, UsageError
 from loratool.publishing import Repository, Upload
 
 README = "README.md"
@@ -19,14 +20,19 @@ README = "README.md"
 Fate = Literal["made", "completed", "kept"]
 
 
-def card_of(folder: Path, text: str | None, repo_id: str | None) -> tuple[str, Fate, list[Notice]]:
+def card_of(
+    folder: Path, text: str | None, repo_id: str | None, base: str | None = None
+) -> tuple[str, Fate, list[Notice]]:
     """The card of `folder`, what became of `text`, and what is to be said of it.
 
-    `text` is the card that is there already. The licence is looked up on the Hub.
+    `text` is the card that is there already, `base` the Hub id of the base where the folder does
+    not tell. The licence is looked up on the Hub.
     """
-    base = base_of(folder)
-    licence, why = _licence_of(base) if base else (None, "")
-    card = make_card(folder, text, repo_id=repo_id, licence=licence)
+    if base is not None and hub_id(base) is None:
+        raise UsageError(f"{base!r} is no id of a model on the Hub.", "Ids are org/name.")
+    known = base or base_of(folder)
+    licence, why = _licence_of(known) if known else (None, "")
+    card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
     fate: Fate = "made" if text is None else "kept" if card == text else "completed"
     notices = []
     if licence is None and not _names_licence(card):
@@ -37,7 +43,11 @@ def card_of(folder: Path, text: str | None, repo_id: str | None) -> tuple[str, F
 
 
 def card_upload(
-    folder: Path, target: Repository, files: Sequence[str] = (), chosen: bool = False
+    folder: Path,
+    target: Repository,
+    files: Sequence[str] = (),
+    chosen: bool = False,
+    base: str | None = None,
 ) -> tuple[Upload, Fate, list[Notice]]:
     """README.md as it goes up: of the folder or of the repository, completed; or a new one.
 
@@ -47,9 +57,9 @@ def card_upload(
     own = as_text((folder / README).read_bytes()) if README in files else None
     there = as_text(target.read(README)) if README in target.files else None
     text = there if own is None else own
-    card, fate, notices = card_of(folder, text, target.repo)
+    card, fate, notices = card_of(folder, text, target.repo, base)
     if own is not None and there is not None and not chosen:
-        theirs, _, _ = card_of(folder, there, target.repo)
+        theirs, _, _ = card_of(folder, there, target.repo, base)
         if _lines(theirs) != _lines(card):
             raise PushError(
                 f"{README} in {folder} says something else than the one in {target.repo}.",

@@ -84,6 +84,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    base: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dry_run: bool = False,
@@ -98,6 +99,7 @@ def push(
     revision: branch to commit to; created if it is not there. "main" if not given.
     create_pr: open a pull request instead of committing to the branch.
     message: of the commit.
+    base: the Hub id of the base model for the card, where the folder does not tell.
     include: globs of files to upload though they look like secrets or leftovers.
     exclude: globs of files to leave out.
     dry_run: compare with what is there, and write nothing.
@@ -123,7 +125,9 @@ def push(
     there = target.files
     with explained_os_errors():
         uploads = _hashed(parcel)
-        card, made, said = card_upload(parcel.folder.path, target, parcel.files, README in include)
+        card, made, said = card_upload(
+            parcel.folder.path, target, parcel.files, README in include, base
+        )
     uploads = [*(u for u in uploads if u.name != README), card]
     files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]
     report = PushReport(

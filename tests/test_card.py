@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 import loratool
 from loratool.cards.facts import code, hub_id, percent, span
-from loratool.cards.history import command_line
 from loratool.cards.making import BEGIN, END, Licence, base_of, make_card
 from loratool.errors import FileError, LoraToolError
+from loratool.options import CONTEXT
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
 HTML, TUNED = FIXTURES / "tasks" / "html", FIXTURES / "tuned"
@@ -157,10 +157,8 @@ def test_a_card_made_twice_is_the_same(made: dict[str, Path], kind: str, tmp_pat
     ],
 )  # fmt: skip
 def test_the_command_is_rebuilt(made: dict[str, Path], kind: str, line: str) -> None:
-    """From the record; a command that is given is taken instead."""
+    """From the record."""
     assert blocks(make_card(made[kind], None), "sh")[0] == line + "\n"
-    given = make_card(made[kind], None, command="loratool merge a b --weight 0.3 -o c")
-    assert blocks(given, "sh")[0] == "loratool merge a b --weight 0.3 -o c\n"
 
 
 @pytest.mark.parametrize("kind", ["merged", "two", "combined", "resized", "extracted", "unmerged"])
@@ -171,7 +169,7 @@ def test_the_command_line_takes_it(made: dict[str, Path], kind: str) -> None:
     command = getattr(import_module(f"loratool.commands.{name}"), f"{name}_command")
     line = shlex.split(blocks(make_card(made[kind], None), "sh")[0])
     assert line[:2] == ["loratool", name]
-    taken = command.make_context(name, line[2:]).params
+    taken = command.make_context(name, line[2:], **CONTEXT).params
     assert taken["output"] == "OUT"
     for key, value in record["options"].items():
         if key == "weights" and name != "resize":
@@ -205,14 +203,12 @@ def test_a_merge_of_a_merge(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_no_history_is_invented(made: dict[str, Path]) -> None:
-    """Without loratool.json there is none; with a command there is the command."""
+    """Without loratool.json there is none."""
     for kind in ("plain", "base"):
         text = make_card(made[kind], None)
         assert "How it was made" not in text
         assert "What was kept" not in text
     assert "merged" not in make_card(made["base"], None).replace("-o merged", "")
-    given = make_card(made["plain"], None, command="python train.py")
-    assert "## How it was made\n\n```sh\npython train.py\n```" in given
 
 
 def test_a_record_of_other_weights_says_nothing(made: dict[str, Path], tmp_path: Path) -> None:
@@ -765,26 +761,6 @@ def test_odd_modules(tmp_path: Path) -> None:
     (row,) = [line for line in text.splitlines() if "linear" in line]
     assert row.startswith("| ``model.a\\|b.0.q`x`` |")
     assert cells(row) == 7
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ("loratool merge org/a b -o c", "loratool merge org/a b -o c"),
-        ("loratool merge /data/me/base ~/x/style -o ../out", "loratool merge base style -o ../out"),
-        ("loratool extract 'C:\\me\\base' '/a b/c d' --output=/x/y/",
-         "loratool extract base 'c d' --output=y"),
-        ("loratool merge a \\\n  b -o c", "loratool merge a b -o c"),
-        ("loratool merge /home/me/base it's", "loratool merge base it's"),
-        ("loratool merge a@b c --weight -0.5", "loratool merge a@b c --weight -0.5"),
-        ("loratool merge /c/models--org--name/snapshots/01 b -o/x/y",
-         "loratool merge org/name b -oy"),
-        ("loratool merge C:\\\\ /a:b ~", "loratool merge PATH a:b PATH"),
-        ("loratool merge hf://org/name b -o / ", "loratool merge hf://org/name b -o PATH"),
-    ],
-)  # fmt: skip
-def test_commands_name_no_place_on_this_machine(given: str, wanted: str) -> None:
-    assert command_line(given) == wanted
 
 
 def test_words() -> None:

@@ -827,6 +827,29 @@ def test_what_a_person_wrote_stays(
         assert (adapter / "README.md").read_bytes() == PERSON.encode()
 
 
+def test_a_card_that_names_a_place_on_this_machine(
+    hub: HubServer, home: Path, adapter: Path, repo: str
+) -> None:
+    """As PEFT writes it for a base that was loaded from a folder: told before anything goes up."""
+    add(adapter, "README.md", b"---\nbase_model: /home/me/llama\n---\nWords.\n")
+    found = refused(hub, home, "push", adapter, repo)
+    assert "'/home/me/llama'" in found["message"]
+    assert not hub.exists(repo)
+
+
+def test_a_config_that_names_a_place_on_this_machine(
+    hub: HubServer, home: Path, adapter: Path, repo: str
+) -> None:
+    """It goes up, because PEFT can be given a base; --base puts its id into the card."""
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "/home/me/llama"}))
+    done = push(hub, home, adapter, repo, "--base", "org/llama")
+    assert "local-base" in done.err
+    assert metadata(hub.files(repo)["README.md"].decode())["base_model"] == "org/llama"
+    assert refused(hub, home, "push", adapter, repo, "--base", "/home/me/llama", code=2)
+
+
 def test_two_cards_are_not_chosen_between(
     hub: HubServer, home: Path, adapter: Path, repo: str
 ) -> None:

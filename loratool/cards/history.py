@@ -11,7 +11,6 @@ from loratool.cards.facts import (
     code,
     counted,
     dicts,
-    hub_id,
     linked,
     listed,
     number,
@@ -30,48 +29,21 @@ _DEFAULTS: dict[str, dict[str, object]] = {
     "resize": {},
     "unmerge": {},
 }
-_ABSOLUTE = re.compile(r"(?P<option>--?[\w-]+=|-\w)?(?:[/\\~]|[A-Za-z]:[/\\]).*", re.DOTALL)
 
 
-def how_made(facts: Facts, command: str | None) -> str:
+def how_made(facts: Facts) -> str:
     """The section, "" where nothing is known."""
     record = facts.record
     if not record:
-        parts = []
-        if command:
-            parts.append(_block(command_line(command)))
-        if facts.stale:
-            text = "`loratool.json` describes other weights than these; nothing of it is repeated."
-            parts.append(text)
-        return "\n\n".join(parts)
-    line = command_line(command) if command else _rebuilt(facts)
+        stale = "`loratool.json` describes other weights than these; nothing of it is repeated."
+        return stale if facts.stale else ""
+    line = _rebuilt(facts)
     made = ", ".join(f"{one_line(str(k))} {one_line(str(v))}"
                      for k, v in part(record, "versions").items())  # fmt: skip
     parts = [_block(line) if line else "", _inputs(record)]
     points = [f"Versions: {made}." if made else "", *_points(facts)]
     parts.append("\n".join(f"- {point}" for point in points if point))
     return "\n\n".join(filter(None, parts))
-
-
-def command_line(command: str) -> str:
-    """A command without the absolute paths in it, which mean nothing elsewhere."""
-    flat = " ".join(re.sub(r"\\\r?\n", " ", command).split())
-    try:
-        words = shlex.split(flat)
-    except ValueError:
-        return re.sub(r"(?:(?<=[\s='\"])|^)[/\\~](?:\S*[/\\])?", "", flat)
-    if not any(_ABSOLUTE.fullmatch(word) for word in words):
-        return flat
-    return shlex.join(_shortened(word) for word in words)
-
-
-def _shortened(word: str) -> str:
-    found = _ABSOLUTE.fullmatch(word)
-    if not found:
-        return word
-    path = word.removeprefix(found["option"] or "").rstrip("/\\")
-    last = hub_id(path) or re.split(r"[/\\]", path)[-1]
-    return (found["option"] or "") + ("PATH" if last in ("", "~") or last.endswith(":") else last)
 
 
 def _rebuilt(facts: Facts) -> str:

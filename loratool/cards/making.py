@@ -47,7 +47,6 @@ def make_card(
     repo_id: str | None = None,
     base_model: str | None = None,
     licence: Licence | None = None,
-    command: str | None = None,
 ) -> str:
     """README.md for the adapter or the model in `folder`.
 
@@ -57,7 +56,6 @@ def make_card(
     repo_id: where it will be on the Hub; the code in the card loads it from there.
     base_model: the Hub id of the base; by default what the folder tells, see `base_of`.
     licence: of the base, used where the card names none.
-    command: how it was made; by default rebuilt from loratool.json. Absolute paths are shortened.
 
     Raises FileError for a card whose YAML is invalid and for damaged files, AdapterError and
     BaseError for a folder that holds neither an adapter nor a model.
@@ -70,7 +68,7 @@ def make_card(
     found = re.search(r"\r?\n", text)
     newline = found[0] if found else "\n"
     title = _title(repo_id.rpartition("/")[2] if repo_id else facts.name)
-    body = section(facts, repo_id or f"path/to/{facts.name}", command)
+    body = section(facts, repo_id or f"path/to/{facts.name}")
     head, rest = _with_metadata(text, _metadata(facts, licence), newline)
     return mark + head + _with_section(rest, title, f"{BEGIN}\n\n{body}\n\n{END}", newline)
 

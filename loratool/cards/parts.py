@@ -40,11 +40,11 @@ _WORST = 5
 _ALL = 1 - 1e-9
 
 
-def section(facts: Facts, place: str, command: str | None = None) -> str:
+def section(facts: Facts, place: str) -> str:
     """Everything between the markers. `place` is where the code loads it from."""
     parts = {
         "What this is": _what(facts),
-        "How it was made": how_made(facts, command),
+        "How it was made": how_made(facts),
         "Modules": _modules(facts),
         "What was kept": _kept(facts),
         "How to use": how_to_use(facts, place),

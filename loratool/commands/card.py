@@ -13,10 +13,18 @@ from loratool.options import json_option, quiet_option
     "--repo", "repo_id", metavar="REPO_ID",
     help="Where it will be on the Hub; the card's code loads it from there.",
 )  # fmt: skip
+@click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
 @click.option("--dry-run", is_flag=True, help="Print the card; write nothing.")
 @json_option
 @quiet_option
-def card_command(path: str, repo_id: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def card_command(
+    path: str,
+    repo_id: str | None,
+    base: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Write README.md for the adapter or the merged model in PATH.
 
     The card says what it is, how it was made (from loratool.json), which modules it
@@ -34,7 +42,7 @@ def card_command(path: str, repo_id: str | None, dry_run: bool, as_json: bool, q
     from loratool.console.card import show_card
     from loratool.describing import card
 
-    report = card(path, repo_id=repo_id, dry_run=dry_run)
+    report = card(path, repo_id=repo_id, base=base, dry_run=dry_run)
     if as_json:
         common.print_json(report.to_dict())
         return

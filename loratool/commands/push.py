@@ -14,6 +14,7 @@ from loratool.options import json_option, quiet_option
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to. [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("-m", "--message", metavar="TEXT", help="Message of the commit.")
+@click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
 @click.option(
     "--include", multiple=True, metavar="GLOB",
     help="Upload these files though they look like secrets or leftovers; may be repeated.",
@@ -31,6 +32,7 @@ def push_command(
     revision: str | None,
     create_pr: bool,
     message: str | None,
+    base: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
@@ -60,7 +62,7 @@ def push_command(
 
     report = push(
         path, repo_id, private=private, revision=revision, create_pr=create_pr, message=message,
-        include=include, exclude=exclude, dry_run=dry_run,
+        base=base, include=include, exclude=exclude, dry_run=dry_run,
     )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

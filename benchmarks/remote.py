@@ -119,7 +119,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place, HubServer(tmp=Path(place, "objects")) as hub:
+    with tempfile.TemporaryDirectory() as place, HubServer(tmp=Path(place)) as hub:
         work = Path(place)
         sizes = make_70b(work / "base70", work / "adapter70")
         hub.add("org/base70", files(work / "base70"))

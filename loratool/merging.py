@@ -162,7 +162,7 @@ def merge(
         repository = merge_target(plan, push, private, overwrite, dry_run)
     side_files = side_files_of(checkpoint, loras)
     report = _report(plan, target, side_files, dry_run, reversible)
-    report.kept = keep
+    report.kept, report.output = keep, str(target) if keep else ""
     if repository is not None:
         report.pushed = repository.url
         if not keep:

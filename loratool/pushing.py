@@ -142,7 +142,12 @@ def push(
         left_out=parcel.left_out,
         card=made,
         url=target.url,
-        warnings=[*parcel.notices, *said, *refuse_mixture([u.name for u in uploads], target)],
+        warnings=[
+            *parcel.notices,
+            *_note_record(parcel, target),
+            *said,
+            *refuse_mixture([u.name for u in uploads], target),
+        ],
     )
     if not dry_run:
         _send(target, parcel, uploads, files, report, message, create_pr)
@@ -187,6 +192,14 @@ def _send_many(
     with suppress(HubError):  # an old branch does no harm
         branch.drop()
     return done
+
+
+def _note_record(parcel: Parcel, target: Repository) -> list[Notice]:
+    """A warning where the repository keeps a record of weights that this push replaces."""
+    if PROVENANCE not in target.files or PROVENANCE in parcel.files:
+        return []
+    text = f"The repository keeps a {PROVENANCE} that tells of other weights; delete it there."
+    return [Notice("stale-record", text, PROVENANCE)]
 
 
 def _hashed(parcel: Parcel) -> list[Upload]:

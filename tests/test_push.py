@@ -403,6 +403,15 @@ def test_a_mixture_of_models_is_refused(
     assert len(hub.commits(repo)) == 1
 
 
+def test_a_record_of_what_was_there_before_is_told(
+    hub: HubServer, home: Path, adapter: Path, repo: str
+) -> None:
+    """loratool.json of the weights that this push replaces would be a lie about these."""
+    hub.add(repo, {"loratool.json": "{}"})
+    report = as_json(hub, home, adapter, repo)
+    assert "stale-record" in [w["code"] for w in report["warnings"]]
+
+
 def test_weights_that_stay_there_are_told(
     hub: HubServer, home: Path, adapter: Path, repo: str
 ) -> None:

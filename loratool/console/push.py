@@ -40,7 +40,8 @@ def show_push(report: PushReport) -> None:
     word = "to upload" if report.dry_run else "uploaded"
     same = len(report.files) - len(sent)
     there = f"; {same} the same there ({format_bytes(report.bytes_there)})" if same else ""
-    facts.add_row(word, f"{len(sent)} files, {format_bytes(report.bytes_to_upload)}{there}")
+    files = "1 file" if len(sent) == 1 else f"{len(sent)} files"
+    facts.add_row(word, f"{files}, {format_bytes(report.bytes_to_upload)}{there}")
     facts.add_row("model card", _CARDS[report.card])
     if report.left_out:
         more = f" and {len(report.left_out) - 5} more" if len(report.left_out) > 5 else ""

@@ -181,9 +181,13 @@ def test_from_hub_to_hub_with_little_disk(
         made = [p for p in found if p.suffix == ".safetensors"]
         cached = [p for p in found if "models--org--base" in str(p)]
         peaks.append((len(made), len(cached)))
-        if len(peaks) in (8, 9):
-            time.sleep(0.7)  # an upload that is slower than all the rest
 
+    def wait() -> None:
+        watch()
+        time.sleep(1)  # an upload that is slower than all the rest
+
+    for _ in range(3):
+        hub.on("^/upload/", wait)
     for _ in range(40):
         hub.on("^/upload/|/commit/loratool|/cdn/org/base|/preupload/", watch)
     done = through(hub, home, repo, "--json")
@@ -615,6 +619,21 @@ def test_a_branch_that_changes_at_the_last_moment(hub: HubServer, home: Path, re
             assert hashlib.sha256(files[name]).hexdigest() == digest, name
     else:
         assert own_commits(hub, repo) == []
+
+
+def test_a_branch_that_is_spoilt_before_the_end(hub: HubServer, home: Path, repo: str) -> None:
+    """A shard that was staged long ago is another one by now: nothing of it comes to main."""
+
+    def spoil() -> None:
+        (branch,) = staging(hub, repo)
+        hub.add(repo, {SHARDS[0]: os.urandom(LARGE)}, branch=branch)
+
+    for _ in range(COUNT):  # a look before, and one after every shard but the last
+        hub.on("/revision/loratool-", lambda: None)
+    hub.on("/revision/loratool-", spoil)
+    done = through(hub, home, repo, code=1)
+    assert "is not what was uploaded" in done.err
+    assert own_commits(hub, repo) == []
 
 
 def test_a_model_that_is_there_is_not_replaced_unasked(

@@ -263,6 +263,13 @@ def test_a_listed_file_that_is_not_there(hub: HubServer, home: Path) -> None:
 # --- where the cache lies -----------------------------------------------------------------------
 
 
+def test_a_repository_without_files(hub: HubServer, home: Path) -> None:
+    """What a first push that failed leaves behind."""
+    hub.add("org/empty", {".gitattributes": "*.bin filter=lfs\n"})
+    found = refused(hub, home, "inspect", "org/empty")
+    assert "the repository is empty" in found["message"]
+
+
 def test_a_home_that_cannot_be_made(hub: HubServer, tmp_path: Path) -> None:
     """HF_HOME below a file: one clear error that names the place, not a traceback."""
     (tmp_path / "file").write_text("")

@@ -69,6 +69,8 @@ def _open(address: Address) -> Place:
         folder, _, file = address.path.rpartition("/")
         prefix = f"{folder}/" if folder else ""
         return Place(HubFolder(address, commit, root, prefix, sizes, private), file)
+    if not sizes.keys() - {".gitattributes"}:
+        raise HubError(f"{address}: the repository is empty.", "Nothing was pushed to it yet.")
     if not any(name.startswith(prefix) for name in sizes):
         raise HubError(
             f"{address}: the repository has no such file or folder.",

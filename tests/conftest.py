@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from hub import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
@@ -27,6 +28,25 @@ def base() -> Path:
 @pytest.fixture
 def adapter() -> Path:
     return FIXTURES / "adapter"
+
+
+@pytest.fixture
+def hub(stock: HubServer) -> HubServer:
+    """The Hub that a module calls `stock`, with an empty log and no faults."""
+    stock.clear()
+    return stock
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """HF_HOME, not there yet."""
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> str:
+    """A repository that is not there yet, of a name that no other test uses."""
+    return f"org/{tmp_path.name.strip('_')}"
 
 
 def write_adapter(

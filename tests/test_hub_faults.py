@@ -6,10 +6,12 @@ Each ends well after a retry, or with one clear error: no traceback, no noise, n
 from __future__ import annotations
 
 import json
-import shlex
+import os
+import pty
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,17 +34,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         server.add("org/gated", adapter, gated=True)
         server.add("org/gated-base", dict(paths(FIXTURES / "base")), gated=True)
         yield server
-
-
-@pytest.fixture
-def hub(stock: HubServer) -> HubServer:
-    stock.clear()
-    return stock
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 def assert_nothing_left(folder: Path) -> None:
@@ -320,6 +311,24 @@ def test_a_download_is_silent_in_a_pipe(hub: HubServer, home: Path, tmp_path: Pa
         assert done.out
 
 
+def on_terminal(command: list[str], env: dict[str, str], cwd: Path) -> tuple[int, str]:
+    """Run a command whose stderr is a terminal of 100 columns: exit code, and what it shows."""
+    shown, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (30, 100))
+    with subprocess.Popen(
+        command, env=env, cwd=cwd, stdin=terminal, stdout=subprocess.DEVNULL, stderr=terminal
+    ) as child:
+        os.close(terminal)
+        seen = b""
+        try:
+            while piece := os.read(shown, 65536):
+                seen += piece
+        except OSError:  # Linux says so when the other end is closed
+            pass
+    os.close(shown)
+    return child.returncode, seen.decode(errors="replace")
+
+
 @pytest.mark.parametrize("options", ["", "-q", "--json"])
 def test_bars_are_for_terminals_and_not_for_the_quiet(
     hub: HubServer, home: Path, tmp_path: Path, options: str
@@ -327,19 +336,13 @@ def test_bars_are_for_terminals_and_not_for_the_quiet(
     """On a terminal a download above 10 MB shows how far it is, unless asked to be quiet."""
     from test_hub_read import Q, factors, sparse
 
-    if shutil.which("script") is None:
-        pytest.skip("no script(1) to make a terminal with")
     folder = tmp_path / "a"
     sparse(folder / "adapter_model.safetensors", factors([Q], 100_000, 100_000, 16), "F32")
     shutil.copy(FIXTURES / "adapter" / "adapter_config.json", folder)
     hub.add("org/bars", dict(paths(folder)))
-    command = shlex.join([sys.executable, "-m", "loratool", "inspect", "org/bars"])
     home.mkdir()
-    done = subprocess.run(
-        ["script", "-qec", f"stty cols 99 rows 30; {command} {options} 2>&1 >out", "/dev/null"],
-        env={**hub.environment(home), "TERM": "xterm", "COLUMNS": "100"},
-        cwd=home, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0
+    command = [sys.executable, "-m", "loratool", "inspect", "org/bars", *options.split()]
+    code, seen = on_terminal(command, {**hub.environment(home), "TERM": "xterm"}, home)
+    assert code == 0
     assert downloads(hub) == ["adapter_model.safetensors"]
-    assert ("Downloading" in done.stdout) == (options == "")
+    assert ("Downloading" in seen) == (options == "")

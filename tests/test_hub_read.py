@@ -185,22 +185,10 @@ def stock(places: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hu
         yield server
 
 
-@pytest.fixture
-def hub(stock: HubServer) -> HubServer:
-    """The same with an empty log; tests add repositories of other names."""
-    stock.clear()
-    return stock
-
-
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home that may have downloaded anything before."""
     return tmp_path_factory.mktemp("warm") / "home"
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 # --- merging from the Hub -----------------------------------------------------------------------

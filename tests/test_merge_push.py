@@ -76,23 +76,6 @@ def stock(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubS
         yield server
 
 
-@pytest.fixture
-def hub(stock: HubServer) -> HubServer:
-    stock.clear()
-    return stock
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> str:
-    """A repository that is not there yet, of a name that no other test uses."""
-    return f"org/{tmp_path.name.strip('_')}"
-
-
 INPUTS = ("merge", "org/base", "org/adapter")
 
 

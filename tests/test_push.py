@@ -41,23 +41,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-@pytest.fixture
-def hub(stock: HubServer) -> HubServer:
-    stock.clear()
-    return stock
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> str:
-    """A repository that is not there yet, of a name that no other test uses."""
-    return f"org/{tmp_path.name.strip('_')}"
-
-
 @pytest.fixture(scope="module")
 def output(stock: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged model of three shards, as loratool wrote it."""

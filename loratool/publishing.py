@@ -174,13 +174,17 @@ class Repository:
         copied = copied or {}
         copies = [CommitOperationCopy(name, name, src_revision=source) for name in copied]
         branch = None if self.revision == "main" else self.revision
-        with self._talking(), progress_bars(not quiet):
-            interruptible(
-                partial(
-                    self.api.preupload_lfs_files, self.repo, adds,
-                    revision=branch, create_pr=create_pr, free_memory=False,
-                )
-            )  # fmt: skip
+        try:
+            with self._talking(), progress_bars(not quiet):
+                interruptible(
+                    partial(
+                        self.api.preupload_lfs_files, self.repo, adds,
+                        revision=branch, create_pr=create_pr, free_memory=False,
+                    )
+                )  # fmt: skip
+        except HubError:
+            _refuse_changed(uploads)  # the storage refuses what has another hash than announced
+            raise
         _refuse_changed(uploads)
         before = self.head
         try:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loratool.version import __version__
+
 if TYPE_CHECKING:
     from loratool.combining import CombineReport, combine
     from loratool.comparing import CompareReport, compare
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from loratool.resizing import ResizeReport, resize
     from loratool.unmerging import UnmergeReport, unmerge
     from loratool.verifying import VerifyReport, verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CardReport",

@@ -19,31 +19,10 @@ import numpy.typing as npt
 from loratool.checkpoint.folder import Folder, origin_of
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32
 from loratool.errors import shown
+from loratool.notices import Notice
 
 Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
 Matrix = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something a user should know: a stable `code`, a sentence, and where it was seen.
-
-    `refused` marks what makes an adapter impossible to merge honestly: `inspect` shows it, `merge`
-    stops on it.
-    """
-
-    code: str
-    message: str
-    where: str = ""
-    refused: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "code": self.code,
-            "message": self.message,
-            "where": self.where,
-            "refused": self.refused,
-        }
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import LowRank, Notice
+from loratool.adapter import LowRank
 from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import float_blocks, raw_blocks, read_float32
 from loratool.checkpoint.writer import StagedDirectory, explain
+from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.formats import CONFIG
 from loratool.formats.peft_config import adapter_config
 from loratool.formats.peft_writer import (
-    FACTOR_DTYPES,
     WEIGHTS,
     AdapterWriter,
     Bytes,
@@ -35,23 +35,21 @@ from loratool.formats.peft_writer import (
     tensors_of,
 )
 from loratool.joining import Joined, Part, Saved
+from loratool.notices import Notice
 from loratool.output import Progress, refuse_full_disk
 from loratool.provenance import describe_adapter, file_sha256, versions, write_json
 from loratool.threads import computed
-
-#: What `--dtype` may be, and the safetensors code of it.
-DTYPES = {name: code for code, name in FACTOR_DTYPES.items()}
 
 
 def output_dtype(joined: Joined, dtype: str | None) -> str:
     """The safetensors code to write: as asked, or the inputs' own; float32 where they differ."""
     if dtype is not None:
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        return DTYPES[dtype]
+        if dtype not in FACTOR_DTYPES:
+            raise unknown("dtype", dtype, FACTOR_DTYPES)
+        return FACTOR_DTYPES[dtype]
     found = {t.dtype for parts in joined.modules.values() for p in parts
              for t in (p.module.a, p.module.b)}  # fmt: skip
-    return next(iter(found)) if len(found) == 1 and found <= set(DTYPES.values()) else "F32"
+    return next(iter(found)) if len(found) == 1 and found <= set(FACTOR_DTYPES.values()) else "F32"
 
 
 def write_adapter(

@@ -15,14 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loratool.checkpoint.tensors import (
-    BLOCK_ELEMENTS,
-    DTYPE_BITS,
-    FilePool,
-    blocks,
-    read_float32,
-    read_raw,
-)
+from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, blocks, read_float32, read_raw
+from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
 from loratool.matching import Delta
 from loratool.plan import Job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.adapter import Adapter, Notice
+from loratool.adapter import Adapter
 from loratool.checkpoint.base import open_checkpoint, refuse_quantised
 from loratool.checkpoint.layout import Layout
 from loratool.checkpoint.tensors import FilePool, read_float32
@@ -13,6 +13,7 @@ from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition, Factor
 from loratool.matching import Delta, match
+from loratool.notices import Notice
 
 
 class BaseWeights:

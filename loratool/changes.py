@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Notice
 from loratool.checkpoint.tensors import as_float32
 from loratool.errors import ValueRangeError, listed
 from loratool.formats.peft_config import owner
@@ -17,6 +16,7 @@ from loratool.joining import Joined, Part
 from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.linalg.spectrum import gram
+from loratool.notices import Notice
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
 _LARGE_ROUNDING = 0.01
@@ -68,17 +68,6 @@ class ModuleChange:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "shape": list(self.shape), "ranks": list(self.ranks)}
-
-
-def document(report: Any) -> dict[str, Any]:
-    """What `--json` prints of a report that has `modules` and `warnings` beside plain values."""
-    fields = {k: v for k, v in report.__dict__.items() if k not in ("modules", "warnings")}
-    return {
-        "schema_version": 1,
-        **fields,
-        "modules": [m.to_dict() for m in report.modules],
-        "warnings": [w.to_dict() for w in report.warnings],
-    }
 
 
 def shrink(

@@ -22,9 +22,10 @@ import torch
 from loratool.arithmetic import RunningJob
 from loratool.checkpoint.residual import ordered
 from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
+from loratool.dtypes import FLOAT_FORMATS
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
-from loratool.rounding import FORMATS, TORCH, magnitudes_of, narrowed, scratch, ulp
+from loratool.rounding import TORCH, magnitudes_of, narrowed, scratch, ulp
 from loratool.ways import Ways
 from loratool.workers import Bytes, Workers
 
@@ -255,7 +256,7 @@ class _Comparing(RunningJob):
         inside = once.clone()
         for half in self.halves if self.job.is_sum else ():
             slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
-            slack.add_(reach, alpha=math.ldexp(1.0, -FORMATS[half][0]))
+            slack.add_(reach, alpha=math.ldexp(1.0, -FLOAT_FORMATS[half].fraction))
             inside |= deviation <= slack.add_(noise)
         # Graphics cards multiply float32 with the fraction of a float16 if they are let (TF32).
         inside |= deviation <= noise.add_(reach, alpha=math.ldexp(1.0, -10))

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import click
 
-from loratool import __version__
 from loratool.commands.card import card_command
 from loratool.commands.combine import combine_command
 from loratool.commands.compare import compare_command
@@ -25,6 +24,7 @@ from loratool.commands.unmerge import unmerge_command
 from loratool.commands.verify import verify_command
 from loratool.errors import LoraToolError, ReaderGone, UsageError
 from loratool.options import CONTEXT, Commands
+from loratool.version import __version__
 
 _INTERRUPTED = 130
 

@@ -11,20 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter, Notice
+from loratool.adapter import Adapter
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import CLASHES, settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, document, shrink
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool, same_values
 from loratool.checkpoint.writer import check_output
+from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.formats import read_lora
-from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
+from loratool.notices import Notice, document
 from loratool.output import Progress
 from loratool.threads import few
 
@@ -138,7 +139,7 @@ def combine(
         options = {
             "method": method, "rank": rank, "energy": energy, "density": density,
             "majority_sign_method": majority_sign_method, "seed": seed, "saved": saved,
-            "keep_patterns": keep_patterns, "dtype": FACTOR_DTYPES[code],
+            "keep_patterns": keep_patterns, "dtype": dtype_name(code),
         }  # fmt: skip
         if chosen.cuts and not criterion.given:
             criterion = Criterion(rank=_largest_rank(joined))
@@ -168,7 +169,7 @@ def combine(
         method=method,
         options=options,
         output=str(target),
-        dtype=FACTOR_DTYPES[code],
+        dtype=dtype_name(code),
         dry_run=dry_run,
         rank=done.rank,
         modules=done.modules,

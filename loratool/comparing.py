@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter, Notice
+from loratool.adapter import Adapter
 from loratool.base_weights import BaseWeights
 from loratool.beside import unequal
 from loratool.checkpoint.tensors import FilePool
@@ -22,7 +22,9 @@ from loratool.inputs import as_list, check_paths, check_sizes, check_threads, ch
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import effective_rank
 from loratool.linalg.lowrank import Decomposition, decompose
+from loratool.notices import Notice
 from loratool.output import Progress
+from loratool.paths import selected
 from loratool.relations import (
     Measured,
     ModuleRelations,
@@ -33,7 +35,6 @@ from loratool.relations import (
     survival,
     verdict,
 )
-from loratool.selection import selected
 from loratool.threads import computed, few
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.

@@ -15,15 +15,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from loratool.adapter import Kind, Notice, Place
+from loratool.adapter import Kind, Place
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import MatchError, UsageError, listed, nearest
-from loratool.folding import pattern
 from loratool.grouping import HEAD, PRETRAINING, Group, group_of
 from loratool.matching import is_vocabulary
-from loratool.selection import matches
+from loratool.notices import Notice
+from loratool.paths import matches, pattern
 
 #: The file name of one shard of several.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")

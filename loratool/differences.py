@@ -16,8 +16,9 @@ from functools import cached_property
 import torch
 
 from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
+from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
-from loratool.rounding import FORMATS, TORCH, scratch
+from loratool.rounding import TORCH, scratch
 from loratool.workers import Bytes
 
 #: Elements of a difference that is held: 256 MB of float32, or 4 GB on a GPU.
@@ -173,4 +174,4 @@ def _rounded_off(dtype: str) -> float:
     of mantissa. The mean of 4ᵉ is 0.54 of that of x² for normally distributed values, and 3/7 for
     evenly distributed ones.
     """
-    return 0.5 * 4.0 ** -FORMATS[dtype][0] / 12
+    return 0.5 * 4.0 ** -FLOAT_FORMATS[dtype].fraction / 12

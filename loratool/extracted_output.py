@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Notice
 from loratool.attesting import distance
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
@@ -31,6 +30,7 @@ from loratool.formats.peft_writer import (
 )
 from loratool.held import Held, gather, note, with_siblings
 from loratool.linalg.ranks import Criterion
+from loratool.notices import Notice
 from loratool.output import refuse_full_disk
 from loratool.provenance import describe_model, file_sha256, versions, write_json
 

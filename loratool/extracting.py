@@ -7,17 +7,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.adapter import Notice
-from loratool.adapter_output import DTYPES
 from loratool.checkpoint.base import Checkpoint, open_checkpoint, refuse_quantised
 from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
 from loratool.counterparts import Choice, pair
+from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.extraction_report import ExtractReport, report_of
 from loratool.inputs import check_paths, check_threads, parse_bytes
 from loratool.linalg.ranks import Criterion
+from loratool.notices import Notice
 from loratool.output import Progress, counting
 from loratool.selection import GROUPS
 from loratool.threads import few
@@ -123,7 +123,7 @@ def extract(
     count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}
     with explained_os_errors(), FilePool() as files, Workers(count) as workers:
-        work = Extraction(files, workers, DTYPES[dtype], where, seed, exact, advance)
+        work = Extraction(files, workers, FACTOR_DTYPES[dtype], where, seed, exact, advance)
         if dry_run or target is None:
             held = gather(pairs, work.measure(pairs.found))
             proposals = propose(held, pairs, work.dtype, options)
@@ -149,8 +149,8 @@ def _check_options(
     skip: Sequence[str],
     dry_run: bool,
 ) -> None:
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    if dtype not in FACTOR_DTYPES:
+        raise unknown("dtype", dtype, FACTOR_DTYPES)
     for group in skip:
         if group not in GROUPS:
             raise unknown("group", group, GROUPS)

@@ -18,20 +18,16 @@ import numpy as np
 import torch
 
 from loratool.changes import rounding_loss
-from loratool.checkpoint.tensors import (
-    DTYPE_BITS,
-    FilePool,
-    float_blocks,
-    format_bytes,
-    same_values,
-)
+from loratool.checkpoint.tensors import FilePool, float_blocks, same_values
 from loratool.counterparts import Counterpart
 from loratool.differences import Difference, Size
+from loratool.dtypes import DTYPE_BITS
 from loratool.errors import UsageError, ValueRangeError
 from loratool.formats.peft_writer import AdapterWriter, Bytes, encode
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated
+from loratool.words import format_bytes
 from loratool.workers import Workers
 
 _NOTHING = Size(0.0, 0.0, False, 0.0)

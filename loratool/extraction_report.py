@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratool.adapter import Notice
-from loratool.changes import document
 from loratool.checkpoint.base import Checkpoint
+from loratool.notices import Notice, document
 
 if TYPE_CHECKING:
     from loratool.extraction import Found

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loratool.folding import pattern, ranged
+from loratool.dtypes import dtype_name
+from loratool.paths import pattern, ranged
 from loratool.plan import Job
 
 #: Upper ends of the bins that distances in units in the last place are counted in.
@@ -81,7 +82,6 @@ _WAYS = {
     "within": "the model was {} when it was merged, and stored otherwise",
     "within-both": "the model and the delta were {} when they were merged, and stored otherwise",
 }
-_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 #: A weight this near to 1 is 1.
 _NEAR = 0.02
@@ -302,7 +302,7 @@ def _phrase(f: Finding) -> str:
             return "were merged twice, or with twice the weight"
         return f"were merged with {times} times the weight"
     kind, _, half = f.way.rpartition("-")
-    way = _WAYS[kind].format(_DTYPES[half]) if f.way else ""
+    way = _WAYS[kind].format(dtype_name(half)) if f.way else ""
     return {
         "once": "are the once-rounded result",
         "same": "are as the adapter holds them",

@@ -7,14 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loratool.adapter import Notice, Place
+from loratool.adapter import Place
 from loratool.adapter_output import note_ranks
-from loratool.checkpoint.tensors import format_bytes
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extraction import Found, Policy
 from loratool.formats.peft_targets import saved_modules, saved_unit
 from loratool.matching import is_vocabulary
+from loratool.notices import Notice
+from loratool.words import format_bytes
 
 #: Modules of which models in memory have one tensor for all.
 _EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -10,8 +10,8 @@ import numpy as np
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.tensors import FilePool, read_float32
+from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, ValueRangeError, listed, unknown
-from loratool.plan import DTYPES
 
 Source = str | Path
 
@@ -43,8 +43,8 @@ def check_threads(threads: int | None) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    if dtype not in MODEL_DTYPES:
+        raise unknown("dtype", dtype, MODEL_DTYPES)
 
 
 def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter, LowRank, Notice
+from loratool.adapter import Adapter, LowRank
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.layout import Layout
 from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
@@ -23,7 +23,8 @@ from loratool.formats import read_adapter
 from loratool.inputs import check_paths
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match
-from loratool.selection import selected
+from loratool.notices import Notice
+from loratool.paths import selected
 
 
 @dataclass

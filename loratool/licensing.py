@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.adapter import Notice
 from loratool.cards.facts import hub_id
 from loratool.cards.making import Licence, base_of, make_card
 from loratool.checkpoint.address import Address
 from loratool.checkpoint.answers import explained, progress_bars
 from loratool.errors import FileError, LoraToolError, PushError, UsageError
+from loratool.notices import Notice
 from loratool.publishing import Repository, Upload
 
 README = "README.md"

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Notice
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
-from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
 from loratool.errors import HubError, UsageError, explained_os_errors
@@ -26,6 +24,7 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.notices import Notice
 from loratool.output import (
     INDEX,
     Progress,
@@ -38,6 +37,7 @@ from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe, file_sha256, write_json
 from loratool.push_target import merge_target, target_of
+from loratool.words import format_bytes
 
 if TYPE_CHECKING:
     from loratool.recording import Recorder

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
-from loratool.checkpoint.tensors import format_bytes
 from loratool.checkpoint.writer import free_bytes
 from loratool.errors import OutputError, explained_os_errors
 from loratool.plan import Plan
 from loratool.provenance import write_json
+from loratool.words import format_bytes
 
 if TYPE_CHECKING:
     from loratool.executor import Courier, Written

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from loratool.adapter import Adapter, Notice
+from loratool.adapter import Adapter
 from loratool.checkpoint.address import parse
 from loratool.checkpoint.base import open_checkpoint
 from loratool.checkpoint.folder import Folder
@@ -19,6 +19,7 @@ from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
 from loratool.inputs import refuse_not_finite
+from loratool.notices import Notice
 
 #: Files that stay here: what tools, editors and systems leave behind.
 _LITTER = re.compile(

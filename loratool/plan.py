@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loratool.adapter import Adapter, Notice, TokenRows
+from loratool.adapter import Adapter, TokenRows
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import is_legacy_buffer
-from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.matching import Delta
-
-#: What `--dtype` may be, and the safetensors code of it.
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "base": ""}
+from loratool.notices import Notice
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: st
     if edits.replacement is not None:
         source = edits.replacement
     keep = is_legacy_buffer(name, source.shape) or not source.is_float
-    dtype = DTYPES[plan.dtype] or base_dtype
+    dtype = MODEL_DTYPES[plan.dtype] or base_dtype
     if keep:
         dtype = source.dtype
     job = Job(

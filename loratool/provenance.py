@@ -18,10 +18,12 @@ from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.config import read_json
 from loratool.checkpoint.folder import origin_of
 from loratool.checkpoint.sidefiles import PROVENANCE
+from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, RestoreError, listed
-from loratool.folding import pattern, ranged
 from loratool.formats import CONFIG
-from loratool.plan import DTYPES, Plan
+from loratool.paths import pattern, ranged
+from loratool.plan import Plan
+from loratool.version import __version__
 
 
 def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
@@ -75,8 +77,6 @@ def _published(source: Path) -> dict[str, str]:
 
 def versions(*libraries: str) -> dict[str, str]:
     """The versions of loratool and of what computed."""
-    from loratool import __version__
-
     return {"loratool": __version__, **{name: version(name) for name in libraries}}
 
 
@@ -172,7 +172,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
     dtypes, counts = record["base"].get("dtypes", []), record["result"].get("tensors", {})
     return (
         isinstance(record.get("adapters"), list)
-        and str(record["options"].get("dtype")) in DTYPES
+        and str(record["options"].get("dtype")) in MODEL_DTYPES
         and isinstance(dtypes, list)
         and all(isinstance(code, str) for code in dtypes)
         and isinstance(counts, dict)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.adapter import Notice
 from loratool.checkpoint.address import parse
 from loratool.checkpoint.answers import LOGIN, logged_in
 from loratool.checkpoint.folder import origin_of
 from loratool.errors import LoginError, OutputError, PushError, UsageError, listed, shown
+from loratool.notices import Notice
 from loratool.output import INDEX
 from loratool.plan import Plan
 from loratool.publishing import Repository

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.adapter import Notice
 from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
 from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
+from loratool.notices import Notice
 from loratool.parcel import Parcel, pack
 from loratool.publishing import Committed, Repository, Upload
 from loratool.push_target import open_target, refuse_mixture

@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Notice
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, document, shrink
+from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.writer import check_output
+from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
-from loratool.formats.peft_writer import FACTOR_DTYPES
 from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank
+from loratool.notices import Notice, document
 from loratool.output import Progress
 
 
@@ -116,7 +116,7 @@ def resize(
         options = {
             "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
             "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
-            "dtype": FACTOR_DTYPES[code],
+            "dtype": dtype_name(code),
         }  # fmt: skip
         uniform = rank is not None or pad_to is not None
         whole = pad_to is not None and rank is None and max_rank is None
@@ -139,7 +139,7 @@ def resize(
     return ResizeReport(
         adapter=lora.label,
         output=str(target),
-        dtype=FACTOR_DTYPES[code],
+        dtype=dtype_name(code),
         dry_run=dry_run,
         rank=done.rank,
         uniform=uniform,

@@ -11,23 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loratool.dtypes import FLOAT_FORMATS
 from loratool.workers import Bytes
 
-TORCH = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
-
-#: Bits of the fraction, and exponent of the smallest normal number.
-FORMATS = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126), "F64": (52, -1022)}
-
-#: For each output dtype: unsigned type of the bits, mask of the magnitude, bits of infinity, bits
-#: of the smallest normal number. Magnitudes compare like their bits.
-_BITS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int, int]] = {
-    "F16": (np.uint16, 0x7FFF, 0x7C00, 0x0400),
-    "BF16": (np.uint16, 0x7FFF, 0x7F80, 0x0080),
-    "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000, 0x00800000),
-    "F64": (np.uint64, (1 << 63) - 1, 0x7FF << 52, 1 << 52),
+TORCH: dict[str, torch.dtype] = {
+    code: getattr(torch, form.name) for code, form in FLOAT_FORMATS.items()
 }
+
+#: The unsigned integers that the bits of each format are.
+_UNSIGNED = {code: np.dtype(f"uint{form.bits}").type for code, form in FLOAT_FORMATS.items()}
 
 
 @dataclass
@@ -104,11 +96,11 @@ def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
 
 def magnitudes_of(data: Bytes, dtype: str) -> tuple[npt.NDArray[Any], bool]:
     """The bits of |x|, and whether any is infinite or NaN."""
-    kind, mask, infinity, _ = _BITS[dtype]
+    kind, form = _UNSIGNED[dtype], FLOAT_FORMATS[dtype]
     values = data.view(kind)
     bits = scratch.get("bits", len(data), torch.uint8).numpy().view(kind)
-    np.bitwise_and(values, kind(mask), out=bits)
-    return bits, bool(bits.size) and int(bits.max()) >= infinity
+    np.bitwise_and(values, kind(form.magnitude_mask), out=bits)
+    return bits, bool(bits.size) and int(bits.max()) >= form.infinity_bits
 
 
 def count_underflow(
@@ -123,7 +115,8 @@ def count_underflow(
     `raw` holds the source's bytes where it has the output's dtype: what was subnormal there did not
     become so here.
     """
-    kind, mask, _, smallest_normal = _BITS[dtype]
+    kind, form = _UNSIGNED[dtype], FLOAT_FORMATS[dtype]
+    smallest_normal = form.normal_bits
     flags = scratch.get("flags", magnitudes.size, torch.bool).numpy()
     tiny = int(np.count_nonzero(np.less(magnitudes, smallest_normal, out=flags)))
     if not tiny:
@@ -133,7 +126,7 @@ def count_underflow(
         counts.zeroed += zeros - int(np.count_nonzero(np.equal(values.numpy(), 0, out=flags)))
     counts.subnormal += tiny - zeros
     if raw is not None:
-        before = raw.view(kind) & kind(mask)
+        before = raw.view(kind) & kind(form.magnitude_mask)
         kept = (before > 0) & (before < smallest_normal)
         counts.subnormal -= int(
             np.count_nonzero(kept & (magnitudes > 0) & (magnitudes < smallest_normal))
@@ -142,11 +135,11 @@ def count_underflow(
 
 def ulp(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """The distance of neighbouring numbers of `dtype` at these float32 or float64 values."""
-    fraction, smallest = FORMATS[dtype]
-    own = FORMATS["F64" if values.dtype == torch.float64 else "F32"]
+    form = FLOAT_FORMATS[dtype]
+    own = FLOAT_FORMATS["F64" if values.dtype == torch.float64 else "F32"]
     integer = torch.int64 if values.dtype == torch.float64 else torch.int32
     # With the fraction's bits cut off, what is left is a power of two, infinity, or zero.
-    power = (values.abs().view(integer) >> own[0] << own[0]).view(values.dtype)
-    return power.clamp_(min=math.ldexp(1.0, max(smallest, own[1]))).mul_(
-        math.ldexp(1.0, -fraction)
+    power = (values.abs().view(integer) >> own.fraction << own.fraction).view(values.dtype)
+    return power.clamp_(min=math.ldexp(1.0, max(form.smallest, own.smallest))).mul_(
+        math.ldexp(1.0, -form.fraction)
     )  # fmt: skip

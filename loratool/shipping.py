@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loratool.adapter import Notice
 from loratool.checkpoint.folder import origin_of
 from loratool.errors import HubError, explained_os_errors
 from loratool.executor import Written, header_of
 from loratool.licensing import card_upload
+from loratool.notices import Notice
 from loratool.pairing import check_shard
 from loratool.plan import Plan
 from loratool.provenance import describe_adapter, describe_model, versions

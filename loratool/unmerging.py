@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter, Notice
+from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.sidefiles import PROVENANCE, fetch_undo
 from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO, Undo, read_undo
 from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
+from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
 from loratool.formats import read_lora
 from loratool.inputs import (
@@ -29,6 +30,7 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.notices import Notice
 from loratool.output import (
     INDEX,
     Progress,
@@ -38,7 +40,7 @@ from loratool.output import (
     write_index,
     write_model,
 )
-from loratool.plan import DTYPES, Plan
+from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import (
     Merged,
@@ -327,8 +329,8 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         )
     if dtype is None:
         known = record["base"].get("dtypes", []) if record else []
-        names = {code: name for name, code in DTYPES.items()}
-        dtype = names.get(known[0], "base") if len(known) == 1 else "base"
+        only = dtype_name(known[0]) if len(known) == 1 else "base"
+        dtype = only if only in MODEL_DTYPES else "base"
     found = plan_subtraction(
         merged, request.adapters, request.weights, dtype, base, record, request.threads
     )

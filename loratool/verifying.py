@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Notice
 from loratool.checkpoint.base import open_checkpoint, refuse_quantised
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
@@ -22,6 +21,7 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.notices import Notice
 from loratool.output import Progress, counting
 from loratool.plan import Job, Plan
 from loratool.planning import build_plan

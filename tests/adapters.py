@@ -11,7 +11,7 @@ import numpy as np
 from conftest import pair, write_adapter
 from safetensors.numpy import load_file
 
-from loratool.adapter import Notice
+from loratool.notices import Notice
 
 Tensors = dict[str, np.ndarray]
 

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loratool.checkpoint.header import build_header, read_header
-from loratool.checkpoint.tensors import DTYPE_BITS, as_float32, read_float32, read_raw
+from loratool.checkpoint.tensors import as_float32, read_float32, read_raw
+from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
 
 #: One table entry and its data, which the cases below break in one way each.

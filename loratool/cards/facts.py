@@ -15,8 +15,8 @@ from loratool.checkpoint.config import read_json
 from loratool.checkpoint.folder import Folder
 from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
 from loratool.checkpoint.tensors import TensorInfo
+from loratool.dtypes import dtype_name
 from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
-from loratool.plan import DTYPES
 from loratool.provenance import file_sha256
 
 _HUB = "https://huggingface.co"
@@ -37,7 +37,6 @@ _CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)(?:[/\\]|$)", re.
 #: One of these makes a tokenizer; its settings alone do not.
 _VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                  "sentencepiece.bpe.model"}  # fmt: skip
-_NAMES = {code: name for name, code in DTYPES.items() if code}
 
 
 @dataclass(frozen=True)
@@ -286,4 +285,4 @@ def dtype_names(tensors: Iterable[TensorInfo]) -> str:
     every = list(tensors)
     floats = [info.dtype for info in every if info.is_float] or [info.dtype for info in every]
     found = Counter(floats).most_common()
-    return listed([_NAMES.get(dtype, dtype) for dtype, _ in found])
+    return listed([dtype_name(dtype) for dtype, _ in found])

@@ -30,8 +30,8 @@ from loratool.cards.facts import (
 from loratool.cards.history import how_made
 from loratool.cards.usage import how_to_use
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.tensors import format_bytes
-from loratool.folding import pattern, ranged
+from loratool.paths import pattern, ranged
+from loratool.words import format_bytes
 
 #: Lines of a table beyond which a card would be a listing.
 _MOST = 50

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo, format_bytes
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
+from loratool.words import format_bytes
 
 #: Longest header accepted, as in the reference implementation.
 MAX_HEADER_BYTES = 100_000_000

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from loratool.checkpoint.address import Address, parse
 from loratool.checkpoint.answers import Unreachable, explained, interruptible, progress_bars
 from loratool.checkpoint.folder import CachedFolder, Folder, Place
-from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import HubError, OutputError, call, nearest
+from loratool.words import format_bytes
 
 #: Bytes of a header that are fetched at once; most headers are shorter.
 _FIRST_BYTES = 100_000

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from loratool.checkpoint.header import refuse_known_impostors
-from loratool.checkpoint.tensors import DTYPE_BITS, TensorInfo
+from loratool.checkpoint.tensors import TensorInfo
+from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
 
 _REFETCH = "Fetch the file again, or ask for a safetensors version of it."

@@ -17,22 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS
 from loratool.errors import FileError, TruncatedError
 
-#: Bits per element of every dtype that the safetensors format names.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-}  # fmt: skip
-
-#: The floating dtypes loratool computes with. Narrower ones are quantised storage.
-FLOATS = ("F16", "BF16", "F32", "F64")
-
+#: The floating dtypes that NumPy has.
 _NUMPY: dict[str, type[np.floating[Any]]] = {
-    "F16": np.float16, "F32": np.float32, "F64": np.float64,
-}  # fmt: skip
+    code: getattr(np, form.name) for code, form in FLOAT_FORMATS.items() if code != "BF16"
+}
 
 #: Elements per block when a tensor is walked through: 2 MB of float32, so that a block and its
 #: product stay in the second-level cache of one core.
@@ -70,7 +61,7 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in FLOATS
+        return self.dtype in FLOAT_FORMATS
 
     def renamed(self, name: str) -> TensorInfo:
         return replace(self, name=name)
@@ -251,12 +242,3 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _equal(one: Iterator[npt.NDArray[Any]], other: Iterator[npt.NDArray[Any]]) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
-
-
-def format_bytes(count: float) -> str:
-    """1234567 -> "1.23 MB" (decimal units, three significant digits)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"

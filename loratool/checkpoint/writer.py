@@ -18,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import OutputError
+from loratool.words import format_bytes
 
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from loratool.changes import ModuleChange
-from loratool.console.common import folded_table, percent_text, shape_text, span_text
+from loratool.console.common import folded_table
+from loratool.words import percent_text, shape_text, span_text
 
 
 def change_table(headings: Sequence[str], changes: Sequence[ModuleChange], full: bool) -> Table:

@@ -28,10 +28,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from loratool.adapter import Notice
-from loratool.checkpoint.tensors import format_bytes
 from loratool.errors import LoraToolError, ReaderGone
-from loratool.folding import pattern, ranged, split
+from loratool.notices import Notice
+from loratool.paths import pattern, ranged, split
+from loratool.words import count_text, format_bytes, number_text
 
 
 class _Console(Console):
@@ -124,34 +124,6 @@ def fact_grid() -> Table:
     return table
 
 
-def number_text(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def span_text(values: Sequence[float | None], digits: int = 2) -> str:
-    """ "0.12" for one value, "0.12–0.34" for several that differ."""
-    known = [v for v in values if v is not None]
-    if not known:
-        return "–"
-    low, high = number_text(min(known), digits), number_text(max(known), digits)
-    return number_text(known[0]) if len(known) == 1 else low if low == high else f"{low}–{high}"
-
-
-def percent_text(share: float) -> str:
-    """Three digits where they matter: 100 % only if nothing is missing from it."""
-    if 0.9995 < share < 1:
-        return "<100%"
-    if 0 < share < 0.00005:
-        return "<0.01%"
-    if share >= 9.995:
-        return f"{100 * share:,.0f}%"
-    return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
-
-
-def count_text(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def make_table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     for heading in headings:
@@ -221,10 +193,6 @@ NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "st
             "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
             "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads",
             "kept ≥", "error ≤", "off sum ≤", "cos of pairs", "noise ≤"}  # fmt: skip
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def written_text(nbytes: int, files: int, seconds: float) -> str:

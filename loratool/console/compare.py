@@ -8,18 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from loratool.comparing import CompareReport, letter
-from loratool.console.common import (
-    WIDE,
-    fact_grid,
-    folded_table,
-    make_table,
-    number_text,
-    out,
-    percent_text,
-    print_sentence,
-    span_text,
-)
+from loratool.console.common import WIDE, fact_grid, folded_table, make_table, out, print_sentence
 from loratool.relations import ModuleRelations, Relation
+from loratool.words import number_text, percent_text, span_text
 
 _SHOWN = 5
 

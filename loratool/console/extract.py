@@ -7,20 +7,11 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from loratool.checkpoint.tensors import format_bytes
 from loratool.console.changes import rank_text
-from loratool.console.common import (
-    count_text,
-    fact_grid,
-    folded_table,
-    out,
-    percent_text,
-    shape_text,
-    span_text,
-    spectrum_table,
-)
+from loratool.console.common import fact_grid, folded_table, out, spectrum_table
 from loratool.extraction_report import ExtractedModule, ExtractReport, OtherTensor
-from loratool.folding import pattern, ranged
+from loratool.paths import pattern, ranged
+from loratool.words import count_text, format_bytes, percent_text, shape_text, span_text
 
 
 def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:

@@ -9,21 +9,17 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from loratool.checkpoint.tensors import format_bytes
 from loratool.console.common import (
     NARROW,
     WIDE,
-    count_text,
     fact_grid,
     folded_table,
     make_table,
-    number_text,
     out,
-    shape_text,
-    span_text,
     spectrum_table,
 )
 from loratool.inspecting import InspectReport, ModuleReport
+from loratool.words import count_text, format_bytes, number_text, shape_text, span_text
 
 
 def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:

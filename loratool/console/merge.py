@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from loratool.checkpoint.tensors import format_bytes
-from loratool.console.common import fact_grid, out, percent_text, written_text
+from loratool.console.common import fact_grid, out, written_text
 from loratool.merging import MergeReport
+from loratool.words import format_bytes, percent_text
 
 
 def show_merge(report: MergeReport, verbose: bool) -> None:

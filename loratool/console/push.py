@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from loratool.checkpoint.tensors import format_bytes
 from loratool.console.common import fact_grid, make_table, out
 from loratool.pushing import PushReport
+from loratool.words import format_bytes
 
 #: A list of more files than this is cut.
 _SHOWN = 40

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from loratool.checkpoint.tensors import format_bytes
 from loratool.console.changes import change_table, cut_text, rank_text
-from loratool.console.common import fact_grid, out, percent_text
+from loratool.console.common import fact_grid, out
 from loratool.resizing import ResizeReport
+from loratool.words import format_bytes, percent_text
 
 
 def show_resize(report: ResizeReport, full: bool) -> None:

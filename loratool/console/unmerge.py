@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from loratool.checkpoint.tensors import format_bytes
-from loratool.console.common import count_text, fact_grid, out, written_text
+from loratool.console.common import fact_grid, out, written_text
 from loratool.unmerging import UnmergeReport
+from loratool.words import count_text, format_bytes
 
 
 def show_unmerge(report: UnmergeReport) -> None:

@@ -7,18 +7,11 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from loratool.checkpoint.tensors import format_bytes
-from loratool.console.common import (
-    count_text,
-    fact_grid,
-    make_table,
-    number_text,
-    out,
-    percent_text,
-)
+from loratool.console.common import fact_grid, make_table, out
 from loratool.findings import Finding
-from loratool.folding import pattern, ranged, split
+from loratool.paths import pattern, ranged, split
 from loratool.verifying import VerifyReport
+from loratool.words import count_text, format_bytes, number_text, percent_text
 
 #: Below this width only module, finding and weight are shown.
 NARROW = 78

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import Adapter, Kind, LowRank, Notice, TokenRows
+from loratool.adapter import Adapter, Kind, LowRank, TokenRows
 from loratool.checkpoint.tensors import TensorInfo, read_raw
 from loratool.errors import listed
 from loratool.formats.peft_config import (
@@ -21,6 +21,7 @@ from loratool.formats.peft_config import (
     rank_and_scale,
     string_list,
 )
+from loratool.notices import Notice
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LEAVES = [

@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, LowRank, Notice, Place
+from loratool.adapter import Adapter, LowRank, Place
 from loratool.errors import AdapterError
+from loratool.notices import Notice
 
 #: Fields that are read by loratool.
 HONOURED = {

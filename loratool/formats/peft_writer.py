@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from loratool.adapter import Place
 from loratool.checkpoint.header import build_header
-from loratool.checkpoint.tensors import DTYPE_BITS, as_bytes
+from loratool.checkpoint.tensors import as_bytes
 from loratool.checkpoint.writer import ShardWriter
+from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS, dtype_name
 from loratool.errors import ValueRangeError
 from loratool.formats.peft import plain_path
 from loratool.threads import computed
@@ -33,18 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
 
-#: The dtypes that factors can have, by safetensors code.
-FACTOR_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
 Bytes = npt.NDArray[np.uint8]
-
-#: What is not below this rounds to infinity: half a unit beyond the largest number.
-_LARGEST = {
-    "F16": (2 - 2.0**-11) * 2.0**15,
-    "BF16": (2 - 2.0**-8) * 2.0**127,
-    "F32": (2 - 2.0**-24) * 2.0**127,
-    "F64": math.inf,
-}
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 
@@ -70,10 +60,9 @@ class _Kept:
 def checked_bytes(name: str, values: npt.NDArray[Any], dtype: str) -> Bytes:
     """The bytes of `values` in a dtype; ValueRangeError if one is too large for it."""
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest < _LARGEST[dtype]:
+    if not largest < FLOAT_FORMATS[dtype].overflow:
         raise ValueRangeError(
-            f"{name} has values up to {largest:.3g}, too large for "
-            f"{FACTOR_DTYPES.get(dtype, dtype)}.",
+            f"{name} has values up to {largest:.3g}, too large for {dtype_name(dtype)}.",
             "Write it in a wider dtype: --dtype float32.",
         )
     return as_bytes(values, dtype)

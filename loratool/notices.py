@@ -1,0 +1,39 @@
+"""What a user should know beside the answer, and the one document that reports print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a user should know: a stable `code`, a sentence, and where it was seen.
+
+    `refused` marks what makes an adapter impossible to merge honestly: `inspect` shows it, `merge`
+    stops on it.
+    """
+
+    code: str
+    message: str
+    where: str = ""
+    refused: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "message": self.message,
+            "where": self.where,
+            "refused": self.refused,
+        }
+
+
+def document(report: Any) -> dict[str, Any]:
+    """What `--json` prints of a report that has `modules` and `warnings` beside plain values."""
+    fields = {k: v for k, v in report.__dict__.items() if k not in ("modules", "warnings")}
+    return {
+        "schema_version": 1,
+        **fields,
+        "modules": [m.to_dict() for m in report.modules],
+        "warnings": [w.to_dict() for w in report.warnings],
+    }

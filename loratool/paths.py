@@ -1,0 +1,92 @@
+"""Paths for people: those that differ only in their numbers become one name with ranges."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from loratool.errors import UsageError
+
+
+def pattern(path: str) -> str:
+    """The path with "#" for each of its numbers: "layers.#.q"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
+
+
+def ranged(paths: Sequence[str]) -> str:
+    """Paths of one pattern -> one name: "layers.0.q" to "layers.3.q" -> "layers.{0-3}.q"."""
+    columns = list(zip(*([int(n) for n in _numbers(p)] for p in paths), strict=True))
+    parts = pattern(paths[0]).split("#")
+    named = [_ranges(sorted(set(numbers))) for numbers in columns]
+    return parts[0] + "".join(r + part for r, part in zip(named, parts[1:], strict=True))
+
+
+def _numbers(path: str) -> list[str]:
+    return [part for part in path.split(".") if part.isdigit()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    shown = [f"{a}-{b}" if a != b else str(a) for a, b in runs]
+    return "{" + ",".join(shown[:4]) + (",…" if len(shown) > 4 else "") + "}"
+
+
+def split(name: str) -> tuple[str, str]:
+    """Path up to and with its last number, and the rest."""
+    found = re.match(r"(.*(?:^|\.)(?:\d+|\{[^}]*\}))\.(.+)$", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def selected(paths: Sequence[str], layers: str | None, include: Sequence[str]) -> list[str]:
+    """The module paths of these layers ("3" or "0-5,7") whose end matches one of the globs.
+
+    Raises UsageError for what is no range, and if there are paths but none is left.
+    """
+    wanted = _layer_set(layers)
+    chosen = [path for path in paths if _is_chosen(path, wanted, include)]
+    if paths and not chosen:
+        asked = [f"layers {layers}"] * bool(layers) + [repr(glob) for glob in include]
+        raise UsageError(
+            f"No module matches ({', '.join(asked)}).",
+            f"The paths look like {paths[0]}.",
+        )
+    return chosen
+
+
+def _layer_set(layers: str | None) -> set[int] | None:
+    if layers is None:
+        return None
+    found: set[int] = set()
+    for part in layers.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            raise UsageError(f"Not a range of layers: {layers!r}.", "Write 3, 0-5 or 0-5,7.")
+        low, high = int(match[1]), int(match[2] or match[1])
+        found.update(range(low, high + 1))
+    return found
+
+
+def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bool:
+    if layers is not None:
+        number = _LAYER.search(path)
+        if number is None or int(number[1]) not in layers:
+            return False
+    return not include or matches(path, include)
+
+
+def matches(path: str, globs: Sequence[str]) -> bool:
+    """Whether a path, or a dotted end of it, matches one of the globs."""
+    return any(
+        fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}") for glob in globs
+    )

@@ -1,0 +1,46 @@
+"""Numbers in words, for terminals, pages and cards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> "1.23 MB" (decimal units, three significant digits)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def number_text(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def span_text(values: Sequence[float | None], digits: int = 2) -> str:
+    """ "0.12" for one value, "0.12–0.34" for several that differ."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    low, high = number_text(min(known), digits), number_text(max(known), digits)
+    return number_text(known[0]) if len(known) == 1 else low if low == high else f"{low}–{high}"
+
+
+def percent_text(share: float) -> str:
+    """Three digits where they matter: 100 % only if nothing is missing from it."""
+    if 0.9995 < share < 1:
+        return "<100%"
+    if 0 < share < 0.00005:
+        return "<0.01%"
+    if share >= 9.995:
+        return f"{100 * share:,.0f}%"
+    return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
+
+
+def count_text(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -28,7 +28,7 @@ HIDDEN, INTERMEDIATE, NARROW, VOCABULARY, LAYERS, SHARDS = 8192, 28672, 1024, 12
 
 def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     """A safetensors file of bfloat16 with a header and no data; returns its size."""
-    from loratool.checkpoint.header import build_header
+    from loratool.storage.header import build_header
 
     header = build_header([(name, "BF16", shape) for name, shape in shapes.items()], {})
     size = len(header) + sum(2 * math.prod(shape) for shape in shapes.values())

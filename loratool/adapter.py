@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from loratool.checkpoint.folder import Folder, origin_of
-from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32
 from loratool.errors import shown
 from loratool.notices import Notice
+from loratool.storage.folder import Folder, origin_of
+from loratool.storage.tensors import FilePool, TensorInfo, read_float32
 
 Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
 Matrix = npt.NDArray[np.float32]

@@ -13,15 +13,11 @@ import numpy as np
 
 from loratool.adapter import LowRank
 from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
-from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
-from loratool.checkpoint.tensors import float_blocks, raw_blocks, read_float32
-from loratool.checkpoint.writer import StagedDirectory, explain
+from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
-from loratool.formats import CONFIG
 from loratool.formats.peft_config import adapter_config
 from loratool.formats.peft_writer import (
-    WEIGHTS,
     AdapterWriter,
     Bytes,
     Extra,
@@ -37,7 +33,12 @@ from loratool.formats.peft_writer import (
 from loratool.joining import Joined, Part, Saved
 from loratool.notices import Notice
 from loratool.output import Progress, refuse_full_disk
-from loratool.provenance import describe_adapter, file_sha256, versions, write_json
+from loratool.provenance import describe_adapter, versions
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory, explain
+from loratool.storage.tensors import float_blocks, raw_blocks, read_float32
 from loratool.threads import computed
 
 
@@ -205,7 +206,7 @@ def _write_beside(
     config = adapter_config(
         joined.used, modules, ranks, list(joined.saved), rows, uniform, joined.biased
     )
-    write_json(folder / CONFIG, config)
+    write_json(folder / ADAPTER_CONFIG, config)
     for name, path in tokenizer.items():
         shutil.copyfile(path, folder / name)
     document = {
@@ -223,6 +224,6 @@ def _write_beside(
             "kept": changes.kept,
             "warnings": [n.code for n in (*joined.notices, *changes.notices)],
         },
-        "files": {name: file_sha256(folder / name) for name in (WEIGHTS, CONFIG)},
+        "files": {name: file_sha256(folder / name) for name in (ADAPTER_MODEL, ADAPTER_CONFIG)},
     }
     write_json(folder / PROVENANCE, document)

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, blocks, read_float32, read_raw
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
 from loratool.matching import Delta
 from loratool.plan import Job
 from loratool.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed, scratch
+from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, blocks, read_float32, read_raw
 from loratool.workers import BLOCKS_PER_TASK, Bytes
 
 

@@ -15,13 +15,13 @@ import torch
 
 from loratool.arithmetic import RunningJob
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.counterparts import Counterpart
 from loratool.errors import VerifyError, listed
 from loratool.formats import read_lora
 from loratool.plan import Job
 from loratool.planning import build_plan
 from loratool.rounding import TORCH, scratch
+from loratool.storage.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.workers import Workers
 
 

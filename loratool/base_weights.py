@@ -8,12 +8,12 @@ from pathlib import Path
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import open_checkpoint, refuse_quantised
 from loratool.checkpoint.layout import Layout
-from loratool.checkpoint.tensors import FilePool, read_float32
 from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition, Factor
 from loratool.matching import Delta, match
 from loratool.notices import Notice
+from loratool.storage.tensors import FilePool, read_float32
 
 
 class BaseWeights:

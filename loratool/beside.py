@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.tensors import TensorInfo, float_blocks, same_values
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.formats.peft_config import string_list
 from loratool.joining import Joined, Saved
 from loratool.notices import Notice
+from loratool.storage.tensors import TensorInfo, float_blocks, same_values
 
 #: What to do with a tensor that several adapters hold whole, with different values.
 CLASHES = ("refuse", "first", "last", "mean")

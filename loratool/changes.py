@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from loratool.checkpoint.tensors import as_float32
 from loratool.errors import ValueRangeError, listed
 from loratool.formats.peft_config import owner
 from loratool.formats.peft_writer import Bytes
@@ -17,6 +16,7 @@ from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.linalg.spectrum import gram
 from loratool.notices import Notice
+from loratool.storage.tensors import as_float32
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
 _LARGE_ROUNDING = 0.01

@@ -21,11 +21,11 @@ import torch
 
 from loratool.arithmetic import RunningJob
 from loratool.checkpoint.residual import ordered
-from loratool.checkpoint.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
 from loratool.rounding import TORCH, magnitudes_of, narrowed, scratch, ulp
+from loratool.storage.tensors import FilePool, TensorInfo, blocks, read_raw
 from loratool.ways import Ways
 from loratool.workers import Bytes, Workers
 

@@ -15,8 +15,6 @@ from loratool.adapter import Adapter
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import CLASHES, settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
-from loratool.checkpoint.tensors import FilePool, same_values
-from loratool.checkpoint.writer import check_output
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.formats import read_lora
@@ -27,6 +25,8 @@ from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
 from loratool.output import Progress
+from loratool.storage.staging import check_output
+from loratool.storage.tensors import FilePool, same_values
 from loratool.threads import few
 
 SIGNS = ("total", "frequency")

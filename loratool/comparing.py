@@ -15,7 +15,6 @@ import numpy as np
 from loratool.adapter import Adapter
 from loratool.base_weights import BaseWeights
 from loratool.beside import unequal
-from loratool.checkpoint.tensors import FilePool
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
@@ -35,6 +34,7 @@ from loratool.relations import (
     survival,
     verdict,
 )
+from loratool.storage.tensors import FilePool
 from loratool.threads import computed, few
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.

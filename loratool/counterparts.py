@@ -18,12 +18,12 @@ from typing import Literal
 from loratool.adapter import Kind, Place
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.grouping import HEAD, PRETRAINING, Group, group_of
 from loratool.matching import is_vocabulary
 from loratool.notices import Notice
 from loratool.paths import matches, pattern
+from loratool.storage.tensors import TensorInfo
 
 #: The file name of one shard of several.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")

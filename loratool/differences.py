@@ -15,10 +15,10 @@ from functools import cached_property
 
 import torch
 
-from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
 from loratool.rounding import TORCH, scratch
+from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
 from loratool.workers import Bytes
 
 #: Elements of a difference that is held: 256 MB of float32, or 4 GB on a GPU.

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from loratool.checkpoint.header import build_header
-from loratool.checkpoint.tensors import FilePool
 from loratool.plan import Job, Plan
 from loratool.recording import MergeTask, Merging, Recorder
 from loratool.rounding import Counts
+from loratool.storage.header import build_header
+from loratool.storage.tensors import FilePool
 from loratool.streaming import Part, Progress, Shard, Task, write_shards
 from loratool.workers import Bytes, Workers
 

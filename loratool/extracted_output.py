@@ -12,27 +12,22 @@ from typing import Any
 
 from loratool.attesting import distance
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
-from loratool.checkpoint.tensors import raw_blocks
-from loratool.checkpoint.writer import StagedDirectory, explain
+from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import VerifyError
 from loratool.extraction import Extraction, Found, Policy, cost
-from loratool.formats import CONFIG
 from loratool.formats.peft_targets import extracted_config, saved_unit
-from loratool.formats.peft_writer import (
-    WEIGHTS,
-    AdapterWriter,
-    Extra,
-    file_size,
-    saved_key,
-    tensors_of,
-)
+from loratool.formats.peft_writer import AdapterWriter, Extra, file_size, saved_key, tensors_of
 from loratool.held import Held, gather, note, with_siblings
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice
 from loratool.output import refuse_full_disk
-from loratool.provenance import describe_model, file_sha256, versions, write_json
+from loratool.provenance import describe_model, versions
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory, explain
+from loratool.storage.tensors import raw_blocks
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)
@@ -108,7 +103,7 @@ def write(
                 tied=any(f.part.twin for f in (*held.factors, *held.whole)),
                 fan_in_fan_out=pairs.fan_in_fan_out,
             )  # fmt: skip
-            write_json(stage.path / CONFIG, config)
+            write_json(stage.path / ADAPTER_CONFIG, config)
             for name, path in _new_tokenizer(base, tuned).items():
                 shutil.copyfile(path, stage.path / name)
             if verify:
@@ -229,5 +224,5 @@ def _record(
             "left": [f.part.name for f in held.left],
             "warnings": [n.code for n in held.notices],
         },
-        "files": {name: file_sha256(folder / name) for name in (WEIGHTS, CONFIG)},
+        "files": {name: file_sha256(folder / name) for name in (ADAPTER_MODEL, ADAPTER_CONFIG)},
     }

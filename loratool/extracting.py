@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.checkpoint.base import Checkpoint, open_checkpoint, refuse_quantised
-from loratool.checkpoint.folder import origin_of
-from loratool.checkpoint.tensors import FilePool
-from loratool.checkpoint.writer import check_output
 from loratool.counterparts import Choice, pair
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors, unknown
@@ -20,6 +17,9 @@ from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice
 from loratool.output import Progress, counting
 from loratool.selection import GROUPS
+from loratool.storage.folder import origin_of
+from loratool.storage.staging import check_output
+from loratool.storage.tensors import FilePool
 from loratool.threads import few
 
 

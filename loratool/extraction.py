@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from loratool.changes import rounding_loss
-from loratool.checkpoint.tensors import FilePool, float_blocks, same_values
 from loratool.counterparts import Counterpart
 from loratool.differences import Difference, Size
 from loratool.dtypes import DTYPE_BITS
@@ -27,6 +26,7 @@ from loratool.formats.peft_writer import AdapterWriter, Bytes, encode
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated
+from loratool.storage.tensors import FilePool, float_blocks, same_values
 from loratool.words import format_bytes
 from loratool.workers import Workers
 

@@ -6,9 +6,9 @@ import re
 from typing import Literal
 
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_targets import saved_unit
+from loratool.storage.tensors import TensorInfo
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
 

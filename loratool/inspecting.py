@@ -17,7 +17,6 @@ import numpy as np
 from loratool.adapter import Adapter, LowRank
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.checkpoint.layout import Layout
-from loratool.checkpoint.tensors import FilePool, TensorInfo, read_float32, squared_norm
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.formats import read_adapter
 from loratool.inputs import check_paths
@@ -25,6 +24,7 @@ from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match
 from loratool.notices import Notice
 from loratool.paths import selected
+from loratool.storage.tensors import FilePool, TensorInfo, read_float32, squared_norm
 
 
 @dataclass

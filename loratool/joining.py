@@ -14,10 +14,10 @@ from pathlib import PurePath
 import numpy as np
 
 from loratool.adapter import Adapter, LowRank, TokenRows
-from loratool.checkpoint.tensors import FilePool, TensorInfo
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
 from loratool.linalg.methods import Term
 from loratool.notices import Notice
+from loratool.storage.tensors import FilePool, TensorInfo
 
 
 @dataclass(frozen=True)

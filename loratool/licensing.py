@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from loratool.cards.facts import hub_id
 from loratool.cards.making import Licence, base_of, make_card
-from loratool.checkpoint.address import Address
-from loratool.checkpoint.answers import explained, progress_bars
 from loratool.errors import FileError, LoraToolError, PushError, UsageError
 from loratool.notices import Notice
-from loratool.publishing import Repository, Upload
+from loratool.storage.hub.address import Address
+from loratool.storage.hub.errors import explained, progress_bars
+from loratool.storage.hub.repository import Repository, Upload
 
 README = "README.md"
 

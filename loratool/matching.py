@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from loratool.adapter import Adapter, LowRank, TokenRows
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import Layout, Naming
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.errors import AdapterError, nearest
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_config import string_list
+from loratool.storage.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

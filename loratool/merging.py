@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import PROVENANCE, SideFiles, previous
-from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO
-from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
+from loratool.checkpoint.sidefiles import SideFiles, previous
 from loratool.errors import HubError, UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import (
@@ -25,18 +23,15 @@ from loratool.inputs import (
     refuse_not_finite,
 )
 from loratool.notices import Notice
-from loratool.output import (
-    INDEX,
-    Progress,
-    counting,
-    refuse_full_disk,
-    side_files_of,
-    write_model,
-)
+from loratool.output import Progress, counting, refuse_full_disk, side_files_of, write_model
 from loratool.plan import Plan
 from loratool.planning import build_plan
-from loratool.provenance import describe, file_sha256, write_json
+from loratool.provenance import describe
 from loratool.push_target import merge_target, target_of
+from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:
@@ -213,7 +208,7 @@ def merge(
             result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
             record = describe(plan, "merge", written.shards, result)
             if undo is not None:
-                record["undo"] = {"file": f"{FOLDER}/{UNDO}", "bytes": undo.nbytes}
+                record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": undo.nbytes}
             write_json(staged.path / PROVENANCE, record)
             if shipment is not None:
                 shipment.settle()
@@ -279,17 +274,17 @@ def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
     kept = {
         name: path.read_bytes()
         for name, path in own.items()
-        if name == "config.json" or files.copied.get(name) != path
+        if name == CONFIG or files.copied.get(name) != path
     }
     if base.is_directory and (base.directory / INDEX).is_file():
         kept[INDEX] = (base.directory / INDEX).read_bytes()
-    (folder / FOLDER).mkdir()
+    (folder / UNDO_FOLDER).mkdir()
     for path in _previous(base):
-        target = folder / FOLDER / BEFORE / path.name
+        target = folder / UNDO_FOLDER / BEFORE / path.name
         target.parent.mkdir(exist_ok=True)
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
     hashes = {name: file_sha256(path) for name, path in own.items()}
-    return Recorder(plan, folder / FOLDER / UNDO, hashes, kept)
+    return Recorder(plan, folder / UNDO_FOLDER / UNDO, hashes, kept)
 
 
 def _previous(base: Checkpoint) -> list[Path]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
-from loratool.checkpoint.writer import free_bytes
 from loratool.errors import OutputError, explained_os_errors
 from loratool.plan import Plan
-from loratool.provenance import write_json
+from loratool.storage.filenames import INDEX, MODEL
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import free_bytes
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 #: `progress(bytes_done, bytes_total, label)`, called as the output grows.
 Progress = Callable[[int, int, str], None]
-
-INDEX = "model.safetensors.index.json"
 
 
 def counting(progress: Progress | None, total: int) -> Callable[[int, str], None]:
@@ -78,7 +77,7 @@ def write_model(
     advance = counting(progress, plan.bytes_to_write)
     written = execute(plan, folder, advance, threads, recorder, courier)
     write_side_files(files, folder, plan.dtype, plan.config_changes)
-    if list(plan.shards) != ["model.safetensors"]:
+    if list(plan.shards) != [MODEL]:
         weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
         write_index(folder, weight_map, plan.bytes_to_write)
     return written

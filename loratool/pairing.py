@@ -12,12 +12,12 @@ from pathlib import Path
 
 from loratool.checking import Pair, compare
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.header import read_header
 from loratool.checkpoint.layout import Layout, is_legacy_buffer
 from loratool.errors import VerifyError, listed
 from loratool.findings import Finding
 from loratool.notices import Notice
 from loratool.plan import Job, Plan
+from loratool.storage.header import read_header
 
 
 @dataclass

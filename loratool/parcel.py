@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.address import parse
 from loratool.checkpoint.base import open_checkpoint
-from loratool.checkpoint.folder import Folder
-from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
-from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
+from loratool.formats import read_adapter
 from loratool.inputs import refuse_not_finite
 from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
+from loratool.storage.folder import Folder
+from loratool.storage.hub.address import parse
 
 #: Files that stay here: what tools, editors and systems leave behind.
 _LITTER = re.compile(
@@ -93,7 +93,7 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     """
     folder = _open(path)
     kind: Literal["adapter", "model"] = "model"
-    if folder.has(CONFIG) or any(folder.has(name) for name in WEIGHT_NAMES):
+    if folder.has(ADAPTER_CONFIG) or any(folder.has(name) for name in ADAPTER_ENTRIES):
         kind = "adapter"
     files: list[str] = []
     left_out: list[str] = []
@@ -158,7 +158,7 @@ def _refuse_incomplete(parcel: Parcel) -> None:
             )
         if adapter.format == "peft":
             refuse_not_finite(adapter)
-        parcel.needed = {str(adapter.weights.relative_to(path)), CONFIG}
+        parcel.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
         parcel.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:
@@ -166,7 +166,7 @@ def _refuse_incomplete(parcel: Parcel) -> None:
         except FileError as error:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
         indices = {name for name in parcel.files if name.endswith(".index.json")}
-        parcel.needed = {*(file.name for file in model.files), "config.json", *indices}
+        parcel.needed = {*(file.name for file in model.files), CONFIG, *indices}
     gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
     if gone:
         raise PushError(
@@ -183,7 +183,7 @@ def _note_local_base(adapter: Adapter) -> list[Notice]:
         f"{CONFIG} names the base by a path, {base!r}: nobody else can load it. Write the id that "
         "it has on the Hub."
     )
-    return [Notice("local-base", text, CONFIG)]
+    return [Notice("local-base", text, ADAPTER_CONFIG)]
 
 
 def _refuse_left_behind(parcel: Parcel) -> None:

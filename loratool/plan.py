@@ -11,10 +11,10 @@ from typing import Any
 from loratool.adapter import Adapter, TokenRows
 from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.layout import is_legacy_buffer
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.matching import Delta
 from loratool.notices import Notice
+from loratool.storage.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import replace
 from loratool.adapter import Adapter, LowRank
 from loratool.checkpoint.base import Checkpoint, refuse_quantised
 from loratool.checkpoint.layout import Layout
-from loratool.checkpoint.tensors import TensorInfo, same_values
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.matching import Match, is_vocabulary, match
 from loratool.notices import Notice
 from loratool.plan import BiasTerm, Edits, Job, Plan, make_job
+from loratool.storage.tensors import TensorInfo, same_values
 from loratool.tying import refuse_unlike_vocabularies, settle_tied
 
 

@@ -5,8 +5,6 @@ It holds no date and no path, so that equal inputs give equal files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,14 +13,14 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.config import read_json
-from loratool.checkpoint.folder import origin_of
-from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, RestoreError, listed
-from loratool.formats import CONFIG
 from loratool.paths import pattern, ranged
 from loratool.plan import Plan
+from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE
+from loratool.storage.folder import origin_of
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import read_json
 from loratool.version import __version__
 
 
@@ -115,27 +113,15 @@ def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:
     """sha256 of the adapter's weights and of its config, by file name."""
-    config = adapter.weights.with_name(CONFIG)
+    config = adapter.weights.with_name(ADAPTER_CONFIG)
     paths = [adapter.weights, *([config] if config.is_file() else [])]
     return {path.name: file_sha256(path) for path in paths}
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _hashes(adapter: Adapter) -> tuple[str, str]:
     """sha256 of the adapter's weights and of its config ("" without one)."""
     files = adapter_files(adapter)
-    config = files.pop(CONFIG, "")
+    config = files.pop(ADAPTER_CONFIG, "")
     return next(iter(files.values())), config
 
 
@@ -199,7 +185,7 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
 
 def _merged(entry: dict[str, Any]) -> Merged:
     files = dict(entry["files"])
-    config = str(files.pop(CONFIG, ""))
+    config = str(files.pop(ADAPTER_CONFIG, ""))
     (weights,) = files.values()
     return Merged(str(entry["name"]), float(entry["weight"]), str(weights), config, entry)
 
@@ -229,7 +215,7 @@ def identify(
             exact.sort(key=lambda i: held[i].weight != weights[position])
         if not exact:
             what = (
-                f"its {CONFIG} is not the one it was merged with"
+                f"its {ADAPTER_CONFIG} is not the one it was merged with"
                 if same
                 else "it is not among the adapters merged into the model, by the hash of its files"
             )

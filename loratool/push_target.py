@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratool.checkpoint.address import parse
-from loratool.checkpoint.answers import LOGIN, logged_in
-from loratool.checkpoint.folder import origin_of
 from loratool.errors import LoginError, OutputError, PushError, UsageError, listed, shown
 from loratool.notices import Notice
-from loratool.output import INDEX
 from loratool.plan import Plan
-from loratool.publishing import Repository
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, INDEX, MODEL
+from loratool.storage.folder import origin_of
+from loratool.storage.hub.address import parse
+from loratool.storage.hub.errors import LOGIN, logged_in
+from loratool.storage.hub.repository import Repository
 
 
 def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
@@ -23,7 +23,7 @@ def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
     own = set(names)
     others = [n for n in target.files if n not in own and n.endswith(_WEIGHTS)]
     first = [n for n in others if n in _LOADED_FIRST]
-    if first and "config.json" in own:
+    if first and CONFIG in own:
         raise PushError(
             f"{target.repo} holds {first[0]}, which programs would load instead of this model.",
             "Delete it there first, or choose another repository.",
@@ -34,9 +34,9 @@ def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
     return [Notice("other-weights", text, others[0])]
 
 
-_WEIGHTS = (".safetensors", ".bin", ".index.json", "adapter_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".index.json", ADAPTER_CONFIG)
 #: Files by which programs tell what to load; the first that is there wins.
-_LOADED_FIRST = {"adapter_config.json", "model.safetensors", "model.safetensors.index.json"}
+_LOADED_FIRST = {ADAPTER_CONFIG, MODEL, INDEX}
 
 
 def target_of(repo_id: str) -> str:
@@ -97,8 +97,8 @@ def merge_target(
             f"{target.repo} holds weights already: {weights[0]}.",
             "Choose another repository, or replace what is there: --overwrite.",
         )
-    index = [INDEX] if list(plan.shards) != ["model.safetensors"] else []
-    refuse_mixture([*plan.shards, "config.json", *index], target)
+    index = [INDEX] if list(plan.shards) != [MODEL] else []
+    refuse_mixture([*plan.shards, CONFIG, *index], target)
     hidden = [f.path for f in (plan.base.folder, *(a.folder for a in plan.adapters)) if f.private]
     if hidden and not (private or target.private):
         text = f"{shown(hidden[0])} is private, and {target.repo} "

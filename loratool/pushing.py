@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from loratool.checkpoint.sidefiles import PROVENANCE
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
 from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
 from loratool.notices import Notice
 from loratool.parcel import Parcel, pack
-from loratool.publishing import Committed, Repository, Upload
 from loratool.push_target import open_target, refuse_mixture
+from loratool.storage.filenames import PROVENANCE
+from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.threads import few
 
 #: More files than this go by the library's resumable upload, which may take several commits.

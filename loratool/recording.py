@@ -20,7 +20,6 @@ import numpy as np
 
 from loratool.arithmetic import RunningJob
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.header import header_bytes, read_header
 from loratool.checkpoint.residual import (
     Distances,
     Positions,
@@ -29,11 +28,13 @@ from loratool.checkpoint.residual import (
     encode_whole,
     find,
 )
-from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, blocks, read_raw
-from loratool.checkpoint.undo import UndoWriter, sha256
+from loratool.checkpoint.undo import UndoWriter
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
 from loratool.rounding import Counts
+from loratool.storage.hashing import sha256
+from loratool.storage.header import header_bytes, read_header
+from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, blocks, read_raw
 from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
 
 

@@ -12,8 +12,6 @@ from typing import Any
 from loratool.adapter_output import output_dtype, write_adapter
 from loratool.beside import settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
-from loratool.checkpoint.tensors import FilePool
-from loratool.checkpoint.writer import check_output
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
 from loratool.formats import read_lora
@@ -22,6 +20,8 @@ from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank
 from loratool.notices import Notice, document
 from loratool.output import Progress
+from loratool.storage.staging import check_output
+from loratool.storage.tensors import FilePool
 
 
 @dataclass

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.header import build_header
 from loratool.checkpoint.residual import Distances, Positions, apply
-from loratool.checkpoint.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
 from loratool.checkpoint.undo import BaseShard, BaseTensor, Undo
 from loratool.errors import RestoreError
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
 from loratool.rounding import scratch
+from loratool.storage.header import build_header
+from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
 from loratool.streaming import Part, Progress, Shard, Task, write_shards
 from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
 

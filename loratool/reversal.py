@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loratool.checkpoint.tensors import FilePool, read_float32
 from loratool.matching import Delta
 from loratool.plan import Job
 from loratool.rounding import TORCH, scratch
+from loratool.storage.tensors import FilePool, read_float32
 from loratool.workers import Bytes
 
 Factor = npt.NDArray[np.float64]

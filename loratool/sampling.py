@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from loratool.arithmetic import RunningJob
-from loratool.checkpoint.tensors import FilePool
 from loratool.plan import Job, Plan
 from loratool.recording import RecordedMerging, RecordedTask
 from loratool.rounding import TORCH, ulp
+from loratool.storage.tensors import FilePool
 from loratool.workers import Workers
 
 #: Blocks in a sample.

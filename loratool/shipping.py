@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loratool.checkpoint.folder import origin_of
 from loratool.errors import HubError, explained_os_errors
 from loratool.executor import Written, header_of
 from loratool.licensing import card_upload
@@ -25,9 +24,10 @@ from loratool.notices import Notice
 from loratool.pairing import check_shard
 from loratool.plan import Plan
 from loratool.provenance import describe_adapter, describe_model, versions
-from loratool.publishing import Committed, Repository, Upload
 from loratool.push_target import refuse_mixture
 from loratool.rounding import Counts
+from loratool.storage.folder import origin_of
+from loratool.storage.hub.repository import Committed, Repository, Upload
 
 #: On the branch: what is known of the shards there.
 JOURNAL = "loratool-progress.json"

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from loratool.checkpoint.tensors import blocks
-from loratool.checkpoint.writer import ShardWriter
+from loratool.storage.shardfile import ShardWriter
+from loratool.storage.tensors import blocks
 from loratool.workers import Bytes, Workers
 
 #: Written bytes after which flushing begins, so that little is left to flush at the end.

@@ -12,12 +12,12 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import RestoreError, listed
 from loratool.findings import judge
 from loratool.plan import Edits, Plan, make_job
 from loratool.planning import build_plan
+from loratool.storage.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

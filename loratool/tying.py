@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from loratool.checkpoint.layout import LM_CLASS, Layout, Tied
-from loratool.checkpoint.tensors import TensorInfo, read_raw
 from loratool.errors import MatchError
 from loratool.matching import is_vocabulary
 from loratool.notices import Notice
 from loratool.plan import Edits, Job, Plan, make_job
+from loratool.storage.tensors import TensorInfo, read_raw
 
 #: Tasks whose models have no language-model head, so that no tie matters.
 _HEADLESS_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}

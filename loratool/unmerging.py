@@ -16,9 +16,8 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import PROVENANCE, fetch_undo
-from loratool.checkpoint.undo import BEFORE, FOLDER, UNDO, Undo, read_undo
-from loratool.checkpoint.writer import StagedDirectory, check_output, explain, free_bytes
+from loratool.checkpoint.sidefiles import fetch_undo
+from loratool.checkpoint.undo import Undo, read_undo
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
 from loratool.formats import read_lora
@@ -32,7 +31,6 @@ from loratool.inputs import (
 )
 from loratool.notices import Notice
 from loratool.output import (
-    INDEX,
     Progress,
     counting,
     refuse_full_disk,
@@ -42,15 +40,11 @@ from loratool.output import (
 )
 from loratool.plan import Plan
 from loratool.planning import build_plan
-from loratool.provenance import (
-    Merged,
-    describe,
-    file_sha256,
-    identify,
-    merged_into,
-    read_record,
-    write_json,
-)
+from loratool.provenance import Merged, describe, identify, merged_into, read_record
+from loratool.storage.filenames import BEFORE, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.subtraction import plan_subtraction, refuse_irreversible
 
 
@@ -162,7 +156,7 @@ def unmerge(
         checkpoint.folder.fetch([PROVENANCE])
         fetch_undo(checkpoint.folder)
         record = read_record(checkpoint.directory) if checkpoint.is_directory else None
-        undo_path = checkpoint.directory / FOLDER / UNDO
+        undo_path = checkpoint.directory / UNDO_FOLDER / UNDO
         undo = None
         if checkpoint.is_directory and undo_path.is_file() and not subtract:
             if record is None:
@@ -173,7 +167,7 @@ def unmerge(
             undo = read_undo(undo_path)
         elif record is not None and record.get("undo") and not subtract:
             raise RestoreError(
-                f"{merged}: {FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
+                f"{merged}: {UNDO_FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
                 "Put it back. `--subtract` does without it, but not exactly.",
             )
         inputs = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
@@ -263,7 +257,7 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
             if INDEX not in undo.files and len(undo.shards) > 1:
                 places = {name: shard.file for shard in undo.shards for name in shard.tensors}
                 write_index(staged.path, places, base.nbytes)
-            before = merged.directory / FOLDER / BEFORE
+            before = merged.directory / UNDO_FOLDER / BEFORE
             if before.is_dir():
                 shutil.copytree(before, staged.path, dirs_exist_ok=True)
             staged.commit()

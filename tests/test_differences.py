@@ -14,12 +14,12 @@ from files import assert_clear, random_of
 from safetensors.torch import save_file
 
 from loratool import differences
-from loratool.checkpoint.header import read_header
-from loratool.checkpoint.pickled import read_pickled
-from loratool.checkpoint.tensors import FilePool, TensorInfo
 from loratool.differences import Difference, Stopped
 from loratool.errors import ValueRangeError
 from loratool.linalg.truncation import truncated
+from loratool.storage.header import read_header
+from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.torchfile import read_pickled
 
 CPU = torch.device("cpu")
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool import extracted_output
-from loratool.checkpoint.tensors import raw_blocks
 from loratool.errors import (
     LoraToolError,
     MatchError,
@@ -30,6 +29,7 @@ from loratool.errors import (
     VerifyError,
 )
 from loratool.formats.peft_targets import extracted_config
+from loratool.storage.tensors import raw_blocks
 
 AT = "model.layers.{}."
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -20,10 +20,10 @@ from files import CODES, assert_clear, file_error, header_file, random_of, raw_b
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratool.checkpoint.header import build_header, read_header
-from loratool.checkpoint.tensors import as_float32, read_float32, read_raw
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
+from loratool.storage.header import build_header, read_header
+from loratool.storage.tensors import as_float32, read_float32, read_raw
 
 #: One table entry and its data, which the cases below break in one way each.
 DATA = bytes(range(24))

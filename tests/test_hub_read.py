@@ -309,7 +309,7 @@ def test_a_look_at_headers_leaves_what_is_complete_in_use(
 _LET_GO = """
 import os, shutil
 from pathlib import Path
-from loratool.checkpoint.hub import locate
+from loratool.storage.hub.folder import locate
 folder, name = locate("org/base").folder, "model-00001-of-00003.safetensors"
 path, blobs = folder.path / name, folder.path.parents[1] / "blobs"
 folder.fetch([name]); blob = path.resolve()

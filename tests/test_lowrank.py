@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratool.checkpoint.tensors import as_bytes
 from loratool.errors import UsageError, ValueRangeError
 from loratool.formats.peft_writer import encode
 from loratool.linalg import intruders
@@ -21,6 +20,7 @@ from loratool.linalg.dense import truncated_svd
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition, crossed, decompose, inner, stacked, triangle
 from loratool.linalg.ranks import Criterion
+from loratool.storage.tensors import as_bytes
 
 #: What is cut off as negligible: half a unit in the last place of float32.
 NEGLIGIBLE = 2.0**-24

@@ -656,7 +656,7 @@ def test_private_inputs_do_not_become_public(hub: HubServer, home: Path, repo: s
 
 _FLIPPED = """
 import os
-from loratool.checkpoint.writer import ShardWriter
+from loratool.storage.staging import ShardWriter
 write = ShardWriter.write
 def flip(self, offset, data):
     if self.path.name == sys.argv[2] and offset == 0:

@@ -47,9 +47,9 @@ from files import (
 from safetensors.torch import save_file
 
 import loratool
-from loratool.checkpoint import writer
-from loratool.checkpoint.writer import StagedDirectory
 from loratool.errors import FileError, LoraToolError, OutputError, ValueRangeError
+from loratool.storage import staging as writer
+from loratool.storage.staging import StagedDirectory
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
 
@@ -472,7 +472,7 @@ def digest(path: Path) -> str:
 #: Writes slowly, and as slowly flushes what it has written.
 SLOW = {
     "writing": "options['progress'] = lambda *a: time.sleep(0.1)",
-    "flushing": "import loratool.checkpoint.writer as w\nw.sync = lambda p: time.sleep(0.5)",
+    "flushing": "import loratool.storage.staging as w\nw.sync = lambda p: time.sleep(0.5)",
 }
 
 

@@ -20,10 +20,10 @@ from files import CODES, assert_clear, file_error, random_of, raw_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratool.checkpoint import pickled
-from loratool.checkpoint.pickled import read_pickled
-from loratool.checkpoint.tensors import read_float32, read_raw
 from loratool.errors import FileError
+from loratool.storage import torchfile as pickled
+from loratool.storage.tensors import read_float32, read_raw
+from loratool.storage.torchfile import read_pickled
 
 both_layouts = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -395,7 +395,7 @@ def test_lists_that_double_do_not_take_for_ever(tmp_path: Path) -> None:
     path = zip_with(tmp_path / "x.bin", pickle_bytes)
     code = (
         "import sys, pathlib\n"
-        "from loratool.checkpoint.pickled import read_pickled\n"
+        "from loratool.storage.torchfile import read_pickled\n"
         "from loratool.errors import FileError\n"
         "try: print(read_pickled(pathlib.Path(sys.argv[1])))\n"
         "except FileError: pass\n"

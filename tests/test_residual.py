@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.checkpoint import residual
-from loratool.checkpoint.header import build_header, read_header
 from loratool.checkpoint.residual import (
     DamagedChunk,
     apply,
@@ -53,10 +52,11 @@ from loratool.checkpoint.residual import (
     encode_whole,
     find,
 )
-from loratool.checkpoint.tensors import FilePool
 from loratool.checkpoint.undo import UndoWriter, read_undo
 from loratool.errors import FileError, LoraToolError, ValueRangeError
 from loratool.reversal import ExactProduct, on_grid
+from loratool.storage.header import build_header, read_header
+from loratool.storage.tensors import FilePool
 
 #: In a merged model.
 UNDO = Path("loratool") / "undo.safetensors"
@@ -424,7 +424,7 @@ def several_blocks(folder: Path) -> tuple[Path, list[Path]]:
 
 
 #: Where the size of a block is looked up.
-BLOCK_MODULES = ["checkpoint.tensors", "arithmetic", "recording", "restoring"]
+BLOCK_MODULES = ["storage.tensors", "arithmetic", "recording", "restoring"]
 
 
 def set_block_size(patch: pytest.MonkeyPatch, elements: int) -> None:

@@ -652,7 +652,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, out: Path, option: str) -> No
 _CHILD = """
 import json, sys, time
 import loratool
-import loratool.checkpoint.writer as writer
+import loratool.storage.staging as writer
 source, output, where = json.loads(sys.argv[1])
 def progress(done, total, path):
     if where == "computing" and done == 2: time.sleep(60)

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.counterparts import Counterpart
 from loratool.differences import Size
 from loratool.errors import UsageError
@@ -27,6 +26,7 @@ from loratool.linalg import truncation
 from loratool.linalg.krylov import BlockKrylov, through
 from loratool.linalg.ranks import Criterion, spread
 from loratool.linalg.truncation import Choice, Truncation, truncated
+from loratool.storage.tensors import TensorInfo
 
 SHAPES = {"square": (330, 330), "wide": (300, 520), "tall": (520, 300)}
 RANKS = (4, 16, 64)

@@ -53,8 +53,8 @@ from test_values import legacy_buffers, mixed
 from transformers import AutoModelForSequenceClassification
 
 import loratool
-from loratool.checkpoint.header import build_header, read_header
 from loratool.errors import FileError, LoraToolError, OutputError, RestoreError, UsageError
+from loratool.storage.header import build_header, read_header
 from loratool.unmerging import UnmergeReport
 
 #: In a merged model.

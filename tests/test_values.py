@@ -30,10 +30,10 @@ from files import (
 )
 
 import loratool
-from loratool.checkpoint.header import build_header
-from loratool.checkpoint.tensors import BLOCK_ELEMENTS
 from loratool.errors import ValueRangeError
 from loratool.merging import MergeReport
+from loratool.storage.header import build_header
+from loratool.storage.tensors import BLOCK_ELEMENTS
 
 TORCH = {
     "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -464,7 +464,7 @@ def test_the_data_of_every_tensor_is_aligned(tmp_path: Path, lora: Path) -> None
     """Tensors lie at multiples of their element size, so that readers can map them."""
     base = write_base(tmp_path / "base", mixed())
     loratool.merge(base, lora, tmp_path / "out", dtype="base")
-    from loratool.checkpoint.header import read_header
+    from loratool.storage.header import read_header
 
     tensors, _ = read_header(tmp_path / "out" / "model.safetensors")
     assert {t.start % t.itemsize for t in tensors.values()} == {0}

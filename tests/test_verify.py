@@ -38,11 +38,11 @@ from files import (
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.checkpoint.writer import ShardWriter
 from loratool.cli import cli
 from loratool.console import common
 from loratool.errors import LoraToolError, VerifyError
 from loratool.findings import Finding
+from loratool.storage.shardfile import ShardWriter
 from loratool.verifying import VerifyReport
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

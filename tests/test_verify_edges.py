@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.adapter import LowRank
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.matching import Delta
 from loratool.reversal import ExactProduct
+from loratool.storage.tensors import TensorInfo
 
 
 def codes(report: loratool.VerifyReport) -> dict[str, str]:
@@ -112,7 +112,7 @@ def test_the_sign_of_a_zero_product_does_not_depend_on_the_shape(rows: int, tmp_
     info_a = TensorInfo("a", "F32", (1, 60), path, start)
     info_b = TensorInfo("b", "F32", (50, 1), path, start + a.nbytes)
     module = LowRank("m", "linear", info_a, info_b, 1.0, 1.0)
-    from loratool.checkpoint.tensors import FilePool
+    from loratool.storage.tensors import FilePool
 
     with FilePool() as files:
         product = ExactProduct(Delta("m.weight", module, False), files)
@@ -138,7 +138,7 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
     """Ctrl-C pressed again and again leaves nothing behind, as the message says."""
     base, lora, out = FIXTURES / "base", FIXTURES / "adapter", tmp_path / "out"
     slow = (
-        "import loratool.checkpoint.writer as w, shutil, sys, time\n"
+        "import loratool.storage.staging as w, shutil, sys, time\n"
         "import loratool.executor\n"
         "write, remove = w.ShardWriter.write, shutil.rmtree\n"
         "w.ShardWriter.write = lambda s, o, d: (write(s, o, d), time.sleep(0.05))\n"

@@ -11,13 +11,21 @@ from typing import Any
 
 from loratool.adapter import Adapter
 from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.config import read_json
-from loratool.checkpoint.folder import Folder
-from loratool.checkpoint.sidefiles import PROVENANCE, tokenizer_files
-from loratool.checkpoint.tensors import TensorInfo
+from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.dtypes import dtype_name
-from loratool.formats import CONFIG, WEIGHT_NAMES, read_adapter
-from loratool.provenance import file_sha256
+from loratool.formats import read_adapter
+from loratool.storage.filenames import (
+    ADAPTER_CONFIG,
+    ADAPTER_ENTRIES,
+    CONFIG,
+    INDEX,
+    MODEL,
+    PROVENANCE,
+)
+from loratool.storage.folder import Folder
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import read_json
+from loratool.storage.tensors import TensorInfo
 
 _HUB = "https://huggingface.co"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -106,7 +114,7 @@ def base_of(folder: Path) -> str | None:
 
     Raises FileError for a config or a record that is no JSON.
     """
-    config = folder / CONFIG
+    config = folder / ADAPTER_CONFIG
     return _base(read_json(config) if config.is_file() else {}, _record(folder))
 
 
@@ -137,9 +145,9 @@ def hub_id(name: object) -> str | None:
 
 
 def _opened(folder: Path) -> tuple[Adapter | None, Checkpoint | None]:
-    if any((folder / name).is_file() for name in (CONFIG, *WEIGHT_NAMES)):
+    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_ENTRIES)):
         return read_adapter(folder), None
-    names = ("config.json", "model.safetensors", "model.safetensors.index.json")
+    names = (CONFIG, MODEL, INDEX)
     if not any((folder / name).is_file() for name in names):
         found = sorted(folder.glob("*.safetensors"))
         if len(found) == 1:

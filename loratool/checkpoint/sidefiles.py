@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint.config import read_json
-from loratool.checkpoint.folder import Folder
-from loratool.checkpoint.undo import FOLDER, UNDO
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.folder import Folder
+from loratool.storage.jsonfile import read_json
 
 _TOKENIZER = re.compile(
     r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|"
@@ -29,9 +29,7 @@ _WEIGHTS = re.compile(
 )
 #: Folders that hold the unmerged model in other formats.
 _FOREIGN_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "tflite", "metal"}
-#: How an output came about; written by every command that makes a model.
-PROVENANCE = "loratool.json"
-_LEFT_AT_TOP = {"README.md", "adapter_config.json", PROVENANCE}
+_LEFT_AT_TOP = {"README.md", ADAPTER_CONFIG, PROVENANCE}
 
 
 @dataclass
@@ -86,7 +84,7 @@ def collect(
     for name in names:
         shut = next((p for p in _parents(name) if _is_foreign(p, parts, heavy)), None)
         at_top, leaf = "/" not in name, name.rpartition("/")[2]
-        known = _TOKENIZER.match(leaf) or leaf in ("config.json", "generation_config.json")
+        known = _TOKENIZER.match(leaf) or leaf in (CONFIG, "generation_config.json")
         if name == ".gitattributes":  # every repository of the Hub has one
             continue
         if shut is not None:
@@ -135,15 +133,15 @@ def tokenizer_files(folder: Folder) -> dict[str, Path]:
 def previous(folder: Folder) -> list[Path]:
     """What a reversible merge left in a model that is now a base: how it came about itself."""
     found = [folder.path / PROVENANCE] if folder.has(PROVENANCE) else []
-    if folder.has(f"{FOLDER}/{UNDO}"):
+    if folder.has(f"{UNDO_FOLDER}/{UNDO}"):
         fetch_undo(folder)
-        found.append(folder.path / FOLDER)
+        found.append(folder.path / UNDO_FOLDER)
     return found
 
 
 def fetch_undo(folder: Folder) -> None:
     """See to it that what a reversible merge left is on this disk."""
-    folder.fetch(name for name in folder.names() if name.startswith(f"{FOLDER}/"))
+    folder.fetch(name for name in folder.names() if name.startswith(f"{UNDO_FOLDER}/"))
 
 
 def _sentence_modules(folder: Folder) -> set[str]:
@@ -165,7 +163,7 @@ def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[s
     for name, source in files.copied.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json":
+        if name == CONFIG:
             config = updated_config(read_json(source), dtype, changes)
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             target.write_text(text, encoding="utf-8")

@@ -14,7 +14,6 @@ every safetensors file beside it for weights. Its entries:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import operator
 import os
@@ -27,8 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.folder import Folder
-from loratool.checkpoint.header import build_header, described, read_header
 from loratool.checkpoint.residual import (
     DamagedChunk,
     Distances,
@@ -38,14 +35,12 @@ from loratool.checkpoint.residual import (
     decode_whole,
     decompress,
 )
-from loratool.checkpoint.tensors import FilePool, TensorInfo, read_raw
 from loratool.errors import FileError
-
-#: Where the undo file lies in an output.
-FOLDER = "loratool"
-UNDO = "undo.safetensors"
-#: What the base had of these itself, because it was the result of a reversible merge.
-BEFORE = "before"
+from loratool.storage.filenames import CONFIG
+from loratool.storage.folder import Folder
+from loratool.storage.hashing import sha256
+from loratool.storage.header import build_header, described, read_header
+from loratool.storage.tensors import FilePool, TensorInfo, read_raw
 
 VERSION = 1
 
@@ -53,10 +48,6 @@ VERSION = 1
 _MAX_UNPACKED = 1 << 30
 
 _LARGEST_OFFSET = 10**15
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 class UndoWriter:
@@ -153,7 +144,7 @@ class Undo:
 
     def base(self, name: Path) -> Checkpoint:
         """The base as a checkpoint without data: names, dtypes, shapes, shards and config."""
-        config = json.loads(self.files["config.json"]) if "config.json" in self.files else {}
+        config = json.loads(self.files[CONFIG]) if CONFIG in self.files else {}
         tensors = {name: tensor.info for name, tensor in self.tensors.items()}
         shards = {shard.file: list(shard.tensors) for shard in self.shards}
         return Checkpoint(name, Folder(name), config, tensors, shards)
@@ -328,5 +319,5 @@ def _check_names(undo: Undo) -> None:
         raise ValueError("a shard is not called .safetensors")
     if not all(isinstance(digest, str) for digest in undo.side_files.values()):
         raise ValueError("a hash is no text")
-    if "config.json" in undo.files and not isinstance(json.loads(undo.files["config.json"]), dict):
+    if CONFIG in undo.files and not isinstance(json.loads(undo.files[CONFIG]), dict):
         raise ValueError("config.json is no JSON object")

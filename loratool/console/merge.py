@@ -6,6 +6,7 @@ from rich.markup import escape
 
 from loratool.console.common import fact_grid, out, written_text
 from loratool.merging import MergeReport
+from loratool.storage.filenames import CONFIG
 from loratool.words import format_bytes, percent_text
 
 
@@ -33,7 +34,7 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         facts.add_row("merged", escape("\n".join(report.changes["merge"])))
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
-        facts.add_row("config.json", escape(changed))
+        facts.add_row(CONFIG, escape(changed))
     if report.left_out:
         facts.add_row("left out", escape(", ".join(report.left_out)))
     if report.dry_run:

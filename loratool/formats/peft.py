@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapter import Adapter, Kind, LowRank, TokenRows
-from loratool.checkpoint.tensors import TensorInfo, read_raw
 from loratool.errors import listed
 from loratool.formats.peft_config import (
     block_counts,
@@ -22,6 +21,8 @@ from loratool.formats.peft_config import (
     string_list,
 )
 from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG
+from loratool.storage.tensors import TensorInfo, read_raw
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LEAVES = [
@@ -299,7 +300,7 @@ def _check_expectations(adapter: Adapter) -> None:
                     "target-absent",
                     f"target_modules names {', '.join(map(repr, sorted(absent)))}, "
                     "but no such module is in the file.",
-                    "adapter_config.json",
+                    ADAPTER_CONFIG,
                 )
             )
     saved = string_list(config, "modules_to_save")
@@ -313,7 +314,7 @@ def _check_expectations(adapter: Adapter) -> None:
                 "saved-module-absent",
                 f"modules_to_save names {', '.join(map(repr, absent))}, "
                 "but no such tensor is in the file.",
-                "adapter_config.json",
+                ADAPTER_CONFIG,
             )
         )
     biases = [n for n in adapter.replaced if n.endswith(".bias")]
@@ -322,7 +323,7 @@ def _check_expectations(adapter: Adapter) -> None:
             Notice(
                 "bias-absent",
                 f"bias={config['bias']!r}, but no bias tensor is in the file.",
-                "adapter_config.json",
+                ADAPTER_CONFIG,
             )
         )
     if config.get("use_dora") and any(m.magnitude is None for m in adapter.modules.values()):

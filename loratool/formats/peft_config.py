@@ -16,6 +16,7 @@ from typing import Any
 from loratool.adapter import Adapter, LowRank, Place
 from loratool.errors import AdapterError
 from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG
 
 #: Fields that are read by loratool.
 HONOURED = {
@@ -55,7 +56,7 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def config_notices(config: dict[str, Any]) -> list[Notice]:
     """What in a LoRA config stands in the way of a merge, or is not known."""
-    where = "adapter_config.json"
+    where = ADAPTER_CONFIG
     notices = []
     known = HONOURED | HARMLESS | REFUSED.keys()
     if config.get("peft_type") == "TRAINABLE_TOKENS":

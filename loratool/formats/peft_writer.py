@@ -22,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.adapter import Place
-from loratool.checkpoint.header import build_header
-from loratool.checkpoint.tensors import as_bytes
-from loratool.checkpoint.writer import ShardWriter
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS, dtype_name
 from loratool.errors import ValueRangeError
 from loratool.formats.peft import plain_path
+from loratool.storage.filenames import ADAPTER_MODEL
+from loratool.storage.header import build_header
+from loratool.storage.shardfile import ShardWriter
+from loratool.storage.tensors import as_bytes
 from loratool.threads import computed
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
 
@@ -137,7 +137,7 @@ class AdapterWriter:
             for half in "AB"
         ]
         tensors = tensors_of(places, ranks, self._dtype, extras)
-        file = ShardWriter(self._folder / WEIGHTS, build_header(tensors, self._metadata))
+        file = ShardWriter(self._folder / ADAPTER_MODEL, build_header(tensors, self._metadata))
         try:
             position = 0
             others = chain.from_iterable(extra.read() for extra in extras)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from loratool.checkpoint.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo
 
 #: PEFT types other than LoRA, in the words of their authors.
 PEFT_TYPES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from loratool.checkpoint.config import read_json
+from loratool.storage.jsonfile import read_json
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratool.checkpoint.address import Address, parse
-from loratool.checkpoint.answers import Unreachable, explained, interruptible, progress_bars
-from loratool.checkpoint.folder import CachedFolder, Folder, Place
-from loratool.errors import HubError, OutputError, call, nearest
+from loratool.errors import FileError, HubError, OutputError, call, nearest
+from loratool.storage.folder import CachedFolder, Folder, Place
+from loratool.storage.hub.address import Address, other_reading, parse
+from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
 from loratool.words import format_bytes
 
 #: Bytes of a header that are fetched at once; most headers are shorter.
@@ -51,6 +51,18 @@ def locate(source: str | Path) -> Place:
             f"{error.message.removeprefix(f'{address.repo}: ')}",
             guess + error.hint,
         ) from error
+
+
+def not_there(source: str | Path, path: Path) -> FileError:
+    """The error for a path that does not exist and cannot be a Hub id, with the nearest name."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    return FileError(
+        f"{source}: no such file or directory.",
+        f"Did you mean {path.with_name(near)}?"
+        if near
+        else "Check the path." + other_reading(str(source)),
+    )
 
 
 def _open(address: Address) -> Place:

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint.address import Address
-from loratool.checkpoint.answers import explained, interruptible, logged_in, progress_bars
-from loratool.checkpoint.hub import literal
 from loratool.errors import HubError
-from loratool.provenance import file_sha256
+from loratool.storage.hashing import file_sha256
+from loratool.storage.hub.address import Address
+from loratool.storage.hub.errors import explained, interruptible, logged_in, progress_bars
+from loratool.storage.hub.folder import literal
 
 #: Files up to this size, but for weights, are held from the look at them until they are sent.
 _HELD = 5_000_000

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
+from loratool.storage.tensors import TensorInfo
 from loratool.words import format_bytes
 
 #: Longest header accepted, as in the reference implementation.

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from loratool.checkpoint.address import Address
 from loratool.errors import HubError, LoginError, LoraToolError, OutputError
+from loratool.storage.hub.address import Address
 
 
 class Unreachable(HubError):

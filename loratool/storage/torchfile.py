@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from loratool.checkpoint.header import refuse_known_impostors
-from loratool.checkpoint.tensors import TensorInfo
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
+from loratool.storage.header import refuse_known_impostors
+from loratool.storage.tensors import TensorInfo
 
 _REFETCH = "Fetch the file again, or ask for a safetensors version of it."
 

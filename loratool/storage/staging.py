@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loratool.errors import OutputError
+from loratool.storage.filenames import PROVENANCE
 from loratool.words import format_bytes
 
 
@@ -40,7 +41,7 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     if not output.is_dir() or output.is_symlink():
         raise OutputError(f"{output} is not a directory.", "Choose another name.")
     weights = [p for p in output.iterdir() if p.suffix in (".safetensors", ".bin", ".json")]
-    model = (output / "loratool.json").exists() or {".json"} < {p.suffix for p in weights}
+    model = (output / PROVENANCE).exists() or {".json"} < {p.suffix for p in weights}
     if any(output.iterdir()) and not model:
         raise OutputError(
             f"{output} does not look like a model or an adapter, so it is not overwritten.",
@@ -213,43 +214,3 @@ def explain(error: OSError, output: Path) -> OutputError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{place}: not allowed to write there.", "Choose another place.")
     return OutputError(f"{output}: writing failed ({error.strerror}).", "Nothing was left behind.")
-
-
-class ShardWriter:
-    """One safetensors file, written by position from any thread, in any order.
-
-    The header is known beforehand, so every byte has its place.
-    """
-
-    def __init__(self, path: Path, header: bytes) -> None:
-        self.path = path
-        self.data_start = len(header)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            self.write(-self.data_start, memoryview(header))
-        except BaseException:
-            self.close()
-            raise
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write `data` at `offset` bytes into the tensor data."""
-        position = self.data_start + offset
-        while data:
-            count = os.pwrite(self._fd, data, position)
-            data, position = data[count:], position + count
-
-    def flush(self) -> None:
-        """Flush what is written so far, beside the writing of the rest."""
-        getattr(os, "fdatasync", os.fsync)(self._fd)
-
-    def flush_and_close(self) -> None:
-        """Flush everything; called from a thread of its own, beside the writing of the next."""
-        try:
-            os.fsync(self._fd)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1

@@ -1,0 +1,31 @@
+"""Names that files have in the folders of models and adapters, each written here once."""
+
+from __future__ import annotations
+
+#: The config of a model, and the file that says which tensor lies in which shard.
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+#: A model in one file.
+MODEL = "model.safetensors"
+
+#: What a model directory is looked for, in this order: an index or the only file.
+MODEL_ENTRIES = (INDEX, MODEL, "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+#: The config and the weights of an adapter; the first of the weights that exists is read.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL = "adapter_model.safetensors"
+ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors")
+
+#: Endings of files that torch pickles.
+TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+
+#: How an output came about; written by every command that makes one.
+PROVENANCE = "loratool.json"
+
+#: Where the undo file of a reversible merge lies in an output: in a folder of its own, because
+#: programs that load a model take every safetensors file beside it for weights.
+UNDO_FOLDER = "loratool"
+UNDO = "undo.safetensors"
+#: What the base had of these itself, because it was the result of a reversible merge.
+BEFORE = "before"

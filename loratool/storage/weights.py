@@ -1,0 +1,176 @@
+"""The weights in a folder, from headers alone: shards put together by an index, or one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from loratool.errors import BaseError, FileError, listed
+from loratool.storage.filenames import MODEL, MODEL_ENTRIES, TORCH_SUFFIXES
+from loratool.storage.folder import CachedFolder, Folder
+from loratool.storage.header import parse_header
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.torchfile import read_pickled
+
+
+@dataclass
+class Weights:
+    """`tensors` by name, and which output shard each belongs to.
+
+    `shards` maps the file name a shard will have in an output (`.bin` becomes `.safetensors`) to
+    the names of its tensors in file order. `notes` say what is odd about the files.
+    """
+
+    tensors: dict[str, TensorInfo]
+    shards: dict[str, list[str]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Contents(NamedTuple):
+    """What the header of one file says. `top` is the kind of its outermost object: "dict" for all
+    safetensors files, anything for torch files."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    top: str = "dict"
+
+
+def read_contents(folder: Folder, name: str) -> Contents:
+    """The header of a file of either kind, by its ending. Raises FileError for what is damaged."""
+    path = folder.path / name
+    if path.suffix in TORCH_SUFFIXES:
+        folder.fetch([name])  # what a torch file holds cannot be told from its beginning
+        tensors, top = read_pickled(path)
+        return Contents(tensors, {}, top)
+    with folder.reading(name) as (stream, size):
+        return Contents(*parse_header(path, stream, size))
+
+
+def entry_of(folder: Folder) -> str | None:
+    """The file that a model directory is opened by, if there is one of the usual name."""
+    return next((name for name in MODEL_ENTRIES if folder.has(name)), None)
+
+
+def read_folder(folder: Folder, partial: bool = False) -> Weights:
+    """The weights of a model directory.
+
+    With `partial` it may lack some of the shards in its index, but not all. Raises FileError for
+    what is missing or damaged.
+    """
+    entry = entry_of(folder) or _only_weights_file(folder)
+    return (
+        _read_index(folder, entry, partial) if entry.endswith(".json") else read_one(folder, entry)
+    )
+
+
+def read_one(folder: Folder, name: str) -> Weights:
+    """The weights in one file."""
+    tensors, metadata = _named_weights(folder, name)
+    return Weights(tensors, {MODEL: list(tensors)}, metadata)
+
+
+def _only_weights_file(folder: Folder) -> str:
+    found = [n for n in folder.names(depth=0) if n.endswith(".safetensors")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FileError(
+            f"{folder.path}: {len(found)} safetensors files but no model.safetensors.index.json.",
+            "Fetch the index too; it says which tensor lies in which file.",
+        )
+    wanted = "Expected model.safetensors, or shards with model.safetensors.index.json."
+    raise FileError(
+        f"{folder.path}: no model weights in this directory.",
+        folder.remedy if isinstance(folder, CachedFolder) else wanted,
+    )
+
+
+def _read_index(folder: Folder, entry: str, partial: bool) -> Weights:
+    index = folder.path / entry
+    weight_map = folder.json(entry).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileError(f"{index}: it has no weight_map.", "Fetch the index again.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+            raise FileError(
+                f"{index}: tensor {tensor!a} is said to lie in {name!a}, outside the directory.",
+                "An index names files beside itself; fetch it again from a source you trust.",
+            )
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not folder.has(name)]
+    if partial and len(missing) < len(names):
+        names = [name for name in names if name not in missing]
+        weight_map = {t: name for t, name in weight_map.items() if name not in missing}
+    elif missing:
+        raise FileError(
+            f"{index}: {len(missing)} of {len(names)} shards are missing:\n"
+            + listed(ascii(name) for name in missing),
+            folder.remedy,
+        )
+    tensors: dict[str, TensorInfo] = {}
+    shards: dict[str, list[str]] = {}
+    metadata: dict[str, str] = {}
+    notes = []
+    for name, (found, own_metadata) in _read_files(folder, sorted(names)):
+        metadata = metadata or own_metadata
+        # The index decides; a tensor it does not know is kept, one it places elsewhere is not.
+        here = {t: info for t, info in found.items() if weight_map.get(t, name) == name}
+        unmapped = [t for t in here if t not in weight_map]
+        if unmapped:
+            notes.append(f"{name} holds {len(unmapped)} tensors the index does not list")
+        twice = [t for t in here if t in tensors]
+        if twice:
+            raise FileError(
+                f"{index}: tensor {twice[0]!r} is in two shards and the index lists neither.",
+                "Fetch the index again.",
+            )
+        tensors.update(here)
+        target = _output_name(name)
+        if target in shards:
+            raise FileError(
+                f"{index}: two of its shards would both become {target}.",
+                "Keep the weights in one format: either .bin or .safetensors shards.",
+            )
+        shards[target] = list(here)
+    absent = [t for t in weight_map if t not in tensors]
+    if absent:
+        wanted = [f"{t} (in {weight_map[t]})" for t in absent]
+        raise FileError(
+            f"{index}: {len(absent)} tensors are not in the shard the index names:\n"
+            f"{listed(wanted)}",
+            "Index and shards do not belong together; fetch both again.",
+        )
+    return Weights(tensors, shards, metadata, notes)
+
+
+_Header = tuple[dict[str, TensorInfo], dict[str, str]]
+
+
+def _read_files(folder: Folder, names: Sequence[str]) -> Iterator[tuple[str, _Header]]:
+    """The headers of shards in this order; several at a time, for the Hub is slow to answer."""
+    first, *others = names
+    yield first, _named_weights(folder, first)
+    with ThreadPoolExecutor(8) as pool:
+        yield from zip(
+            others, pool.map(lambda name: _named_weights(folder, name), others), strict=True
+        )
+
+
+def _named_weights(folder: Folder, name: str) -> _Header:
+    contents = read_contents(folder, name)
+    if contents.top != "dict":
+        raise BaseError(
+            f"{folder.path / name}: its top object is a {contents.top}, not named weights.",
+            "Check the file.",
+        )
+    return contents.tensors, contents.metadata
+
+
+def _output_name(shard: str) -> str:
+    if Path(shard).suffix in TORCH_SUFFIXES:
+        return Path(shard.replace("pytorch_model", "model")).with_suffix(".safetensors").name
+    return shard

@@ -13,7 +13,6 @@ import numpy as np
 
 from loratool.adapter import LowRank
 from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
-from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.formats.peft_config import adapter_config
@@ -31,6 +30,7 @@ from loratool.formats.peft_writer import (
     tensors_of,
 )
 from loratool.joining import Joined, Part, Saved
+from loratool.models.sidefiles import tokenizer_files
 from loratool.notices import Notice
 from loratool.output import Progress, refuse_full_disk
 from loratool.provenance import describe_adapter, versions

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from loratool.arithmetic import RunningJob
-from loratool.checkpoint.base import Checkpoint
 from loratool.counterparts import Counterpart
 from loratool.errors import VerifyError, listed
 from loratool.formats import read_lora
+from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job
 from loratool.planning import build_plan
 from loratool.rounding import TORCH, scratch

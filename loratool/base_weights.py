@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import open_checkpoint, refuse_quantised
-from loratool.checkpoint.layout import Layout
 from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition, Factor
 from loratool.matching import Delta, match
+from loratool.models.checkpoint import open_checkpoint
+from loratool.models.layouts.layout import Layout
+from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, read_float32
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loratool.adapter import Kind, Place
-from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.grouping import HEAD, PRETRAINING, Group, group_of
 from loratool.matching import is_vocabulary
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.notices import Notice
 from loratool.paths import matches, pattern
 from loratool.storage.tensors import TensorInfo

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from loratool.attesting import distance
-from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import VerifyError
 from loratool.extraction import Extraction, Found, Policy, cost
@@ -20,6 +18,8 @@ from loratool.formats.peft_targets import extracted_config, saved_unit
 from loratool.formats.peft_writer import AdapterWriter, Extra, file_size, saved_key, tensors_of
 from loratool.held import Held, gather, note, with_siblings
 from loratool.linalg.ranks import Criterion
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.sidefiles import tokenizer_files
 from loratool.notices import Notice
 from loratool.output import refuse_full_disk
 from loratool.provenance import describe_model, versions

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.checkpoint.base import Checkpoint, open_checkpoint, refuse_quantised
 from loratool.counterparts import Choice, pair
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.extraction_report import ExtractReport, report_of
 from loratool.inputs import check_paths, check_threads, parse_bytes
 from loratool.linalg.ranks import Criterion
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.output import Progress, counting
 from loratool.selection import GROUPS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loratool.checkpoint.base import Checkpoint
+from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice, document
 
 if TYPE_CHECKING:

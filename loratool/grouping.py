@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from loratool.checkpoint.base import Checkpoint
 from loratool.formats.peft import AUTOMATIC_HEADS
 from loratool.formats.peft_targets import saved_unit
+from loratool.models.checkpoint import Checkpoint
 from loratool.storage.tensors import TensorInfo
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from loratool.adapter import Adapter, LowRank
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.layout import Layout
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.formats import read_adapter
 from loratool.inputs import check_paths
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.layouts.layout import Layout
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo, read_float32, squared_norm

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import SideFiles, previous
 from loratool.errors import HubError, UsageError, explained_os_errors
 from loratool.formats import read_lora
 from loratool.inputs import (
@@ -22,6 +20,8 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.sidefiles import SideFiles, previous
 from loratool.notices import Notice
 from loratool.output import Progress, counting, refuse_full_disk, side_files_of, write_model
 from loratool.plan import Plan

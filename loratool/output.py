@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.sidefiles import SideFiles, collect, write_side_files
 from loratool.errors import OutputError, explained_os_errors
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.sidefiles import SideFiles, collect, write_side_files
 from loratool.plan import Plan
 from loratool.storage.filenames import INDEX, MODEL
 from loratool.storage.jsonfile import write_json

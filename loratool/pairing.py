@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.checking import Pair, compare
-from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.layout import Layout, is_legacy_buffer
 from loratool.errors import VerifyError, listed
 from loratool.findings import Finding
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import Layout, is_legacy_buffer
 from loratool.notices import Notice
 from loratool.plan import Job, Plan
 from loratool.storage.header import read_header

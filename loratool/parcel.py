@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import open_checkpoint
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.formats import read_adapter
 from loratool.inputs import refuse_not_finite
+from loratool.models.checkpoint import open_checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder

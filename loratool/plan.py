@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratool.adapter import Adapter, TokenRows
-from loratool.checkpoint.base import Checkpoint
-from loratool.checkpoint.layout import is_legacy_buffer
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.matching import Delta
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 

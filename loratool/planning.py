@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapter import Adapter, LowRank
-from loratool.checkpoint.base import Checkpoint, refuse_quantised
-from loratool.checkpoint.layout import Layout
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.matching import Match, is_vocabulary, match
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import Layout
+from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.storage.tensors import TensorInfo, same_values

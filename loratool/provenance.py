@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import Checkpoint
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, RestoreError, listed
+from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
 from loratool.plan import Plan
 from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from loratool.arithmetic import RunningJob
-from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.residual import (
     Distances,
     Positions,
@@ -29,6 +28,7 @@ from loratool.checkpoint.residual import (
     find,
 )
 from loratool.checkpoint.undo import UndoWriter
+from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
 from loratool.rounding import Counts

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.residual import Distances, Positions, apply
 from loratool.checkpoint.undo import BaseShard, BaseTensor, Undo
 from loratool.errors import RestoreError
+from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
 from loratool.rounding import scratch

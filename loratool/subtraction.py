@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import RestoreError, listed
 from loratool.findings import judge
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.plan import Edits, Plan, make_job
 from loratool.planning import build_plan
 from loratool.storage.tensors import TensorInfo

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from loratool.checkpoint.layout import LM_CLASS, Layout, Tied
 from loratool.errors import MatchError
 from loratool.matching import is_vocabulary
+from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import LM_CLASS
+from loratool.models.layouts.tying import Tied
 from loratool.notices import Notice
 from loratool.plan import Edits, Job, Plan, make_job
 from loratool.storage.tensors import TensorInfo, read_raw

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import fetch_undo
 from loratool.checkpoint.undo import Undo, read_undo
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
@@ -29,6 +27,8 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.sidefiles import fetch_undo
 from loratool.notices import Notice
 from loratool.output import (
     Progress,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.checkpoint.base import open_checkpoint, refuse_quantised
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
 from loratool.formats import read_lora
@@ -21,6 +20,8 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
+from loratool.models.checkpoint import open_checkpoint
+from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.output import Progress, counting
 from loratool.plan import Job, Plan

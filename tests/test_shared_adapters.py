@@ -132,7 +132,7 @@ def test_public_bases_are_merged_into(
     from conftest import pair, write_adapter
     from safetensors.numpy import load_file
 
-    from loratool.checkpoint.base import open_checkpoint
+    from loratool.models.checkpoint import open_checkpoint
     from loratool.storage.tensors import read_raw
 
     original = open_checkpoint(SHARED / name).tensors

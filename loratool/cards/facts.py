@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter
-from loratool.checkpoint.base import Checkpoint, open_checkpoint
-from loratool.checkpoint.sidefiles import tokenizer_files
 from loratool.dtypes import dtype_name
 from loratool.formats import read_adapter
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.sidefiles import tokenizer_files
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,

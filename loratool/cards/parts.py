@@ -29,7 +29,7 @@ from loratool.cards.facts import (
 )
 from loratool.cards.history import how_made
 from loratool.cards.usage import how_to_use
-from loratool.checkpoint.base import Checkpoint
+from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
 from loratool.words import format_bytes
 

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.checkpoint.base import Checkpoint
 from loratool.checkpoint.residual import (
     DamagedChunk,
     Distances,
@@ -36,6 +35,7 @@ from loratool.checkpoint.residual import (
     decompress,
 )
 from loratool.errors import FileError
+from loratool.models.checkpoint import Checkpoint
 from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256

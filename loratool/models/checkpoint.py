@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError, FileError, shown
-from loratool.storage.filenames import CONFIG
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.folder import Folder, origin_of
 from loratool.storage.hub.folder import locate, not_there
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import entry_of, read_folder, read_one
 
 _ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
-
-#: Tensors that only quantised checkpoints have, beside or instead of `….weight`.
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|quant_state\..+|nested_absmax|weight_packed|"
-    r"weight_scale|weight_scale_inv|weight_scale_2|input_scale|weight_format|scales)$|_(blocks|scales)$"
-)
 
 
 @dataclass
@@ -123,32 +115,3 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )
-
-
-def refuse_quantised(
-    base: Checkpoint,
-    role: str = "base",
-    hint: str = "Merge into the unquantised base this one was made from, then quantise the result.",
-) -> None:
-    """Raise BaseError where the weights are stored quantised, by config or by their tensors."""
-    method = base.config.get("quantization_config")
-    if not method:
-        nested = [v for v in base.config.values() if isinstance(v, dict)]
-        found = [v.get("quantization_config") for v in nested]
-        method = next((settings for settings in found if settings), {})
-    if method:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise BaseError(
-            f"{base.label}: a quantised {role} (quantization_config: {name or method}). "
-            "Its packed weights cannot be computed with.",
-            hint,
-        )
-    packed = [n for n in base.tensors if _QUANTISED.search(n)]
-    packed += [n for n, t in base.tensors.items() if n.endswith(".weight") and not t.is_float]
-    if packed:
-        kinds = Counter(base.tensors[n].dtype for n in packed).most_common(1)[0][0]
-        raise BaseError(
-            f"{base.label}: a quantised {role}: {len(packed)} tensors such as {packed[0]!r} "
-            f"({kinds}) hold packed weights or their scales.",
-            hint,
-        )

@@ -1,0 +1,1 @@
+"""Base models on disk: tensors and config, how architectures name and store them."""

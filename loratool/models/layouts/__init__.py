@@ -1,0 +1,1 @@
+"""How architectures name their weights, store them, and tie them."""

@@ -18,7 +18,6 @@ from loratool.errors import explained_os_errors, unknown
 from loratool.formats.peft_config import adapter_config
 from loratool.formats.peft_writer import (
     AdapterWriter,
-    Bytes,
     Extra,
     bias_key,
     checked_bytes,
@@ -32,14 +31,15 @@ from loratool.formats.peft_writer import (
 from loratool.joining import Joined, Part, Saved
 from loratool.models.sidefiles import tokenizer_files
 from loratool.notices import Notice
-from loratool.output import Progress, refuse_full_disk
+from loratool.output import refuse_full_disk
 from loratool.provenance import describe_adapter, versions
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, explain
-from loratool.storage.tensors import float_blocks, raw_blocks, read_float32
-from loratool.threads import computed
+from loratool.storage.tensors import Bytes, float_blocks, raw_blocks, read_float32
+from loratool.streams.progress import Progress
+from loratool.streams.threads import computed
 
 
 def output_dtype(joined: Joined, dtype: str | None) -> str:

@@ -19,9 +19,10 @@ from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
 from loratool.matching import Delta
 from loratool.plan import Job
-from loratool.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed, scratch
-from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, blocks, read_float32, read_raw
-from loratool.workers import BLOCKS_PER_TASK, Bytes
+from loratool.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, blocks, read_float32, read_raw
+from loratool.streams.scratch import scratch
+from loratool.streams.workers import BLOCKS_PER_TASK
 
 
 class RunningJob:

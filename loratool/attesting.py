@@ -20,9 +20,10 @@ from loratool.formats import read_lora
 from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job
 from loratool.planning import build_plan
-from loratool.rounding import TORCH, scratch
+from loratool.rounding import TORCH
 from loratool.storage.tensors import FilePool, TensorInfo, blocks, read_raw
-from loratool.workers import Workers
+from loratool.streams.scratch import scratch
+from loratool.streams.workers import Workers
 
 
 def distance(

@@ -10,13 +10,12 @@ import numpy as np
 
 from loratool.errors import ValueRangeError, listed
 from loratool.formats.peft_config import owner
-from loratool.formats.peft_writer import Bytes
 from loratool.joining import Joined, Part
 from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.linalg.spectrum import gram
 from loratool.notices import Notice
-from loratool.storage.tensors import as_float32
+from loratool.storage.tensors import Bytes, as_float32
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
 _LARGE_ROUNDING = 0.01

@@ -24,10 +24,12 @@ from loratool.checkpoint.residual import ordered
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.findings import BINS, Stats
 from loratool.plan import Job
-from loratool.rounding import TORCH, magnitudes_of, narrowed, scratch, ulp
-from loratool.storage.tensors import FilePool, TensorInfo, blocks, read_raw
+from loratool.rounding import TORCH, magnitudes_of, narrowed, ulp
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.streams.progress import Advance
+from loratool.streams.scratch import scratch
+from loratool.streams.workers import Workers
 from loratool.ways import Ways
-from loratool.workers import Bytes, Workers
 
 Values = npt.NDArray[np.floating[Any]]
 
@@ -36,9 +38,6 @@ _PIECE = 1 << 17
 
 #: How often the order of a sum may move its result by half a unit of the working dtype.
 _NOISE = 16.0
-
-#: `progress(bytes, tensor)`: so many more bytes of the merged model are compared.
-Progress = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Pair:
 
 
 def compare(
-    pairs: Sequence[Pair], progress: Progress, threads: int | None = None
+    pairs: Sequence[Pair], progress: Advance, threads: int | None = None
 ) -> dict[str, Stats]:
     """The statistics of every pair, by the job's name."""
     found: dict[str, Stats] = {}

@@ -24,10 +24,10 @@ from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, 
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
-from loratool.output import Progress
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool, same_values
-from loratool.threads import few
+from loratool.streams.progress import Progress
+from loratool.streams.threads import few
 
 SIGNS = ("total", "frequency")
 

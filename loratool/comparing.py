@@ -22,7 +22,6 @@ from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import effective_rank
 from loratool.linalg.lowrank import Decomposition, decompose
 from loratool.notices import Notice
-from loratool.output import Progress
 from loratool.paths import selected
 from loratool.relations import (
     Measured,
@@ -35,7 +34,8 @@ from loratool.relations import (
     verdict,
 )
 from loratool.storage.tensors import FilePool
-from loratool.threads import computed, few
+from loratool.streams.progress import Progress
+from loratool.streams.threads import computed, few
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3

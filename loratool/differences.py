@@ -17,9 +17,9 @@ import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
-from loratool.rounding import TORCH, scratch
-from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
-from loratool.workers import Bytes
+from loratool.rounding import TORCH
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, read_raw
+from loratool.streams.scratch import scratch
 
 #: Elements of a difference that is held: 256 MB of float32, or 4 GB on a GPU.
 _HELD = {"cpu": 1 << 26, "cuda": 1 << 30}

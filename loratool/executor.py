@@ -19,9 +19,10 @@ from loratool.plan import Job, Plan
 from loratool.recording import MergeTask, Merging, Recorder
 from loratool.rounding import Counts
 from loratool.storage.header import build_header
-from loratool.storage.tensors import FilePool
-from loratool.streaming import Part, Progress, Shard, Task, write_shards
-from loratool.workers import Bytes, Workers
+from loratool.storage.tensors import Bytes, FilePool
+from loratool.streams.progress import Advance
+from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
+from loratool.streams.workers import Workers
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Courier(Protocol):
 def execute(
     plan: Plan,
     folder: Path,
-    progress: Progress,
+    progress: Advance,
     threads: int | None = None,
     recorder: Recorder | None = None,
     courier: Courier | None = None,
@@ -84,7 +85,7 @@ def execute(
 def _write(
     plan: Plan,
     folder: Path,
-    progress: Progress,
+    progress: Advance,
     recorder: Recorder | None,
     files: FilePool,
     workers: Workers,
@@ -98,7 +99,7 @@ def _write(
     digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}
     written = Written()
 
-    def consume(shard: str, part: Part, task: Task, data: Bytes) -> None:
+    def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
         digests[shard].update(data.data)
         assert isinstance(task, MergeTask)
         written.counts += task.counts

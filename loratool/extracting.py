@@ -16,12 +16,12 @@ from loratool.linalg.ranks import Criterion
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.output import Progress, counting
 from loratool.selection import GROUPS
 from loratool.storage.folder import origin_of
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
-from loratool.threads import few
+from loratool.streams.progress import Progress, counting
+from loratool.streams.threads import few
 
 
 def extract(
@@ -107,7 +107,7 @@ def extract(
     from loratool.extracted_output import propose, write  # torch: two seconds to import
     from loratool.extraction import Extraction, as_device
     from loratool.held import gather
-    from loratool.workers import Workers
+    from loratool.streams.workers import Workers
 
     total = sum(part.nbytes for part in pairs.found)
     if verify and not dry_run:

@@ -22,13 +22,13 @@ from loratool.counterparts import Counterpart
 from loratool.differences import Difference, Size
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import UsageError, ValueRangeError
-from loratool.formats.peft_writer import AdapterWriter, Bytes, encode
+from loratool.formats.peft_writer import AdapterWriter, encode
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated
-from loratool.storage.tensors import FilePool, float_blocks, same_values
+from loratool.storage.tensors import Bytes, FilePool, float_blocks, same_values
+from loratool.streams.workers import Workers
 from loratool.words import format_bytes
-from loratool.workers import Workers
 
 _NOTHING = Size(0.0, 0.0, False, 0.0)
 

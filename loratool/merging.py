@@ -23,7 +23,7 @@ from loratool.inputs import (
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import SideFiles, previous
 from loratool.notices import Notice
-from loratool.output import Progress, counting, refuse_full_disk, side_files_of, write_model
+from loratool.output import refuse_full_disk, side_files_of, write_model
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import describe
@@ -32,6 +32,7 @@ from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, 
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
+from loratool.streams.progress import Progress, counting
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,27 +14,12 @@ from loratool.plan import Plan
 from loratool.storage.filenames import INDEX, MODEL
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import free_bytes
+from loratool.streams.progress import Progress, counting
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:
     from loratool.executor import Courier, Written
     from loratool.recording import Recorder
-
-#: `progress(bytes_done, bytes_total, label)`, called as the output grows.
-Progress = Callable[[int, int, str], None]
-
-
-def counting(progress: Progress | None, total: int) -> Callable[[int, str], None]:
-    """Turn counts of single steps into calls of `progress` with their sum."""
-    done = 0
-
-    def advance(count: int, label: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, label)
-
-    return advance
 
 
 def side_files_of(checkpoint: Checkpoint, adapters: Sequence[Adapter] = ()) -> SideFiles:

@@ -20,7 +20,7 @@ from loratool.parcel import Parcel, pack
 from loratool.push_target import open_target, refuse_mixture
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.hub.repository import Committed, Repository, Upload
-from loratool.threads import few
+from loratool.streams.threads import few
 
 #: More files than this go by the library's resumable upload, which may take several commits.
 MANY = 250

@@ -34,8 +34,8 @@ from loratool.reversal import Reversal
 from loratool.rounding import Counts
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
-from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, blocks, read_raw
-from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 
 
 class Merging(RunningJob):

@@ -19,9 +19,9 @@ from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank
 from loratool.notices import Notice, document
-from loratool.output import Progress
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
+from loratool.streams.progress import Progress
 
 
 @dataclass

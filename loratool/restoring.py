@@ -25,11 +25,12 @@ from loratool.errors import RestoreError
 from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job, Plan
 from loratool.reversal import Reversal
-from loratool.rounding import scratch
 from loratool.storage.header import build_header
-from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo, read_raw
-from loratool.streaming import Part, Progress, Shard, Task, write_shards
-from loratool.workers import BLOCKS_PER_TASK, Bytes, Workers
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, read_raw
+from loratool.streams.progress import Advance
+from loratool.streams.scratch import scratch
+from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
+from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 
 
 def restore(
@@ -37,7 +38,7 @@ def restore(
     merged: Checkpoint,
     undo: Undo,
     folder: Path,
-    progress: Progress,
+    progress: Advance,
     threads: int | None = None,
 ) -> None:
     """Write the base's shards into `folder`.
@@ -48,7 +49,7 @@ def restore(
     digests: dict[str, Any] = {}
     left = {name: tensor.info.nbytes for name, tensor in undo.tensors.items()}
 
-    def consume(shard: str, part: Part, task: Task, data: Bytes) -> None:
+    def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
         assert isinstance(part, RestoredPart)
         name = part.info.name
         digest = digests.setdefault(name, hashlib.sha256())
@@ -57,7 +58,7 @@ def restore(
         if not left[name]:
             _check_hash(name, digests.pop(name).hexdigest(), undo, merged)
 
-    def parts(shard: BaseShard, files: FilePool) -> Iterator[Part]:
+    def parts(shard: BaseShard, files: FilePool) -> Iterator[OutputTensor]:
         for name in shard.tensors:
             yield _part(undo.tensors[name], jobs[name], merged.tensors.get(name), undo, files)
 

@@ -23,9 +23,9 @@ import torch
 
 from loratool.matching import Delta
 from loratool.plan import Job
-from loratool.rounding import TORCH, scratch
-from loratool.storage.tensors import FilePool, read_float32
-from loratool.workers import Bytes
+from loratool.rounding import TORCH
+from loratool.storage.tensors import Bytes, FilePool, read_float32
+from loratool.streams.scratch import scratch
 
 Factor = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from loratool.plan import Job, Plan
 from loratool.recording import RecordedMerging, RecordedTask
 from loratool.rounding import TORCH, ulp
 from loratool.storage.tensors import FilePool
-from loratool.workers import Workers
+from loratool.streams.workers import Workers
 
 #: Blocks in a sample.
 _SAMPLES = 48

@@ -30,14 +30,7 @@ from loratool.inputs import (
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import fetch_undo
 from loratool.notices import Notice
-from loratool.output import (
-    Progress,
-    counting,
-    refuse_full_disk,
-    side_files_of,
-    write_index,
-    write_model,
-)
+from loratool.output import refuse_full_disk, side_files_of, write_index, write_model
 from loratool.plan import Plan
 from loratool.planning import build_plan
 from loratool.provenance import Merged, describe, identify, merged_into, read_record
@@ -45,6 +38,7 @@ from loratool.storage.filenames import BEFORE, INDEX, PROVENANCE, UNDO, UNDO_FOL
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
+from loratool.streams.progress import Progress, counting
 from loratool.subtraction import plan_subtraction, refuse_irreversible
 
 

@@ -23,9 +23,9 @@ from loratool.inputs import (
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.output import Progress, counting
 from loratool.plan import Job, Plan
 from loratool.planning import build_plan
+from loratool.streams.progress import Progress, counting
 
 if TYPE_CHECKING:
     from loratool.checking import Pair

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-Bytes = npt.NDArray[np.uint8]
+from loratool.storage.tensors import Bytes
+
 Positions = npt.NDArray[np.int64]
 #: Signed integers as wide as the elements.
 Distances = npt.NDArray[np.signedinteger]

@@ -28,13 +28,11 @@ from loratool.formats.peft import plain_path
 from loratool.storage.filenames import ADAPTER_MODEL
 from loratool.storage.header import build_header
 from loratool.storage.shardfile import ShardWriter
-from loratool.storage.tensors import as_bytes
-from loratool.threads import computed
+from loratool.storage.tensors import Bytes, as_bytes
+from loratool.streams.threads import computed
 
 _PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
-
-Bytes = npt.NDArray[np.uint8]
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 

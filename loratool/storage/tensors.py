@@ -25,6 +25,9 @@ _NUMPY: dict[str, type[np.floating[Any]]] = {
     code: getattr(np, form.name) for code, form in FLOAT_FORMATS.items() if code != "BF16"
 }
 
+#: Raw bytes, `[n]` uint8.
+Bytes = npt.NDArray[np.uint8]
+
 #: Elements per block when a tensor is walked through: 2 MB of float32, so that a block and its
 #: product stay in the second-level cache of one core.
 BLOCK_ELEMENTS = 512 * 1024
@@ -127,7 +130,7 @@ class FilePool:
         self.close()
 
 
-def read_raw(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.uint8]:
+def read_raw(info: TensorInfo, files: FilePool | None = None) -> Bytes:
     """All bytes of a tensor in row-major order, `[nbytes]` uint8."""
     if files is None:
         with FilePool() as own:
@@ -147,7 +150,7 @@ def read_raw(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.
     return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
 
 
-def as_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32]:
+def as_float32(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     """Raw bytes of a floating dtype as float32, flat. float64 is rounded, the others are exact."""
     if dtype == "BF16":
         # A bfloat16 is the upper half of a float32.
@@ -163,7 +166,7 @@ def as_float32(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float32
         return raw.view(_NUMPY[dtype]).astype(np.float32, copy=False)
 
 
-def as_bytes(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.uint8]:
+def as_bytes(values: npt.NDArray[Any], dtype: str) -> Bytes:
     """The bytes of `values` rounded to a floating dtype, in row-major order."""
     with np.errstate(over="ignore", under="ignore"):
         if dtype in _NUMPY:
@@ -199,7 +202,7 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + size, total)
 
 
-def raw_blocks(info: TensorInfo, files: FilePool | None = None) -> Iterator[npt.NDArray[np.uint8]]:
+def raw_blocks(info: TensorInfo, files: FilePool | None = None) -> Iterator[Bytes]:
     """The bytes of a tensor in row-major order, in blocks of BLOCK_ELEMENTS elements."""
     if files is None:
         with FilePool() as own:

@@ -12,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from loratool.threads import R, cores, in_order
+from loratool.storage.tensors import Bytes
+from loratool.streams.threads import R, cores, in_order
 
 #: Blocks that one worker computes before it hands its result over: handing work from thread to
 #: thread costs about as much as a tenth of a block.
 BLOCKS_PER_TASK = 8
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Workers:

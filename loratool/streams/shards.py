@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from loratool.storage.shardfile import ShardWriter
-from loratool.storage.tensors import blocks
-from loratool.workers import Bytes, Workers
+from loratool.storage.tensors import Bytes, blocks
+from loratool.streams.progress import Advance
+from loratool.streams.workers import Workers
 
 #: Written bytes after which flushing begins, so that little is left to flush at the end.
 FLUSH_BYTES = 64 << 20
-
-#: `progress(bytes, shard)`: so many more output bytes are done.
-Progress = Callable[[int, str], None]
 
 
 class Task(Protocol):
@@ -35,7 +33,7 @@ class Task(Protocol):
         """Called by the worker after the last block."""
 
 
-class Part(Protocol):
+class OutputTensor(Protocol):
     """One tensor of an output shard: `length` elements of `itemsize` bytes.
 
     A task makes `task_elements` of them, in blocks of `block_elements`.
@@ -61,12 +59,12 @@ class Shard:
     """
 
     header: bytes
-    parts: Iterable[Part]
+    parts: Iterable[OutputTensor]
 
 
 #: `consume(shard, part, task, data)`: called in file order with each finished task; `data` is valid
 #: until it returns.
-Consume = Callable[[str, Part, Task, Bytes], None]
+Consume = Callable[[str, OutputTensor, Task, Bytes], None]
 
 
 def write_shards(
@@ -74,7 +72,7 @@ def write_shards(
     shards: Mapping[str, Shard],
     workers: Workers,
     consume: Consume,
-    progress: Progress,
+    progress: Advance,
 ) -> None:
     """Compute and write output files; flushing goes on beside the work."""
     with ThreadPoolExecutor(1) as flusher:
@@ -104,7 +102,7 @@ def write_shards(
             done.result()
 
 
-_Finished = tuple[Part, Task, Bytes, int]
+_Finished = tuple[OutputTensor, Task, Bytes, int]
 
 
 def _calls(
@@ -118,7 +116,7 @@ def _calls(
 
 
 def _run(
-    part: Part, low: int, high: int, writer: ShardWriter, offset: int, workers: Workers
+    part: OutputTensor, low: int, high: int, writer: ShardWriter, offset: int, workers: Workers
 ) -> _Finished:
     size = (high - low) * part.itemsize
     buffer = workers.take(size)

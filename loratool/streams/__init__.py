@@ -1,0 +1,1 @@
+"""Blocks through threads, in order, into output files."""

@@ -1,0 +1,25 @@
+"""How work tells what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+#: `progress(bytes_done, bytes_total, label)`, called as the output grows.
+Progress = Callable[[int, int, str], None]
+
+
+#: `advance(bytes, label)`: so many more output bytes are done.
+Advance = Callable[[int, str], None]
+
+
+def counting(progress: Progress | None, total: int) -> Advance:
+    """Turn counts of single steps into calls of `progress` with their sum."""
+    done = 0
+
+    def advance(count: int, label: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, label)
+
+    return advance

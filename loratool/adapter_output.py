@@ -11,23 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import LowRank
-from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
-from loratool.dtypes import FACTOR_DTYPES
-from loratool.errors import explained_os_errors, unknown
-from loratool.formats.peft_config import adapter_config
-from loratool.formats.peft_writer import (
+from loratool.adapters.dialects.peft.config import adapter_config
+from loratool.adapters.dialects.peft.names import bias_key, magnitude_key, rows_key, saved_key
+from loratool.adapters.factorfile import (
     AdapterWriter,
     Extra,
-    bias_key,
     checked_bytes,
     encode,
     file_size,
-    magnitude_key,
-    rows_key,
-    saved_key,
     tensors_of,
 )
+from loratool.adapters.factors import LowRank
+from loratool.changes import Changes, RankPolicy, Shrunk, measure, refuse_nothing, rounding_loss
+from loratool.dtypes import FACTOR_DTYPES
+from loratool.errors import explained_os_errors, unknown
 from loratool.joining import Joined, Part, Saved
 from loratool.models.sidefiles import tokenizer_files
 from loratool.notices import Notice

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from loratool.adapters.reading import read_lora
 from loratool.arithmetic import RunningJob
 from loratool.counterparts import Counterpart
 from loratool.errors import VerifyError, listed
-from loratool.formats import read_lora
 from loratool.models.checkpoint import Checkpoint
 from loratool.plan import Job
 from loratool.planning import build_plan

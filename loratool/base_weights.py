@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition, Factor

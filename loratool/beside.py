@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.dialects.peft.config import string_list
 from loratool.errors import MatchError, ValueRangeError, listed
-from loratool.formats.peft_config import string_list
 from loratool.joining import Joined, Saved
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo, float_blocks, same_values

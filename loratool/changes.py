@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from loratool.adapters.dialects.peft.config import owner
 from loratool.errors import ValueRangeError, listed
-from loratool.formats.peft_config import owner
 from loratool.joining import Joined, Part
 from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion

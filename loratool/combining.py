@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter
 from loratool.adapter_output import output_dtype, write_adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.reading import read_lora
 from loratool.beside import CLASHES, settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors, unknown
-from loratool.formats import read_lora
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked

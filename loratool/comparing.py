@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.reading import read_lora
 from loratool.base_weights import BaseWeights
 from loratool.beside import unequal
 from loratool.errors import UsageError, explained_os_errors
-from loratool.formats import read_lora
 from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import effective_rank

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from loratool.adapter import Kind, Place
+from loratool.adapters.factors import Kind, ModuleShape
 from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.grouping import HEAD, PRETRAINING, Group, group_of
 from loratool.matching import is_vocabulary
@@ -64,21 +64,21 @@ class Counterpart:
         return self.base is not None and self.base.shape == self.tuned.shape
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ModuleShape:
         """Where its factors go. An embedding's product is `(B·A)ᵀ`, and so is a Conv1D's."""
         rows, *inner = self.tuned.shape
         kind: Kind = {"embeddings": "embedding", "convs": "conv"}.get(self.group, "linear")  # type: ignore[assignment]
         if self.transposed:
-            return Place(self.module, kind, inner[0], (rows,))
-        return Place(self.module, kind, rows, tuple(inner))
+            return ModuleShape(self.module, kind, inner[0], (rows,))
+        return ModuleShape(self.module, kind, rows, tuple(inner))
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[ModuleShape]:
         """Where its factors go: the twin's are the same two, transposed."""
         own = self.place
         if not self.twin:
             return [own]
-        return [own, Place(self.twin.rpartition(".")[0], "linear", own.inner[0], (own.out,))]
+        return [own, ModuleShape(self.twin.rpartition(".")[0], "linear", own.inner[0], (own.out,))]
 
     @property
     def names(self) -> list[str]:

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.dialects.peft.names import saved_key
+from loratool.adapters.dialects.peft.targets import extracted_config, saved_unit
+from loratool.adapters.factorfile import AdapterWriter, Extra, file_size, tensors_of
 from loratool.attesting import distance
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import VerifyError
 from loratool.extraction import Extraction, Found, Policy, cost
-from loratool.formats.peft_targets import extracted_config, saved_unit
-from loratool.formats.peft_writer import AdapterWriter, Extra, file_size, saved_key, tensors_of
 from loratool.held import Held, gather, note, with_siblings
 from loratool.linalg.ranks import Criterion
 from loratool.models.checkpoint import Checkpoint

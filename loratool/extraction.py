@@ -17,12 +17,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from loratool.adapters.factorfile import AdapterWriter, encode
 from loratool.changes import rounding_loss
 from loratool.counterparts import Counterpart
 from loratool.differences import Difference, Size
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import UsageError, ValueRangeError
-from loratool.formats.peft_writer import AdapterWriter, encode
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated

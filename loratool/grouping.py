@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from loratool.formats.peft import AUTOMATIC_HEADS
-from loratool.formats.peft_targets import saved_unit
+from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
+from loratool.adapters.dialects.peft.targets import saved_unit
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.tensors import TensorInfo
 

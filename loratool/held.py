@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loratool.adapter import Place
 from loratool.adapter_output import note_ranks
+from loratool.adapters.dialects.peft.targets import saved_modules, saved_unit
+from loratool.adapters.factors import ModuleShape
 from loratool.counterparts import Counterpart, Counterparts
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extraction import Found, Policy
-from loratool.formats.peft_targets import saved_modules, saved_unit
 from loratool.matching import is_vocabulary
 from loratool.notices import Notice
 from loratool.words import format_bytes
@@ -66,7 +66,7 @@ class Held:
         return cut, least
 
     @property
-    def placed(self) -> list[tuple[Place, int]]:
+    def placed(self) -> list[tuple[ModuleShape, int]]:
         """The places that get factors, and their ranks."""
         pairs = zip(self.factors, self.ranks, strict=True)
         return [(place, rank) for f, rank in pairs if rank for place in f.part.places]

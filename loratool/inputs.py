@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, ValueRangeError, listed, unknown
 from loratool.storage.tensors import FilePool, read_float32

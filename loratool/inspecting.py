@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter import Adapter, LowRank
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank
+from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
-from loratool.formats import read_adapter
 from loratool.inputs import check_paths
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match

@@ -13,7 +13,8 @@ from pathlib import PurePath
 
 import numpy as np
 
-from loratool.adapter import Adapter, LowRank, TokenRows
+from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.factors import LowRank
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
 from loratool.linalg.methods import Term
 from loratool.notices import Notice

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loratool.adapter import Adapter, LowRank, TokenRows
+from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.dialects.peft.config import string_list
+from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
+from loratool.adapters.factors import LowRank
 from loratool.errors import AdapterError, nearest
-from loratool.formats.peft import AUTOMATIC_HEADS
-from loratool.formats.peft_config import string_list
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, Naming
 from loratool.storage.tensors import TensorInfo

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, UsageError, explained_os_errors
-from loratool.formats import read_lora
 from loratool.inputs import (
     as_list,
     check_dtype,

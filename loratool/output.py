@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.errors import OutputError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.sidefiles import SideFiles, collect, write_side_files

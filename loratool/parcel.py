@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.reading import read_adapter
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
-from loratool.formats import read_adapter
 from loratool.inputs import refuse_not_finite
 from loratool.models.checkpoint import open_checkpoint
 from loratool.notices import Notice

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from loratool.adapter import Adapter, TokenRows
+from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.matching import Delta
 from loratool.models.checkpoint import Checkpoint

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from loratool.adapter import Adapter, LowRank
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.matching import Match, is_vocabulary, match

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, RestoreError, listed
 from loratool.models.checkpoint import Checkpoint

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter_output import output_dtype, write_adapter
+from loratool.adapters.reading import read_lora
 from loratool.beside import settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
-from loratool.formats import read_lora
 from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank

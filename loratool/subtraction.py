@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import RestoreError, listed
 from loratool.findings import judge

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.reading import read_lora
 from loratool.checkpoint.undo import Undo, read_undo
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
-from loratool.formats import read_lora
 from loratool.inputs import (
     as_list,
     check_dtype,

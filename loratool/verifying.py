@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.reading import read_lora
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
-from loratool.formats import read_lora
 from loratool.inputs import (
     Source,
     as_list,

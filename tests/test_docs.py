@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from loratool.adapters.dialects.peft.config import REFUSED
+from loratool.adapters.dialects.peft.keys import _SHAPE_TROUBLES
 from loratool.commands.combine import combine_command
-from loratool.formats.peft import _SHAPE_TROUBLES
-from loratool.formats.peft_config import REFUSED
 from loratool.linalg.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool import extracted_output
+from loratool.adapters.dialects.peft.targets import extracted_config
 from loratool.errors import (
     LoraToolError,
     MatchError,
     UsageError,
     VerifyError,
 )
-from loratool.formats.peft_targets import extracted_config
 from loratool.storage.tensors import raw_blocks
 
 AT = "model.layers.{}."

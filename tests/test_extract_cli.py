@@ -439,7 +439,7 @@ def test_a_near_miss_is_suggested(tiny: Pair) -> None:
 _CHILD = """
 import json, sys, time
 import loratool.storage.staging as writer
-import loratool.formats.peft_writer as peft_writer
+import loratool.adapters.factorfile as peft_writer
 from loratool.cli import main
 arguments, where = json.loads(sys.argv[1])
 def wait(*_):

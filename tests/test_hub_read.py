@@ -510,7 +510,7 @@ def test_norms_of_a_base_fetch_the_shards_that_are_adapted(
 
 
 _HEADERS = """
-from loratool.formats import read_adapter
+from loratool.adapters.reading import read_adapter
 told = {}
 for length in sys.argv[2:]:
     found = read_adapter(f"{sys.argv[1]}/h{length}")

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.adapters.factorfile import encode
 from loratool.errors import UsageError, ValueRangeError
-from loratool.formats.peft_writer import encode
 from loratool.linalg import intruders
 from loratool.linalg.angles import angles_and_product, effective_rank
 from loratool.linalg.dense import truncated_svd

@@ -17,7 +17,7 @@ from files import ADAPTED, NORM, beside, load, lora_on, small_lora, small_state,
 from safetensors.torch import save_file
 
 import loratool
-from loratool.adapter import LowRank
+from loratool.adapters.factors import LowRank
 from loratool.matching import Delta
 from loratool.reversal import ExactProduct
 from loratool.storage.tensors import TensorInfo

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.reading import read_adapter
 from loratool.dtypes import dtype_name
-from loratool.formats import read_adapter
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import tokenizer_files
 from loratool.storage.filenames import (

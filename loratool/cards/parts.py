@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from loratool.adapter import Adapter, LowRank
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank
 from loratool.cards.facts import (
     Facts,
     bases_named,

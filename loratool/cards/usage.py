@@ -7,7 +7,7 @@ import re
 import shlex
 from dataclasses import dataclass
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
 from loratool.cards.facts import Facts, address, part, texts
 
 

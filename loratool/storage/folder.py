@@ -120,7 +120,7 @@ class CachedFolder(Folder):
     )
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """What somebody pointed at: a folder, or with `file` one file in it."""
 
     folder: Folder

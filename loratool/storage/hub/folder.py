@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratool.errors import FileError, HubError, OutputError, call, nearest
-from loratool.storage.folder import CachedFolder, Folder, Place
+from loratool.storage.folder import CachedFolder, Folder, Location
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
 from loratool.words import format_bytes
@@ -28,7 +28,7 @@ _FIRST_BYTES = 100_000
 _WORTH_A_BAR = 10_000_000
 
 
-def locate(source: str | Path) -> Place:
+def locate(source: str | Path) -> Location:
     """The folder or file that `source` names: a path if there is one, a place on the Hub otherwise.
 
     For a path that does not exist and cannot be a Hub id, the folder is one that does not exist.
@@ -37,7 +37,9 @@ def locate(source: str | Path) -> Place:
     path = Path(source)
     address = parse(str(source)) if isinstance(source, str) else None
     if address is None or os.path.lexists(path):
-        return Place(Folder(path.parent), path.name) if path.is_file() else Place(Folder(path))
+        return (
+            Location(Folder(path.parent), path.name) if path.is_file() else Location(Folder(path))
+        )
     try:
         return _open(address)
     except HubError as error:
@@ -65,7 +67,7 @@ def not_there(source: str | Path, path: Path) -> FileError:
     )
 
 
-def _open(address: Address) -> Place:
+def _open(address: Address) -> Location:
     sizes, commit, private = _listing(address)
     root = _snapshot(address, commit)
     label = Address(address.repo, address.revision)
@@ -74,13 +76,13 @@ def _open(address: Address) -> Place:
     if sizes is None:  # the Hub cannot be reached: what the cache has is all there is
         path = root / address.path
         if path.is_file():
-            return Place(CachedFolder(path.parent), path.name)
-        return Place(CachedFolder(path))
+            return Location(CachedFolder(path.parent), path.name)
+        return Location(CachedFolder(path))
     _remember(root, address.revision or "main", commit)
     if address.path in sizes:
         folder, _, file = address.path.rpartition("/")
         prefix = f"{folder}/" if folder else ""
-        return Place(HubFolder(address, commit, root, prefix, sizes, private), file)
+        return Location(HubFolder(address, commit, root, prefix, sizes, private), file)
     if not sizes.keys() - {".gitattributes"}:
         raise HubError(f"{address}: the repository is empty.", "Nothing was pushed to it yet.")
     if not any(name.startswith(prefix) for name in sizes):
@@ -88,7 +90,7 @@ def _open(address: Address) -> Place:
             f"{address}: the repository has no such file or folder.",
             f"It holds: {', '.join(sorted({n.partition('/')[0] for n in sizes})[:8])}.",
         )
-    return Place(HubFolder(address, commit, root, prefix, sizes, private))
+    return Location(HubFolder(address, commit, root, prefix, sizes, private))
 
 
 def _listing(address: Address) -> tuple[dict[str, int] | None, str, bool]:

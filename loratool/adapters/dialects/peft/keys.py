@@ -12,14 +12,15 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapter import Adapter, Kind, LowRank, TokenRows
-from loratool.errors import listed
-from loratool.formats.peft_config import (
+from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.dialects.peft.config import (
     block_counts,
     config_notices,
     rank_and_scale,
     string_list,
 )
+from loratool.adapters.factors import Kind, LowRank
+from loratool.errors import listed
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.storage.tensors import TensorInfo, read_raw

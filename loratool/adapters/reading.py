@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loratool.adapter import Adapter
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.dialects.peft.keys import fill_adapter
+from loratool.adapters.recognise import recognise
 from loratool.errors import AdapterError, FileError
-from loratool.formats.peft import fill_adapter
-from loratool.formats.recognise import recognise
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, INDEX, TORCH_SUFFIXES
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.hub.folder import locate, not_there

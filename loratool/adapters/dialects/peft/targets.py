@@ -13,15 +13,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from loratool.adapter import Place
-from loratool.formats.peft import AUTOMATIC_HEADS
-from loratool.formats.peft_config import rank_pattern
+from loratool.adapters.dialects.peft.config import rank_pattern
+from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
+from loratool.adapters.factors import ModuleShape
 
 _PREFIX = "base_model.model."
 
 
 def extracted_config(
-    places: Sequence[Place],
+    places: Sequence[ModuleShape],
     ranks: Sequence[int],
     saved: Sequence[str],
     modules: Collection[str],

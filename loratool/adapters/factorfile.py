@@ -21,17 +21,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.adapter import Place
+from loratool.adapters.dialects.peft.names import factor_shapes
+from loratool.adapters.factors import ModuleShape
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS, dtype_name
 from loratool.errors import ValueRangeError
-from loratool.formats.peft import plain_path
 from loratool.storage.filenames import ADAPTER_MODEL
 from loratool.storage.header import build_header
 from loratool.storage.shardfile import ShardWriter
 from loratool.storage.tensors import Bytes, as_bytes
 from loratool.streams.threads import computed
 
-_PREFIX = "base_model.model."
 _SCRATCH = "factors.partial"
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
@@ -50,7 +49,7 @@ class Extra:
 class _Kept:
     """Where the factors of a module lie in the scratch file, `rank` columns and rows of them."""
 
-    place: Place
+    place: ModuleShape
     rank: int
     start: int
 
@@ -76,7 +75,7 @@ def encode(path: str, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> B
 
 
 def tensors_of(
-    places: Sequence[Place], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
+    places: Sequence[ModuleShape], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of all tensors of the file, in its order."""
     found = [
@@ -111,7 +110,7 @@ class AdapterWriter:
         self._scratch.close()
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
-    def add(self, place: Place, rank: int, data: Bytes) -> None:
+    def add(self, place: ModuleShape, rank: int, data: Bytes) -> None:
         """Keep the `encode`d factors of a module; a second time replaces the first."""
         if data.nbytes != rank * sum(place.shape) * DTYPE_BITS[self._dtype] // 8:
             raise ValueError(f"{place.path}: {data.nbytes} bytes are not factors of rank {rank}")
@@ -123,7 +122,7 @@ class AdapterWriter:
 
     def finish(
         self,
-        places: Sequence[Place],
+        places: Sequence[ModuleShape],
         ranks: Sequence[int],
         extras: Sequence[Extra],
         threads: int | None,
@@ -162,49 +161,3 @@ class AdapterWriter:
             return rows.reshape(-1)
         elements = rows.view(_UNSIGNED[size]).T  # kept as [k, out], written as [out, k]
         return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
-
-
-def factor_shapes(
-    place: Place, rank: int
-) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
-    """The keys and shapes of lora_A and lora_B of a module at this rank."""
-    path = _PREFIX + _stored_path(place)
-    if place.kind == "embedding":
-        return (f"{path}.lora_embedding_A", (rank, *place.inner)), (
-            f"{path}.lora_embedding_B", (place.out, rank),
-        )  # fmt: skip
-    ones = (1,) * (len(place.inner) - 1)
-    return (f"{path}.lora_A.weight", (rank, *place.inner)), (
-        f"{path}.lora_B.weight", (place.out, rank, *ones),
-    )  # fmt: skip
-
-
-def _stored_path(place: Place) -> str:
-    if place.kind == "attention-out":
-        return f"{place.path.removesuffix('.out_proj')}.base_layer.out_proj"
-    return place.path
-
-
-def bias_key(path: str) -> str:
-    return f"{_PREFIX}{path}.lora_B.bias"
-
-
-def magnitude_key(path: str) -> str:
-    return f"{_PREFIX}{path}.lora_magnitude_vector"
-
-
-def saved_key(name: str, key: str, modules: dict[str, Any]) -> str:
-    """The key of a tensor `name` that replaces one of the base, and was called `key` in its file.
-
-    The original of an adapted module is called `base_layer`; there it is the one to replace.
-    """
-    owner, _, leaf = name.rpartition(".")
-    if owner in modules:
-        return f"{_PREFIX}{owner}.base_layer.{leaf}"
-    plain = plain_path(key)
-    kept = ".token_adapter.base_layer." in plain
-    return _PREFIX + (plain if kept else name)
-
-
-def rows_key(key: str) -> str:
-    return _PREFIX + plain_path(key).removesuffix(".default")

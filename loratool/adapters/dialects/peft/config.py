@@ -13,7 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from loratool.adapter import Adapter, LowRank, Place
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank, ModuleShape
 from loratool.errors import AdapterError
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -246,12 +247,12 @@ def _common(configs: Sequence[dict[str, Any]], field: str) -> Any:
     return configs[0].get(field) if len(found) == 1 else None
 
 
-def owner(module: LowRank | Place) -> str:
+def owner(module: LowRank | ModuleShape) -> str:
     """The module that has the rank: PEFT gives the two parts of an attention module one."""
     return module.path.removesuffix(".out_proj") if module.kind == "attention-out" else module.path
 
 
-def rank_pattern(modules: Sequence[LowRank | Place], ranks: Sequence[int]) -> dict[str, int]:
+def rank_pattern(modules: Sequence[LowRank | ModuleShape], ranks: Sequence[int]) -> dict[str, int]:
     """Ranks other than the largest, by path.
 
     PEFT reads a key as the end of a path and takes the first that fits. So longer ones come first,

@@ -1,0 +1,1 @@
+"""The ways adapters lie in files."""

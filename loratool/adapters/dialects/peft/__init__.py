@@ -1,0 +1,1 @@
+"""PEFT: adapter_config.json beside adapter_model.safetensors."""

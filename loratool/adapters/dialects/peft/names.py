@@ -1,0 +1,56 @@
+"""The keys of a PEFT file: from paths and kinds of modules to names of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loratool.adapters.dialects.peft.keys import plain_path
+from loratool.adapters.factors import ModuleShape
+
+_PREFIX = "base_model.model."
+
+
+def factor_shapes(
+    place: ModuleShape, rank: int
+) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
+    """The keys and shapes of lora_A and lora_B of a module at this rank."""
+    path = _PREFIX + _stored_path(place)
+    if place.kind == "embedding":
+        return (f"{path}.lora_embedding_A", (rank, *place.inner)), (
+            f"{path}.lora_embedding_B", (place.out, rank),
+        )  # fmt: skip
+    ones = (1,) * (len(place.inner) - 1)
+    return (f"{path}.lora_A.weight", (rank, *place.inner)), (
+        f"{path}.lora_B.weight", (place.out, rank, *ones),
+    )  # fmt: skip
+
+
+def _stored_path(place: ModuleShape) -> str:
+    if place.kind == "attention-out":
+        return f"{place.path.removesuffix('.out_proj')}.base_layer.out_proj"
+    return place.path
+
+
+def bias_key(path: str) -> str:
+    return f"{_PREFIX}{path}.lora_B.bias"
+
+
+def magnitude_key(path: str) -> str:
+    return f"{_PREFIX}{path}.lora_magnitude_vector"
+
+
+def saved_key(name: str, key: str, modules: dict[str, Any]) -> str:
+    """The key of a tensor `name` that replaces one of the base, and was called `key` in its file.
+
+    The original of an adapted module is called `base_layer`; there it is the one to replace.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if owner in modules:
+        return f"{_PREFIX}{owner}.base_layer.{leaf}"
+    plain = plain_path(key)
+    kept = ".token_adapter.base_layer." in plain
+    return _PREFIX + (plain if kept else name)
+
+
+def rows_key(key: str) -> str:
+    return _PREFIX + plain_path(key).removesuffix(".default")

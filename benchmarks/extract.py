@@ -74,8 +74,8 @@ def stages(base: Path, tuned: Path, output: Path, rank: int) -> None:
     """Where the processor time of an extraction goes, by thread clocks."""
     import loratool.extraction as extraction
     from loratool.differences import Difference
-    from loratool.extracting import extract
     from loratool.linalg import krylov
+    from loratool.verbs.extract import extract
 
     spent: Counter[str] = Counter()
 

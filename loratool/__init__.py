@@ -1,6 +1,7 @@
 """LoRA adapter checkpoints: inspect, merge, verify, combine and more, without loading a model.
 
-The public functions are imported when first used, so that `import loratool` costs nothing.
+The public functions are imported when first used, so that `import loratool` costs nothing. What
+`__all__` names is promised to stay; everything else may change with any version.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 from loratool.version import __version__
 
 if TYPE_CHECKING:
-    from loratool.combining import CombineReport, combine
-    from loratool.comparing import CompareReport, compare
-    from loratool.describing import CardReport, card
     from loratool.errors import LoraToolError
-    from loratool.extracting import extract
     from loratool.extraction_report import ExtractReport
-    from loratool.inspecting import InspectReport, inspect
-    from loratool.merging import MergeReport, merge
-    from loratool.pushing import PushReport, push
-    from loratool.resizing import ResizeReport, resize
-    from loratool.unmerging import UnmergeReport, unmerge
-    from loratool.verifying import VerifyReport, verify
+    from loratool.verbs.card import CardReport, card
+    from loratool.verbs.combine import CombineReport, combine
+    from loratool.verbs.compare import CompareReport, compare
+    from loratool.verbs.extract import extract
+    from loratool.verbs.inspect import InspectReport, inspect
+    from loratool.verbs.merge import MergeReport, merge
+    from loratool.verbs.push import PushReport, push
+    from loratool.verbs.resize import ResizeReport, resize
+    from loratool.verbs.unmerge import UnmergeReport, unmerge
+    from loratool.verbs.verify import VerifyReport, verify
+
+#: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
+VERBS = (
+    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract", "push",
+    "card",
+)  # fmt: skip
 
 __all__ = [
     "CardReport",
@@ -49,32 +56,13 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
-    "inspect": "inspecting",
-    "InspectReport": "inspecting",
-    "merge": "merging",
-    "MergeReport": "merging",
-    "unmerge": "unmerging",
-    "UnmergeReport": "unmerging",
-    "verify": "verifying",
-    "VerifyReport": "verifying",
-    "combine": "combining",
-    "CombineReport": "combining",
-    "resize": "resizing",
-    "ResizeReport": "resizing",
-    "compare": "comparing",
-    "CompareReport": "comparing",
-    "extract": "extracting",
-    "ExtractReport": "extraction_report",
-    "push": "pushing",
-    "PushReport": "pushing",
-    "card": "describing",
-    "CardReport": "describing",
-    "LoraToolError": "errors",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"loratool.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    verb = name.removesuffix("Report").lower()
+    if name == "LoraToolError":
+        home = "errors"
+    elif verb in VERBS and name in (verb, f"{verb.capitalize()}Report"):
+        home = f"verbs.{verb}"
+    else:
+        raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    return getattr(import_module(f"loratool.{home}"), name)

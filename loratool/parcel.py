@@ -14,12 +14,12 @@ from typing import Literal
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_adapter
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
-from loratool.inputs import refuse_not_finite
 from loratool.models.checkpoint import open_checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
+from loratool.verbs.inputs import refuse_not_finite
 
 #: Files that stay here: what tools, editors and systems leave behind.
 _LITTER = re.compile(

@@ -20,8 +20,8 @@ from typing import Any
 
 _SLOW = (
     "numpy", "torch", "rich.console", "rich.progress", "rich.table", "click", "yaml", "tqdm",
-    "fsspec", "httpx2", "httpx", "packaging.version", "loratool.merging", "loratool.executor",
-    "loratool.shipping", "loratool.pushing", "loratool.inspecting", "loratool.comparing",
+    "fsspec", "httpx2", "httpx", "packaging.version", "loratool.verbs.merge", "loratool.executor",
+    "loratool.shipping", "loratool.verbs.push", "loratool.verbs.inspect", "loratool.verbs.compare",
 )  # fmt: skip
 
 _server: subprocess.Popen[str] | None = None

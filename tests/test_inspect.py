@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import loratool
 from loratool.errors import FileError, UsageError
-from loratool.inspecting import InspectReport
+from loratool.verbs.inspect import InspectReport
 
 
 def codes(report: InspectReport) -> list[str]:

@@ -55,7 +55,7 @@ from transformers import AutoModelForSequenceClassification
 import loratool
 from loratool.errors import FileError, LoraToolError, OutputError, RestoreError, UsageError
 from loratool.storage.header import build_header, read_header
-from loratool.unmerging import UnmergeReport
+from loratool.verbs.unmerge import UnmergeReport
 
 #: In a merged model.
 UNDO = Path("loratool") / "undo.safetensors"

@@ -31,9 +31,9 @@ from files import (
 
 import loratool
 from loratool.errors import ValueRangeError
-from loratool.merging import MergeReport
 from loratool.storage.header import build_header
 from loratool.storage.tensors import BLOCK_ELEMENTS
+from loratool.verbs.merge import MergeReport
 
 TORCH = {
     "float16": torch.float16, "bfloat16": torch.bfloat16,

@@ -43,7 +43,7 @@ from loratool.console import common
 from loratool.errors import LoraToolError, VerifyError
 from loratool.findings import Finding
 from loratool.storage.shardfile import ShardWriter
-from loratool.verifying import VerifyReport
+from loratool.verbs.verify import VerifyReport
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}

@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import loratool
-from loratool.verifying import VerifyReport
+from loratool.verbs.verify import VerifyReport
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
 SOUND = {"once", "rounded-twice", "low-precision", "same", "same-rounded"}

@@ -40,7 +40,7 @@ def card_command(
     """
     from loratool.console import common
     from loratool.console.card import show_card
-    from loratool.describing import card
+    from loratool.verbs.card import card
 
     report = card(path, repo_id=repo_id, base=base, dry_run=dry_run)
     if as_json:

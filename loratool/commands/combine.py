@@ -102,9 +102,9 @@ def combine_command(
       loratool combine style/ task/ --weight 0.7 --weight -0.4 --rank 16 -o both/
       loratool combine a/ b/ c/ --method ties_core --density 0.5 -o abc/
     """
-    from loratool.combining import combine
     from loratool.console import common
     from loratool.console.combine import show_combine
+    from loratool.verbs.combine import combine
 
     with common.progress_bar(not (quiet or as_json), "combining", counted=True) as progress:
         report = combine(

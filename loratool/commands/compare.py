@@ -64,9 +64,9 @@ def compare_command(
       loratool compare adapter/ converted/ --equal --tolerance 0.001
       loratool compare style/ task/ --base base/ --layer 0-3
     """
-    from loratool.comparing import compare
     from loratool.console import common
     from loratool.console.compare import show_compare
+    from loratool.verbs.compare import compare
 
     with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
         report = compare(

@@ -122,7 +122,7 @@ def extract_command(
     """
     from loratool.console import common
     from loratool.console.extract import show_extract
-    from loratool.extracting import extract
+    from loratool.verbs.extract import extract
 
     with common.progress_bar(not (quiet or as_json), "extracting") as progress:
         report = extract(

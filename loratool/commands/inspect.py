@@ -51,7 +51,7 @@ def inspect_command(
     """
     from loratool.console import common
     from loratool.console.inspect import show_inspect
-    from loratool.inspecting import inspect as run
+    from loratool.verbs.inspect import inspect as run
 
     report = run(source, base=base, spectrum=spectrum, norms=norms, layers=layers, include=include)
     if as_json:

@@ -84,7 +84,7 @@ def merge_command(
     """
     from loratool.console import common
     from loratool.console.merge import show_merge
-    from loratool.merging import merge as run
+    from loratool.verbs.merge import merge as run
 
     with common.progress_bar(not (quiet or as_json or dry_run), "merging") as progress:
         report = run(

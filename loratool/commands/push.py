@@ -58,7 +58,7 @@ def push_command(
     """
     from loratool.console import common
     from loratool.console.push import show_push
-    from loratool.pushing import push
+    from loratool.verbs.push import push
 
     report = push(
         path, repo_id, private=private, revision=revision, create_pr=create_pr, message=message,

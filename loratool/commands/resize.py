@@ -79,7 +79,7 @@ def resize_command(
     """
     from loratool.console import common
     from loratool.console.resize import show_resize
-    from loratool.resizing import resize
+    from loratool.verbs.resize import resize
 
     with common.progress_bar(not (quiet or as_json), "resizing", counted=True) as progress:
         report = resize(

@@ -59,7 +59,7 @@ def unmerge_command(
     """
     from loratool.console import common
     from loratool.console.unmerge import show_unmerge
-    from loratool.unmerging import unmerge as run
+    from loratool.verbs.unmerge import unmerge as run
 
     with common.progress_bar(not (quiet or as_json or dry_run), "unmerging") as progress:
         report = run(

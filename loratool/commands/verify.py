@@ -49,7 +49,7 @@ def verify_command(
     """
     from loratool.console import common
     from loratool.console.verify import show_verify
-    from loratool.verifying import verify as run
+    from loratool.verbs.verify import verify as run
 
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(

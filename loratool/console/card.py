@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.console.common import out
-from loratool.describing import CardReport
+from loratool.verbs.card import CardReport
 
 _FATES = {"made": "written", "completed": "completed", "kept": "complete as it was"}
 

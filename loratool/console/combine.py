@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.markup import escape
 
-from loratool.combining import CombineReport
 from loratool.console.changes import change_table, cut_text, rank_text
 from loratool.console.common import fact_grid, out
+from loratool.verbs.combine import CombineReport
 from loratool.words import format_bytes, percent_text
 
 

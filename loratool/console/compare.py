@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from loratool.comparing import CompareReport, letter
 from loratool.console.common import WIDE, fact_grid, folded_table, make_table, out, print_sentence
 from loratool.relations import ModuleRelations, Relation
+from loratool.verbs.compare import CompareReport, letter
 from loratool.words import number_text, percent_text, span_text
 
 _SHOWN = 5

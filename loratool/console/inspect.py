@@ -18,7 +18,7 @@ from loratool.console.common import (
     out,
     spectrum_table,
 )
-from loratool.inspecting import InspectReport, ModuleReport
+from loratool.verbs.inspect import InspectReport, ModuleReport
 from loratool.words import count_text, format_bytes, number_text, shape_text, span_text
 
 

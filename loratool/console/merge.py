@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.console.common import fact_grid, out, written_text
-from loratool.merging import MergeReport
 from loratool.storage.filenames import CONFIG
+from loratool.verbs.merge import MergeReport
 from loratool.words import format_bytes, percent_text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.console.common import fact_grid, make_table, out
-from loratool.pushing import PushReport
+from loratool.verbs.push import PushReport
 from loratool.words import format_bytes
 
 #: A list of more files than this is cut.

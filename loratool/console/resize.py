@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from loratool.console.changes import change_table, cut_text, rank_text
 from loratool.console.common import fact_grid, out
-from loratool.resizing import ResizeReport
+from loratool.verbs.resize import ResizeReport
 from loratool.words import format_bytes, percent_text
 
 

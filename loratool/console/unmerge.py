@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 
 from loratool.console.common import fact_grid, out, written_text
-from loratool.unmerging import UnmergeReport
+from loratool.verbs.unmerge import UnmergeReport
 from loratool.words import count_text, format_bytes
 
 

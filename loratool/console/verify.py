@@ -10,7 +10,7 @@ from rich.table import Table
 from loratool.console.common import fact_grid, make_table, out
 from loratool.findings import Finding
 from loratool.paths import pattern, ranged, split
-from loratool.verifying import VerifyReport
+from loratool.verbs.verify import VerifyReport
 from loratool.words import count_text, format_bytes, number_text, percent_text
 
 #: Below this width only module, finding and weight are shown.

@@ -15,13 +15,13 @@ from loratool.beside import settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
-from loratool.inputs import check_paths, check_threads
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
+from loratool.verbs.inputs import check_paths, check_threads
 
 
 @dataclass

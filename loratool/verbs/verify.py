@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.reading import read_lora
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
-from loratool.inputs import (
+from loratool.models.checkpoint import open_checkpoint
+from loratool.models.quantised import refuse_quantised
+from loratool.notices import Notice
+from loratool.plan import Job, Plan
+from loratool.planning import build_plan
+from loratool.streams.progress import Progress, counting
+from loratool.verbs.inputs import (
     Source,
     as_list,
     check_paths,
@@ -20,12 +26,6 @@ from loratool.inputs import (
     check_weights,
     refuse_not_finite,
 )
-from loratool.models.checkpoint import open_checkpoint
-from loratool.models.quantised import refuse_quantised
-from loratool.notices import Notice
-from loratool.plan import Job, Plan
-from loratool.planning import build_plan
-from loratool.streams.progress import Progress, counting
 
 if TYPE_CHECKING:
     from loratool.checking import Pair

@@ -18,7 +18,6 @@ from loratool.beside import CLASHES, settle
 from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors, unknown
-from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
@@ -28,6 +27,7 @@ from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool, same_values
 from loratool.streams.progress import Progress
 from loratool.streams.threads import few
+from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 
 SIGNS = ("total", "frequency")
 

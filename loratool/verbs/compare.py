@@ -17,7 +17,6 @@ from loratool.adapters.reading import read_lora
 from loratool.base_weights import BaseWeights
 from loratool.beside import unequal
 from loratool.errors import UsageError, explained_os_errors
-from loratool.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.angles import effective_rank
 from loratool.linalg.lowrank import Decomposition, decompose
@@ -36,6 +35,7 @@ from loratool.relations import (
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.threads import computed, few
+from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3

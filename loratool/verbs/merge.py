@@ -12,14 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, UsageError, explained_os_errors
-from loratool.inputs import (
-    as_list,
-    check_dtype,
-    check_paths,
-    check_threads,
-    check_weights,
-    refuse_not_finite,
-)
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import SideFiles, previous
 from loratool.notices import Notice
@@ -33,6 +25,14 @@ from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.streams.progress import Progress, counting
+from loratool.verbs.inputs import (
+    as_list,
+    check_dtype,
+    check_paths,
+    check_threads,
+    check_weights,
+    refuse_not_finite,
+)
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import LowRank
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
-from loratool.inputs import check_paths
 from loratool.linalg.spectrum import gram, singular_values
 from loratool.matching import Delta, match
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +25,7 @@ from loratool.models.layouts.layout import Layout
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo, read_float32, squared_norm
+from loratool.verbs.inputs import check_paths
 
 
 @dataclass

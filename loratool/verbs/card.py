@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
-from loratool.inputs import check_paths
 from loratool.licensing import README, Fate, as_text, card_of
 from loratool.notices import Notice
 from loratool.push_target import target_of
 from loratool.storage.staging import explain
+from loratool.verbs.inputs import check_paths
 
 
 @dataclass

@@ -11,7 +11,6 @@ from loratool.counterparts import Choice, pair
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors, unknown
 from loratool.extraction_report import ExtractReport, report_of
-from loratool.inputs import check_paths, check_threads, parse_bytes
 from loratool.linalg.ranks import Criterion
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised import refuse_quantised
@@ -22,6 +21,7 @@ from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress, counting
 from loratool.streams.threads import few
+from loratool.verbs.inputs import check_paths, check_threads, parse_bytes
 
 
 def extract(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
-from loratool.inputs import check_paths
 from loratool.licensing import README, card_upload
 from loratool.notices import Notice
 from loratool.parcel import Parcel, pack
@@ -21,6 +20,7 @@ from loratool.push_target import open_target, refuse_mixture
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.streams.threads import few
+from loratool.verbs.inputs import check_paths
 
 #: More files than this go by the library's resumable upload, which may take several commits.
 MANY = 250

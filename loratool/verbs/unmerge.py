@@ -19,14 +19,6 @@ from loratool.adapters.reading import read_lora
 from loratool.checkpoint.undo import Undo, read_undo
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
-from loratool.inputs import (
-    as_list,
-    check_dtype,
-    check_paths,
-    check_threads,
-    check_weights,
-    refuse_not_finite,
-)
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import fetch_undo
 from loratool.notices import Notice
@@ -40,6 +32,14 @@ from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.streams.progress import Progress, counting
 from loratool.subtraction import plan_subtraction, refuse_irreversible
+from loratool.verbs.inputs import (
+    as_list,
+    check_dtype,
+    check_paths,
+    check_threads,
+    check_weights,
+    refuse_not_finite,
+)
 
 
 @dataclass

@@ -72,8 +72,8 @@ def contenders(rank: int, mergekit: Path | None) -> list[Contender]:
 
 def stages(base: Path, tuned: Path, output: Path, rank: int) -> None:
     """Where the processor time of an extraction goes, by thread clocks."""
-    import loratool.extraction as extraction
-    from loratool.differences import Difference
+    import loratool.extracting.decomposition as extraction
+    from loratool.extracting.difference import Difference
     from loratool.linalg import krylov
     from loratool.verbs.extract import extract
 

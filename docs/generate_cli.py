@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from loratool.cli import cli
-from loratool.options import CONTEXT
+from loratool.cli.main import cli
+from loratool.cli.options import CONTEXT
 
 
 def cli_reference() -> str:

@@ -13,7 +13,7 @@ from loratool.version import __version__
 
 if TYPE_CHECKING:
     from loratool.errors import LoraToolError
-    from loratool.extraction_report import ExtractReport
+    from loratool.extracting.report import ExtractReport
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare

@@ -1,5 +1,5 @@
 """`python -m loratool`."""
 
-from loratool.cli import main
+from loratool.cli.main import main
 
 main()

@@ -90,3 +90,7 @@ def matches(path: str, globs: Sequence[str]) -> bool:
     return any(
         fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}") for glob in globs
     )
+
+
+#: Kinds of tensors that can be left out as a whole: what `extract --skip` may be.
+GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")

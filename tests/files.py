@@ -196,7 +196,7 @@ def file_error(run: Any, path: Path, *parts: str) -> FileError:
 #: Runs one merge; prints the error as JSON. PRELUDE runs first, with `options` to change.
 _CHILD = """
 import json, os, sys, time
-import loratool, loratool.executor
+import loratool, loratool.merging.executor
 base, adapter, output, options, prelude = json.loads(sys.argv[1])
 exec(prelude)
 try:

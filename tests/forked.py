@@ -20,8 +20,10 @@ from typing import Any
 
 _SLOW = (
     "numpy", "torch", "rich.console", "rich.progress", "rich.table", "click", "yaml", "tqdm",
-    "fsspec", "httpx2", "httpx", "packaging.version", "loratool.verbs.merge", "loratool.executor",
-    "loratool.shipping", "loratool.verbs.push", "loratool.verbs.inspect", "loratool.verbs.compare",
+    "fsspec", "httpx2", "httpx", "packaging.version",
+    "loratool.verbs.merge", "loratool.merging.executor",
+    "loratool.publishing.shard_upload", "loratool.verbs.push", "loratool.verbs.inspect",
+    "loratool.verbs.compare",
 )  # fmt: skip
 
 _server: subprocess.Popen[str] | None = None
@@ -89,7 +91,7 @@ def _become(request: dict[str, Any]) -> None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
-        from loratool.cli import main
+        from loratool.cli.main import main
 
         main(request["arguments"])
     except SystemExit as stop:

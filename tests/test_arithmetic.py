@@ -14,7 +14,7 @@ from conftest import pair, write_adapter
 from safetensors.torch import load_file, save_file
 
 import loratool
-import loratool.arithmetic as arithmetic
+import loratool.merging.arithmetic as arithmetic
 
 PATH = "transformer.h.0.attn.c_attn"
 

@@ -23,10 +23,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import loratool
-from loratool.cards.facts import code, hub_id, percent, span
-from loratool.cards.making import BEGIN, END, Licence, base_of, make_card
+from loratool.cli.options import CONTEXT
 from loratool.errors import FileError, LoraToolError
-from loratool.options import CONTEXT
+from loratool.publishing.cards.document import BEGIN, END, Licence, base_of, make_card
+from loratool.publishing.cards.facts import code, hub_id, percent, span
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
 HTML, TUNED = FIXTURES / "tasks" / "html", FIXTURES / "tuned"
@@ -774,7 +774,7 @@ def test_words() -> None:
 def test_a_card_needs_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from pathlib import Path; "
-         "import loratool.cards.making as c; "
+         "import loratool.publishing.cards.document as c; "
          "assert 'huggingface_hub' not in sys.modules; "
          "c.make_card(Path('fixtures/adapter'), None); "
          "print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"],

@@ -15,7 +15,7 @@ import click
 import pytest
 from conftest import ROOT, pair, run_cli, write_adapter
 
-from loratool.cli import cli
+from loratool.cli.main import cli
 
 
 def test_every_command_has_help_with_an_example() -> None:
@@ -171,10 +171,10 @@ def test_interrupts_exit_130_and_leave_nothing(
 ) -> None:
     """Ctrl-C and a polite kill end with code 130, no output and no leftovers."""
     slow = (
-        "import time, loratool.arithmetic as a; "
+        "import time, loratool.merging.arithmetic as a; "
         "run = a.RunningJob.compute; "
         "a.RunningJob.compute = lambda *x: (time.sleep(0.3), run(*x)); "
-        "from loratool.cli import main; main()"
+        "from loratool.cli.main import main; main()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", slow, "merge", str(base), str(adapter), "-o",

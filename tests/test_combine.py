@@ -1212,10 +1212,10 @@ def test_an_interrupted_run_leaves_nothing(layers: list[Path], out: Path, where:
 def test_the_command_says_that_it_was_interrupted(layers: list[Path], out: Path) -> None:
     """Ctrl-C ends the command with code 130, one line and nothing on the disk."""
     slow = (
-        "import time, loratool.changes as o; "
+        "import time, loratool.combining.rank_change as o; "
         "run = o.decompose; "
         "o.decompose = lambda *x: (time.sleep(0.5), run(*x))[1]; "
-        "from loratool.cli import main; main()"
+        "from loratool.cli.main import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", slow, "combine", *map(str, layers), "-o", str(out),

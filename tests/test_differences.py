@@ -13,9 +13,9 @@ import torch
 from files import assert_clear, random_of
 from safetensors.torch import save_file
 
-from loratool import differences
-from loratool.differences import Difference, Stopped
 from loratool.errors import ValueRangeError
+from loratool.extracting import difference as differences
+from loratool.extracting.difference import Difference, Stopped
 from loratool.linalg.truncation import truncated
 from loratool.storage.header import read_header
 from loratool.storage.tensors import FilePool, TensorInfo

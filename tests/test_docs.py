@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from loratool.adapters.dialects.peft.config import REFUSED
 from loratool.adapters.dialects.peft.keys import _SHAPE_TROUBLES
-from loratool.commands.combine import combine_command
+from loratool.cli.combine import combine_command
 from loratool.linalg.methods import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

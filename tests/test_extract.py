@@ -21,7 +21,6 @@ from files import State, assert_clean, assert_clear, load, sha256s, write_base
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool import extracted_output
 from loratool.adapters.dialects.peft.targets import extracted_config
 from loratool.errors import (
     LoraToolError,
@@ -29,6 +28,7 @@ from loratool.errors import (
     UsageError,
     VerifyError,
 )
+from loratool.extracting import output as extracted_output
 from loratool.storage.tensors import raw_blocks
 
 AT = "model.layers.{}."

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_extract import BF16, Q0, UP1, Pair, model, moved, random_for, write
 
 import loratool
-from loratool.commands.extract import extract_command
+from loratool.cli.extract import extract_command
 from loratool.errors import (
     BaseError,
     FileError,
@@ -440,7 +440,7 @@ _CHILD = """
 import json, sys, time
 import loratool.storage.staging as writer
 import loratool.adapters.factorfile as peft_writer
-from loratool.cli import main
+from loratool.cli.main import main
 arguments, where = json.loads(sys.argv[1])
 def wait(*_):
     print("there", flush=True)

@@ -40,8 +40,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import loratool
-from loratool.checkpoint import residual
-from loratool.checkpoint.residual import (
+from loratool.errors import FileError, LoraToolError, ValueRangeError
+from loratool.merging.undo import residual
+from loratool.merging.undo.file import UndoWriter, read_undo
+from loratool.merging.undo.prediction import ExactProduct, on_grid
+from loratool.merging.undo.residual import (
     DamagedChunk,
     apply,
     compress,
@@ -52,9 +55,6 @@ from loratool.checkpoint.residual import (
     encode_whole,
     find,
 )
-from loratool.checkpoint.undo import UndoWriter, read_undo
-from loratool.errors import FileError, LoraToolError, ValueRangeError
-from loratool.reversal import ExactProduct, on_grid
 from loratool.storage.header import build_header, read_header
 from loratool.storage.tensors import FilePool
 

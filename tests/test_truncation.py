@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from loratool.counterparts import Counterpart
-from loratool.differences import Size
 from loratool.errors import UsageError
-from loratool.extraction import Found, Policy
+from loratool.extracting.counterparts import Counterpart
+from loratool.extracting.decomposition import Decomposed, Policy
+from loratool.extracting.difference import Size
 from loratool.linalg import truncation
 from loratool.linalg.krylov import BlockKrylov, through
 from loratool.linalg.ranks import Criterion, spread
-from loratool.linalg.truncation import Choice, Truncation, truncated
+from loratool.linalg.truncation import ChooseRank, Truncation, truncated
 from loratool.storage.tensors import TensorInfo
 
 SHAPES = {"square": (330, 330), "wide": (300, 520), "tall": (520, 300)}
@@ -88,7 +88,7 @@ class Dense:
         return truncated(Blocks(self.matrix, rows), self.energy, fixed(rank), rank, **options)
 
 
-def fixed(rank: int) -> Choice:
+def fixed(rank: int) -> ChooseRank:
     return lambda values, _: min(rank, len(values))
 
 
@@ -394,7 +394,7 @@ def falling(kind: str) -> Dense:
     return known(directed(FALLING[kind](640), 640, 650).astype(np.float32))
 
 
-def by_energy(share: float, cap: int | None = None) -> Choice:
+def by_energy(share: float, cap: int | None = None) -> ChooseRank:
     criterion = Criterion(energy=share, max_rank=cap)
     return lambda values, energy: criterion.choose(values[values > 2.0**-24 * values[0]], energy)
 
@@ -561,12 +561,12 @@ def test_spread_counts_energy_by_the_byte() -> None:
 # What is known of a module, and policies
 
 
-def found_of(values: Any, following: Any = (), cut: float = 0.0, least: float = 0.0) -> Found:
+def found_of(values: Any, following: Any = (), cut: float = 0.0, least: float = 0.0) -> Decomposed:
     info = TensorInfo("m.weight", "F32", (8, 8), Path("x"), 0)
     part = Counterpart("m.weight", "m.weight", info, info, "linears", "factors")
     size = Size(1.0, 1.0, True, 0.0)
     own = np.array(values, float), np.array(following, float)
-    return Found(part, size, *own, cut=cut, least=least)
+    return Decomposed(part, size, *own, cut=cut, least=least)
 
 
 def test_found_at_lower_ranks() -> None:

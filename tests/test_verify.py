@@ -38,10 +38,10 @@ from files import (
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.cli import cli
-from loratool.console import common
+from loratool.cli.main import cli
 from loratool.errors import LoraToolError, VerifyError
-from loratool.findings import Finding
+from loratool.merging.proof.findings import Finding
+from loratool.rendering import terminal as common
 from loratool.storage.shardfile import ShardWriter
 from loratool.verbs.verify import VerifyReport
 

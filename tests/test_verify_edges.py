@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.adapters.factors import LowRank
-from loratool.matching import Delta
-from loratool.reversal import ExactProduct
+from loratool.merging.matching import Delta
+from loratool.merging.undo.prediction import ExactProduct
 from loratool.storage.tensors import TensorInfo
 
 
@@ -139,13 +139,13 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
     base, lora, out = FIXTURES / "base", FIXTURES / "adapter", tmp_path / "out"
     slow = (
         "import loratool.storage.staging as w, shutil, sys, time\n"
-        "import loratool.executor\n"
+        "import loratool.merging.executor\n"
         "write, remove = w.ShardWriter.write, shutil.rmtree\n"
         "w.ShardWriter.write = lambda s, o, d: (write(s, o, d), time.sleep(0.05))\n"
         "def slowly(*a, **k):\n"
         "    print('cleaning', flush=True); time.sleep(0.5); remove(*a, **k)\n"
         "shutil.rmtree = slowly\n"
-        "from loratool.cli import main; main(sys.argv[1:])"
+        "from loratool.cli.main import main; main(sys.argv[1:])"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", slow, "merge", str(base), str(lora), "-o", str(out)],

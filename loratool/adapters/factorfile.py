@@ -25,10 +25,13 @@ from loratool.adapters.dialects.peft.names import factor_shapes
 from loratool.adapters.factors import ModuleShape
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS, dtype_name
 from loratool.errors import ValueRangeError
+from loratool.linalg.lowrank import Factor
+from loratool.linalg.spectrum import gram
+from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_MODEL
 from loratool.storage.header import build_header
 from loratool.storage.shardfile import ShardWriter
-from loratool.storage.tensors import Bytes, as_bytes
+from loratool.storage.tensors import Bytes, as_bytes, as_float32
 from loratool.streams.threads import computed
 
 _SCRATCH = "factors.partial"
@@ -161,3 +164,26 @@ class AdapterWriter:
             return rows.reshape(-1)
         elements = rows.view(_UNSIGNED[size]).T  # kept as [k, out], written as [out, k]
         return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+
+
+def note_ranks(ranks: list[int]) -> Notice:
+    text = (
+        f"The modules have different ranks, {min(ranks)} to {max(ranks)}. PEFT and vLLM load that; "
+        "llama.cpp and older engines want one rank for all."
+    )
+    return Notice("ranks-differ", text)
+
+
+def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
+    """‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `encode` made it.
+
+    The difference is [δB B']·[A; δA], whose Gram matrices have nothing to cancel.
+    """
+    rounded = as_float32(data, dtype)
+    near_a = rounded[: a.size].reshape(a.shape)
+    near_b = rounded[a.size :].reshape(b.T.shape)
+    rows_b = np.ascontiguousarray(b.T)
+    size = float(np.sum(gram(rows_b) * gram(a)))
+    off_b = gram(np.concatenate([near_b - rows_b, near_b]))
+    off_a = gram(np.concatenate([a, near_a - a]))
+    return math.sqrt(max(0.0, float(np.sum(off_b * off_a))) / size) if size > 0 else 0.0

@@ -18,7 +18,7 @@ from loratool.linalg.krylov import BlockKrylov, Matrix
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 
 #: How many singular values to keep, of those found and the ‖D‖² they are part of.
-Choice = Callable[[Float64, float], int]
+ChooseRank = Callable[[Float64, float], int]
 
 #: What is still expected to come may be this share of what is cut off: errors are then within a
 #: thousandth of the best possible.
@@ -68,7 +68,7 @@ _FIRST = 32
 def truncated(
     matrix: Matrix,
     energy: float,
-    choose: Choice,
+    choose: ChooseRank,
     cap: int | None = None,
     seed: int = 0,
     exact: bool = False,
@@ -92,7 +92,7 @@ def truncated(
     return _in_full(matrix, choose)
 
 
-def _settle(space: BlockKrylov, energy: float, choose: Choice, cap: int | None) -> int:
+def _settle(space: BlockKrylov, energy: float, choose: ChooseRank, cap: int | None) -> int:
     """Let the space grow until the chosen rank is settled. 0 where it would grow too large."""
     limit = min(space.matrix.rows, space.matrix.columns)
     held: list[Float64] = []
@@ -152,7 +152,7 @@ def _difference(matrix: Matrix, left: torch.Tensor, right: torch.Tensor) -> floa
     return total
 
 
-def _in_full(matrix: Matrix, choose: Choice) -> Truncation:
+def _in_full(matrix: Matrix, choose: ChooseRank) -> Truncation:
     """By the eigenvalues of DᵀD, or of DDᵀ where that is smaller."""
     if matrix.rows >= matrix.columns:
         gram = torch.zeros(matrix.columns, matrix.columns, dtype=torch.float64)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_json
 
@@ -128,20 +128,6 @@ def tokenizer_files(folder: Folder) -> dict[str, Path]:
     names = [name for name in folder.names(depth=0) if _TOKENIZER.match(name) and folder.has(name)]
     folder.fetch(names)
     return {name: folder.path / name for name in names}
-
-
-def previous(folder: Folder) -> list[Path]:
-    """What a reversible merge left in a model that is now a base: how it came about itself."""
-    found = [folder.path / PROVENANCE] if folder.has(PROVENANCE) else []
-    if folder.has(f"{UNDO_FOLDER}/{UNDO}"):
-        fetch_undo(folder)
-        found.append(folder.path / UNDO_FOLDER)
-    return found
-
-
-def fetch_undo(folder: Folder) -> None:
-    """See to it that what a reversible merge left is on this disk."""
-    folder.fetch(name for name in folder.names() if name.startswith(f"{UNDO_FOLDER}/"))
 
 
 def _sentence_modules(folder: Folder) -> set[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
-from loratool.licensing import README, Fate, as_text, card_of
 from loratool.notices import Notice
-from loratool.push_target import target_of
+from loratool.publishing.card_upload import README, Fate, as_text, card_of
+from loratool.publishing.target import target_of
 from loratool.storage.staging import explain
 from loratool.verbs.inputs import check_paths
 

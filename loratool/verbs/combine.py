@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapter_output import output_dtype, write_adapter
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
-from loratool.beside import CLASHES, settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
+from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
+from loratool.combining.extras import CLASHES, settle
+from loratool.combining.output import output_dtype, write_adapter
+from loratool.combining.rank_change import ModuleChange, NewFactors, RankPolicy, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors, unknown
-from loratool.joining import Joined, Part, explained_overflow, join
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
 from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
@@ -245,16 +245,16 @@ class _Recipe:
     criterion: Criterion
     uniform: bool
 
-    def combine(self, path: str, parts: list[Part], files: FilePool) -> Shrunk:
+    def combine(self, path: str, parts: list[Contribution], files: FilePool) -> NewFactors:
         with explained_overflow(path):
             return self._combine(path, parts, [part.read(files) for part in parts])
 
-    def _combine(self, path: str, parts: list[Part], terms: list[Term]) -> Shrunk:
+    def _combine(self, path: str, parts: list[Contribution], terms: list[Term]) -> NewFactors:
         method = self.method
         alive = [t for t in terms if t.scale and t.b.any() and t.a.any()]
         if not alive:
             nothing = np.zeros((terms[0].b.shape[0], 0)), np.zeros((0, terms[0].a.shape[1]))
-            return Shrunk(path, parts, *nothing, np.zeros(0), 0.0, 1)
+            return NewFactors(path, parts, *nothing, np.zeros(0), 0.0, 1)
         # The factor methods count an A whose B is zero, as PEFT does.
         used = terms if method.keeps_factors else alive
         combined = method(used, replace(self.settings, path=path))
@@ -272,14 +272,14 @@ class _Recipe:
         return replace(result, sum_parts=_against_sum(result.b, result.a, alive))
 
 
-def _as_they_are(path: str, parts: list[Part], combined: Combined) -> Shrunk:
+def _as_they_are(path: str, parts: list[Contribution], combined: Combined) -> NewFactors:
     """Factors that are the answer themselves, neither cut nor balanced."""
     found = decompose(combined.b, combined.a)
     rank = combined.a.shape[0]
     squares = np.zeros(rank)
     squares[: len(found.values)] = found.values**2
     energy = float(squares.sum())
-    return Shrunk(path, parts, combined.b, combined.a, squares, energy, rank)
+    return NewFactors(path, parts, combined.b, combined.a, squares, energy, rank)
 
 
 def _against_sum(b: Factor, a: Factor, terms: Sequence[Term]) -> tuple[Float64, float]:

@@ -14,15 +14,10 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
-from loratool.base_weights import BaseWeights
-from loratool.beside import unequal
-from loratool.errors import UsageError, explained_os_errors
-from loratool.joining import Part, explained_overflow, join
-from loratool.linalg.angles import effective_rank
-from loratool.linalg.lowrank import Decomposition, decompose
-from loratool.notices import Notice
-from loratool.paths import selected
-from loratool.relations import (
+from loratool.combining.alignment import Contribution, explained_overflow, join
+from loratool.combining.base_weights import BaseWeights
+from loratool.combining.extras import unequal
+from loratool.combining.relations import (
     Measured,
     ModuleRelations,
     Relation,
@@ -32,6 +27,11 @@ from loratool.relations import (
     survival,
     verdict,
 )
+from loratool.errors import UsageError, explained_os_errors
+from loratool.linalg.angles import effective_rank
+from loratool.linalg.lowrank import Decomposition, decompose
+from loratool.notices import Notice
+from loratool.paths import selected
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.threads import computed, few
@@ -169,7 +169,7 @@ def compare(
 
 def _compare_module(
     path: str,
-    parts: Sequence[Part],
+    parts: Sequence[Contribution],
     weights: Sequence[float],
     files: FilePool,
     targets: BaseWeights | None,

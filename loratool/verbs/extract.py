@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.counterparts import Choice, pair
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors, unknown
-from loratool.extraction_report import ExtractReport, report_of
+from loratool.extracting.counterparts import Selection, pair
+from loratool.extracting.report import ExtractReport, report_of
 from loratool.linalg.ranks import Criterion
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.selection import GROUPS
+from loratool.paths import GROUPS
 from loratool.storage.folder import origin_of
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
@@ -99,14 +99,14 @@ def extract(
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
-    pairs = pair(before, after, Choice(include, exclude, skip, save))
+    pairs = pair(before, after, Selection(include, exclude, skip, save))
     pairs.notices += _note_swapped(before, after)
     before.fetch()
     after.fetch()
 
-    from loratool.extracted_output import propose, write  # torch: two seconds to import
-    from loratool.extraction import Extraction, as_device
-    from loratool.held import gather
+    from loratool.extracting.decomposition import Extraction, as_device
+    from loratool.extracting.outcome import gather
+    from loratool.extracting.output import propose, write  # torch: two seconds to import
     from loratool.streams.workers import Workers
 
     total = sum(part.nbytes for part in pairs.found)

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loratool.adapters.adapter import Adapter
 from loratool.dtypes import MODEL_DTYPES
-from loratool.errors import UsageError, ValueRangeError, listed, unknown
-from loratool.storage.tensors import FilePool, read_float32
+from loratool.errors import UsageError, unknown
 
 Source = str | Path
 
@@ -71,19 +69,3 @@ def check_sizes(weights: Sequence[float]) -> None:
                 f"The weight {weight:g} is beyond what can be computed with.",
                 "Weights are mostly between -2 and 2.",
             )
-
-
-def refuse_not_finite(adapter: Adapter) -> None:
-    """Raise before anything is written if an adapter holds NaN or infinity."""
-    broken = []
-    with FilePool() as files:
-        for name, info in adapter.tensors.items():
-            if info.is_float and name not in adapter.inert:
-                count = int((~np.isfinite(read_float32(info, files))).sum())
-                if count:
-                    broken.append(f"{name}: {count} of {info.numel} values")
-    if broken:
-        raise ValueRangeError(
-            f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
-            "Training diverged or the file is damaged; use an earlier checkpoint.",
-        )

@@ -19,7 +19,7 @@ from loratool.adapters.factors import LowRank
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.linalg.spectrum import gram, singular_values
-from loratool.matching import Delta, match
+from loratool.merging.matching import Delta, match
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.notices import Notice

@@ -10,34 +10,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, UsageError, explained_os_errors
+from loratool.merging.output import refuse_full_disk, side_files_of, write_model
+from loratool.merging.plan import Plan
+from loratool.merging.planning import build_plan
+from loratool.merging.provenance import describe
+from loratool.merging.undo.sidefiles import previous
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.sidefiles import SideFiles, previous
+from loratool.models.sidefiles import SideFiles
 from loratool.notices import Notice
-from loratool.output import refuse_full_disk, side_files_of, write_model
-from loratool.plan import Plan
-from loratool.planning import build_plan
-from loratool.provenance import describe
-from loratool.push_target import merge_target, target_of
+from loratool.publishing.target import merge_target, target_of
 from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.streams.progress import Progress, counting
-from loratool.verbs.inputs import (
-    as_list,
-    check_dtype,
-    check_paths,
-    check_threads,
-    check_weights,
-    refuse_not_finite,
-)
+from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_threads, check_weights
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:
-    from loratool.recording import Recorder
-    from loratool.shipping import Shipment
+    from loratool.merging.undo.recording import Recorder
+    from loratool.publishing.shard_upload import Shipment
 
 
 @dataclass
@@ -162,7 +157,7 @@ def merge(
     if repository is not None:
         report.pushed = repository.url
         if not keep:
-            from loratool.shipping import space_needed
+            from loratool.publishing.shard_upload import space_needed
 
             report.bytes_needed = space_needed(plan) + side_files.nbytes
     with explained_os_errors():
@@ -170,7 +165,7 @@ def merge(
             refuse_not_finite(lora)
     if dry_run:
         if reversible:
-            from loratool.sampling import undo_bytes
+            from loratool.merging.undo.sampling import undo_bytes
 
             checkpoint.fetch()
             _note_undo(report, plan, undo_bytes(plan))
@@ -188,7 +183,7 @@ def merge(
         try:
             shipment = None
             if repository is not None:
-                from loratool.shipping import Shipment
+                from loratool.publishing.shard_upload import Shipment
 
                 shipment = Shipment(plan, staged.path, repository, keep, threads)
                 stack.enter_context(shipment)
@@ -199,7 +194,7 @@ def merge(
             report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
             report.lost = written.counts.share_lost
             if verify and shipment is None:
-                from loratool.pairing import check_written
+                from loratool.merging.proof.pairing import check_written
 
                 again = counting(progress, report.bytes_written)
                 check_written(plan, staged.path, again, threads)
@@ -266,7 +261,7 @@ def _workplace(repo: str) -> Path:
 
 def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
     """Make the folder of the undo file; everything beside the base's weights is noted in it."""
-    from loratool.recording import Recorder
+    from loratool.merging.undo.recording import Recorder
 
     base = plan.base
     beside = side_files_of(base)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
-from loratool.licensing import README, card_upload
 from loratool.notices import Notice
-from loratool.parcel import Parcel, pack
-from loratool.push_target import open_target, refuse_mixture
+from loratool.publishing.card_upload import README, card_upload
+from loratool.publishing.manifest import Manifest, pack
+from loratool.publishing.target import open_target, refuse_mixture
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.streams.threads import few
@@ -157,7 +157,7 @@ def push(
 
 def _send(
     target: Repository,
-    parcel: Parcel,
+    parcel: Manifest,
     uploads: list[Upload],
     files: list[PushedFile],
     report: PushReport,
@@ -178,7 +178,7 @@ def _send(
 
 
 def _send_many(
-    target: Repository, parcel: Parcel, wanted: list[Upload], words: str, create_pr: bool
+    target: Repository, parcel: Manifest, wanted: list[Upload], words: str, create_pr: bool
 ) -> Committed:
     """By way of a branch of their own, named after the files: so they arrive in one commit too."""
     files = {u.name: u.sha256 for u in wanted if u.path is not None}
@@ -194,7 +194,7 @@ def _send_many(
     return done
 
 
-def _note_record(parcel: Parcel, target: Repository) -> list[Notice]:
+def _note_record(parcel: Manifest, target: Repository) -> list[Notice]:
     """A warning where the repository keeps a record of weights that this push replaces."""
     if PROVENANCE not in target.files or PROVENANCE in parcel.files:
         return []
@@ -202,7 +202,7 @@ def _note_record(parcel: Parcel, target: Repository) -> list[Notice]:
     return [Notice("stale-record", text, PROVENANCE)]
 
 
-def _hashed(parcel: Parcel) -> list[Upload]:
+def _hashed(parcel: Manifest) -> list[Upload]:
     """Every file with its hash. Raises PushError where loratool.json has another one."""
     with ThreadPoolExecutor(few(None)) as pool:
         make = partial(_upload, parcel.folder.path)

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapter_output import output_dtype, write_adapter
 from loratool.adapters.reading import read_lora
-from loratool.beside import settle
-from loratool.changes import ModuleChange, RankPolicy, Shrunk, shrink
+from loratool.combining.alignment import Contribution, explained_overflow, join
+from loratool.combining.extras import settle
+from loratool.combining.output import output_dtype, write_adapter
+from loratool.combining.rank_change import ModuleChange, NewFactors, RankPolicy, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
-from loratool.joining import Part, explained_overflow, join
 from loratool.linalg.ranks import Criterion, check_rank
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
@@ -155,8 +155,8 @@ def resize(
 
 
 def _resize(
-    path: str, parts: Sequence[Part], files: FilePool, criterion: Criterion, whole: bool
-) -> Shrunk:
+    path: str, parts: Sequence[Contribution], files: FilePool, criterion: Criterion, whole: bool
+) -> NewFactors:
     (part,) = parts
     term = part.read(files)
     with explained_overflow(path):

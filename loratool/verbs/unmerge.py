@@ -15,31 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
-from loratool.checkpoint.undo import Undo, read_undo
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
+from loratool.merging.output import refuse_full_disk, side_files_of, write_index, write_model
+from loratool.merging.plan import Plan
+from loratool.merging.planning import build_plan
+from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
+from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
+from loratool.merging.undo.file import Undo, read_undo
+from loratool.merging.undo.sidefiles import fetch_undo
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.sidefiles import fetch_undo
 from loratool.notices import Notice
-from loratool.output import refuse_full_disk, side_files_of, write_index, write_model
-from loratool.plan import Plan
-from loratool.planning import build_plan
-from loratool.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.storage.filenames import BEFORE, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
 from loratool.streams.progress import Progress, counting
-from loratool.subtraction import plan_subtraction, refuse_irreversible
-from loratool.verbs.inputs import (
-    as_list,
-    check_dtype,
-    check_paths,
-    check_threads,
-    check_weights,
-    refuse_not_finite,
-)
+from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_threads, check_weights
 
 
 @dataclass
@@ -241,7 +235,7 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
     if request.dry_run:
         return report
     refuse_full_disk(base.nbytes, request.target)
-    from loratool.restoring import restore  # torch: about two seconds to import
+    from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
 
     with StagedDirectory(request.target, request.overwrite) as staged:
         try:
@@ -326,7 +320,9 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     refuse_irreversible(found, record)
     report = _report(request, plan, plan.bytes_to_write)
     report.dtype, report.copied_from_base = dtype, len(found.originals)
-    from loratool.sampling import changed_by_cycle  # torch: about two seconds to import
+    from loratool.merging.undo.sampling import (
+        changed_by_cycle,  # torch: about two seconds to import
+    )
 
     adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
     subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)

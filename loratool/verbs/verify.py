@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import TruncatedError, explained_os_errors
-from loratool.findings import Finding, Stats, judge, sentences, split_by_adapter
+from loratool.merging.plan import Plan
+from loratool.merging.planning import build_plan
+from loratool.merging.proof.findings import Finding, Stats, judge
+from loratool.merging.proof.second_look import look_for_adapters, look_for_base
+from loratool.merging.proof.words import sentences
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.plan import Job, Plan
-from loratool.planning import build_plan
 from loratool.streams.progress import Progress, counting
-from loratool.verbs.inputs import (
-    Source,
-    as_list,
-    check_paths,
-    check_threads,
-    check_weights,
-    refuse_not_finite,
-)
+from loratool.verbs.inputs import Source, as_list, check_paths, check_threads, check_weights
 
 if TYPE_CHECKING:
-    from loratool.checking import Pair
+    pass
 
 
 @dataclass
@@ -91,8 +87,8 @@ def verify(
     ------
     FileError, AdapterError, BaseError, MatchError: there is no telling.
     """
-    from loratool.checking import compare  # torch: about two seconds to import
-    from loratool.pairing import pair_up
+    from loratool.merging.proof.checking import compare  # torch: about two seconds to import
+    from loratool.merging.proof.pairing import pair_up
 
     started = time.perf_counter()
     sources = as_list(adapters)
@@ -118,8 +114,8 @@ def verify(
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
             stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
             findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
-            findings = _look_for_base(findings, found.pairs, plan, threads)
-            findings = _look_for_adapters(findings, found.pairs, stats, plan, threads)
+            findings = look_for_base(findings, found.pairs, plan, threads)
+            findings = look_for_adapters(findings, found.pairs, stats, plan, threads)
             _conclude(report, [*findings, *found.findings], stats)
             report.warnings += found.notices
     report.seconds = time.perf_counter() - started
@@ -127,62 +123,6 @@ def verify(
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."
-
-
-def _look_for_base(
-    findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
-) -> list[Finding]:
-    """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
-    from loratool.checking import Pair, compare
-
-    unlike = {f.tensor for f in findings if f.code == "other"}
-    again = []
-    for pair in pairs:
-        source = plan.base.tensors.get(pair.job.name)
-        held = pair.job.action == "replace" or pair.job.rows
-        fits = source is not None and source.shape == pair.merged.shape
-        if pair.job.name in unlike and held and source is not None and fits:
-            plain = Job(pair.job.name, pair.job.dtype, source, "copy", checked=False)
-            again.append(Pair(plain, pair.merged))
-    still = {
-        name
-        for name, stats in compare(again, lambda *_: None, threads).items()
-        if stats.equal == stats.elements
-    }
-    return [replace(f, code="not-merged") if f.tensor in still else f for f in findings]
-
-
-def _look_for_adapters(
-    findings: list[Finding],
-    pairs: Sequence[Pair],
-    stats: dict[str, Stats],
-    plan: Plan,
-    threads: int | None,
-) -> list[Finding]:
-    """Where several adapters were not merged as asked, tell their weights apart."""
-    from loratool.checking import attribute
-
-    names = {id(m): a.name for a in plan.adapters for m in a.modules.values()}
-    unclear = {f.tensor: f for f in findings if f.code in ("weight", "other", "damaged")}
-    asked = [
-        pair
-        for pair in pairs
-        if pair.job.name in unclear
-        and len(pair.job.deltas) > 1
-        and all(delta.module.magnitude is None for delta in pair.job.deltas)
-    ]
-    shares = attribute(asked, threads)
-    for pair in asked:
-        name, deltas = pair.job.name, pair.job.deltas
-        called = [names[id(delta.module)] for delta in deltas]
-        if len(set(called)) < len(called):
-            called = [f"{n} ({i})" for i, n in enumerate(called, 1)]
-        share = shares[name]
-        weighted = [(n, delta.weight) for n, delta in zip(called, deltas, strict=True)]
-        unclear[name] = split_by_adapter(
-            unclear[name], weighted, share.weights, share.rest, stats[name]
-        )
-    return [unclear.get(f.tensor, f) for f in findings]
 
 
 def _report(plan: Plan, merged: str | Path) -> VerifyReport:

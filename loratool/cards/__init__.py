@@ -1,1 +1,0 @@
-"""Model cards: README.md for the Hub, from what a folder itself tells."""

@@ -1,0 +1,121 @@
+"""`loratool combine`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import (
+    dry_run_option,
+    factor_dtype_option,
+    full_option,
+    json_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+    weight_option,
+)
+
+
+@click.command("combine", short_help="Make one adapter of several.")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@output_option
+@weight_option
+@click.option(
+    "--method", default="sum", show_default=True, metavar="NAME", help="How to combine; see above."
+)
+@click.option("--rank", type=int, metavar="K", help="Cut every module to this rank.")
+@click.option(
+    "--energy", type=float, metavar="SHARE",
+    help="Cut to the smallest rank that keeps this share of ‖ΔW‖² in every module.",
+)  # fmt: skip
+@click.option(
+    "--density", type=float, metavar="SHARE",
+    help="Share of the values that ties, dare and magnitude_prune keep.",
+)  # fmt: skip
+@click.option(
+    "--majority-sign-method", default="total", show_default=True, metavar="total|frequency",
+    help="How ties elects a sign: by the sum of the values, or of their signs.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For dare.")
+@click.option(
+    "--saved", default="refuse", show_default=True, metavar="refuse|first|last|mean",
+    help="What to take where adapters hold the same tensor whole, with different values.",
+)  # fmt: skip
+@click.option(
+    "--keep-patterns", is_flag=True,
+    help="Each module with its own rank (rank_pattern), not all with the largest.",
+)  # fmt: skip
+@factor_dtype_option
+@overwrite_option
+@dry_run_option
+@full_option
+@threads_option
+@json_option
+@quiet_option
+def combine_command(
+    adapters: tuple[str, ...],
+    output: str,
+    weights: tuple[float, ...],
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    density: float | None,
+    majority_sign_method: str,
+    seed: int,
+    saved: str,
+    keep_patterns: bool,
+    dtype: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make one adapter of several, from their factors alone.
+
+    Ranks, scales, targets and dtypes may differ. The result is a PEFT directory
+    with one rank, alpha = rank, and the scale in the factors.
+
+    \b
+    Methods (those with * need --density):
+      sum         Σ weight·scale·B·A exactly, at the smallest rank that holds it
+      svd         the same, cut to the largest rank among the adapters
+      cat         the same, stacked along the rank
+      linear, ties*, dare_linear*, dare_ties*, magnitude_prune*
+                  on the A and the B apart, as in PEFT (cross terms)
+      ties_svd*, dare_linear_svd*, dare_ties_svd*, magnitude_prune_svd*
+                  on the dense deltas, as in PEFT (slow)
+      ties_core*, dare_linear_core*, dare_ties_core*
+                  in Core Space (arXiv 2509.17786)
+      tsv_m       task singular vectors made orthogonal (arXiv 2412.00081)
+      iso_c       the sum with equal singular values (arXiv 2502.04959)
+      knots_ties* TIES in the common basis of KnOTS (arXiv 2410.19735)
+
+    Weights matter as much as methods: three adapters at weight 1 each often
+    overshoot, and 0.5 each is a better start.
+
+    \b
+    Examples:
+      loratool combine style/ task/ -o both/
+      loratool combine style/ task/ --weight 0.7 --weight -0.4 --rank 16 -o both/
+      loratool combine a/ b/ c/ --method ties_core --density 0.5 -o abc/
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.combine import show_combine
+    from loratool.verbs.combine import combine
+
+    with common.progress_bar(not (quiet or as_json), "combining", counted=True) as progress:
+        report = combine(
+            adapters, output, weights=weights or None, method=method, rank=rank, energy=energy,
+            density=density, majority_sign_method=majority_sign_method, seed=seed, saved=saved,
+            keep_patterns=keep_patterns, dtype=dtype, overwrite=overwrite, dry_run=dry_run,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_combine(report, full)
+    if not quiet:
+        common.print_warnings(report.warnings)

@@ -1,0 +1,84 @@
+"""`loratool compare`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import (
+    full_option,
+    json_option,
+    quiet_option,
+    threads_option,
+    weight_option,
+)
+
+
+@click.command("compare", short_help="How adapters relate to each other.")
+@click.argument("adapters", nargs=-1, required=True, metavar="A B...")
+@weight_option
+@click.option("--equal", is_flag=True, help="Exit with 3 unless all do the same as the first.")
+@click.option(
+    "--tolerance", type=float, default=0.001, show_default=True, metavar="SHARE",
+    help="Relative difference up to which two deltas are equal.",
+)  # fmt: skip
+@click.option(
+    "--base", metavar="BASE",
+    help="Base model: counts new singular directions (intruders); slow for large matrices.",
+)  # fmt: skip
+@click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB",
+    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
+)  # fmt: skip
+@full_option
+@threads_option
+@json_option
+@quiet_option
+@click.pass_context
+def compare_command(
+    context: click.Context,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...],
+    equal: bool,
+    tolerance: float,
+    base: str | None,
+    layers: str | None,
+    include: tuple[str, ...],
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show how adapters relate: the same, scaled, related, unrelated, in conflict.
+
+    cos is the cosine of the deltas. writes and reads are the overlap of their
+    column and row spaces (0: orthogonal, 100%: one contains the other). "A in sum"
+    is how much of A, taken with its weight, the weighted sum of all holds along A:
+    1 all of it, more where the others add to it, 0 where they cancel it. Norms and
+    cosines are of the deltas without weights.
+
+    \b
+    Examples:
+      loratool compare style/ task/
+      loratool compare a/ b/ c/ --weight 0.5 --weight 0.5 --weight 1
+      loratool compare adapter/ converted/ --equal --tolerance 0.001
+      loratool compare style/ task/ --base base/ --layer 0-3
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.compare import show_compare
+    from loratool.verbs.compare import compare
+
+    with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
+        report = compare(
+            adapters, weights=weights or None, tolerance=tolerance, base=base, layers=layers,
+            include=include, threads=threads, progress=progress,
+        )  # fmt: skip
+    try:
+        if as_json:
+            common.print_json(report.to_dict())
+        else:
+            show_compare(report, full, equal)
+            if not quiet:
+                common.print_warnings(report.warnings)
+    finally:  # the answer stands, even where the reader of the words has gone
+        context.exit(3 if equal and not report.equal else 0)

@@ -1,0 +1,143 @@
+"""`loratool extract`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import (
+    Dtype,
+    full_option,
+    json_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+)
+from loratool.paths import GROUPS
+
+
+@click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
+@click.argument("base")
+@click.argument("tuned")
+@click.option("-o", "--output", metavar="OUT", help="Directory to write; none for --dry-run.")
+@click.option("--rank", type=int, metavar="K", help="This rank for every module.")
+@click.option(
+    "--energy", type=float, metavar="SHARE",
+    help="Per module the smallest rank that keeps this share of ‖ΔW‖².",
+)  # fmt: skip
+@click.option(
+    "--budget", metavar="SIZE",
+    help="Ranks such that the file is no larger and the total error is smallest.",
+)  # fmt: skip
+@click.option(
+    "--max-rank", type=int, metavar="K",
+    help="No module gets more than this, with --energy or --budget.",
+)  # fmt: skip
+@click.option(
+    "--uniform", is_flag=True,
+    help="One rank for all modules: the largest that --energy asks for or --budget allows.",
+)  # fmt: skip
+@click.option(
+    "--include", multiple=True, metavar="GLOB",
+    help="Only modules whose path, or a dotted end of it, matches; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
+)
+@click.option(
+    "--skip", multiple=True, type=click.Choice(GROUPS), metavar="GROUP",
+    help="Leave all of a kind out: norms, biases, embeddings, convs, heads or others; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--save", multiple=True, metavar="GLOB",
+    help="Save these modules whole instead of as factors; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=Dtype(base=False), default="float16", show_default=True,
+    metavar="float16|bfloat16|float32", help="Dtype of the factors.",
+)  # fmt: skip
+@click.option(
+    "--base-name", metavar="NAME",
+    help="base_model_name_or_path for the config. [default: what the base is called]",
+)  # fmt: skip
+@click.option("--exact", is_flag=True, help="Full decompositions; slow for large matrices.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True,
+    help="Seed of the randomised decompositions.",
+)  # fmt: skip
+@click.option("--verify", is_flag=True, help="Read back: how far is base + adapter from TUNED?")
+@click.option(
+    "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."
+)
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Measure how much changed; decompose nothing.")
+@click.option("--spectrum", is_flag=True, help="Show the singular values of every module.")
+@full_option
+@threads_option
+@json_option
+@quiet_option
+def extract_command(
+    base: str,
+    tuned: str,
+    output: str | None,
+    rank: int | None,
+    energy: float | None,
+    budget: str | None,
+    max_rank: int | None,
+    uniform: bool,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    skip: tuple[str, ...],
+    save: tuple[str, ...],
+    dtype: str,
+    base_name: str | None,
+    exact: bool,
+    seed: int,
+    verify: bool,
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    spectrum: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a LoRA adapter of a fine-tuned model minus its base.
+
+    Linear layers, convolutions and embeddings become low-rank factors, the best ones of
+    their rank; norms, biases and the rest are saved whole. What is left out is listed
+    with its share of the change. PEFT loads the result, and merge merges it. One of
+    --rank, --energy and --budget is needed.
+
+    The report: kept and held are shares of ‖ΔW‖², the squared change, and error is
+    √(1 - kept). noise is what TUNED's dtype rounded off, which no rank brings back.
+    s.rank is the stable rank: how many directions of equal size make up the change.
+
+    \b
+    Examples:
+      loratool extract base/ tuned/ --rank 16 -o adapter/
+      loratool extract base/ tuned/ --energy 0.9 --max-rank 128 -o adapter/
+      loratool extract base/ tuned/ --budget 50MB --verify -o adapter/
+      loratool extract base/ tuned/ --dry-run
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.extract import show_extract
+    from loratool.verbs.extract import extract
+
+    with common.progress_bar(not (quiet or as_json), "extracting") as progress:
+        report = extract(
+            base, tuned, output, rank=rank, energy=energy, budget=budget, max_rank=max_rank,
+            uniform=uniform, include=include, exclude=exclude, skip=skip, save=save, dtype=dtype,
+            base_name=base_name, exact=exact, seed=seed, verify=verify, device=device,
+            overwrite=overwrite, dry_run=dry_run, threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        document = report.to_dict()
+        if not spectrum:
+            for module in document["modules"]:
+                del module["singular_values"]
+        common.print_json(document)
+        return
+    show_extract(report, full, spectrum)
+    if not quiet:
+        common.print_warnings(report.warnings)

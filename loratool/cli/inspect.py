@@ -1,0 +1,62 @@
+"""`loratool inspect`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import json_option, quiet_option
+
+
+@click.command("inspect", short_help="Show what is in an adapter.")
+@click.argument("source")
+@click.option("--base", help="Base model: adds coverage and ‖ΔW‖/‖W‖.", metavar="BASE")
+@click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
+@click.option("--tensors", is_flag=True, help="List the raw tensors too.")
+@click.option("--spectrum", is_flag=True, help="Show each module's singular values.")
+@click.option("--norms", is_flag=True, help="Download from the Hub what norms need, however large.")
+@click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB",
+    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
+)  # fmt: skip
+@json_option
+@quiet_option
+def inspect_command(
+    source: str,
+    base: str | None,
+    full: bool,
+    tensors: bool,
+    spectrum: bool,
+    norms: bool,
+    layers: str | None,
+    include: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Show what is in an adapter: modules, ranks, scales, norms, and what is odd.
+
+    SOURCE is an adapter directory, a weights file (.safetensors, .bin, .pt) or a
+    Hub id (org/name, org/name@revision, hf://org/name/folder). Norms come from the
+    r × r core of each module, never from the dense product.
+
+    From the Hub only headers are read: adapters above 50 MB, and weights of a base,
+    are downloaded only with --norms (or --spectrum, for the adapter).
+
+    \b
+    Examples:
+      loratool inspect adapter/
+      loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
+      loratool inspect adapter/ --base base/ --json
+      loratool inspect org/adapter --base org/base
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.inspect import show_inspect
+    from loratool.verbs.inspect import inspect as run
+
+    report = run(source, base=base, spectrum=spectrum, norms=norms, layers=layers, include=include)
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_inspect(report, full, tensors, spectrum)
+    if not quiet:
+        common.print_warnings(report.warnings)

@@ -1,0 +1,101 @@
+"""`loratool merge`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import Dtype, json_option, quiet_option
+
+
+@click.command("merge", short_help="Merge adapters into a base model.")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", metavar="OUT", help="Directory to write.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, metavar="W",
+    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=Dtype(), default="float16", show_default=True,
+    metavar="float16|bfloat16|float32|base",
+    help="Dtype of all floating tensors of the output; base keeps each tensor's own.",
+)  # fmt: skip
+@click.option(
+    "--allow-unmatched", is_flag=True,
+    help="Merge what fits when parts of an adapter do not, and record the rest.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT, or the weights in REPO, if there.")
+@click.option(
+    "--reversible", is_flag=True,
+    help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
+)  # fmt: skip
+@click.option("--verify", is_flag=True, help="Read the output again and check every value.")
+@click.option(
+    "--push", metavar="REPO",
+    help="Upload to this repository on the Hub, each shard as soon as it is verified.",
+)  # fmt: skip
+@click.option(
+    "--no-keep", is_flag=True,
+    help="With --push: remove each shard here once it is there; no OUT then.",
+)  # fmt: skip
+@click.option("--private", is_flag=True, help="With --push: create the repository private.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
+@json_option
+@quiet_option
+@click.option("-v", "--verbose", is_flag=True, help="List every merged tensor.")
+def merge_command(
+    base: str,
+    adapters: tuple[str, ...],
+    output: str | None,
+    weights: tuple[float, ...],
+    dtype: str,
+    allow_unmatched: bool,
+    overwrite: bool,
+    reversible: bool,
+    verify: bool,
+    push: str | None,
+    no_keep: bool,
+    private: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Merge one or more LoRA adapters into a base model: W + Σ weight·scale·B·A.
+
+    BASE is a model directory (safetensors or pytorch_model.bin, sharded or not),
+    one weights file, or a Hub id. Each ADAPTER is a PEFT adapter directory, file
+    or Hub id. All sums are taken in float32 and rounded once.
+
+    With --push the model appears on the Hub in one commit, at the end; the shards
+    wait on a branch until then, and a run that was stopped goes on where it was.
+    With --no-keep too, neither base nor result need fit on the disk.
+
+    \b
+    Examples:
+      loratool merge base/ adapter/ -o merged/
+      loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
+      loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
+      loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge org/base org/adapter -o merged/ --push org/merged
+      loratool merge org/base org/adapter --push org/merged --no-keep
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.merge import show_merge
+    from loratool.verbs.merge import merge as run
+
+    with common.progress_bar(not (quiet or as_json or dry_run), "merging") as progress:
+        report = run(
+            base, adapters, output, weights=weights or None, dtype=dtype,
+            allow_unmatched=allow_unmatched, overwrite=overwrite, dry_run=dry_run,
+            reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_merge(report, verbose)
+    if not quiet:
+        common.print_warnings(report.warnings)

@@ -1,0 +1,72 @@
+"""`loratool push`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import json_option, quiet_option
+
+
+@click.command("push", short_help="Upload an adapter or a merged model to the Hub.")
+@click.argument("path")
+@click.argument("repo_id", metavar="REPO_ID")
+@click.option("--private", is_flag=True, help="Create the repository private.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to. [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("-m", "--message", metavar="TEXT", help="Message of the commit.")
+@click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
+@click.option(
+    "--include", multiple=True, metavar="GLOB",
+    help="Upload these files though they look like secrets or leftovers; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these files here; may be repeated."
+)
+@click.option("--dry-run", is_flag=True, help="Compare with what is there; upload nothing.")
+@json_option
+@quiet_option
+def push_command(
+    path: str,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+    base: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Upload the adapter or the merged model in PATH to REPO_ID (org/name), in one commit.
+
+    The repository is created if it is not there. Files that it has already, by
+    hash, are not uploaded again. A model card is made, or completed without
+    changing what somebody wrote: see `loratool card`.
+
+    Incomplete outputs, adapters that cannot be used, files that look like secrets
+    and leftovers of a training run are refused. The login is that of
+    `hf auth login`, or HF_TOKEN.
+
+    \b
+    Examples:
+      loratool push adapter/ org/adapter --dry-run
+      loratool push adapter/ org/adapter --private
+      loratool push merged/ org/merged -m "Merge style at 0.7"
+      loratool push adapter/ other/adapter --create-pr
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.push import show_push
+    from loratool.verbs.push import push
+
+    report = push(
+        path, repo_id, private=private, revision=revision, create_pr=create_pr, message=message,
+        base=base, include=include, exclude=exclude, dry_run=dry_run,
+    )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_push(report)
+    if not quiet:
+        common.print_warnings(report.warnings)

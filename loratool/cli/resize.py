@@ -1,0 +1,95 @@
+"""`loratool resize`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import (
+    dry_run_option,
+    factor_dtype_option,
+    full_option,
+    json_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+)
+
+
+@click.command("resize", short_help="Change the rank of an adapter.")
+@click.argument("adapter")
+@output_option
+@click.option("--rank", type=int, metavar="K", help="This rank for every module, up or down.")
+@click.option(
+    "--energy", type=float, metavar="SHARE",
+    help="Per module the smallest rank with this share of Σσ².",
+)  # fmt: skip
+@click.option(
+    "--sv-ratio", type=float, metavar="R", help="Per module the singular values above σ₁/R (kohya)."
+)
+@click.option(
+    "--sv-fro", type=float, metavar="SHARE",
+    help="Per module the smallest rank with this share of √Σσ² (kohya); 0.9 is energy 0.81.",
+)  # fmt: skip
+@click.option(
+    "--sv-cumulative", type=float, metavar="SHARE",
+    help="Per module the smallest rank with this share of Σσ (kohya).",
+)  # fmt: skip
+@click.option("--max-rank", type=int, metavar="K", help="No module gets more than this.")
+@click.option(
+    "--pad-to", type=int, metavar="N",
+    help="One rank for all modules, the next multiple of N; filled up with zeros at the end.",
+)  # fmt: skip
+@factor_dtype_option
+@overwrite_option
+@dry_run_option
+@full_option
+@threads_option
+@json_option
+@quiet_option
+def resize_command(
+    adapter: str,
+    output: str,
+    rank: int | None,
+    energy: float | None,
+    sv_ratio: float | None,
+    sv_fro: float | None,
+    sv_cumulative: float | None,
+    max_rank: int | None,
+    pad_to: int | None,
+    dtype: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Change the rank of an adapter, keeping the largest singular values.
+
+    No other adapter of the new rank is nearer to the old one. The table shows, per
+    module, the old and the new rank and the share of ‖ΔW‖² kept.
+
+    \b
+    Examples:
+      loratool resize adapter/ --rank 8 -o smaller/
+      loratool resize adapter/ --energy 0.99 --max-rank 32 -o smaller/
+      loratool resize adapter/ --energy 0.95 --pad-to 16 -o one-rank/
+      loratool resize adapter/ --sv-ratio 10 --dry-run -o smaller/
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.resize import show_resize
+    from loratool.verbs.resize import resize
+
+    with common.progress_bar(not (quiet or as_json), "resizing", counted=True) as progress:
+        report = resize(
+            adapter, output, rank=rank, energy=energy, sv_ratio=sv_ratio, sv_fro=sv_fro,
+            sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to, dtype=dtype,
+            overwrite=overwrite, dry_run=dry_run, threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_resize(report, full)
+    if not quiet:
+        common.print_warnings(report.warnings)

@@ -1,0 +1,75 @@
+"""`loratool unmerge`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import Dtype, json_option, quiet_option
+
+
+@click.command("unmerge", short_help="Take adapters out of a merged model.")
+@click.argument("merged")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, metavar="W",
+    help="What an adapter was merged with, once for each. [default: as recorded, else 1.0]",
+)  # fmt: skip
+@click.option(
+    "--base", metavar="BASE",
+    help="Originals, complete or in part: what is there is copied, the rest subtracted.",
+)  # fmt: skip
+@click.option(
+    "--subtract", is_flag=True, help="Do without the undo file: near the base, not exact."
+)
+@click.option(
+    "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
+    help="Dtype where it is subtracted. [default: the base's, as far as it is known]",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and lost; write nothing.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
+@json_option
+@quiet_option
+def unmerge_command(
+    merged: str,
+    adapters: tuple[str, ...],
+    output: str,
+    weights: tuple[float, ...],
+    base: str | None,
+    subtract: bool,
+    dtype: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Take adapters out of a merged model.
+
+    What `loratool merge --reversible` wrote gives the base back bit for bit: give
+    all the adapters that were merged, and every tensor's sha256 is checked. From
+    other models the deltas are subtracted, which comes near the base only.
+
+    \b
+    Examples:
+      loratool unmerge merged/ adapter/ -o base/
+      loratool unmerge merged/ style/ task/ -o base/ --dry-run
+      loratool unmerge merged/ style/ -o without-style/ --subtract
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.unmerge import show_unmerge
+    from loratool.verbs.unmerge import unmerge as run
+
+    with common.progress_bar(not (quiet or as_json or dry_run), "unmerging") as progress:
+        report = run(
+            merged, adapters, output, weights=weights or None, base=base, dtype=dtype,
+            subtract=subtract, overwrite=overwrite, dry_run=dry_run, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_unmerge(report)
+    if not quiet:
+        common.print_warnings(report.warnings)

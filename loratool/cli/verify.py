@@ -1,0 +1,67 @@
+"""`loratool verify`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import json_option, quiet_option
+
+
+@click.command("verify", short_help="Check whether a model is base + adapters.")
+@click.argument("merged")
+@click.option("--base", required=True, metavar="BASE", help="The model before the merge.")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, metavar="W",
+    help="Factor of an adapter, once for each, in their order. [default: 1.0]",
+)  # fmt: skip
+@click.option(
+    "--allow-unmatched", is_flag=True, help="Check what fits when parts of an adapter do not."
+)
+@click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
+@json_option
+@quiet_option
+@click.pass_context
+def verify_command(
+    context: click.Context,
+    merged: str,
+    base: str,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...],
+    allow_unmatched: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check whether MERGED is BASE with the adapters merged into it, by any tool.
+
+    Exits with 0 for yes, 3 for no, 1 if there is no telling. For every module it
+    shows the applied weight (1: merged, 0: not, 2: twice), the share of values
+    equal to the once-rounded result, what rounding lost of the delta, and what
+    the adapters do not explain.
+
+    \b
+    Examples:
+      loratool verify merged/ --base base/ adapter/
+      loratool verify merged/ --base base/ style/ task/ --weight 0.7 --weight 0.4
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.verify import show_verify
+    from loratool.verbs.verify import verify as run
+
+    with common.progress_bar(not (quiet or as_json), "verifying") as progress:
+        report = run(
+            merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    try:
+        if as_json:
+            common.print_json(report.to_dict())
+        else:
+            show_verify(report, full)
+            if not quiet:
+                common.print_warnings(report.warnings)
+    finally:  # the answer stands, even where the reader of the words has gone
+        context.exit(0 if report.verdict == "yes" else 3)

@@ -1,0 +1,1 @@
+"""A fine-tune taken apart into factors."""

@@ -1,0 +1,304 @@
+"""The factors of every module of a fine-tune, each module read, taken apart and put away in turn.
+
+Modules are worked on by several threads, the largest first. Where the ranks depend on one another
+(a budget for the file, one rank for all), modules that turn out to need more than was computed are
+done again with a higher rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from loratool.adapters.factorfile import AdapterWriter, encode, rounding_loss
+from loratool.dtypes import DTYPE_BITS
+from loratool.errors import UsageError, ValueRangeError
+from loratool.extracting.counterparts import Counterpart
+from loratool.extracting.difference import Difference, Size
+from loratool.linalg.lowrank import NEGLIGIBLE, Float64
+from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
+from loratool.linalg.truncation import truncated
+from loratool.storage.tensors import Bytes, FilePool, float_blocks, same_values
+from loratool.streams.workers import Workers
+from loratool.words import format_bytes
+
+_NOTHING = Size(0.0, 0.0, False, 0.0)
+
+#: The rank to begin with where none is asked for.
+_FIRST = 32
+
+#: The lowest rank that is computed for a budget, of which it may take less.
+_LEAST = 8
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """What is known of one counterpart after it has been read.
+
+    `values` are the singular values of the factors that were put away, `following` those known
+    beyond. `cut` is ‖Δ - B·A‖² at that rank, and `least` what any factors of that rank have at
+    least. `rounding` is what the factors' dtype takes of B·A.
+    """
+
+    part: Counterpart
+    size: Size = _NOTHING
+    values: Float64 = field(default_factory=partial(np.zeros, 0))
+    following: Float64 = field(default_factory=partial(np.zeros, 0))
+    cut: float = 0.0
+    least: float = 0.0
+    rounding: float | None = None
+    passes: int = 0
+
+    @property
+    def changed(self) -> bool:
+        return self.size.changed
+
+    def at(self, rank: int) -> tuple[float, float]:
+        """`cut` and `least` for the first `rank` of the factors."""
+        more = float((self.values[rank:] ** 2).sum())
+        return self.cut + more, self.least + more
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the ranks are chosen: by `criterion`, or such that the file is no larger than `budget`.
+
+    With `uniform` all modules get the same. `cost(part)` are the bytes of one rank of a module, and
+    `size(parts, ranks)` those of the file.
+    """
+
+    criterion: Criterion
+    cost: Callable[[Counterpart], int]
+    size: Callable[[Sequence[Counterpart], Sequence[int]], int]
+    budget: int | None = None
+    uniform: bool = False
+
+    def ranks(self, found: Sequence[Decomposed]) -> list[int]:
+        """The rank of each module, which may be higher than what was computed of it."""
+        if self.criterion.rank is not None:
+            return [self.criterion.rank] * len(found)
+        if self.budget is not None and self.uniform:
+            return [self.even([f.part for f in found])] * len(found)
+        if self.budget is not None:
+            return self._spread(found, self.budget)
+        if self.uniform and found:
+            return [max(len(f.values) for f in found)] * len(found)
+        return [len(f.values) for f in found]
+
+    def even(self, parts: Sequence[Counterpart]) -> int:
+        """The one rank for which the budget is enough, up to the largest that a module can have.
+
+        Raises UsageError if it is not enough for one.
+        """
+        budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
+        if self.size(parts, [1] * len(parts)) > budget:
+            raise _too_small(budget, costs, "all modules")
+        largest = max(min(part.place.shape) for part in parts)
+        rank = min(budget // costs, self.criterion.max_rank or largest, largest)
+        while self.size(parts, [rank] * len(parts)) > budget:
+            rank -= 1
+        return rank
+
+    def _spread(self, found: Sequence[Decomposed], budget: int) -> list[int]:
+        parts = [f.part for f in found]
+        costs = [self.cost(part) for part in parts]
+        rest = budget - (self.size(parts, [1] * len(parts)) - sum(costs))
+        while True:
+            ranks = spread([f.values for f in found], costs, rest)
+            if not any(ranks):
+                raise _too_small(budget, min(costs), "the smallest module")
+            alive = [(part, rank) for part, rank in zip(parts, ranks, strict=True) if rank]
+            over = self.size([p for p, _ in alive], [r for _, r in alive]) - budget
+            if over <= 0:
+                return ranks
+            rest -= over  # larger ranks have more digits in the header
+
+
+def _too_small(budget: int, least: int, what: str) -> UsageError:
+    return UsageError(
+        f"--budget {format_bytes(budget)} is too small: one rank of {what} takes "
+        f"{format_bytes(least)}, beside the header and what is saved whole.",
+        "Give more, or leave parts out: --skip norms, --skip biases.",
+    )
+
+
+def cost(part: Counterpart, dtype: str) -> int:
+    """Bytes of one rank of a module."""
+    return sum(sum(place.shape) for place in part.places) * DTYPE_BITS[dtype] // 8
+
+
+@dataclass
+class Extraction:
+    """Reads counterparts and takes their differences apart. Use within its two pools.
+
+    `advance(bytes, name)` is told of every tensor that is done.
+    """
+
+    files: FilePool
+    workers: Workers
+    dtype: str
+    device: torch.device
+    seed: int
+    exact: bool
+    advance: Callable[[int, str], None]
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def measure(self, parts: Iterable[Counterpart]) -> list[Decomposed]:
+        """Only how much each of them changed."""
+        calls = (partial(self._measured, part) for part in _largest_first(parts))
+        measured = []
+        with self._stopping():
+            for found in self.workers.in_order(calls):
+                measured.append(found)
+                self.advance(found.part.nbytes, found.part.name)
+        return measured
+
+    def decompose(
+        self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
+    ) -> tuple[list[Decomposed], list[int]]:
+        """Factors for all parts that changed, put into `writer`; and the rank each is to have."""
+        criterion = policy.criterion
+        if policy.budget is not None:
+            guess = policy.budget // max(1, sum(policy.cost(part) for part in parts))
+            guess = max(guess if policy.uniform else 2 * guess, _LEAST)
+            criterion = Criterion(rank=min(guess, criterion.max_rank or LARGEST_RANK))
+        found = self._pass([(part, criterion) for part in parts], writer, self.advance)
+        while True:
+            alive = [f for f in found if f.changed]
+            if not alive:
+                return found, []
+            ranks = policy.ranks(alive)
+            again = []
+            for own, rank in zip(alive, ranks, strict=True):
+                # A budget may want more of a module that it takes all of what is known.
+                open_ended = policy.budget is not None and not policy.uniform
+                short = rank > len(own.values) or (open_ended and rank == len(own.values))
+                limit = min(own.part.place.shape)
+                most = min(limit, policy.criterion.max_rank or limit)
+                wanted = min(2 * rank if open_ended else rank, most)
+                if short and len(own.following) and wanted > len(own.values):
+                    again.append((own.part, Criterion(rank=wanted)))
+            if not again:
+                return found, ranks
+            # These are read a second time, which nobody counted on.
+            deeper = {f.part.name: f for f in self._pass(again, writer, lambda *_: None)}
+            found = [deeper.get(f.part.name, f) for f in found]
+
+    def _pass(
+        self,
+        work: Sequence[tuple[Counterpart, Criterion]],
+        writer: AdapterWriter,
+        advance: Callable[[int, str], None],
+    ) -> list[Decomposed]:
+        criteria = {part.name: criterion for part, criterion in work}
+        calls = (
+            partial(self._decomposed, part, criteria[part.name])
+            for part in _largest_first(part for part, _ in work)
+        )
+        done = {}
+        with self._stopping():
+            for found, data in self.workers.in_order(calls):
+                places = found.part.places if found.changed else []
+                for place, own in zip(places, data, strict=True):
+                    writer.add(place, len(found.values), own)
+                done[found.part.name] = found
+                advance(found.part.nbytes, found.part.name)
+        return [done[part.name] for part, _ in work]
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """After an error or Ctrl-C the other threads stop at their next block."""
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _measured(self, part: Counterpart) -> Decomposed:
+        if part.base is None or not part.is_comparable:
+            _refuse_not_finite(part)
+            return Decomposed(part, replace(_NOTHING, changed=True))
+        if not (part.tuned.is_float and part.base.is_float):
+            changed = not same_values(part.base, part.tuned)
+            return Decomposed(part, replace(_NOTHING, changed=changed))
+        return Decomposed(part, self._difference(part).measure())
+
+    def _difference(self, part: Counterpart) -> Difference:
+        assert part.base is not None
+        return Difference(part.base, part.tuned, self.files, self.device, self._stop)
+
+    def _decomposed(
+        self, part: Counterpart, criterion: Criterion
+    ) -> tuple[Decomposed, list[Bytes]]:
+        try:
+            return self._factors(part, criterion)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"{part.name} {list(part.tuned.shape)}: the memory of {self.device} is full.",
+                "Use --threads 1, a lower rank, or --device cpu.",
+            ) from None
+
+    def _factors(self, part: Counterpart, criterion: Criterion) -> tuple[Decomposed, list[Bytes]]:
+        difference = self._difference(part)
+        size = difference.measure(hold=True)
+        if not size.changed:
+            return Decomposed(part, size), []
+        result = truncated(
+            difference, size.energy, partial(_choose, criterion),
+            criterion.rank or criterion.max_rank, zlib.crc32(f"{self.seed} {part.name}".encode()),
+            self.exact, criterion.rank or min(_FIRST, criterion.max_rank or _FIRST),
+        )  # fmt: skip
+        left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
+        b, a = (right, left.T) if part.transposed else (left, right.T)
+        data = [encode(part.module, b, a, self.dtype)]
+        if part.twin:
+            data.append(encode(part.twin, a.T, b.T, self.dtype))
+        lost = None if self.dtype == "F32" else rounding_loss(b, a, data[0], self.dtype)
+        following = result.following[result.following > NEGLIGIBLE * result.values[0]]
+        return Decomposed(
+            part, size, result.values, following, result.cut, result.least, lost, result.passes
+        ), data
+
+
+def as_device(name: str) -> torch.device:
+    """The device of this name. Raises UsageError if torch has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"There is no device {name!r}.", "Use cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Nothing is computed on {device.type}.", "Use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"torch finds no GPU for --device {name}.",
+            "Install a torch with CUDA, or leave the option out.",
+        )
+    if device.type == "cuda":
+        # Its linear algebra is set up at the first call, which several threads must not do at once.
+        torch.linalg.eigh(torch.linalg.qr(torch.eye(2, device=device, dtype=torch.float64))[0])
+    return device
+
+
+def _choose(criterion: Criterion, values: Float64, energy: float) -> int:
+    """The rank among these singular values, of which rounding left the smallest."""
+    return criterion.choose(values[values > NEGLIGIBLE * values[0]], energy)
+
+
+def _largest_first(parts: Iterable[Counterpart]) -> list[Counterpart]:
+    """So that no thread is left alone with the largest matrix at the end."""
+    return sorted(parts, key=lambda part: -part.tuned.numel)
+
+
+def _refuse_not_finite(part: Counterpart) -> None:
+    if part.tuned.is_float and not all(np.isfinite(x).all() for x in float_blocks(part.tuned)):
+        raise ValueRangeError(
+            f"{part.name}: the tuned model holds NaN or infinity ({part.tuned.file}).",
+            "The file is damaged, or training diverged. Nothing was written.",
+        )

@@ -1,0 +1,231 @@
+"""The adapter directory that extract makes, and what it holds of the fine-tune."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loratool.adapters.dialects.peft.names import saved_key
+from loratool.adapters.dialects.peft.targets import extracted_config, saved_unit
+from loratool.adapters.factorfile import AdapterWriter, Extra, file_size, tensors_of
+from loratool.errors import VerifyError
+from loratool.extracting.counterparts import Counterpart, Counterparts
+from loratool.extracting.decomposition import Decomposed, Extraction, Policy, cost
+from loratool.extracting.outcome import Outcome, gather, note, with_siblings
+from loratool.extracting.readback import distance
+from loratool.linalg.ranks import Criterion
+from loratool.merging.output import refuse_full_disk
+from loratool.merging.provenance import describe_model, versions
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.sidefiles import tokenizer_files
+from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory, explain
+from loratool.storage.tensors import raw_blocks
+
+#: Ranks whose file sizes a dry run shows.
+_PROPOSED = (4, 8, 16, 32, 64, 128)
+
+#: The task that PEFT has for a class of transformers, by the end of its name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+#: Encoder-decoder models that read and write text, for which PEFT's class of that task is made.
+_TEXT_TO_TEXT = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "m2m_100",
+                 "led"}  # fmt: skip
+
+
+#: The metadata that transformers asks for.
+_METADATA = {"format": "pt"}
+
+
+def propose(
+    held: Outcome, pairs: Counterparts, dtype: str, options: dict[str, Any]
+) -> dict[int, int]:
+    """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
+    parts = [f.part for f in held.factors]
+    policy = replace(choosing(options, held.whole, pairs, dtype), uniform=True)
+    largest = max(min(part.place.shape) for part in parts)
+    ranks = [rank for rank in _PROPOSED if rank <= largest]
+    if policy.criterion.rank is not None:
+        ranks = [policy.criterion.rank]
+    elif policy.budget is not None:
+        ranks = [policy.even(parts)]
+    elif policy.criterion.energy is not None:
+        text = "Ranks by --energy need the decomposition, which a dry run does not make."
+        held.notices.append(Notice("not-planned", text))
+    return {rank: policy.size(parts, [rank] * len(parts)) for rank in ranks}
+
+
+def write(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Counterparts,
+    work: Extraction,
+    output: Path,
+    options: dict[str, Any],
+    *,
+    base_name: str,
+    overwrite: bool,
+    verify: bool,
+    threads: int | None,
+) -> Outcome:
+    """Decompose everything and write the adapter to `output`, all or nothing."""
+    with StagedDirectory(output, overwrite) as stage:
+        try:
+            with AdapterWriter(stage.path, work.dtype, _METADATA) as writer:
+                others = work.measure(part for part in pairs.found if part.fate != "factors")
+                parts = [part for part in pairs.found if part.fate == "factors"]
+                policy = choosing(options, others, pairs, work.dtype)
+                factors, ranks = work.decompose(parts, policy, writer)
+                held = gather(pairs, [*others, *factors])
+                held.ranks = ranks
+                places = [place for place, _ in held.placed]
+                final = [rank for _, rank in held.placed]
+                extras = _extras(held)
+                held.nbytes = file_size(_tensors(held, work.dtype), _METADATA)
+                refuse_full_disk(held.nbytes, output)
+                writer.finish(places, final, extras, threads)
+            note(held, tuned.model_type, policy)
+            saved = [name for f in held.whole for name in f.part.names]
+            config = extracted_config(
+                places, final, saved, pairs.modules, base_name=base_name,
+                task_type=_task(tuned, saved),
+                tied=any(f.part.twin for f in (*held.factors, *held.whole)),
+                fan_in_fan_out=pairs.fan_in_fan_out,
+            )  # fmt: skip
+            write_json(stage.path / ADAPTER_CONFIG, config)
+            for name, path in _new_tokenizer(base, tuned).items():
+                shutil.copyfile(path, stage.path / name)
+            if verify:
+                held.verified = _verified(held, base, stage.path, pairs, work, threads)
+            write_json(stage.path / PROVENANCE, _record(base, tuned, held, options, stage.path))
+            stage.commit()
+        except OSError as error:
+            raise explain(error, output) from error
+    return held
+
+
+def choosing(
+    options: dict[str, Any], others: Sequence[Decomposed], pairs: Counterparts, dtype: str
+) -> Policy:
+    """How ranks are chosen, with `others` in the file beside the factors."""
+    changed = [f for f in others if f.changed and f.part.fate == "whole"]
+    adapted = [part for part in pairs.found if part.fate == "factors"]
+    whole = with_siblings(changed, others, adapted, pairs)
+
+    def size(parts: Sequence[Counterpart], ranks: Sequence[int]) -> int:
+        held = Outcome([Decomposed(part) for part in parts], whole, [], 0, [], list(ranks))
+        return file_size(_tensors(held, dtype), _METADATA)
+
+    criterion = Criterion(
+        rank=options["rank"], energy=options["energy"], max_rank=options["max_rank"]
+    )
+    return Policy(
+        criterion, partial(cost, dtype=dtype), size, options["budget"], options["uniform"]
+    )
+
+
+def _tensors(held: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of all tensors in the file."""
+    places, ranks = [place for place, _ in held.placed], [rank for _, rank in held.placed]
+    return tensors_of(places, ranks, dtype, _extras(held))
+
+
+def _extras(held: Outcome) -> list[Extra]:
+    """The tensors that are saved whole, a tied one under both of its names."""
+    modules = dict.fromkeys(place.path for place, _ in held.placed)
+    return [
+        Extra(
+            saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
+            partial(raw_blocks, f.part.tuned),
+        )
+        for f in held.whole
+        for name in f.part.names
+    ]  # fmt: skip
+
+
+def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
+    """The task_type; none for a classifier without its head, which PEFT would want in the file."""
+    architectures = tuned.config.get("architectures") or [""]
+    name = str(architectures[0])
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if tuned.model_type in _TEXT_TO_TEXT else None
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    headless = all(saved_unit(name) == name for name in saved)
+    return None if headless and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
+
+
+def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
+    """The tuned model's tokenizer, if it is another one than the base's."""
+    if not tuned.is_directory:
+        return {}
+    old = tokenizer_files(base.folder) if base.is_directory else {}
+    new = tokenizer_files(tuned.folder)
+    same = old.keys() == new.keys() and all(
+        file_sha256(old[name]) == file_sha256(path) for name, path in new.items()
+    )
+    return {} if same else new
+
+
+def _verified(
+    held: Outcome,
+    base: Checkpoint,
+    folder: Path,
+    pairs: Counterparts,
+    work: Extraction,
+    threads: int | None,
+) -> float:
+    """The error of base + adapter, which must be what the singular values say."""
+    saved = [f.part.name for f in held.whole]
+    off, size = distance(base, folder, pairs.found, saved, work.advance, threads)
+    cut = sum(f.at(rank)[0] for f, rank in zip(held.factors, held.ranks, strict=True))
+    cut += math.fsum(f.size.energy for f in held.left)
+    rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in held.factors)
+    if off > 1.02 * math.sqrt(cut + rounded) + 1e-5 * size:
+        raise VerifyError(
+            f"Read back, the adapter is {off / size:.3%} off the tuned model, and "
+            f"{math.sqrt(cut + rounded) / size:.3%} was computed.",
+            "Nothing was written; please report this.",
+        )
+    return off / size
+
+
+def _record(
+    base: Checkpoint, tuned: Checkpoint, held: Outcome, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """loratool.json, which holds no path and no date."""
+    lost = held.lost[0] / held.total
+    return {
+        "schema_version": 1,
+        "command": "extract",
+        "versions": versions("torch", "numpy"),
+        "options": options,
+        "base": describe_model(base),
+        "tuned": describe_model(tuned),
+        "result": {
+            "rank": max(held.ranks),
+            "held": max(0.0, 1 - lost),
+            "error": math.sqrt(lost),
+            "modules": {
+                f.part.module: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
+                for f, rank in zip(held.factors, held.ranks, strict=True)
+            },
+            "saved": [f.part.name for f in held.whole],
+            "left": [f.part.name for f in held.left],
+            "warnings": [n.code for n in held.notices],
+        },
+        "files": {name: file_sha256(folder / name) for name in (ADAPTER_MODEL, ADAPTER_CONFIG)},
+    }

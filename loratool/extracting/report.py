@@ -1,0 +1,227 @@
+"""What `extract` reports: the values, and how they follow from what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loratool.models.checkpoint import Checkpoint
+from loratool.notices import Notice, document
+
+if TYPE_CHECKING:
+    from loratool.extracting.decomposition import Decomposed
+    from loratool.extracting.outcome import Outcome
+
+#: A share below which an adapter can hardly stand for its fine-tune.
+_LITTLE = 0.3
+
+
+@dataclass(frozen=True)
+class ExtractedModule:
+    """One module whose difference became factors, or would.
+
+    `shape` is `(out, in)`. `norm` is ‖Δ‖ and `relative` ‖Δ‖/‖W‖. `kept` is the share of ‖Δ‖² in
+    the factors, `error` ‖Δ - B·A‖/‖Δ‖, and no factors of this rank have an error below
+    `best_error`. `noise` is ‖·‖ of what storing the tuned weights rounded off, over ‖Δ‖, and
+    `rounding` what the factors' dtype adds to the error. `stable_rank` is ‖Δ‖²/σ₁². A dry run
+    knows neither `rank` nor what depends on it.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int]
+    norm: float
+    relative: float | None
+    noise: float
+    rank: int | None = None
+    kept: float | None = None
+    error: float | None = None
+    best_error: float | None = None
+    rounding: float | None = None
+    stable_rank: float | None = None
+    singular_values: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that changed and is no pair of factors: saved whole, or left out."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    norm: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "shape": list(self.shape)}
+
+
+@dataclass
+class ExtractReport:
+    """What the adapter holds of the fine-tune.
+
+    `held` is the share of ‖tuned - base‖² over all tensors that both models have, in factors or
+    whole; `error` is √(1 - held), and no adapter of these ranks is below `best_error`. `noise` is
+    what storing the tuned weights rounded off, over ‖tuned - base‖, and `rounding` what the
+    factors' dtype adds. `verified` is the error of base + adapter as read back. `proposals` are the
+    sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for all would hold.
+    """
+
+    base: str
+    tuned: str
+    output: str
+    dtype: str
+    dry_run: bool
+    rank: int | None
+    uniform: bool
+    modules: list[ExtractedModule]
+    saved: list[OtherTensor]
+    left: list[OtherTensor]
+    unchanged: int
+    norm: float
+    held: float | None
+    error: float | None
+    best_error: float | None
+    noise: float
+    rounding: float | None
+    bytes_tuned: int
+    bytes_written: int
+    proposals: dict[int, int] = field(default_factory=dict)
+    held_by_rank: dict[int, float] = field(default_factory=dict)
+    verified: float | None = None
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        others = {name: [t.to_dict() for t in getattr(self, name)] for name in ("saved", "left")}
+        return {**document(self), **others}
+
+
+def report_of(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    held: Outcome,
+    output: Path | None,
+    dtype: str,
+    dry_run: bool,
+    uniform: bool,
+) -> ExtractReport:
+    ranks: list[int | None] = [None] * len(held.factors) if dry_run else list(held.ranks)
+    modules = [_module(f, r) for f, r in zip(held.factors, ranks, strict=True)]
+    energy = held.total
+    known = not dry_run and energy > 0
+    cut, least = held.lost if known else (0.0, 0.0)
+    kept = sum(f.size.energy * (m.kept or 0) for f, m in zip(held.factors, modules, strict=True))
+    rounded = sum(
+        f.size.energy * (m.kept or 0) * (m.rounding or 0) ** 2
+        for f, m in zip(held.factors, modules, strict=True)
+    )
+    report = ExtractReport(
+        base=base.label,
+        tuned=tuned.label,
+        output=str(output or ""),
+        dtype=dtype,
+        dry_run=dry_run,
+        rank=max(held.ranks, default=None),
+        uniform=len(set(held.ranks)) == 1 or uniform,
+        modules=modules,
+        saved=[_other(f) for f in held.whole],
+        left=[_other(f) for f in held.left],
+        unchanged=held.unchanged,
+        norm=math.sqrt(energy),
+        held=max(0.0, 1 - cut / energy) if known else None,
+        error=math.sqrt(cut / energy) if known else None,
+        best_error=math.sqrt(least / energy) if known else None,
+        noise=_noise(held.factors),
+        rounding=math.sqrt(rounded / kept) if kept and dtype != "float32" else None,
+        bytes_tuned=sum(p.stat().st_size for p in tuned.files),
+        bytes_written=held.nbytes,
+        held_by_rank=_held_by_rank(held) if known else {},
+        verified=held.verified,
+        warnings=held.notices,
+    )
+    report.warnings += _note_fit(report, sum(f.size.weight for f in held.factors))
+    return report
+
+
+def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
+    """What to think of the result, where it is not what people hope for."""
+    notices = []
+    if report.norm**2 > weight:
+        text = (
+            f"The change is {report.norm / math.sqrt(weight or 1):.2g} times the norm of the "
+            "weights; two models that have nothing to do with each other are 1.4 times apart. Is "
+            "this the right base?"
+        )
+        notices.append(Notice("unrelated", text))
+    if report.held is not None and report.held < _LITTLE and not report.left:
+        text = (
+            f"The adapter holds {report.held:.1%} of the change, which is far from low-rank. Try a "
+            "higher --rank, or --energy 0.9 --max-rank 256."
+        )
+        notices.append(Notice("holds-little", text))
+    if report.bytes_written > report.bytes_tuned:
+        notices.append(Notice("larger-than-model", "The adapter is larger than the model itself."))
+    return notices
+
+
+def _noise(factors: Sequence[Decomposed]) -> float:
+    energy = math.fsum(f.size.energy for f in factors)
+    return math.sqrt(math.fsum(f.size.noise for f in factors) / energy)
+
+
+def _held_by_rank(held: Outcome) -> dict[int, float]:
+    """`held` of the report if all modules had this rank, as far as their spectra are known.
+
+    Where a spectrum is known in part, its last values are a little too small.
+    """
+    lost = math.fsum(f.size.energy for f in held.left)
+    spectra = [(f, np.concatenate([f.values, f.following]) ** 2) for f in held.factors]
+    longest = max(len(squares) for _, squares in spectra)
+    known = min((len(squares) for f, squares in spectra if f.passes), default=longest)
+    found = {}
+    for rank in (2**i for i in range(20) if 2**i <= known):
+        cut = math.fsum(f.size.energy - float(squares[:rank].sum()) for f, squares in spectra)
+        found[rank] = max(0.0, 1 - (cut + lost) / held.total)
+    return found
+
+
+def _module(found: Decomposed, rank: int | None) -> ExtractedModule:
+    size, place = found.size, found.part.place
+    module = ExtractedModule(
+        path=place.path,
+        kind=place.kind,
+        shape=place.shape,
+        norm=math.sqrt(size.energy),
+        relative=math.sqrt(size.energy / size.weight) if size.weight else None,
+        noise=math.sqrt(size.noise / size.energy),
+    )
+    if rank is None:
+        return module
+    cut, least = found.at(rank)
+    values = [*found.values.tolist(), *found.following.tolist()]
+    return replace(
+        module,
+        rank=rank,
+        kept=max(0.0, 1 - cut / size.energy),
+        error=math.sqrt(cut / size.energy),
+        best_error=math.sqrt(least / size.energy),
+        rounding=found.rounding,
+        stable_rank=size.energy / values[0] ** 2,
+        singular_values=values,
+    )
+
+
+def _other(found: Decomposed) -> OtherTensor:
+    info = found.part.tuned
+    numbers = found.part.is_comparable and info.is_float
+    norm = math.sqrt(found.size.energy) if numbers else None
+    return OtherTensor(found.part.name, info.shape, info.nbytes, norm)

@@ -1,0 +1,1 @@
+"""Base + adapters, in one stream; its undo; its proof."""

@@ -1,0 +1,310 @@
+"""What happens to the values of one tensor, block by block.
+
+A block is a run of whole rows, widened to float32; the factors' product for these rows is added,
+the result is rounded once and checked. Blocks of a tensor can be computed in any order and by any
+thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loratool.dtypes import DTYPE_BITS
+from loratool.errors import ValueRangeError
+from loratool.merging.matching import Delta
+from loratool.merging.plan import Job
+from loratool.merging.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, blocks, read_float32, read_raw
+from loratool.streams.scratch import scratch
+from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+
+
+class RunningJob:
+    """A job with what its blocks share: loaded factors, and column norms where DoRA needs them.
+
+    The tensor is seen as a matrix `[rows, columns]`, all axes but the first flattened.
+    """
+
+    def __init__(self, job: Job, files: FilePool) -> None:
+        self.job = job
+        self.files = files
+        self.source = job.source
+        self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
+        # Elements of less than a byte are only ever copied, as bytes.
+        packed = DTYPE_BITS[job.dtype] < 8
+        self.length = job.source.nbytes if packed else job.source.numel
+        self.itemsize = 1 if packed else DTYPE_BITS[job.dtype] // 8
+        smallest = {dtype: torch.finfo(TORCH[dtype]).smallest_normal for dtype in TORCH}
+        #: Whether rounding can make a value subnormal that was not so before.
+        self.may_underflow = job.is_arithmetic or (
+            job.checked and smallest[job.dtype] > smallest[job.source.dtype]
+        )
+        self.work = torch.float64 if job.source.dtype == "F64" else torch.float32
+        # Re-entrant: DoRA reads the tensor while its terms are being prepared.
+        self._lock = threading.RLock()
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of a block: whole rows, about BLOCK_ELEMENTS of them; all if strided."""
+        if self.source.strides is not None:
+            return max(1, self.length)
+        return max(1, BLOCK_ELEMENTS // max(1, self.columns)) * max(1, self.columns)
+
+    @property
+    def task_elements(self) -> int:
+        return BLOCKS_PER_TASK * self.block_elements
+
+    @cached_property
+    def _strided(self) -> Bytes:
+        return read_raw(self.source, self.files)
+
+    @cached_property
+    def terms(self) -> list[LoadedDelta]:
+        return [LoadedDelta(delta, self) for delta in self.job.deltas]
+
+    @cached_property
+    def _biases(self) -> list[torch.Tensor]:
+        return [
+            torch.from_numpy(read_float32(t.info, self.files)).mul_(t.scale)
+            for t in self.job.biases
+        ]
+
+    @cached_property
+    def _token_rows(self) -> dict[int, npt.NDArray[np.float32]]:
+        return {
+            index: row
+            for rows in self.job.rows
+            for index, row in zip(rows.indices, read_float32(rows.rows, self.files), strict=True)
+        }
+
+    @property
+    def gains(self) -> list[torch.Tensor | None]:
+        """What DoRA multiplies rows or columns with, for each delta; filled block by block."""
+        return [term.gains for term in self.terms]
+
+    def prepare(self) -> None:
+        """Load what the blocks share. Called before the first block, by one thread at a time."""
+        with self._lock:
+            _ = self._token_rows, self.terms, self._biases
+
+    def load(self, low: int, high: int, raw: Bytes | None = None) -> torch.Tensor:
+        """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
+
+        Their bytes are left in `raw`. The tensor is this thread's scratch; the next call overwrites
+        it.
+        """
+        if raw is None:
+            raw = self._raw_scratch(low, high)
+        self.read_into(low, high, raw)
+        values = scratch.get("values", high - low, self.work)
+        values.copy_(torch.from_numpy(raw).view(TORCH[self.source.dtype]))
+        for index, row in self._token_rows.items():
+            if low <= index * self.columns < high:
+                values.view(-1, self.columns)[index - low // self.columns] = torch.from_numpy(row)
+        return values
+
+    def _raw_scratch(self, low: int, high: int) -> Bytes:
+        return scratch.get("raw", (high - low) * self.source.itemsize, torch.uint8).numpy()
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        size = self.source.itemsize
+        if self.source.strides is not None:
+            with self._lock:
+                raw[:] = self._strided[low * size : high * size]
+        else:
+            self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
+
+    def compute(
+        self,
+        low: int,
+        high: int,
+        data: Bytes,
+        counts: Counts,
+        raw: Bytes | None = None,
+        measured: bool = False,
+    ) -> None:
+        """Fill `data` with the output bytes of elements `[low, high)`; check and count them.
+
+        The source's bytes are left in `raw` where it is given, unless they are the output's. Where
+        `measured`, what rounding takes of the delta is measured too.
+        """
+        if self.job.is_verbatim:
+            self.read_into(low, high, data)
+            if self.job.checked and magnitudes_of(data, self.job.dtype)[1]:
+                self.explain_values()
+            return
+        self.prepare()
+        if raw is None:
+            raw = self._raw_scratch(low, high)
+        values = self.load(low, high, raw)
+        if measured:
+            before = scratch.get("before", high - low, self.work).copy_(values)
+        self.add(values, low, high)
+        out = torch.from_numpy(data).view(TORCH[self.job.dtype])
+        narrowed(values, out)
+        magnitudes, broken = magnitudes_of(data, self.job.dtype)
+        if broken:
+            self.explain_values()
+        if measured:
+            delta = before.sub_(values)
+            counts.delta += float(torch.dot(delta, delta))
+            lost = before.copy_(out).sub_(values)
+            counts.lost += float(torch.dot(lost, lost))
+        if self.may_underflow:
+            unchanged = raw if self.source.dtype == self.job.dtype else None
+            count_underflow(magnitudes, values, unchanged, self.job.dtype, counts)
+
+    def add(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
+        matrix = values.view(-1, self.columns)
+        _apply(matrix, self.terms, low // self.columns, high // self.columns)
+        for bias in self._biases:
+            values += bias[low:high]
+        return values
+
+    def explain_values(self) -> None:
+        """Walk through the tensor again to say what is wrong with it, and raise that."""
+        dtype = TORCH[self.job.dtype]
+        from_base = from_adapter = overflow = 0
+        largest = 0.0
+        for low, high in blocks(self.source.numel, self.block_elements):
+            values = self.load(low, high)
+            sound = torch.isfinite(values)
+            from_base += int((~sound).sum())
+            self.add(values, low, high)
+            finite = torch.isfinite(values)
+            from_adapter += int((sound & ~finite).sum())
+            overflow += int((finite & ~torch.isfinite(values.to(dtype))).sum())
+            if finite.any():
+                largest = max(largest, float(values[finite].abs().max()))
+        where = f"{self.job.name} ({self.source.file})"
+        if from_base:
+            raise ValueRangeError(
+                f"{where}: {from_base} values are NaN or infinite before anything is added.",
+                "The file is damaged, or training diverged. Nothing was written.",
+            )
+        if from_adapter:
+            raise ValueRangeError(
+                f"{where}: the adapter makes {from_adapter} values NaN or infinite.",
+                "Look at its norms with `loratool inspect`. Nothing was written.",
+            )
+        raise ValueRangeError(
+            f"{where}: {overflow} values overflow {self.job.dtype}: the largest is {largest:.6g}, "
+            f"the limit {torch.finfo(dtype).max:.6g}.",
+            "Use --dtype bfloat16, float32, or base. Nothing was written.",
+        )
+
+
+class LoadedDelta:
+    """One delta with its factors loaded, `b [out, r]` and `a [r, in]`."""
+
+    def __init__(self, delta: Delta, job: RunningJob) -> None:
+        b, a = delta.module.factors(job.files)
+        self.b = torch.from_numpy(b).to(job.work)
+        self.a = torch.from_numpy(a).to(job.work)
+        self.transposed = delta.transposed
+        self.scale = delta.scale
+        if math.frexp(self.scale)[0] in (0.5, -0.5):
+            # A power of two scales exactly, so B can take it, and a pass over the product is saved.
+            self.b = self.b * self.scale
+            self.scale = 1.0
+        self.magnitude: torch.Tensor | None = None
+        self.gains: torch.Tensor | None = None
+        if delta.module.magnitude is not None:
+            values = read_float32(delta.module.magnitude, job.files).reshape(-1)
+            self.magnitude = torch.from_numpy(values).to(job.work)
+            if self.transposed:
+                self.gains = self.magnitude / self._column_norms(job)
+            else:
+                self.gains = torch.empty_like(self.magnitude)
+
+    def product(self, first: int, last: int) -> torch.Tensor:
+        """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale.
+
+        Stored rows are columns of B·A where the matrix is stored transposed. The result is this
+        thread's scratch.
+        """
+        b, a = (self.b, self.a[:, first:last]) if self.transposed else (self.b[first:last], self.a)
+        shape = (len(b), a.shape[1])
+        out = scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
+        torch.mm(b, a, out=out)
+        if self.scale != 1:
+            out *= self.scale
+        return out.T if self.transposed else out
+
+    def gain(self, direction: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """DoRA's `m/‖W + Δ‖` for stored rows of `direction = W + Δ`, ready to multiply with.
+
+        The norm runs over the weights of one output: a stored row, or a stored column where the
+        matrix is transposed.
+        """
+        assert self.magnitude is not None
+        assert self.gains is not None
+        if self.transposed:
+            return self.gains
+        norms = torch.linalg.norm(direction, dim=1)
+        return torch.div(self.magnitude[first:last], norms, out=self.gains[first:last])[:, None]
+
+    def _column_norms(self, job: RunningJob) -> torch.Tensor:
+        """‖W + Δ‖ of every stored column, `[columns]`: one more pass, summed in float64."""
+        total = torch.zeros(job.columns, dtype=torch.float64)
+        for low, high in blocks(job.source.numel, job.block_elements):
+            first, last = low // job.columns, high // job.columns
+            direction = job.load(low, high).view(-1, job.columns) + self.product(first, last)
+            total += direction.double().square_().sum(dim=0)
+        return total.sqrt_().to(job.work)
+
+
+def _apply(matrix: torch.Tensor, terms: list[LoadedDelta], first: int, last: int) -> None:
+    """Apply the terms to `matrix` in place, in their order.
+
+    A plain term adds Δ. A DoRA term makes `m/‖W + Δ‖·(V + Δ)` of what came before it, V, with the
+    norm of the untouched W: that is the chain PEFT 0.21 computes in its forward pass and its merge.
+    """
+    chained = len(terms) > 1 and any(term.magnitude is not None for term in terms)
+    original = matrix.clone() if chained else None
+    for term in terms:
+        delta = term.product(first, last)
+        if term.magnitude is None:
+            matrix += delta
+        elif original is None:
+            matrix += delta
+            matrix *= term.gain(matrix, first, last)
+        else:
+            gain = term.gain(original + delta, first, last)
+            matrix += delta
+            matrix *= gain
+
+
+class Merging(RunningJob):
+    """A job of a plan as a part of its output shard."""
+
+    def begin(self, low: int, high: int, workers: Workers) -> MergeTask:
+        return MergeTask(self)
+
+
+@dataclass
+class MergeTask:
+    """Some blocks of one job. Rounding is measured on the first of them."""
+
+    job: RunningJob
+    counts: Counts = field(default_factory=Counts)
+    _unmeasured: bool = True
+
+    def compute(self, low: int, high: int, data: Bytes) -> None:
+        self._compute(low, high, data, None)
+
+    def _compute(self, low: int, high: int, data: Bytes, raw: Bytes | None) -> None:
+        measured = self._unmeasured and self.job.job.is_arithmetic
+        self._unmeasured = False
+        self.job.compute(low, high, data, self.counts, raw, measured)
+
+    def finish(self) -> None:
+        pass

@@ -1,0 +1,140 @@
+"""The plan of a merge: what becomes of every tensor. Values only; `planning` makes them.
+
+A plan is a list of jobs per output shard, one job per output tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
+from loratool.merging.matching import Delta
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import is_legacy_buffer
+from loratool.notices import Notice
+from loratool.storage.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class BiasTerm:
+    """`b += scale·lora_B.bias`, with the user's weight in the scale."""
+
+    info: TensorInfo
+    scale: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """How one output tensor comes about.
+
+    `source` is read (from the base, or from an adapter that replaces the tensor), the deltas, bias
+    terms and token rows are applied in float32, and the result is rounded once to `dtype`.
+    `action` names it for people: copy, cast, merge, replace or add.
+    """
+
+    name: str
+    dtype: str
+    source: TensorInfo
+    action: str
+    deltas: tuple[Delta, ...] = ()
+    biases: tuple[BiasTerm, ...] = ()
+    rows: tuple[TokenRows, ...] = ()
+    #: A copy of the embedding that becomes a head of its own.
+    untied: bool = False
+    #: False for integers and for legacy buffers, which may hold -inf by design.
+    checked: bool = True
+
+    @property
+    def is_arithmetic(self) -> bool:
+        return bool(self.deltas or self.biases or self.rows)
+
+    @property
+    def is_sum(self) -> bool:
+        """True if something is added, False if elements are replaced or nothing happens."""
+        return bool(self.deltas or self.biases)
+
+    @property
+    def is_adapted(self) -> bool:
+        """True if an adapter changes or brings the tensor; a head that is untied it does not."""
+        return self.is_arithmetic or (self.action in ("replace", "add") and not self.untied)
+
+    @property
+    def is_verbatim(self) -> bool:
+        return not self.is_arithmetic and self.dtype == self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output tensor."""
+        return self.source.numel * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass
+class Plan:
+    """Everything a merge will do. `shards` maps output files to jobs in the order of their data."""
+
+    base: Checkpoint
+    adapters: list[Adapter]
+    weights: list[float]
+    dtype: str
+    allow_unmatched: bool = False
+    shards: dict[str, list[Job]] = field(default_factory=dict)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    notices: list[Notice] = field(default_factory=list)
+    modules: int = 0
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for jobs in self.shards.values() for job in jobs]
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(j.source.nbytes for j in self.jobs) + sum(a.nbytes for a in self.adapters)
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(j.nbytes for j in self.jobs)
+
+    def counts(self) -> dict[str, int]:
+        """Number of tensors by action."""
+        found = dict.fromkeys(("merge", "replace", "add", "cast", "copy"), 0)
+        for job in self.jobs:
+            found[job.action] += 1
+        return found
+
+
+@dataclass
+class Edits:
+    """What all adapters together do to one tensor."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    biases: list[BiasTerm] = field(default_factory=list)
+    rows: list[TokenRows] = field(default_factory=list)
+    replacement: TensorInfo | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.deltas or self.biases or self.rows or self.replacement)
+
+
+def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: str = "") -> Job:
+    """The job that turns `source`, a tensor of the base or one like it, into output `name`."""
+    base_dtype = source.dtype
+    if edits.replacement is not None:
+        source = edits.replacement
+    keep = is_legacy_buffer(name, source.shape) or not source.is_float
+    dtype = MODEL_DTYPES[plan.dtype] or base_dtype
+    if keep:
+        dtype = source.dtype
+    job = Job(
+        name, dtype, source, action, tuple(edits.deltas), tuple(edits.biases), tuple(edits.rows),
+        checked=not keep,
+    )  # fmt: skip
+    if not action:
+        if job.is_arithmetic:
+            action = "merge"
+        elif edits.replacement is not None:
+            action = "replace"
+        else:
+            action = "copy" if job.is_verbatim else "cast"
+    return replace(job, action=action)

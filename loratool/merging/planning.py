@@ -1,0 +1,200 @@
+"""Make the plan of a merge from headers alone, before any data is read.
+
+Every refusal happens here, so that a plan that exists can be carried out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank
+from loratool.dtypes import DTYPE_BITS
+from loratool.errors import AdapterError, MatchError, listed
+from loratool.merging.matching import Match, is_vocabulary, match
+from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
+from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import Layout
+from loratool.models.quantised import refuse_quantised
+from loratool.notices import Notice
+from loratool.storage.tensors import TensorInfo, same_values
+
+
+def build_plan(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: str = "float16",
+    allow_unmatched: bool = False,
+) -> Plan:
+    """Plan `W + Σ weight·scale·B·A` for every tensor of `base`.
+
+    Raises BaseError for a quantised base, AdapterError for an adapter that has no merged form, and
+    MatchError where a part of an adapter finds no place (unless `allow_unmatched`).
+    """
+    refuse_quantised(base)
+    plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched)
+    plan.notices += [Notice("base-note", note, base.label) for note in base.notes]
+    layout = Layout(base)
+    matches = []
+    for adapter in adapters:
+        _refuse_unmergeable(plan, adapter)
+        matches.append(match(adapter, layout))
+    _refuse_unmatched(plan, matches)
+    edits, added = _collect(plan, matches, layout)
+    new_head = settle_tied(plan, layout, edits)
+    refuse_unlike_vocabularies(plan, edits)
+    _fill_shards(plan, edits, added, new_head)
+    _note_config(plan, edits, added)
+    plan.modules = sum(len(m.deltas) for m in matches)
+    return plan
+
+
+def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
+    tolerated = ("unknown-tensors", "half-a-pair") if plan.allow_unmatched else ()
+    reasons = [n for n in adapter.notices if n.refused and n.code not in tolerated]
+    if reasons:
+        raise AdapterError(
+            f"{adapter.label}: this adapter cannot be merged.\n"
+            + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
+            "`loratool inspect` shows what is in it.",
+        )
+    # The base's config.json settles what the adapter alone leaves open about square weights.
+    settled = ("square-conv1d",) if plan.base.model_type else ()
+    plan.notices += [
+        n
+        for n in adapter.notices
+        if (not n.refused or n.code in tolerated) and n.code not in settled
+    ]
+    if not (adapter.modules or adapter.replaced or adapter.token_rows):
+        raise AdapterError(f"{adapter.label}: the adapter adapts nothing.", "Check the file.")
+
+
+def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
+    lost = [f"{what}: {reason}" for m in matches for what, reason in m.unmatched]
+    if not lost:
+        return
+    text = f"{len(lost)} parts of the adapter do not fit the base:\n{listed(lost)}"
+    placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
+    if not plan.allow_unmatched or not placed:
+        names = ", ".join(
+            repr(m.adapter.config["base_model_name_or_path"])
+            for m in matches
+            if m.adapter.config.get("base_model_name_or_path")
+        )
+        raise MatchError(
+            text,
+            (f"The adapter was trained on {names}; check that this is the base. " if names else "")
+            + ("--allow-unmatched merges the rest." if placed else "Nothing in it fits."),
+        )
+    plan.notices.append(Notice("unmatched", text))
+
+
+def _collect(
+    plan: Plan, matches: list[Match], layout: Layout
+) -> tuple[dict[str, Edits], dict[str, TensorInfo]]:
+    edits: dict[str, Edits] = defaultdict(Edits)
+    added: dict[str, TensorInfo] = {}
+    for found, weight in zip(matches, plan.weights, strict=True):
+        for delta in found.deltas:
+            edits[delta.tensor].deltas.append(replace(delta, weight=weight))
+        for name, module in found.biases:
+            edits[name].biases.append(_bias_term(module, weight))
+        for name, rows in found.rows:
+            taken = {i for other in edits[name].rows for i in other.indices}
+            if taken & set(rows.indices):
+                raise MatchError(
+                    f"{name}: two adapters replace the row of the same token.",
+                    "Merge one of them alone.",
+                )
+            edits[name].rows.append(rows)
+        for name, info in found.replaced.items():
+            taken_by = edits[name].replacement
+            if taken_by is not None and not same_values(taken_by, info):
+                raise MatchError(
+                    f"{name}: two adapters replace it, with different values.",
+                    "Merge one of them alone.",
+                )
+            edits[name].replacement = taken_by or info
+        for name, info in found.added.items():
+            if name in added and not same_values(added[name], info):
+                raise MatchError(
+                    f"{name}: two adapters add it, with different values.",
+                    "Merge one of them alone.",
+                )
+            added.setdefault(name, info)
+        if weight != 1 and (found.replaced or found.added or found.rows):
+            plan.notices.append(
+                Notice(
+                    "weight-not-applied",
+                    f"{found.adapter.name} also replaces whole tensors or token rows; its weight "
+                    f"{weight:g} applies to its low-rank part only.",
+                )
+            )
+    for name in edits:
+        if layout.shared_alias(name):
+            raise MatchError(
+                f"{name}: this model shares one matrix between encoder, decoder and head, so a "
+                "change of one of them has no place of its own.",
+                "Adapt other modules, or merge with --allow-unmatched after removing these.",
+            )
+    return edits, added
+
+
+def _bias_term(module: LowRank, weight: float) -> BiasTerm:
+    assert module.bias is not None
+    assert module.scale is not None
+    return BiasTerm(module.bias, weight * module.scale)
+
+
+def _fill_shards(
+    plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new_head: Job | None
+) -> None:
+    """One job per tensor, in the base's order, wide dtypes first so that data stays aligned."""
+    for shard, names in plan.base.shards.items():
+        jobs = [make_job(plan, n, plan.base.tensors[n], edits.get(n, Edits())) for n in names]
+        if new_head is not None and any(_same_place(new_head, job) for job in jobs):
+            jobs.append(new_head)
+            new_head = None
+        plan.shards[shard] = jobs
+    last = list(plan.shards)[-1]
+    plan.shards[last] += [make_job(plan, n, info, Edits(), "add") for n, info in added.items()]
+    if new_head is not None:
+        plan.shards[last].append(new_head)
+    for jobs in plan.shards.values():
+        jobs.sort(key=lambda job: -DTYPE_BITS[job.dtype])
+
+
+def _same_place(one: Job, other: Job) -> bool:
+    return (one.source.file, one.source.start) == (other.source.file, other.source.start)
+
+
+def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo]) -> None:
+    """What config.json must say differently: vocabulary, labels, the class with the new head."""
+    for name, found in edits.items():
+        if found.replacement is None or name not in plan.base.tensors:
+            continue
+        new, old = found.replacement.shape, plan.base.tensors[name].shape
+        if is_vocabulary(name) and new[:1] != old[:1]:
+            plan.config_changes["vocab_size"] = new[0]
+    heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
+    labels = {i.shape[0] for n, i in heads if _LABEL_HEAD.search(n) and len(i.shape) == 2}
+    tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
+    if len(labels) == 1 and tasks != {"QUESTION_ANS"}:
+        plan.config_changes["num_labels"] = labels.pop()
+    if added and len(tasks) == 1:
+        plan.config_changes["architecture"] = _TASK_CLASSES[tasks.pop()]
+
+
+#: Last layers of classifiers, with a row per label.
+_LABEL_HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
+
+_TASK_CLASSES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}

@@ -1,0 +1,1 @@
+"""Is it base + adapters? Every value held against what it should be."""

@@ -1,0 +1,303 @@
+"""Compare merged tensors with what they should be: the merge's stream, with sums where it writes.
+
+For every block the expected values x = W + Δ are computed as a merge does, rounded once to the
+dtype that the merged tensor has, and held against its bytes. Where they differ, the deviation is
+measured: is it within what the order of a float32 sum changes, within what one more rounding to
+half precision changes, or outside of both?
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loratool.dtypes import FLOAT_FORMATS
+from loratool.merging.arithmetic import RunningJob
+from loratool.merging.plan import Job
+from loratool.merging.proof.findings import BINS, Stats
+from loratool.merging.proof.rounding_paths import Ways
+from loratool.merging.rounding import TORCH, magnitudes_of, narrowed, ulp
+from loratool.merging.undo.residual import ordered
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.streams.progress import Advance
+from loratool.streams.scratch import scratch
+from loratool.streams.workers import Workers
+
+Values = npt.NDArray[np.floating[Any]]
+
+#: Elements that are judged together.
+_PIECE = 1 << 17
+
+#: How often the order of a sum may move its result by half a unit of the working dtype.
+_NOISE = 16.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A merged tensor and the job that should give it; the job's dtype is the tensor's."""
+
+    job: Job
+    merged: TensorInfo
+
+
+def compare(
+    pairs: Sequence[Pair], progress: Advance, threads: int | None = None
+) -> dict[str, Stats]:
+    """The statistics of every pair, by the job's name."""
+    found: dict[str, Stats] = {}
+    with FilePool() as files, Workers(threads) as workers:
+        for name, nbytes, stats in workers.in_order(_calls(pairs, files)):
+            found.setdefault(name, Stats()).__iadd__(stats)
+            progress(nbytes, name)
+    for pair in pairs:
+        found.setdefault(pair.job.name, Stats())  # tensors without elements
+    return found
+
+
+def _calls(
+    pairs: Sequence[Pair], files: FilePool
+) -> Iterator[Callable[[], tuple[str, int, Stats]]]:
+    for pair in pairs:
+        running = _Comparing(pair, files)
+        for low, high in blocks(running.length, running.task_elements):
+            yield partial(running.task, low, high)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The least-squares coefficient of (M - W) on each delta, and Σ of squares that they leave."""
+
+    weights: list[float]
+    rest: float
+
+
+def attribute(pairs: Sequence[Pair], threads: int | None = None) -> dict[str, Shares]:
+    """How much of each of its deltas every merged tensor holds; plain deltas only."""
+    sums: dict[str, Values] = {}
+    with FilePool() as files, Workers(threads) as workers:
+        calls = (
+            partial(running.correlations, low, high)
+            for running in (_Comparing(pair, files) for pair in pairs)
+            for low, high in blocks(running.length, running.block_elements)
+        )
+        for name, products in workers.in_order(calls):
+            sums[name] = sums.get(name, 0) + products
+    found = {}
+    for name, products in sums.items():
+        gram, along, total = products[:-1, :-1], products[:-1, -1], products[-1, -1]
+        weights = np.linalg.lstsq(gram, along, rcond=None)[0]
+        found[name] = Shares(weights.tolist(), float(total - weights @ along))
+    return found
+
+
+class _Comparing(RunningJob):
+    """A job whose blocks are compared instead of written."""
+
+    def __init__(self, pair: Pair, files: FilePool) -> None:
+        super().__init__(pair.job, files)
+        self.merged = pair.merged
+        self._merged_strided: Bytes | None = None
+        #: The half-precision dtypes in play, that another tool may have rounded to on the way.
+        seen = {d.module.a.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
+        self.halves = sorted(seen & {"F16", "BF16"})
+        self._ways = Ways(self)
+
+    def task(self, low: int, high: int) -> tuple[str, int, Stats]:
+        stats = Stats()
+        for first, last in blocks(high - low, self.block_elements):
+            self._compare(low + first, low + last, stats)
+        return self.job.name, (high - low) * self.itemsize, stats
+
+    def correlations(self, low: int, high: int) -> tuple[str, Values]:
+        """The scalar products of all deltas and M - W in a block, `[deltas + 1, deltas + 1]`."""
+        self.prepare()
+        merged = np.empty((high - low) * self.itemsize, np.uint8)
+        self._read_merged(low, high, merged)
+        change = torch.from_numpy(merged).view(TORCH[self.job.dtype]).to(self.work)
+        change -= self.load(low, high)
+        first, last = low // self.columns, high // self.columns
+        deltas = [term.product(first, last).reshape(-1).clone() for term in self.terms]
+        rows = torch.stack([*deltas, change])
+        return self.job.name, (rows @ rows.T).double().numpy()
+
+    def _read_merged(self, low: int, high: int, raw: Bytes) -> None:
+        size = self.itemsize
+        if self.merged.strides is None:
+            self.files.read_into(self.merged.file, self.merged.start + low * size, raw.data)
+            return
+        with self._lock:
+            if self._merged_strided is None:
+                self._merged_strided = read_raw(self.merged, self.files)
+        raw[:] = self._merged_strided[low * size : high * size]
+
+    def _compare(self, low: int, high: int, stats: Stats) -> None:
+        count = high - low
+        size = count * self.itemsize
+        merged = scratch.get("merged", size, torch.uint8).numpy()
+        self._read_merged(low, high, merged)
+        stats.elements += count
+        if self.job.is_verbatim:
+            expected = scratch.get("expected", size, torch.uint8).numpy()
+            self.read_into(low, high, expected)
+            if np.array_equal(expected, merged):
+                stats.equal += count
+                stats.bins[0] += count
+                return
+            if not self.source.is_float:
+                unlike = int(
+                    (expected.reshape(count, -1) != merged.reshape(count, -1)).any(1).sum()
+                )
+                stats.equal += count - unlike
+                stats.outside += unlike
+                stats.unlike_base += unlike
+                return
+        self.prepare()
+        x = self.load(low, high)
+        before = scratch.get("before", count, self.work).copy_(x)
+        self.add(x, low, high)
+        expected_out = scratch.get("expected", size, torch.uint8).view(TORCH[self.job.dtype])
+        narrowed(x, expected_out)
+        expected = expected_out.view(torch.uint8).numpy()
+        kind = f"i{self.itemsize}"
+        different = merged.view(kind) != expected.view(kind)
+        got = scratch.get("got", count, self.work)
+        got.copy_(torch.from_numpy(merged).view(TORCH[self.job.dtype]))
+        if magnitudes_of(merged, self.job.dtype)[1]:
+            # Infinity where the base has none is not what anybody wanted, even if it is expected.
+            different |= (~torch.isfinite(got) & torch.isfinite(before)).numpy()
+        unlike = int(np.count_nonzero(different))
+        stats.equal += count - unlike
+        stats.bins[0] += count - unlike
+        along = self._sum(before, x, got, expected_out if unlike else None, stats)
+        if unlike:
+            _count_steps(merged, expected, self.itemsize, stats)
+            # In pieces, so that what judging them takes stays small and in the cache.
+            for first, last in blocks(count, max(1, _PIECE // self.columns) * self.columns):
+                if different[first:last].any() or not self.job.is_sum:
+                    piece = slice(first, last)
+                    values = before[piece], x[piece], got[piece], expected_out[piece]
+                    self._judge(low + first, *values, stats)
+            apart = scratch.get("difference", count, self.work).copy_(expected_out).sub_(got)
+            stats.inside_apart += float(torch.dot(apart, apart))
+            along = float(torch.dot(got.sub_(before), x.sub_(before)))
+        stats.inside_along += along
+
+    def _sum(
+        self,
+        before: torch.Tensor,
+        x: torch.Tensor,
+        got: torch.Tensor,
+        expected: torch.Tensor | None,
+        stats: Stats,
+    ) -> float:
+        """Add the block's sums; `expected` is None where it equals `got`. Returns Σ (M - W)·Δ."""
+        difference = scratch.get("difference", len(x), self.work)
+        torch.sub(got, x, out=difference)
+        lost = float(torch.dot(difference, difference))
+        stats.lost += lost
+        if not self.job.is_sum:
+            return 0.0
+        delta = scratch.get("product", len(x), self.work)
+        torch.sub(x, before, out=delta)
+        stats.delta += float(torch.dot(delta, delta))
+        torch.sub(got, before, out=difference)
+        stats.change += float(torch.dot(difference, difference))
+        along = float(torch.dot(difference, delta))
+        stats.along += along
+        if expected is None:
+            stats.expected_along += along
+            stats.expected_lost += lost
+        else:
+            difference.copy_(expected)
+            difference -= before
+            stats.expected_along += float(torch.dot(difference, delta))
+            difference -= delta
+            stats.expected_lost += float(torch.dot(difference, difference))
+        return along
+
+    def _judge(
+        self,
+        low: int,
+        w: torch.Tensor,
+        x: torch.Tensor,
+        got: torch.Tensor,
+        stored: torch.Tensor,
+        stats: Stats,
+    ) -> None:
+        """Sort elements from `low` on by what may explain that they are not as expected.
+
+        `stored` are the expected values in the output's dtype. Where a few are outside of all
+        tolerances, `got` is changed to `x` there: they may outweigh all others in the sums, and
+        those are judged without them.
+        """
+        self._ways.count(w, x, got, low, stats)
+        expected = stored.to(self.work)
+        reach = self._reach(low, low + len(w))
+        apart = (got - expected).abs_()
+        if not math.isfinite(largest := float(apart.max())):
+            apart.nan_to_num_(nan=0.0, posinf=0.0)  # a damaged file may hold anything
+            largest = float(apart.max())
+        stats.largest = max(stats.largest, largest)
+        deviation = (got - x).abs_()
+        delta = x - w
+        noise = (w.abs() + x.abs()).add_(reach).mul_(_NOISE * torch.finfo(self.work).eps / 2)
+        noise.add_(ulp(x, self.job.dtype), alpha=0.5)
+        same = got == expected
+        once = deviation <= noise
+        inside = once.clone()
+        for half in self.halves if self.job.is_sum else ():
+            slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
+            slack.add_(reach, alpha=math.ldexp(1.0, -FLOAT_FORMATS[half].fraction))
+            inside |= deviation <= slack.add_(noise)
+        # Graphics cards multiply float32 with the fraction of a float16 if they are let (TF32).
+        inside |= deviation <= noise.add_(reach, alpha=math.ldexp(1.0, -10))
+        outside = ~(inside | same) | (~torch.isfinite(got) & torch.isfinite(w))
+        cast = w.to(stored.dtype).to(self.work)
+        moved = cast != expected
+        stats.unlike_base += int((cast != got).sum())
+        stats.to_move += int(moved.sum())
+        stats.unmoved += int((moved & (cast == got)).sum())
+        stats.rounding += int((inside & ~once & ~same).sum())
+        beyond = int(outside.sum())
+        stats.outside += beyond
+        if 0 < beyond * 8 <= len(w):
+            torch.where(outside, x, got, out=got)
+
+    def _reach(self, low: int, high: int) -> torch.Tensor:
+        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
+        first, last = low // self.columns, high // self.columns
+        total = torch.zeros(high - low, dtype=self.work)
+        for (b, a), term in zip(self._norms, self.terms, strict=True):
+            if term.gains is not None:
+                b = b * term.gains.abs().clamp(min=1)
+            rows, columns = (a, b) if term.transposed else (b, a)
+            total += torch.outer(rows[first:last], columns).view(-1)
+        return total
+
+    @cached_property
+    def _norms(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each delta ‖scale·b‖ of the rows of B, and ‖a‖ of the columns of A."""
+        return [
+            (torch.linalg.norm(term.b, dim=1) * abs(term.scale), torch.linalg.norm(term.a, dim=0))
+            for term in self.terms
+        ]
+
+
+def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) -> None:
+    """Count the differing elements of a block by their distance in units in the last place."""
+    wide = np.int32 if itemsize == 2 else np.int64
+    one, other = (ordered(v.view(f"i{itemsize}")).astype(wide) for v in (merged, expected))
+    steps = np.abs(one - other)
+    stats.largest_ulp = max(stats.largest_ulp, int(steps.max()))
+    counts = np.bincount(np.minimum(steps, BINS[-1] + 1), minlength=BINS[-1] + 2)
+    edges = [1, *(end + 1 for end in BINS[1:]), BINS[-1] + 2]  # 0 is counted by the caller
+    for index, (begin, end) in enumerate(pairwise(edges), 1):
+        stats.bins[index] += int(counts[begin:end].sum())

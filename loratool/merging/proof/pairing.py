@@ -1,0 +1,122 @@
+"""Which tensor of a merged model each job of a plan should have given.
+
+Other tools write other dtypes, other shard splits, names with another prefix, and keep or drop the
+copy of a tied head. All of that is understood here; what remains is missing, added or misshapen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from loratool.errors import VerifyError, listed
+from loratool.merging.plan import Job, Plan
+from loratool.merging.proof.checking import Pair, compare
+from loratool.merging.proof.findings import Finding
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.layout import Layout, is_legacy_buffer
+from loratool.notices import Notice
+from loratool.storage.header import read_header
+
+
+@dataclass
+class Pairing:
+    """`pairs` can be compared; `findings` are tensors that cannot."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+
+
+def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
+    """Find the merged tensor of every job."""
+    found = Pairing()
+    jobs = {job.name: job for job in plan.jobs}
+    layout = Layout(merged)
+    naming = layout.choose_naming([name for name in jobs if name in plan.base.tensors])
+    _settle_heads(found, plan, jobs, merged, layout)
+    taken = set()
+    for job in jobs.values():
+        name = naming(job.name)
+        info = merged.tensors.get(name) or merged.tensors.get(job.name)
+        if info is None:
+            if not is_legacy_buffer(job.name, job.source.shape):
+                found.findings.append(Finding(job.name, "missing", job.is_adapted))
+            continue
+        taken.add(info.name)
+        if info.shape != job.source.shape:
+            note = f"{list(info.shape)} instead of {list(job.source.shape)}"
+            found.findings.append(Finding(job.name, "shape", job.is_adapted, note=note))
+        elif info.is_float != job.source.is_float or (
+            not info.is_float and info.dtype != job.source.dtype
+        ):
+            note = f"{info.dtype} instead of {job.dtype}"
+            found.findings.append(Finding(job.name, "dtype", job.is_adapted, note=note))
+        else:
+            found.pairs.append(Pair(replace(job, dtype=info.dtype), info))
+    for name, info in merged.tensors.items():
+        if name not in taken and not is_legacy_buffer(name, info.shape):
+            found.findings.append(Finding(name, "added", False))
+    return found
+
+
+def check_written(
+    plan: Plan, folder: Path, progress: Callable[[int, str], None], threads: int | None
+) -> None:
+    """Read what a merge wrote into `folder` and compute it anew. Raises VerifyError."""
+    for shard, jobs in plan.shards.items():
+        check_shard(jobs, folder / shard, progress, threads)
+
+
+def check_shard(
+    jobs: Sequence[Job], path: Path, progress: Callable[[int, str], None], threads: int | None
+) -> None:
+    """Read one shard that a merge wrote and compute it anew. Raises VerifyError."""
+    written, _ = read_header(path)
+    pairs = [Pair(job, written[job.name]) for job in jobs]
+    stats = compare(pairs, progress, threads)
+    wrong = [
+        f"{n}: {s.elements - s.equal} values" for n, s in stats.items() if s.equal < s.elements
+    ]
+    if wrong:
+        raise VerifyError(
+            f"{len(wrong)} tensors cannot be read back as they were computed:\n{listed(wrong)}",
+            "An input changed during the merge, or the memory or the disk of this machine is at "
+            "fault. Nothing was left behind.",
+        )
+
+
+def _settle_heads(
+    found: Pairing, plan: Plan, jobs: dict[str, Job], merged: Checkpoint, layout: Layout
+) -> None:
+    """Make the jobs fit what the merged model does with a head that is its embedding's matrix."""
+    base = Layout(plan.base).tied
+    if base is None:
+        return
+    head, embedding = jobs.get(base.head), jobs[base.embedding]
+    stays_tied = layout.tied is not None and layout.tied.head not in merged.tensors
+    if head is not None and stays_tied:
+        del jobs[base.head]
+        if plan.config_changes.get("tie_word_embeddings") is False:
+            # As PEFT does: both deltas go into the one matrix.
+            together = (*embedding.deltas, *head.deltas)
+            jobs[base.embedding] = replace(embedding, deltas=together)
+            found.notices.append(
+                Notice(
+                    "tied-together",
+                    f"{base.embedding} and {base.head} stayed one matrix, as in PEFT's merge, so "
+                    "what adapts one changes the other too; in the adapter's own forward pass it "
+                    "does not. `loratool merge` unties them.",
+                )
+            )
+    elif plan.config_changes.get("tie_word_embeddings") is False and layout.tied is not None:
+        found.notices.append(
+            Notice(
+                "still-tied",
+                f"The merged model's config.json ties {base.head} to {base.embedding}: programs "
+                "that load it drop the head that the merge made. It must say false.",
+            )
+        )
+    elif head is None and base.head in merged.tensors:
+        jobs[base.head] = replace(embedding, name=base.head)  # a copy of the tied matrix

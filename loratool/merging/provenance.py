@@ -1,0 +1,244 @@
+"""`loratool.json`: how an output came about, and whether given adapters are those it was made from.
+
+It holds no date and no path, so that equal inputs give equal files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.dtypes import MODEL_DTYPES
+from loratool.errors import FileError, RestoreError, listed
+from loratool.merging.plan import Plan
+from loratool.models.checkpoint import Checkpoint
+from loratool.paths import pattern, ranged
+from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE
+from loratool.storage.folder import origin_of
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import read_json
+from loratool.version import __version__
+
+
+def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
+    """The document for an output made by `plan`. `shards` maps file names to their sha256."""
+    return {
+        "schema_version": 1,
+        "command": command,
+        "versions": versions("torch", "numpy"),
+        "options": {
+            "dtype": plan.dtype,
+            "weights": plan.weights,
+            "allow_unmatched": plan.allow_unmatched,
+        },
+        "base": {**describe_model(plan.base), "adapters": _held_by(plan.base)},
+        "adapters": [
+            describe_adapter(adapter, weight)
+            for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
+        ],
+        "result": {
+            "modules": plan.modules,
+            "tensors": plan.counts(),
+            "config_changes": plan.config_changes,
+            "warnings": [n.to_dict() for n in plan.notices],
+            **result,
+        },
+        "shards": shards,
+    }
+
+
+def describe_model(model: Checkpoint) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        **_published(model.source),
+        "model_type": model.model_type,
+        "architectures": model.config.get("architectures"),
+        "tensors": len(model.tensors),
+        "bytes": model.nbytes,
+        "dtypes": sorted({t.dtype for t in model.tensors.values() if t.is_float}),
+        "header_sha256": model.identity(),
+    }
+
+
+def _published(source: Path) -> dict[str, str]:
+    """Where on the Hub something comes from, if it does: repository, commit, place inside."""
+    origin = origin_of(source)
+    if origin is None:
+        return {}
+    place = {"path": origin.path} if origin.path else {}
+    return {"repo": origin.repo, "revision": origin.revision, **place}
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of loratool and of what computed."""
+    return {"loratool": __version__, **{name: version(name) for name in libraries}}
+
+
+def _held_by(base: Checkpoint) -> list[dict[str, Any]]:
+    """What the base itself was merged from, by its own record, the oldest first."""
+    if not base.is_directory or not base.folder.has(PROVENANCE):
+        return []
+    base.folder.fetch([PROVENANCE])
+    held = [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
+    return [entry.document for entry in held]
+
+
+def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
+    return {
+        "name": adapter.name,
+        **_published(adapter.source),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "weight": weight,
+        "modules": _modules_of(adapter),
+        "files": adapter_files(adapter),
+    }
+
+
+def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
+    """What it adapts, modules that are alike but for the numbers in their paths taken together."""
+    groups: dict[Any, list[str]] = {}
+    for m in adapter.modules.values():
+        key = pattern(m.path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
+        groups.setdefault(key, []).append(m.path)
+    return [
+        {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
+         "scale": scale, **({"dora": True} if dora else {})}
+        for (_, kind, rank, alpha, scale, dora), paths in groups.items()
+    ]  # fmt: skip
+
+
+def adapter_files(adapter: Adapter) -> dict[str, str]:
+    """sha256 of the adapter's weights and of its config, by file name."""
+    config = adapter.weights.with_name(ADAPTER_CONFIG)
+    paths = [adapter.weights, *([config] if config.is_file() else [])]
+    return {path.name: file_sha256(path) for path in paths}
+
+
+def _hashes(adapter: Adapter) -> tuple[str, str]:
+    """sha256 of the adapter's weights and of its config ("" without one)."""
+    files = adapter_files(adapter)
+    config = files.pop(ADAPTER_CONFIG, "")
+    return next(iter(files.values())), config
+
+
+@dataclass(frozen=True)
+class Merged:
+    """An adapter that a model holds, by its record."""
+
+    name: str
+    weight: float
+    #: sha256 of the weights and of adapter_config.json ("" if there was none).
+    weights_sha256: str
+    config_sha256: str
+    document: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name} (weight {self.weight:g}, sha256 {self.weights_sha256[:12]}…)"
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a model directory; None if it has none. Raises FileError if it is damaged."""
+    path = directory / PROVENANCE
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if not _is_sound(record):
+        raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
+    return record
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    """Whether all that is read of a record has the right type."""
+    if not all(isinstance(record.get(part), dict) for part in ("options", "base", "result")):
+        return False
+    dtypes, counts = record["base"].get("dtypes", []), record["result"].get("tensors", {})
+    return (
+        isinstance(record.get("adapters"), list)
+        and str(record["options"].get("dtype")) in MODEL_DTYPES
+        and isinstance(dtypes, list)
+        and all(isinstance(code, str) for code in dtypes)
+        and isinstance(counts, dict)
+    )
+
+
+def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
+    """The adapters that the model in `directory` holds by its record, in the order of merging.
+
+    With `of_base` those that its base held already.
+    """
+    record = read_record(directory)
+    if record is None:
+        return []
+    try:
+        entries = record["base"].get("adapters", []) if of_base else record["adapters"]
+        return [_merged(entry) for entry in entries]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{directory / PROVENANCE}: its list of adapters is damaged ({error!r}).",
+            "Fetch it again, or remove it.",
+        ) from None
+
+
+def _merged(entry: dict[str, Any]) -> Merged:
+    files = dict(entry["files"])
+    config = str(files.pop(ADAPTER_CONFIG, ""))
+    (weights,) = files.values()
+    return Merged(str(entry["name"]), float(entry["weight"]), str(weights), config, entry)
+
+
+def identify(
+    adapters: Sequence[Adapter],
+    held: Sequence[Merged],
+    weights: Sequence[float] | None,
+    beneath: Sequence[Merged] = (),
+) -> list[int]:
+    """Which of the recorded adapters the given ones are, as indices into `held`.
+
+    `beneath` are those merged before, which cannot be taken off yet.
+
+    Raises RestoreError for an adapter that is none of them, by the hash of its files, and for a
+    weight that is not the one it was merged with.
+    """
+    found: list[int] = []
+    given = [_hashes(adapter) for adapter in adapters]
+    for position, adapter in enumerate(adapters):
+        digest, config = given[position]
+        same = [
+            i for i, entry in enumerate(held) if entry.weights_sha256 == digest and i not in found
+        ]
+        exact = [i for i in same if held[i].config_sha256 == config]
+        if weights is not None:
+            exact.sort(key=lambda i: held[i].weight != weights[position])
+        if not exact:
+            what = (
+                f"its {ADAPTER_CONFIG} is not the one it was merged with"
+                if same
+                else "it is not among the adapters merged into the model, by the hash of its files"
+            )
+            hint = "Give the adapters as they were when they were merged."
+            if any(entry.weights_sha256 == digest for entry in beneath):
+                what = "it was merged earlier, before those that came last"
+                hint = "Take the last ones off first; what comes out knows how to go on."
+            raise RestoreError(
+                f"{adapter.label}: {what}. Merged last:\n{listed(map(str, held))}", hint
+            )
+        copies = given[position:].count(given[position])
+        if weights is None and len(exact) > copies and len({held[i].weight for i in exact}) > 1:
+            raise RestoreError(
+                f"{adapter.label} was merged more than once, with different weights:\n"
+                f"{listed(str(held[i]) for i in exact)}",
+                "Say which with --weight, or give the adapter once for each.",
+            )
+        index = exact[0]
+        if weights is not None and held[index].weight != weights[position]:
+            raise RestoreError(
+                f"{adapter.label} was merged with weight {held[index].weight:g}, "
+                f"not {weights[position]:g}.",
+                "Leave --weight out; loratool.json knows the weights.",
+            )
+        found.append(index)
+    return found

@@ -1,0 +1,117 @@
+"""The plan that takes adapters out of a model by subtraction: a merge with negated weights.
+
+Where originals are at hand they are copied instead, once it is clear that they are the originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.dtypes import DTYPE_BITS
+from loratool.errors import RestoreError, listed
+from loratool.merging.plan import Edits, Plan, make_job
+from loratool.merging.planning import build_plan
+from loratool.merging.proof.findings import judge
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.storage.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class Subtraction:
+    """`plan` subtracts, `forward` would add the same; `originals` are copied, by name."""
+
+    plan: Plan
+    forward: Plan
+    originals: dict[str, TensorInfo]
+
+
+def plan_subtraction(
+    merged: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    dtype: str,
+    base: str | Path | None,
+    record: dict[str, Any],
+    threads: int | None,
+) -> Subtraction:
+    """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
+    unmatched = bool(record.get("options", {}).get("allow_unmatched"))
+    plan = build_plan(merged, adapters, [-w for w in weights], dtype, unmatched)
+    forward = build_plan(merged, adapters, weights, dtype, unmatched)
+    originals = {}
+    if base is not None:
+        originals = _originals(base, merged, forward, bool(record), threads)
+    for shard, jobs in plan.shards.items():
+        plan.shards[shard] = [
+            make_job(plan, job.name, originals[job.name], Edits()) if job.name in originals else job
+            for job in jobs
+        ]
+        plan.shards[shard].sort(key=lambda job: -DTYPE_BITS[job.dtype])
+    return Subtraction(plan, forward, originals)
+
+
+def _originals(
+    base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, threads: int | None
+) -> dict[str, TensorInfo]:
+    """The tensors of `base` that `merged` was made from, checked by merging them again."""
+    from loratool.merging.proof.checking import Pair, compare  # torch: about two seconds to import
+
+    model = open_checkpoint(base, partial=True)
+    model.fetch()
+    there = model.tensors
+    pairs = []
+    for job in forward.jobs:
+        original, now = there.get(job.name), merged.tensors.get(job.name)
+        if original is not None and now is not None and original.shape == now.shape:
+            held = job.source is not now  # an adapter's tensor, with or without a delta on it
+            source = job.source if held else original
+            again = replace(job, source=source, dtype=now.dtype, checked=False)
+            pairs.append(Pair(again, now))
+    stats = compare(pairs, lambda *_: None, threads)
+    findings = [judge(pair.job, stats[pair.job.name]) for pair in pairs]
+    # What loratool merged comes out the same again; other tools round otherwise.
+    wrong = [f.tensor for f in findings if not f.sound or (exact and f.equal < 1)]
+    if wrong or not pairs:
+        raise RestoreError(
+            f"{base}: {len(wrong)} of its {len(pairs)} tensors do not give those of "
+            f"{merged.label} with these adapters:\n{listed(wrong)}"
+            if pairs
+            else f"{base}: it has no tensor of {merged.label}.",
+            "It is another base, or the adapters were merged otherwise: see `loratool verify`.",
+        )
+    return {pair.job.name: there[pair.job.name] for pair in pairs}
+
+
+def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
+    """Raise RestoreError for what no subtraction takes back and no original replaces."""
+    rescaled, replaced, rows = [], [], []
+    for job in found.forward.jobs:
+        if job.name in found.originals:
+            continue
+        if any(delta.module.magnitude is not None for delta in job.deltas):
+            rescaled.append(job.name)
+        if job.source is not found.plan.base.tensors.get(job.name):
+            replaced.append(job.name)
+        if job.rows:
+            rows.append(job.name)
+    reasons = []
+    for names, what in (
+        (rescaled, "tensors were rescaled (DoRA)"),
+        (replaced, "tensors were replaced or added whole"),
+        (rows, "embeddings had rows replaced"),
+    ):
+        if names:
+            reasons.append(f"{len(names)} {what}, such as {names[0]}")
+    added = record.get("result", {}).get("tensors", {}).get("add", 0)
+    if added:
+        reasons.append(f"the merge added {added} tensors that the base does not have")
+    if reasons:
+        raise RestoreError(
+            f"{found.plan.base.label}: this cannot be taken back by subtraction:\n"
+            f"{listed(reasons)}",
+            "The undo file that `loratool merge --reversible` writes takes back all of it.",
+        )

@@ -1,0 +1,323 @@
+"""The undo file of a reversible merge: all that is needed to get the base back, bit for bit.
+
+`OUT/loratool/undo.safetensors`, in a folder of its own because programs that load a model take
+every safetensors file beside it for weights. Its entries:
+
+* `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`
+* `whole:NAME`      all elements of a tensor that was replaced, in compressed pieces
+* `gain:NAME:k`     the k-th factor that DoRA multiplied NAME's rows or columns with
+* `header:FILE`     the first bytes of a base shard, compressed
+* `file:PATH`       a file of the base that is not in the output as it was, compressed
+* `base`            compressed JSON: every tensor with dtype, shape, sha256 and the sizes of its
+                    chunks; the shards; sha256 of the files beside them
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.errors import FileError
+from loratool.merging.undo.residual import (
+    DamagedChunk,
+    Distances,
+    Positions,
+    compress,
+    decode,
+    decode_whole,
+    decompress,
+)
+from loratool.models.checkpoint import Checkpoint
+from loratool.storage.filenames import CONFIG
+from loratool.storage.folder import Folder
+from loratool.storage.hashing import sha256
+from loratool.storage.header import build_header, described, read_header
+from loratool.storage.tensors import FilePool, TensorInfo, read_raw
+
+VERSION = 1
+
+#: Refuse to unpack more than this for a header, a side file or the table of tensors.
+_MAX_UNPACKED = 1 << 30
+
+_LARGEST_OFFSET = 10**15
+
+
+class UndoWriter:
+    """Writes an undo file entry after entry, in the order of `add` and `append`.
+
+    A safetensors file begins with the sizes of its entries, which are known only at the end. So
+    room is kept for a header that names all of `entries`, and what is not needed becomes spaces.
+    """
+
+    def __init__(self, path: Path, entries: list[str]) -> None:
+        widest = [(name, "U8", (_LARGEST_OFFSET + i,)) for i, name in enumerate([*entries, "base"])]
+        self._room = len(build_header(widest, {"format": "loratool-undo"}))
+        self._entries: dict[str, int] = {}
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._end = self._room
+
+    def append(self, entry: str, data: bytes) -> None:
+        """Add to the newest entry, or begin a new one."""
+        if not data:
+            return
+        assert entry not in self._entries or entry == next(reversed(self._entries))
+        self._entries[entry] = self._entries.get(entry, 0) + len(data)
+        _write_all(self._fd, data, self._end)
+        self._end += len(data)
+
+    def finish(self, base: dict[str, Any]) -> int:
+        """Write the table of the base and the header, close; returns the size of the file."""
+        self.append("base", compress(json.dumps({"version": VERSION, **base}).encode()))
+        shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
+        header = build_header(shapes, {"format": "loratool-undo"}, self._room)
+        _write_all(self._fd, header, 0)
+        self.close()
+        return self._end
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _write_all(fd: int, data: bytes, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view, position)
+        view, position = view[count:], position + count
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """A tensor of the base as the undo file knows it.
+
+    `step` elements are coded to a chunk, and `sizes` are the bytes of the chunks; both are 0 and
+    empty where the subtraction misses nothing. `whole` marks a tensor that is stored itself.
+    `gains` counts the factors of each delta, 0 for plain ones.
+    """
+
+    info: TensorInfo
+    sha256: str
+    whole: bool
+    step: int
+    sizes: tuple[int, ...]
+    gains: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BaseShard:
+    """A file of the base: its tensors in the order of their data, and its first bytes.
+
+    `header` is empty where the base was no safetensors file, or held more than its index said.
+    """
+
+    file: str
+    tensors: tuple[str, ...]
+    header: bytes
+
+
+@dataclass
+class Undo:
+    """An undo file, open for reading. Data is read when asked for."""
+
+    path: Path
+    tensors: dict[str, BaseTensor]
+    shards: list[BaseShard]
+    #: Files of the base that the output holds otherwise or not at all.
+    files: dict[str, bytes]
+    #: sha256 of all files beside the base's weights that a merge carries over.
+    side_files: dict[str, str]
+    _entries: dict[str, TensorInfo] = field(default_factory=dict)
+    _places: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.path.stat().st_size
+
+    def base(self, name: Path) -> Checkpoint:
+        """The base as a checkpoint without data: names, dtypes, shapes, shards and config."""
+        config = json.loads(self.files[CONFIG]) if CONFIG in self.files else {}
+        tensors = {name: tensor.info for name, tensor in self.tensors.items()}
+        shards = {shard.file: list(shard.tensors) for shard in self.shards}
+        return Checkpoint(name, Folder(name), config, tensors, shards)
+
+    def residual(self, name: str, low: int, files: FilePool) -> tuple[Positions, Distances]:
+        """What is missing in the elements from `low` on, a multiple of `step`; positions count
+        from `low`."""
+        tensor = self.tensors[name]
+        elements = min(tensor.step, tensor.info.numel - low)
+        with self._damage(f"residual:{name}"):
+            return decode(self._chunk("residual", name, low, files), elements, tensor.info.itemsize)
+
+    def whole(self, name: str, low: int, files: FilePool) -> npt.NDArray[np.uint8]:
+        """The bytes of the elements from `low` on, a multiple of `step`, of a replaced tensor."""
+        tensor = self.tensors[name]
+        elements = min(tensor.step, tensor.info.numel - low)
+        with self._damage(f"whole:{name}"):
+            chunk = self._chunk("whole", name, low, files)
+            return decode_whole(chunk, elements, tensor.info.itemsize)
+
+    def gain(self, name: str, index: int, dtype: str, files: FilePool) -> npt.NDArray[Any] | None:
+        """The factor of the `index`-th delta of a tensor; None where it has none."""
+        entry = self._entries.get(f"gain:{name}:{index}")
+        return None if entry is None else read_raw(entry, files).view(dtype)
+
+    def _chunk(self, kind: str, name: str, low: int, files: FilePool) -> bytes:
+        entry = self._entries.get(f"{kind}:{name}")
+        if entry is None:
+            return b""
+        places = self._places[name]
+        index = low // self.tensors[name].step
+        buffer = bytearray(places[index + 1] - places[index])
+        files.read_into(entry.file, entry.start + places[index], memoryview(buffer))
+        return bytes(buffer)
+
+    def _damage(self, entry: str) -> _Damage:
+        return _Damage(self.path, entry)
+
+
+#: What a damaged or contradictory undo file leads to.
+_DAMAGE = (
+    DamagedChunk, KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
+
+
+class _Damage:
+    """Turns a damaged chunk into an error that names file and entry."""
+
+    def __init__(self, path: Path, entry: str) -> None:
+        self._where = path, entry
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, _DAMAGE):
+            path, entry = self._where
+            raise FileError(
+                f"{path}: the undo file is damaged at {entry} ({error}).",
+                "Fetch it again. `loratool unmerge --subtract` does without it, but not exactly.",
+            ) from None
+
+
+def read_undo(path: Path) -> Undo:
+    """Open an undo file. Raises FileError for one that is damaged or of a later version."""
+    entries, metadata = read_header(path)
+    if metadata.get("format") != "loratool-undo" or "base" not in entries:
+        raise FileError(f"{path}: not an undo file of loratool.", "Check the path.")
+    with FilePool() as files, _Damage(path, "base"):
+        table = json.loads(_unpack(entries["base"], files))
+        if table["version"] != VERSION:
+            raise FileError(
+                f"{path}: it was written by a later loratool (undo version {table['version']}).",
+                "Use that version.",
+            )
+        kept = _unpack_all("file", table["files"], entries, files)
+        headers = _unpack_all("header", table["headers"], entries, files)
+        tensors = dict(_tensors(table["tensors"]))
+        shards = [
+            BaseShard(s["file"], tuple(s["tensors"]), headers.get(s["file"], b""))
+            for s in table["shards"]
+        ]
+        undo = Undo(path, tensors, shards, kept, table["side_files"], entries)
+        for name, tensor in tensors.items():
+            undo._places[name] = [0, *np.cumsum(tensor.sizes, dtype=np.int64).tolist()]
+        _check(undo)
+    return undo
+
+
+def _unpack(info: TensorInfo, files: FilePool) -> bytes:
+    return decompress(read_raw(info, files).tobytes(), _MAX_UNPACKED)
+
+
+def _unpack_all(
+    kind: str, hashes: dict[str, str], entries: dict[str, TensorInfo], files: FilePool
+) -> dict[str, bytes]:
+    """The contents of `kind:NAME` for every name that has a hash, checked by it."""
+    found = {name: _unpack(entries[f"{kind}:{name}"], files) for name in hashes}
+    for name, content in found.items():
+        if sha256(content) != hashes[name]:
+            raise ValueError(f"{kind}:{name} does not have its sha256")
+    return found
+
+
+def _tensors(table: dict[str, Any]) -> Iterator[tuple[str, BaseTensor]]:
+    place = 0
+    for name, t in table.items():
+        # No file is there; the place only tells tensors apart.
+        shape = tuple(operator.index(n) for n in t["shape"])
+        info = TensorInfo(name, t["dtype"], shape, Path("base"), place)
+        place += info.nbytes
+        if not (isinstance(t["sha256"], str) and min(shape, default=0) >= 0 <= t["step"]):
+            raise ValueError(f"{name} is not described")
+        yield (
+            name,
+            BaseTensor(
+                info, t["sha256"], t["whole"], t["step"], tuple(t["sizes"]), tuple(t["gains"])
+            ),
+        )
+
+
+def _check(undo: Undo) -> None:
+    """Raise ValueError where the table and the entries of the file contradict each other."""
+    expected = {"base"}
+    expected |= {f"file:{name}" for name in undo.files}
+    expected |= {f"header:{shard.file}" for shard in undo.shards if shard.header}
+    for name, tensor in undo.tensors.items():
+        kind = "whole" if tensor.whole else "residual"
+        entry = undo._entries.get(f"{kind}:{name}")
+        chunks = -(-tensor.info.numel // tensor.step) if tensor.step else 0
+        if len(tensor.sizes) not in (0, chunks) or min(tensor.sizes, default=0) < 0:
+            raise ValueError(f"{name} has {len(tensor.sizes)} chunks instead of {chunks}")
+        if sum(tensor.sizes) != (entry.nbytes if entry else 0):
+            raise ValueError(f"the chunks of {name} do not fill their entry")
+        if entry is not None:
+            expected.add(entry.name)
+        size = 8 if tensor.info.dtype == "F64" else 4
+        for index, count in enumerate(tensor.gains):
+            gain = f"gain:{name}:{index}"
+            if count and undo._entries[gain].nbytes != count * size:
+                raise ValueError(f"{gain} does not hold {count} factors")
+            expected |= {gain} if count else set()
+    if undo._entries.keys() != expected:
+        raise ValueError("its entries are not those of its table")
+    named = [name for shard in undo.shards for name in shard.tensors]
+    if sorted(named) != sorted(undo.tensors):
+        raise ValueError("its shards and its tensors differ")
+    for shard in undo.shards:
+        infos = [undo.tensors[name].info for name in shard.tensors]
+        if not infos or (shard.header and not _describes(shard.header, infos)):
+            raise ValueError(f"the header of {shard.file} is not of its tensors")
+    _check_names(undo)
+
+
+def _describes(header: bytes, infos: list[TensorInfo]) -> bool:
+    found = [(i.name, i.dtype, i.shape) for i in described(Path("header"), header)]
+    return found == [(i.name, i.dtype, i.shape) for i in infos]
+
+
+def _check_names(undo: Undo) -> None:
+    """Every file has a place of its own, inside the model."""
+    shards = [shard.file for shard in undo.shards]
+    beside = undo.files.keys() | undo.side_files.keys()
+    if len(set(shards)) < len(shards) or beside & set(shards):
+        raise ValueError("two files have one name")
+    for name in [*beside, *shards]:
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts or not path.name or "\0" in name:
+            raise ValueError(f"{name!r} is no place inside the model")
+    if any(Path(name).suffix != ".safetensors" for name in shards):
+        raise ValueError("a shard is not called .safetensors")
+    if not all(isinstance(digest, str) for digest in undo.side_files.values()):
+        raise ValueError("a hash is no text")
+    if CONFIG in undo.files and not isinstance(json.loads(undo.files[CONFIG]), dict):
+        raise ValueError("config.json is no JSON object")

@@ -1,0 +1,253 @@
+"""Record, in the merge's own pass, what gives the base back: see `checkpoint.undo`.
+
+For every block that was merged or cast, the base is predicted from the output as it will be when it
+is restored, and compared with the bytes that were read. The sha256 of each base tensor is taken
+beside that, by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratool.merging.arithmetic import MergeTask, Merging
+from loratool.merging.plan import Job, Plan
+from loratool.merging.undo.file import UndoWriter
+from loratool.merging.undo.prediction import Reversal
+from loratool.merging.undo.residual import (
+    Distances,
+    Positions,
+    compress,
+    encode,
+    encode_whole,
+    find,
+)
+from loratool.models.checkpoint import Checkpoint
+from loratool.storage.hashing import sha256
+from loratool.storage.header import header_bytes, read_header
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+
+
+class RecordedMerging(Merging):
+    """A job whose source is a tensor of the base, with what its blocks need to be taken back."""
+
+    def __init__(self, job: Job, files: FilePool) -> None:
+        super().__init__(job, files)
+        self._reversal: Reversal | None = None
+
+    @property
+    def reversal(self) -> Reversal:
+        if self._reversal is None:
+            with self._lock:
+                self.prepare()
+                self._reversal = Reversal(self.job, self.source.dtype, self.files, self.gains)
+        return self._reversal
+
+    def begin(self, low: int, high: int, workers: Workers) -> MergeTask:
+        return RecordedTask(self, low=low, high=high, workers=workers)
+
+
+@dataclass
+class RecordedTask(MergeTask):
+    """Some blocks of one job, the base's bytes of them, and what a prediction of these misses."""
+
+    job: RecordedMerging
+    low: int = 0
+    high: int = 0
+    workers: Workers | None = None
+    base: Bytes | None = None
+    chunk: bytes = b""
+    _found: list[tuple[Positions, Distances]] = field(default_factory=list)
+
+    def compute(self, low: int, high: int, data: Bytes) -> None:
+        if self.job.job.is_verbatim:
+            self._compute(low, high, data, None)
+            return
+        size = self.job.source.itemsize
+        if self.base is None:
+            assert self.workers is not None
+            self.base = self.workers.take((self.high - self.low) * size)
+        raw = self.base[(low - self.low) * size : (high - self.low) * size]
+        self._compute(low, high, data, raw)
+        positions, distances = find(raw, self.job.reversal.predict(low, high, data), size)
+        self._found.append((positions + (low - self.low), distances))
+
+    def finish(self) -> None:
+        if self._found:
+            positions, distances = zip(*self._found, strict=True)
+            self.chunk = encode(np.concatenate(positions), np.concatenate(distances))
+            self._found.clear()
+
+
+class Recorder:
+    """Fills an undo file while a plan is carried out. Use as a context manager.
+
+    `side_files` maps the base's files beside its weights to their sha256, `kept` those that the
+    output will not hold as they are to their content.
+    """
+
+    def __init__(
+        self, plan: Plan, path: Path, side_files: dict[str, str], kept: dict[str, bytes]
+    ) -> None:
+        self.plan = plan
+        self.side_files = side_files
+        self.kept = kept
+        self.nbytes = 0
+        self._of_base = {
+            job.name: job
+            for job in plan.jobs
+            if job.name in plan.base.tensors and job.source is plan.base.tensors[job.name]
+        }
+        self._table: dict[str, dict[str, Any]] = {}
+        self._digests: dict[str, Any] = {}
+        self._current: RecordedMerging | None = None
+        self._headers = dict(_headers(plan.base))
+        self._writer = UndoWriter(path, self._entries())
+
+    def __enter__(self) -> Recorder:
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashing: deque[Future[None]] = deque()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+        self._writer.close()
+
+    def _entries(self) -> list[str]:
+        """The names of all entries that the undo file may get."""
+        names = [f"residual:{n}" for n, job in self._of_base.items() if not job.is_verbatim]
+        names += [f"whole:{name}" for name in self.plan.base.tensors if name not in self._of_base]
+        for name, job in self._of_base.items():
+            names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.module.magnitude]
+        names += [f"header:{file}" for file in self._headers]
+        return names + [f"file:{name}" for name in self.kept]
+
+    def part(self, job: Job, files: FilePool) -> Merging:
+        return (RecordedMerging if self._of_base.get(job.name) is job else Merging)(job, files)
+
+    def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:
+        """Record a finished task; called in file order. `data` is what was written."""
+        if self._current is not None and task.job is not self._current:
+            self._end_tensor(self._current)
+        self._current = task.job if isinstance(task.job, RecordedMerging) else None
+        if not isinstance(task, RecordedTask):
+            return
+        name = task.job.job.name
+        row = self._row(name, task.job.task_elements)
+        row["sizes"].append(len(task.chunk))
+        self._writer.append(f"residual:{name}", task.chunk)
+        if task.base is None:
+            self._digests[name].update(data)  # a copy: what was written is what was read
+            return
+        size = (task.high - task.low) * task.job.source.itemsize
+        self._hashing.append(self._hasher.submit(self._hash, name, task.base, size, workers))
+        if (
+            len(self._hashing) > 2
+        ):  # on many cores the hash is slowest; the buffers must not pile up
+            self._hashing.popleft().result()
+
+    def _hash(self, name: str, base: Bytes, size: int, workers: Workers) -> None:
+        self._digests[name].update(base[:size])
+        workers.give(base)
+
+    def _row(self, name: str, step: int) -> dict[str, Any]:
+        if name not in self._table:
+            info = self.plan.base.tensors[name]
+            self._digests[name] = hashlib.sha256()
+            self._table[name] = {
+                "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
+                "gains": [],
+            }  # fmt: skip
+        return self._table[name]
+
+    def _end_tensor(self, part: RecordedMerging) -> None:
+        if not part.job.is_verbatim:
+            gains = self._table[part.job.name]["gains"]
+            for index, gain in enumerate(part.gains):
+                gains.append(0 if gain is None else gain.numel())
+                if gain is not None:
+                    entry = f"gain:{part.job.name}:{index}"
+                    self._writer.append(entry, gain.numpy().tobytes())
+
+    def finish(self, files: FilePool, workers: Workers) -> None:
+        """Store what was replaced, the files of the base and the table, and close."""
+        if self._current is not None:
+            self._end_tensor(self._current)
+        while self._hashing:
+            self._hashing.popleft().result()
+        for name, info in self.plan.base.tensors.items():
+            if name not in self._table:
+                self._store_whole(name, info, files, workers)
+        for file, header in self._headers.items():
+            self._writer.append(f"header:{file}", compress(header))
+        for name, content in self.kept.items():
+            self._writer.append(f"file:{name}", compress(content))
+        for name, row in self._table.items():
+            row["sha256"] = self._digests[name].hexdigest()
+            if not any(row["sizes"]):
+                row["sizes"], row["step"] = [], 0
+        self.nbytes = self._writer.finish(
+            {
+                "tensors": {name: self._table[name] for name in self.plan.base.tensors},
+                "shards": [
+                    {"file": _file_name(self.plan.base, shard), "tensors": names}
+                    for shard, names in self.plan.base.shards.items()
+                ],
+                "side_files": self.side_files,
+                "files": {name: sha256(content) for name, content in self.kept.items()},
+                "headers": {name: sha256(header) for name, header in self._headers.items()},
+            }
+        )
+
+    def _store_whole(self, name: str, info: TensorInfo, files: FilePool, workers: Workers) -> None:
+        """Store a tensor itself, because its job does not begin with it, or has no elements."""
+        step = BLOCKS_PER_TASK * BLOCK_ELEMENTS
+        row = self._row(name, step)
+        row["whole"] = True
+        strided = read_raw(info, files) if info.strides is not None else None
+
+        def piece(low: int, high: int) -> tuple[Bytes, bytes]:
+            size = info.itemsize
+            if strided is not None:
+                raw = strided[low * size : high * size]
+            else:
+                raw = np.empty((high - low) * size, np.uint8)
+                files.read_into(info.file, info.start + low * size, raw.data)
+            return raw, encode_whole(raw, size)
+
+        calls = (partial(piece, low, high) for low, high in blocks(info.numel, step))
+        for raw, chunk in workers.in_order(calls):
+            self._digests[name].update(raw)
+            row["sizes"].append(len(chunk))
+            self._writer.append(f"whole:{name}", chunk)
+
+
+def _headers(base: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    """The first bytes of each base shard that can be written again as it was.
+
+    Torch files cannot, nor files with tensors that the index places elsewhere; their tensors come
+    back, in a file with a header of our own.
+    """
+    for shard, names in base.shards.items():
+        path = _path(base, names)
+        if path.suffix == ".safetensors" and list(read_header(path)[0]) == names:
+            yield _file_name(base, shard), header_bytes(path)
+
+
+def _file_name(base: Checkpoint, shard: str) -> str:
+    """What the restored shard is called: as in the base, unless that was a torch file."""
+    path = _path(base, base.shards[shard])
+    return path.name if path.suffix == ".safetensors" else shard
+
+
+def _path(base: Checkpoint, names: list[str]) -> Path:
+    return base.tensors[names[0]].file

@@ -1,0 +1,216 @@
+"""Write the base of a reversible merge again, bit for bit, from the output and its undo file.
+
+The plan is the merge's own, made again from the base's description in the undo file. Every tensor
+of the base is predicted from the output as it was when the undo file was written, what the
+prediction misses is added, and its sha256 must be that of the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loratool.errors import RestoreError
+from loratool.merging.plan import Job, Plan
+from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
+from loratool.merging.undo.prediction import Reversal
+from loratool.merging.undo.residual import Distances, Positions, apply
+from loratool.models.checkpoint import Checkpoint
+from loratool.storage.header import build_header
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, read_raw
+from loratool.streams.progress import Advance
+from loratool.streams.scratch import scratch
+from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
+from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+
+
+def restore(
+    plan: Plan,
+    merged: Checkpoint,
+    undo: Undo,
+    folder: Path,
+    progress: Advance,
+    threads: int | None = None,
+) -> None:
+    """Write the base's shards into `folder`.
+
+    Raises RestoreError for a tensor that does not come out as it was.
+    """
+    jobs = {job.name: job for job in plan.jobs}
+    digests: dict[str, Any] = {}
+    left = {name: tensor.info.nbytes for name, tensor in undo.tensors.items()}
+
+    def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
+        assert isinstance(part, RestoredPart)
+        name = part.info.name
+        digest = digests.setdefault(name, hashlib.sha256())
+        digest.update(data)
+        left[name] -= len(data)
+        if not left[name]:
+            _check_hash(name, digests.pop(name).hexdigest(), undo, merged)
+
+    def parts(shard: BaseShard, files: FilePool) -> Iterator[OutputTensor]:
+        for name in shard.tensors:
+            yield _part(undo.tensors[name], jobs[name], merged.tensors.get(name), undo, files)
+
+    with FilePool() as files, Workers(threads) as workers:
+        shards = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in undo.shards}
+        write_shards(folder, shards, workers, consume, progress)
+
+
+def header_of(shard: BaseShard, undo: Undo) -> bytes:
+    """The first bytes of the base's file, or such as describe its tensors."""
+    if shard.header:
+        return shard.header
+    infos = [undo.tensors[name].info for name in shard.tensors]
+    return build_header([(i.name, i.dtype, i.shape) for i in infos], {"format": "pt"})
+
+
+def _check_hash(name: str, found: str, undo: Undo, merged: Checkpoint) -> None:
+    if found != undo.tensors[name].sha256:
+        raise RestoreError(
+            f"{name}: it does not come out as it was in the base (sha256 {found[:12]}…, expected "
+            f"{undo.tensors[name].sha256[:12]}…).",
+            f"{merged.label} was changed after the merge, or its undo file is of another one. "
+            "Nothing was written. `loratool unmerge --subtract` does without the undo file, but "
+            "not exactly.",
+        )
+
+
+def _part(
+    tensor: BaseTensor, job: Job, merged: TensorInfo | None, undo: Undo, files: FilePool
+) -> RestoredPart:
+    if tensor.whole:
+        return WholePart(tensor, undo, files)
+    assert merged is not None
+    return ReversedPart(tensor, undo, files, job, merged)
+
+
+class RestoredPart(ABC):
+    """A tensor of the base as a part of its shard."""
+
+    def __init__(self, tensor: BaseTensor, undo: Undo, files: FilePool) -> None:
+        self.tensor = tensor
+        self.info = tensor.info
+        self.undo = undo
+        self.files = files
+
+    @property
+    def length(self) -> int:
+        return self.info.nbytes // self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return self.info.itemsize
+
+    @property
+    def block_elements(self) -> int:
+        return BLOCK_ELEMENTS
+
+    @property
+    def task_elements(self) -> int:
+        """The elements of a chunk, so that a task needs one."""
+        return self.tensor.step or BLOCKS_PER_TASK * self.block_elements
+
+    @abstractmethod
+    def begin(self, low: int, high: int, workers: Workers) -> Task:
+        """The task that restores elements `[low, high)`."""
+
+
+class WholePart(RestoredPart):
+    """A tensor that the merge replaced; the undo file holds it."""
+
+    def begin(self, low: int, high: int, workers: Workers) -> Task:
+        return _WholeTask(self, low, self.undo.whole(self.info.name, low, self.files))
+
+
+@dataclass
+class _WholeTask:
+    part: WholePart
+    low: int
+    data: Bytes
+
+    def compute(self, low: int, high: int, data: Bytes) -> None:
+        size = self.part.itemsize
+        data[:] = self.data[(low - self.low) * size : (high - self.low) * size]
+
+    def finish(self) -> None:
+        pass
+
+
+class ReversedPart(RestoredPart):
+    """A tensor that was merged, cast or copied."""
+
+    def __init__(
+        self, tensor: BaseTensor, undo: Undo, files: FilePool, job: Job, merged: TensorInfo
+    ) -> None:
+        super().__init__(tensor, undo, files)
+        self.job = job
+        self.merged = merged
+        self._lock = threading.Lock()
+
+    @property
+    def block_elements(self) -> int:
+        columns = max(1, int(np.prod(self.info.shape[1:])) if self.job.is_arithmetic else 1)
+        return max(1, BLOCK_ELEMENTS // columns) * columns
+
+    @cached_property
+    def _strided(self) -> Bytes:
+        return read_raw(self.merged, self.files)
+
+    def read_into(self, low: int, data: Bytes) -> None:
+        size = self.merged.itemsize
+        if self.merged.strides is not None:
+            with self._lock:
+                _ = self._strided
+            data[:] = self._strided[low * size : low * size + len(data)]
+        else:
+            self.files.read_into(self.merged.file, self.merged.start + low * size, data.data)
+
+    @cached_property
+    def reversal(self) -> Reversal:
+        kind = "f8" if self.info.dtype == "F64" else "f4"
+        gains = [
+            self.undo.gain(self.info.name, index, kind, self.files)
+            for index in range(len(self.job.deltas))
+        ]
+        tensors = [None if gain is None else torch.from_numpy(gain) for gain in gains]
+        return Reversal(self.job, self.info.dtype, self.files, tensors)
+
+    def prepared(self) -> Reversal:
+        with self._lock:
+            return self.reversal
+
+    def begin(self, low: int, high: int, workers: Workers) -> Task:
+        return _ReversedTask(self, low, *self.undo.residual(self.info.name, low, self.files))
+
+
+@dataclass
+class _ReversedTask:
+    part: ReversedPart
+    low: int
+    positions: Positions
+    distances: Distances
+
+    def compute(self, low: int, high: int, data: Bytes) -> None:
+        part = self.part
+        if part.job.is_verbatim:
+            part.read_into(low, data)
+            return
+        merged = scratch.get("merged", (high - low) * part.merged.itemsize, torch.uint8).numpy()
+        part.read_into(low, merged)
+        data[:] = part.prepared().predict(low, high, merged)
+        first, last = np.searchsorted(self.positions, (low - self.low, high - self.low))
+        apply(data, self.positions[first:last] - (low - self.low), self.distances[first:last])
+
+    def finish(self) -> None:
+        pass

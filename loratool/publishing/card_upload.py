@@ -1,0 +1,125 @@
+"""The card of a folder as it goes to a repository, with the licence that the base's card names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.errors import FileError, LoraToolError, PushError, UsageError
+from loratool.notices import Notice
+from loratool.publishing.cards.document import Licence, base_of, make_card
+from loratool.publishing.cards.facts import hub_id
+from loratool.storage.hub.address import Address
+from loratool.storage.hub.errors import explained, progress_bars
+from loratool.storage.hub.repository import Repository, Upload
+
+README = "README.md"
+
+Fate = Literal["made", "completed", "kept"]
+
+
+def card_of(
+    folder: Path, text: str | None, repo_id: str | None, base: str | None = None
+) -> tuple[str, Fate, list[Notice]]:
+    """The card of `folder`, what became of `text`, and what is to be said of it.
+
+    `text` is the card that is there already, `base` the Hub id of the base where the folder does
+    not tell. The licence is looked up on the Hub.
+    """
+    if base is not None and hub_id(base) is None:
+        raise UsageError(f"{base!r} is no id of a model on the Hub.", "Ids are org/name.")
+    known = base or base_of(folder)
+    licence, why = _licence_of(known) if known else (None, "")
+    card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
+    fate: Fate = "made" if text is None else "kept" if card == text else "completed"
+    notices = []
+    if licence is None and not _names_licence(card):
+        words = f"The card names no licence{f': {why}' if why else ''}. Add `license:` to its YAML"
+        words += " (`loratool card` writes it here)." if repo_id else "."
+        notices.append(Notice("licence-unknown", words, README))
+    return card, fate, notices
+
+
+def card_upload(
+    folder: Path,
+    target: Repository,
+    files: Sequence[str] = (),
+    chosen: bool = False,
+    base: str | None = None,
+) -> tuple[Upload, Fate, list[Notice]]:
+    """README.md as it goes up: of the folder or of the repository, completed; or a new one.
+
+    `files` of the folder go up. Raises PushError where both have one and it was not the same
+    words that were completed, but for `chosen`: then the folder's goes up.
+    """
+    own = as_text((folder / README).read_bytes()) if README in files else None
+    there = as_text(target.read(README)) if README in target.files else None
+    text = there if own is None else own
+    card, fate, notices = card_of(folder, text, target.repo, base)
+    if own is not None and there is not None and not chosen:
+        theirs, _, _ = card_of(folder, there, target.repo, base)
+        if _lines(theirs) != _lines(card):
+            raise PushError(
+                f"{README} in {folder} says something else than the one in {target.repo}.",
+                f"--include {README} sends the one here, --exclude {README} keeps the one there.",
+            )
+        card, fate = theirs, "kept" if theirs == there else "completed"
+    _refuse_paths(card)
+    data = card.encode()
+    return Upload(README, data, len(data)), fate, notices
+
+
+def _lines(text: str) -> list[str]:
+    """What a card says, whatever the order of its YAML."""
+    return sorted(line.rstrip() for line in text.splitlines())
+
+
+def as_text(data: bytes) -> str:
+    """A card as text. Raises FileError for what is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{README} is not UTF-8 ({error}).", "Save it as UTF-8.") from None
+
+
+def _licence_of(base: str) -> tuple[Licence | None, str]:
+    """What the base's card on the Hub says, or why that is not known."""
+    from huggingface_hub import ModelCard, constants
+
+    try:
+        with explained(Address(base)), progress_bars(False):
+            data: Any = ModelCard.load(base).data
+    except LoraToolError:
+        return None, f"the card of {base} could not be read"
+    if not isinstance(data.license, str):
+        return None, f"the card of {base} names none"
+    name, link = data.get("license_name"), data.get("license_link")
+    if link and not re.match(r"https?://", str(link)):  # a file beside the base's card
+        link = f"{constants.ENDPOINT}/{base}/blob/main/{link}"
+    return Licence(data.license, name, link), ""
+
+
+def _refuse_paths(card: str) -> None:
+    """Raise PushError where the card calls its base by a path, as PEFT's own cards may."""
+    from huggingface_hub import ModelCard
+
+    data: Any = ModelCard(card, ignore_metadata_errors=True).data
+    for base in data.base_model if isinstance(data.base_model, list) else [data.base_model]:
+        if isinstance(base, str) and not _ID.fullmatch(base):
+            raise PushError(
+                f"{README} names its base_model {base!r}, which is no model on the Hub.",
+                "Write there the id that it has on the Hub, or remove the line.",
+            )
+
+
+#: What the Hub takes for the id of a model; the oldest have no owner.
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def _names_licence(card: str) -> bool:
+    from huggingface_hub import ModelCard
+
+    data: Any = ModelCard(card, ignore_metadata_errors=True).data
+    return bool(data.license)

@@ -1,0 +1,1 @@
+"""Model cards: what headers and records tell, as Markdown."""

@@ -1,0 +1,198 @@
+"""How what a card describes is used: the classes of transformers, and code that loads it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+
+from loratool.adapters.adapter import Adapter
+from loratool.publishing.cards.facts import Facts, address, part, texts
+
+
+@dataclass(frozen=True)
+class Use:
+    """The class of transformers that loads a model, and what the Hub calls its task.
+
+    `pipeline` is None where the class alone does not say. `text` says that it reads text only, so
+    that a tokenizer is all it needs.
+    """
+
+    auto: str
+    pipeline: str | None = None
+    text: bool = True
+    certain: bool = True
+
+
+_CAUSAL = Use("AutoModelForCausalLM", "text-generation")
+#: Translation, summaries, answers: the class does not say which.
+_TEXT_TO_TEXT = Use("AutoModelForSeq2SeqLM")
+_LABELS = Use("AutoModelForSequenceClassification", "text-classification")
+_TOKENS = Use("AutoModelForTokenClassification", "token-classification")
+_ANSWERS = Use("AutoModelForQuestionAnswering", "question-answering")
+_SEEING = Use("AutoModelForImageTextToText", "image-text-to-text", text=False)
+
+_BY_TASK = {
+    "CAUSAL_LM": _CAUSAL,
+    "SEQ_2_SEQ_LM": _TEXT_TO_TEXT,
+    "SEQ_CLS": _LABELS,
+    "TOKEN_CLS": _TOKENS,
+    "QUESTION_ANS": _ANSWERS,
+    "FEATURE_EXTRACTION": Use("AutoModel", "feature-extraction"),
+}
+_BY_CLASS = {
+    "ForCausalLM": _CAUSAL,
+    "LMHeadModel": _CAUSAL,
+    "ForMaskedLM": Use("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": _LABELS,
+    "ForTokenClassification": _TOKENS,
+    "ForQuestionAnswering": _ANSWERS,
+    "ForImageClassification": Use("AutoModelForImageClassification", "image-classification", False),
+    "ForSpeechSeq2Seq": Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", False),
+}
+_TEXT_MODELS = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "m2m_100",
+                "led"}  # fmt: skip
+#: Modules of a model that sees, and the decoder of a model that writes.
+_VISION = re.compile(r"(^|\.)(visual|vision_\w+|language_model|mm_projector)(\.|$)")
+_DECODER = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h|blocks)\.\d")
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight")
+_CLASSIFIER = re.compile(r"(score|classifier|classifier\.out_proj)\.weight")
+
+
+def use_of(facts: Facts) -> Use | None:
+    """How the model is loaded; None where nothing tells, or where transformers cannot."""
+    if facts.model is not None:
+        config = facts.model.config
+        if not (config.get("model_type") or config.get("architectures")):
+            return None
+        named = texts(config.get("architectures"))
+        found = _by_class(named[0] if named else "", facts.model.model_type)
+        if "vision_config" in config and found in (None, _CAUSAL):
+            return Use(_SEEING.auto, None, False) if found else _SEEING
+        return found or Use("AutoModel", text=False, certain=bool(named))
+    assert facts.adapter is not None
+    return _use_of_adapter(facts, facts.adapter)
+
+
+def _use_of_adapter(facts: Facts, adapter: Adapter) -> Use | None:
+    if not adapter.config.get("peft_type"):
+        return None
+    found = _BY_TASK.get(str(adapter.config.get("task_type")))
+    if found is _CAUSAL and any(_VISION.search(path) for path in adapter.modules):
+        return Use(_SEEING.auto, None, False)
+    if found is not None:
+        return found
+    mapping, base = part(adapter.config, "auto_mapping"), part(facts.record, "base")
+    if not str(mapping.get("parent_library") or "transformers").startswith("transformers"):
+        return None
+    named = [str(mapping.get("base_model_class") or ""), *texts(base.get("architectures"))]
+    name = next(filter(None, named), "")
+    found = _by_class(name, str(base.get("model_type")))
+    if found is None and any(_VISION.search(path) for path in adapter.modules):
+        return Use(_SEEING.auto, None, False, certain=False)
+    if found is None and not name and any(_DECODER.match(path) for path in adapter.modules):
+        return Use(_CAUSAL.auto, None, certain=False)
+    return found or Use("AutoModel", text=False, certain=bool(name))
+
+
+def _by_class(name: str, model_type: str) -> Use | None:
+    """By the name of a class of transformers."""
+    if name.endswith("ForConditionalGeneration"):
+        if model_type == "whisper":
+            return _BY_CLASS["ForSpeechSeq2Seq"]
+        return _TEXT_TO_TEXT if model_type in _TEXT_MODELS else None
+    return next((use for end, use in _BY_CLASS.items() if name.endswith(end)), None)
+
+
+def how_to_use(facts: Facts, place: str) -> str:
+    """The code that loads it from `place`, a Hub id or a path."""
+    if facts.model is not None:
+        return _model_usage(facts, place)
+    assert facts.adapter is not None
+    parts = [_adapter_usage(facts, facts.adapter, place), _merge_line(facts, facts.adapter, place)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _model_usage(facts: Facts, place: str) -> str:
+    use = use_of(facts)
+    if use is None or facts.model is None:
+        return "There is no `config.json` here that says how to build the model of these weights."
+    tokenizer = facts.tokenizer
+    lines = [
+        f"from transformers import {use.auto}" + (", AutoTokenizer" if tokenizer else ""),
+        "",
+        f"name = {_quoted(place)}",
+        f"model = {use.auto}.from_pretrained(name)",
+    ]
+    if tokenizer:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
+    text = _fenced("python", lines)
+    if facts.model.config.get("auto_map"):
+        text += "\n\nThe model has code of its own, so `from_pretrained` asks for "
+        text += "`trust_remote_code=True`: read that code first."
+    return text
+
+
+def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
+    use = use_of(facts)
+    if not adapter.config.get("peft_type"):
+        return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
+    if use is None:
+        name = str(part(adapter.config, "auto_mapping").get("base_model_class") or "its base")
+        return f"Load the base model (`{name}`), then `PeftModel.from_pretrained(model, …)`."
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {use.auto}" + (", AutoTokenizer" if use.text else ""),
+        "",
+    ]
+    if facts.base is None:
+        lines.append("# Which base model this is for is not recorded: its Hub id or its folder.")
+    lines += [f"base = {_quoted(facts.base or 'path/to/base')}", f"adapter = {_quoted(place)}", ""]
+    if not use.certain:
+        lines.append("# No task is recorded; this class fits the names of the modules.")
+    options = f", revision={_quoted(facts.revision)}" if facts.revision else ""
+    options += f", subfolder={_quoted(facts.subfolder)}" if facts.subfolder else ""
+    labels = _rows(adapter, _CLASSIFIER) if use in (_LABELS, _TOKENS) else None
+    if labels:
+        options += f", num_labels={labels}"
+    lines.append(f"model = {use.auto}.from_pretrained(base{options})")
+    tokens = _rows(adapter, _EMBEDDING)
+    partial = any(notice.code == "partial-embedding-rows" for notice in adapter.notices)
+    if tokens and not partial:
+        # PEFT leaves the base as it is, also where the vocabulary grew in training.
+        lines += [
+            f"# The adapter brings an embedding of {tokens} tokens.",
+            f"if model.get_input_embeddings().weight.shape[0] != {tokens}:",
+            f"    model.resize_token_embeddings({tokens})",
+        ]
+    lines.append("model = PeftModel.from_pretrained(model, adapter)")
+    if use.text:
+        source = "adapter" if facts.tokenizer else "base"
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({source})")
+    return _fenced("python", lines)
+
+
+def _rows(adapter: Adapter, name: re.Pattern[str]) -> int | None:
+    """The number of rows of a tensor that the adapter brings whole."""
+    found = [info for key, info in adapter.replaced.items() if name.fullmatch(key)]
+    return found[0].shape[0] if found and len(found[0].shape) == 2 else None
+
+
+def _merge_line(facts: Facts, adapter: Adapter, place: str) -> str:
+    refused = any(notice.refused for notice in adapter.notices)
+    if adapter.format != "peft" or not adapter.config.get("peft_type") or refused:
+        return ""
+    base = "path/to/base"
+    if facts.base:
+        base = address(facts.base, facts.revision, facts.subfolder)
+    line = shlex.join(["loratool", "merge", base, place, "-o", "merged"])
+    return "To merge it into the base's weights:\n\n" + _fenced("sh", [line])
+
+
+def _fenced(language: str, lines: list[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,245 @@
+"""What of a folder goes to the Hub, and every reason why it should not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.reading import read_adapter
+from loratool.errors import FileError, PushError, UsageError, listed, nearest
+from loratool.models.checkpoint import open_checkpoint
+from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
+from loratool.storage.folder import Folder
+from loratool.storage.hub.address import parse
+
+#: Files that stay here: what tools, editors and systems leave behind.
+_LITTER = re.compile(
+    r"(^|/)\.[^/]*\.loratool-[^/]*(/|$)"
+    r"|(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|__MACOSX|\.venv|\.idea|\.vscode)/"
+    r"|(^|/)(\.DS_Store|Thumbs\.db|desktop\.ini|.*\.(lock|tmp|swp|pyc)|.*~)$"
+)
+#: Names of files that hold keys and passwords.
+_SECRET_NAME = re.compile(
+    r"(^|/)(\.env(\..+)?|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd|"
+    r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
+    r"(service[-_]?account|client[-_]?secrets?|credentials?|secrets?)([-_.].*)?|"
+    r"api[-_]?keys?(\..*)?|kaggle\.json|"
+    r"(hf|api|access|auth|stored)?[-_.]?token(\.(txt|json))?)$",
+    re.IGNORECASE,
+)
+#: Texts that are keys by their form.
+_SECRET_TEXT = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{50,}|"
+    rb"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[0-9A-Za-z-]{20,}|"
+    rb"\b(?:[A-Z]+_)*(?:API_KEY|TOKEN|SECRET|PASSWORD)\s*=\s*[\"']?[A-Za-z0-9_-]{20,}|"
+    rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAIza[0-9A-Za-z_-]{35}\b"
+)
+#: Longer files are no notes or configs, in which somebody left a key.
+_LONGEST_TEXT = 50_000_000
+#: A file without a zero byte in so many bytes is a text.
+_BEGINNING = 8_192
+#: Vocabularies are long lists of odd words.
+_VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
+
+#: What a training run needs to go on, and nobody else.
+_TRAINING = re.compile(
+    r"(^|/)(optimizer.*|optim_states.*|scheduler\.(pt|bin)|scaler\.pt|rng_state.*|random_states.*|"
+    r"training_args\.bin|events\.out\.tfevents.*|.*\.distcp|.*_optim_states\.pt|.*_model_states\.pt)$"
+    r"|(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
+)
+_PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
+_UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
+
+
+@dataclass
+class Manifest:
+    """`files` of the `folder` go up, by name; `left_out` stay here."""
+
+    folder: Folder
+    kind: Literal["adapter", "model"]
+    files: list[str]
+    left_out: list[str]
+    #: Files without which it cannot be loaded.
+    needed: set[str] = field(default_factory=set)
+    notices: list[Notice] = field(default_factory=list)
+
+    @cached_property
+    def recorded(self) -> dict[str, str]:
+        """The sha256 of the weights by name, as loratool.json has them; {} without one."""
+        if not self.folder.has(PROVENANCE):
+            return {}
+        record = self.folder.json(PROVENANCE)
+        found = record.get("shards") or record.get("files") or {}
+        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Manifest:
+    """Choose what of an adapter or a model in `path` goes up.
+
+    `include` are globs of files that go up though they look as if they should not; `exclude` are
+    globs of files that stay here.
+
+    Raises PushError for an output that is incomplete or failed, for secrets and for leftovers of a
+    training run; FileError and AdapterError for weights that cannot be read.
+    """
+    folder = _open(path)
+    kind: Literal["adapter", "model"] = "model"
+    if folder.has(ADAPTER_CONFIG) or any(folder.has(name) for name in ADAPTER_ENTRIES):
+        kind = "adapter"
+    files: list[str] = []
+    left_out: list[str] = []
+    for name in folder.names():
+        stays = _LITTER.search(name) or _matches(name, exclude)
+        stays = name.endswith("/") or (stays and not _matches(name, include))
+        (left_out if stays else files).append(name)
+    for pattern in (*include, *exclude):
+        if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
+            raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
+    parcel = Manifest(folder, kind, files, left_out)
+    _refuse_incomplete(parcel)
+    _refuse_left_behind(parcel)
+    asked = [name for name in files if not _matches(name, include)]
+    _refuse_secrets(folder, asked)
+    _refuse_strays(folder, asked, files)
+    return parcel
+
+
+def _open(path: Path) -> Folder:
+    if _UNFINISHED.match(path.resolve().name):
+        raise PushError(
+            f"{path}: what a run that was stopped left behind. It is not complete.",
+            "Run the command again, and push its output.",
+        )
+    if path.is_file():
+        raise PushError(f"{path}: a file.", f"Give its directory, {path.absolute().parent}.")
+    if not path.is_dir():
+        address = parse(str(path))
+        if address is not None and not path.parent.is_dir():
+            raise FileError(
+                f"{path}: no such directory.",
+                f"push takes a directory on this disk; {address} can be downloaded: "
+                f"hf download {address.repo} --local-dir DIR.",
+            )
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
+        raise FileError(
+            f"{path}: no such directory.",
+            f"Did you mean {path.with_name(near)}?" if near else "Check the path.",
+        )
+    return Folder(path)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a glob fits the whole path, its last part, or a folder that it lies in."""
+    parts = name.split("/")
+    ways = [name, parts[-1], *("/".join(parts[:i]) + "/" for i in range(1, len(parts)))]
+    return any(fnmatchcase(way, p) or fnmatchcase(way, p + "/") for way in ways for p in patterns)
+
+
+def _refuse_incomplete(parcel: Manifest) -> None:
+    """Raise where the weights are not all there, or not fit for use."""
+    path = parcel.folder.path
+    if parcel.kind == "adapter":
+        adapter = read_adapter(path)
+        refused = [n.message for n in adapter.notices if n.refused]
+        if adapter.format == "peft" and refused:
+            raise PushError(
+                f"{path}: an adapter that nobody could use as it is:\n{listed(refused)}",
+                "Repair it first; `loratool inspect` shows all of it.",
+            )
+        if adapter.format == "peft":
+            refuse_not_finite(adapter)
+        parcel.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
+        parcel.notices += adapter.notices + _note_local_base(adapter)
+    else:
+        try:
+            model = open_checkpoint(path)
+        except FileError as error:
+            raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
+        indices = {name for name in parcel.files if name.endswith(".index.json")}
+        parcel.needed = {*(file.name for file in model.files), CONFIG, *indices}
+    gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
+    if gone:
+        raise PushError(
+            f"{path}: {PROVENANCE} names {len(gone)} files that are not there:\n{listed(gone)}",
+            "Make the output again.",
+        )
+
+
+def _note_local_base(adapter: Adapter) -> list[Notice]:
+    base = adapter.config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not re.match(r"[/\\~.]|[A-Za-z]:[/\\]", base):
+        return []
+    text = (
+        f"{CONFIG} names the base by a path, {base!r}: nobody else can load it. Write the id that "
+        "it has on the Hub."
+    )
+    return [Notice("local-base", text, ADAPTER_CONFIG)]
+
+
+def _refuse_left_behind(parcel: Manifest) -> None:
+    """Raise where `exclude` took what the rest does not work without."""
+    lost = sorted((parcel.needed | parcel.recorded.keys()) & set(parcel.left_out))
+    if lost:
+        raise UsageError(
+            f"Without {lost[0]} the {parcel.kind} cannot be loaded.", "Do not exclude it."
+        )
+
+
+def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
+    found = {}
+    for name in names:
+        if _SECRET_NAME.search(name):
+            found[name] = "by its name"
+        elif _holds_secret(folder.path / name, name):
+            found[name] = "it holds what looks like a key or a token"
+    if found:
+        raise PushError(
+            f"{folder.path}: {len(found)} of its files look like secrets:\n{_reasons(found)}",
+            f"Remove them, or leave them out: {_options('--exclude', found)}. "
+            "What is no secret goes up with --include.",
+        )
+
+
+def _holds_secret(path: Path, name: str) -> bool:
+    weights = name.endswith((".safetensors", ".gguf")) or _PICKLE.search(name)
+    if weights or _VOCABULARY.search(name) or path.stat().st_size > _LONGEST_TEXT:
+        return False
+    data = path.read_bytes()
+    return b"\0" not in data[:_BEGINNING] and _SECRET_TEXT.search(data) is not None
+
+
+def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -> None:
+    tops = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
+    found = {}
+    for name in names:
+        if _TRAINING.search(name):
+            found[name] = "of a training run"
+        elif _PICKLE.search(name) and name.rpartition("/")[0] in tops:
+            found[name] = "a pickle beside safetensors"
+    if found:
+        raise PushError(
+            f"{folder.path}: {len(found)} of its files do not belong to what is pushed:\n"
+            f"{_reasons(found)}",
+            f"Leave them out: {_options('--exclude', found)}. "
+            "To push them all the same, name them with --include.",
+        )
+
+
+def _reasons(found: dict[str, str]) -> str:
+    return listed(f"{name} ({reason})" for name, reason in found.items())
+
+
+def _options(option: str, found: dict[str, str]) -> str:
+    """The option for every file, or for every folder with such files."""
+    tops = {name.partition("/")[0] + "/" if "/" in name else name for name in found}
+    return " ".join(f"{option} {shlex.quote(top)}" for top in sorted(tops))

@@ -1,0 +1,237 @@
+"""Takes the shards of a merge to the Hub as they are made, so that the disk need not hold them all.
+
+Shards are committed one by one to a branch of their own, named after what makes them what they are:
+inputs, weights, options, versions. A run that was stopped finds there what is done. At the end one
+commit brings them all to the main branch, with config, tokenizer and card, and the branch is
+dropped. So the main branch never holds half a model, and the Hub itself keeps the account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from loratool.errors import HubError, explained_os_errors
+from loratool.merging.executor import Written, header_of
+from loratool.merging.plan import Plan
+from loratool.merging.proof.pairing import check_shard
+from loratool.merging.provenance import describe_adapter, describe_model, versions
+from loratool.merging.rounding import Counts
+from loratool.notices import Notice
+from loratool.publishing.card_upload import card_upload
+from loratool.publishing.target import refuse_mixture
+from loratool.storage.folder import origin_of
+from loratool.storage.hub.repository import Committed, Repository, Upload
+
+#: On the branch: what is known of the shards there.
+JOURNAL = "loratool-progress.json"
+
+MESSAGE = "Merge with loratool"
+
+
+class Shipment:
+    """The courier of one merge. Use as a context manager, after which no upload begins."""
+
+    def __init__(
+        self, plan: Plan, folder: Path, target: Repository, keep: bool, threads: int | None
+    ) -> None:
+        """`folder` is where shards are written; with `keep` they stay there.
+
+        Without it the base's files are downloaded as they are needed, and given back.
+        """
+        self._plan, self._folder, self._keep, self._threads = plan, folder, keep, threads
+        self._target = target
+        self._branch = Repository(target.repo, f"loratool-{fingerprint(plan)[:16]}")
+        self._journal: dict[str, Any] = {}
+        self._staged: dict[str, str] = {}
+        self._inputs = {name: _files(plan, name) for name in plan.shards}
+        self._uploader = ThreadPoolExecutor(1)
+        self._downloader = ThreadPoolExecutor(1)
+        self._uploads: list[Future[None]] = []
+        self._downloads: dict[str, Future[None]] = {}
+        #: Shards that were on the Hub already, and were not uploaded again.
+        self.resumed: list[str] = []
+
+    def __enter__(self) -> Shipment:
+        there = self._branch.look()
+        if self._branch.new_branch:
+            self._branch.create(self._target.private)
+        elif JOURNAL in there:
+            self._journal = _entries(self._branch.read(JOURNAL))
+        self._staged = {
+            name: there[name]
+            for name, entry in self._journal.items()
+            if name in self._plan.shards and there.get(name) == entry["sha256"]
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for pool in (self._uploader, self._downloader):
+            pool.shutdown(wait=error is None, cancel_futures=True)
+        if not self._keep:
+            self._plan.base.folder.let_go({n for names in self._inputs.values() for n in names})
+            self._plan.base.folder.sweep()
+
+    def fetch(self, shard: str) -> Written | None:
+        if not self._keep and shard in self._staged:
+            # Its header stands in for it: the card is made from headers.
+            _hollow(self._folder / shard, header_of(self._plan.shards[shard]), self._size(shard))
+            self.resumed.append(shard)
+            entry = dict(self._journal[shard])
+            return Written({shard: entry.pop("sha256")}, Counts(**entry))
+        self._download(shard).result()
+        todo = [name for name in self._inputs if self._keep or name not in self._staged]
+        for later in todo[todo.index(shard) + 1 :][:1]:
+            self._download(later)
+        return None
+
+    def take(self, shard: str, written: Written) -> None:
+        path = self._folder / shard
+        check_shard(self._plan.shards[shard], path, lambda *_: None, self._threads)
+        if not self._keep:
+            wanted = {n for later in self._after(shard) for n in self._inputs[later]}
+            self._plan.base.folder.let_go(set(self._inputs[shard]) - wanted)
+        for done in self._uploads[-1:]:  # at most one waits, so that few shards lie on the disk
+            done.result()
+        upload = Upload.of_file(shard, path, written.shards[shard])
+        if self._staged.get(shard) == upload.sha256:
+            self.resumed.append(shard)
+            self._done(shard)
+            return
+        entry = {"sha256": upload.sha256, **written.counts.__dict__}
+        self._uploads.append(self._uploader.submit(self._send, upload, entry))
+
+    def settle(self) -> None:
+        """Wait until every shard is on the branch."""
+        for done in self._uploads:
+            done.result()
+
+    def finish(self, folder: Path) -> tuple[Committed, list[Notice]]:
+        """Bring the model in `folder` to the target in one commit, and drop the branch.
+
+        To be called once `settle` was; `folder` may have another place by now.
+        """
+        shards = {name: self._staged[name] for name in self._plan.shards}
+        there = self._branch.look()
+        spoilt = [name for name, digest in shards.items() if there.get(name) != digest]
+        if spoilt:
+            raise HubError(
+                f"{self._target.repo}: {spoilt[0]} on the branch {self._branch.revision} is not "
+                "what was uploaded. Nothing was committed.",
+                "Somebody else writes there; delete the branch, and run the command again.",
+            )
+        with explained_os_errors():
+            uploads = _small_files(folder, shards)
+            self._target.look()
+            card, _, notices = card_upload(folder, self._target)
+        uploads.append(card)
+        notices += refuse_mixture([*shards, *(u.name for u in uploads)], self._target)
+        committed = self._target.commit(uploads, MESSAGE, copied=shards, source=self._branch.head)
+        with suppress(HubError):  # an old branch does no harm; the model is where it should be
+            self._branch.drop()
+        return committed, notices
+
+    def _send(self, upload: Upload, entry: dict[str, Any]) -> None:
+        self._journal[upload.name] = entry
+        data = json.dumps(self._journal, indent=2, sort_keys=True).encode()
+        journal = Upload(JOURNAL, data, len(data))
+        self._branch.commit([upload, journal], f"Stage {upload.name}", quiet=True)
+        self._staged[upload.name] = upload.sha256
+        self._done(upload.name)
+
+    def _done(self, shard: str) -> None:
+        """What is on the Hub need not be here."""
+        if not self._keep:
+            _hollow(self._folder / shard, header_of(self._plan.shards[shard]), self._size(shard))
+
+    def _size(self, shard: str) -> int:
+        jobs = self._plan.shards[shard]
+        return len(header_of(jobs)) + sum(job.nbytes for job in jobs)
+
+    def _after(self, shard: str) -> list[str]:
+        names = list(self._plan.shards)
+        return [n for n in names[names.index(shard) + 1 :] if n not in self._staged]
+
+    def _download(self, shard: str) -> Future[None]:
+        if shard not in self._downloads:
+            fetch: Callable[[Sequence[str]], None] = self._plan.base.folder.fetch
+            self._downloads[shard] = self._downloader.submit(fetch, self._inputs[shard])
+        return self._downloads[shard]
+
+
+def _entries(data: bytes) -> dict[str, dict[str, Any]]:
+    """The journal as it should be; what is not as this version writes it counts for nothing."""
+    try:
+        document = dict(json.loads(data))
+        return {
+            name: {**Counts(**{k: v for k, v in entry.items() if k != "sha256"}).__dict__,
+                   "sha256": str(entry["sha256"])}
+            for name, entry in document.items()
+        }  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _files(plan: Plan, shard: str) -> list[str]:
+    """The files of the base that a shard is made from."""
+    folder = plan.base.folder.path
+    return sorted(
+        {j.source.file.name for j in plan.shards[shard] if j.source.file.parent == folder}
+    )
+
+
+def _hollow(path: Path, header: bytes, size: int) -> None:
+    """Leave a file with its header and its size, and no data: it takes no space."""
+    with path.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(size)
+
+
+def fingerprint(plan: Plan) -> str:
+    """What a merge comes to, before it is made: equal for equal inputs, options and versions."""
+    base = plan.base
+    files = [] if origin_of(base.source) else [_stamp(path) for path in base.files]
+    document = [
+        describe_model(base),
+        files,
+        [describe_adapter(a, w) for a, w in zip(plan.adapters, plan.weights, strict=True)],
+        plan.dtype,
+        plan.counts(),
+        versions("torch", "numpy"),
+    ]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[str]:
+    """A file on this disk: to hash it would take as long as to merge it."""
+    found = path.stat()
+    return [path.name, str(found.st_size), str(found.st_mtime_ns)]
+
+
+def space_needed(plan: Plan) -> int:
+    """Bytes that a merge takes on this disk at most, when nothing is kept of it.
+
+    Two shards, one being made and one on its way, and the base's files for two more.
+    """
+    folder = plan.base.folder
+    sizes = {name: sum(job.nbytes for job in jobs) for name, jobs in plan.shards.items()}
+    inputs = [sum(folder.missing(_files(plan, name)).values()) for name in plan.shards]
+    return 2 * max(sizes.values()) + sum(sorted(inputs)[-2:])
+
+
+def _small_files(folder: Path, shards: Iterable[str]) -> list[Upload]:
+    """Everything in the folder of a merge but its shards and its card, with hashes."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = {str(p.relative_to(folder)): p for p in paths}
+    return [Upload.of_file(n, p) for n, p in names.items() if n not in shards and n != "README.md"]

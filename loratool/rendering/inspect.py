@@ -1,0 +1,164 @@
+"""Show what `inspect` found."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from loratool.rendering.terminal import (
+    NARROW,
+    WIDE,
+    fact_grid,
+    folded_table,
+    make_table,
+    out,
+    spectrum_table,
+)
+from loratool.verbs.inspect import InspectReport, ModuleReport
+from loratool.words import count_text, format_bytes, number_text, shape_text, span_text
+
+
+def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:
+    facts = fact_grid()
+    facts.add_row("file", escape(report.file))
+    facts.add_row("format", escape(report.description))
+    if report.peft_type:
+        facts.add_row("PEFT type", escape(report.peft_type))
+    if report.base_model:
+        facts.add_row("base model", escape(report.base_model))
+    if report.format == "peft":
+        _lora_facts(facts, report)
+    dtypes = ", ".join(f"{n}× {d}" for d, n in report.dtypes.items())
+    facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
+    size = f"{count_text(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
+    facts.add_row("size", size)
+    if not report.measured:
+        facts.add_row("norms", f"--norms downloads {format_bytes(report.nbytes)} for them")
+    for key, value in list(report.metadata.items())[:5]:
+        shown = value if len(value) <= 60 else value[:57] + "…"
+        facts.add_row("metadata", escape(f"{key} = {shown}"))
+    if len(report.metadata) > 5:
+        facts.add_row("", f"and {len(report.metadata) - 5} more entries (--json shows all)")
+    out.print(facts)
+    if report.modules:
+        out.print()
+        whole = full or len(report.modules) == 1
+        out.print(_module_table(report.modules, whole, report.measured))
+    if spectrum and report.modules:
+        out.print()
+        spectra = [(m.path, m.singular_values or []) for m in report.modules]
+        out.print(spectrum_table(spectra, "singular values of ΔW"))
+    if report.base is not None:
+        _show_base(report)
+    if tensors or (report.format not in ("peft", "empty") and len(report.tensors) <= 8):
+        table = make_table("tensor", "dtype", "shape")
+        for info in report.tensors:
+            table.add_row(escape(info.name), info.dtype, shape_text(info.shape))
+        out.print()
+        out.print(table)
+
+
+def _lora_facts(facts: Table, report: InspectReport) -> None:
+    config = report.config
+    if config:
+        said = f"r {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)}"
+        flags = [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
+        flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
+        facts.add_row("configured", escape(", ".join([said, *flags])))
+        targets = config.get("target_modules")
+        shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
+        facts.add_row("targets", escape(shown))
+    ranks = sorted({m.rank for m in report.modules})
+    scales = sorted({m.scale for m in report.modules if m.scale is not None})
+    if ranks:
+        found = f"rank {_values(ranks)}, scale {_values(scales) or 'unknown'}"
+        facts.add_row("found", found)
+    chosen = len(report.modules)
+    shown = "" if chosen == report.total_modules else f" ({chosen} shown)"
+    facts.add_row("modules", f"{report.total_modules}{shown}")
+    if report.saved:
+        names = [f"{name} {shape_text(shape)}" for name, shape in report.saved.items()]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        facts.add_row("saved whole", escape(", ".join(names[:4]) + more))
+
+
+def _values(numbers: Sequence[float]) -> str:
+    if len(numbers) > 4:
+        return f"{numbers[0]:g}–{numbers[-1]:g}"
+    return ", ".join(f"{n:g}" for n in numbers)
+
+
+def _module_table(modules: list[ModuleReport], full: bool, measured: bool) -> Table:
+    """One line per group of modules that differ only in their numbers, under their layers."""
+    wide = out.width >= WIDE
+    relative = any(m.relative_norm is not None for m in modules)
+    headings = ["module", "kind", "r", "alpha", "scale", "A", "B", "dtype", "‖ΔW‖", "σ₁",
+                "stable rank"] if wide else [
+                "module", "r/α", "scale", "out×in", "‖ΔW‖", "σ₁ max", "s.rank"]  # fmt: skip
+    if out.width < NARROW:
+        headings = ["module", "r/α", "‖ΔW‖"]
+    if not measured:
+        headings = [h for h in headings if h not in _MEASURED]
+    if relative:
+        headings.append("‖ΔW‖/‖W‖")
+    return folded_table(
+        headings,
+        modules,
+        lambda m: m.path,
+        lambda m: (m.kind, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora),
+        _module_cells,
+        full,
+    )
+
+
+#: Columns that take the values of an adapter, not only its headers.
+_MEASURED = ("‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank")
+
+
+def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
+    one = group[0]
+    stable = [m.stable_rank for m in group if m.stable_rank is not None]
+    largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
+    return {
+        "kind": one.kind,
+        "r": str(one.rank) + (" DoRA" if one.dora else ""),
+        "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
+        "r/α": ("DoRA " if one.dora else "")
+        + f"{one.rank}/" + ("?" if one.alpha is None else f"{one.alpha:g}"),
+        "scale": "?" if one.scale is None else f"{one.scale:.4g}",
+        "A": shape_text(one.shapes["A"]),
+        "B": shape_text(one.shapes["B"]),
+        "out×in": f"{one.shapes['B'][0]}×{math.prod(one.shapes['A'][1:])}"
+        if one.shapes["B"] else "–",
+        "dtype": one.dtype,
+        "‖ΔW‖": span_text([m.delta_norm for m in group]),
+        "σ₁": span_text([m.spectral_norm for m in group]),
+        "σ₁ max": number_text(max(largest) if largest else None),
+        "stable rank": span_text([m.stable_rank for m in group]),
+        "s.rank": number_text(statistics.median(stable) if stable else None, 2),
+        "‖ΔW‖/‖W‖": span_text([m.relative_norm for m in group]),
+    }  # fmt: skip
+
+
+def _show_base(report: InspectReport) -> None:
+    base = report.base
+    assert base is not None
+    facts = fact_grid()
+    facts.add_row("base", f"{escape(base.source)} ({escape(base.model_type or 'no config')}, "
+                  f"{count_text(base.parameters, 'parameter')})")  # fmt: skip
+    facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
+    if report.measured and not base.measured:
+        facts.add_row("‖ΔW‖/‖W‖", "--norms downloads the adapted weights for it")
+    if base.unmatched:
+        facts.add_row("unmatched", f"[red]{len(base.unmatched)} parts do not fit this base[/]")
+    out.print()
+    out.print(facts)
+    table = make_table("base weight", "adapted", "of")
+    for entry in base.coverage:
+        style = "dim" if not entry.adapted else ""
+        table.add_row(escape(entry.name), str(entry.adapted), str(entry.total), style=style)
+    out.print(table)

@@ -1,0 +1,81 @@
+"""Show what `merge` did or would do."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+from loratool.rendering.terminal import fact_grid, out, written_text
+from loratool.storage.filenames import CONFIG
+from loratool.verbs.merge import MergeReport
+from loratool.words import format_bytes, percent_text
+
+
+def show_merge(report: MergeReport, verbose: bool) -> None:
+    if report.dry_run:
+        out.print("[bold]Plan[/] (nothing was written)")
+    facts = fact_grid()
+    facts.add_row("base", escape(report.base))
+    for adapter, weight in zip(report.adapters, report.weights, strict=True):
+        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+    kept = "each tensor's own" if report.dtype == "base" else report.dtype
+    facts.add_row("dtype", kept)
+    facts.add_row("modules", f"{report.modules} merged")
+    words = {"merge": "merged", "replace": "replaced", "add": "added", "cast": "cast",
+             "copy": "copied"}  # fmt: skip
+    done = [f"{n} {words[action]}" for action, n in report.tensors.items() if n]
+    facts.add_row("tensors", ", ".join(done))
+    for action in ("replace", "add"):
+        names = report.changes[action]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 and not verbose else ""
+            shown = names if verbose else names[:5]
+            facts.add_row(words[action], escape(", ".join(shown)) + more)
+    if verbose:
+        facts.add_row("merged", escape("\n".join(report.changes["merge"])))
+    if report.config_changes:
+        changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
+        facts.add_row(CONFIG, escape(changed))
+    if report.left_out:
+        facts.add_row("left out", escape(", ".join(report.left_out)))
+    if report.dry_run:
+        facts.add_row("to read", format_bytes(report.bytes_to_read))
+        free = format_bytes(report.bytes_free)
+        room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
+        facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
+        if report.reversible:
+            share = report.undo_bytes / max(1, report.bytes_written)
+            undo = f"about {format_bytes(report.undo_bytes)} more ({share:.1%}), from a sample"
+            facts.add_row("undo file", undo)
+    else:
+        facts.add_row(
+            "written", written_text(report.bytes_written, len(report.shards), report.seconds)
+        )
+        if report.subnormal or report.zeroed:
+            share = 100 * (report.subnormal + report.zeroed) / max(1, report.parameters)
+            facts.add_row(
+                "small values",
+                f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
+                f"({share:.2g}% of all)",
+            )
+        if report.lost is not None:
+            facts.add_row("rounding", f"took about {percent_text(report.lost)} of the delta")
+        if report.verified:
+            facts.add_row("verified", "[green]every value read back as computed[/]")
+        if report.reversible:
+            share = report.undo_bytes / max(1, report.bytes_written)
+            undo = f"{format_bytes(report.undo_bytes)} ({share:.2%} of the output)"
+            facts.add_row("undo file", undo)
+        if report.kept:
+            facts.add_row("output", escape(report.output))
+        if report.resumed:
+            count = f"{len(report.resumed)} of {len(report.shards)} shards"
+            facts.add_row("resumed", f"{count} were there from an earlier run")
+        if report.pushed:
+            seen = "private" if report.private else "public"
+            facts.add_row("repository", f"{'created, ' if report.created else ''}{seen}")
+            facts.add_row("commit", report.commit)
+    if report.pushed and report.dry_run:
+        facts.add_row("to push to", escape(report.pushed))
+    out.print(facts)
+    if report.pushed and not report.dry_run:
+        out.print(escape(report.pushed), soft_wrap=True)

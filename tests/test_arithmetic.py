@@ -14,7 +14,6 @@ from conftest import pair, write_adapter
 from safetensors.torch import load_file, save_file
 
 import loratool
-import loratool.merging.arithmetic as arithmetic
 
 PATH = "transformer.h.0.attn.c_attn"
 
@@ -75,7 +74,7 @@ def test_result_does_not_depend_on_the_block_size(
     whole = merged(base, adapter, tmp_path / "whole")
     assert (whole - weight).abs().max() > 0.1
     for elements in (1, 50, 120, 333):
-        monkeypatch.setattr(arithmetic, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("loratool.storage.tensors.BLOCK_ELEMENTS", elements)
         cut = merged(base, adapter, tmp_path / f"cut{elements}", threads=2)
         assert (cut - whole).abs().max() <= 4e-7 * whole.abs().max()
 

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 import loratool
 from loratool.errors import AdapterError, BaseError, FileError, LoraToolError, MatchError
 from loratool.models.checkpoint import open_checkpoint
-from loratool.storage.tensors import read_raw
+from loratool.storage.values import read_raw
 
 NAMES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 

@@ -29,7 +29,7 @@ from loratool.errors import (
     VerifyError,
 )
 from loratool.extracting import output as extracted_output
-from loratool.storage.tensors import raw_blocks
+from loratool.storage.values import raw_blocks
 
 AT = "model.layers.{}."
 Q0 = "model.layers.0.self_attn.q_proj"

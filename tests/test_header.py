@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
 from loratool.storage.header import build_header, read_header
-from loratool.storage.tensors import as_float32, read_float32, read_raw
+from loratool.storage.tensors import as_float32
+from loratool.storage.values import read_float32, read_raw
 
 #: One table entry and its data, which the cases below break in one way each.
 DATA = bytes(range(24))

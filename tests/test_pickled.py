@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from loratool.errors import FileError
 from loratool.storage import torchfile as pickled
-from loratool.storage.tensors import read_float32, read_raw
 from loratool.storage.torchfile import read_pickled
+from loratool.storage.values import read_float32, read_raw
 
 both_layouts = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -423,16 +422,8 @@ def several_blocks(folder: Path) -> tuple[Path, list[Path]]:
     return base, adapters
 
 
-#: Where the size of a block is looked up.
-BLOCK_MODULES = ["storage.tensors", "arithmetic", "recording", "restoring"]
-
-
 def set_block_size(patch: pytest.MonkeyPatch, elements: int) -> None:
-    # A module that is imported while the patch lasts would keep its value.
-    for module in BLOCK_MODULES:
-        import_module(f"loratool.{module}")
-    for module in BLOCK_MODULES:
-        patch.setattr(f"loratool.{module}.BLOCK_ELEMENTS", elements)
+    patch.setattr("loratool.storage.tensors.BLOCK_ELEMENTS", elements)
 
 
 def test_the_undo_file_does_not_depend_on_the_number_of_threads(

@@ -133,7 +133,7 @@ def test_public_bases_are_merged_into(
     from safetensors.numpy import load_file
 
     from loratool.models.checkpoint import open_checkpoint
-    from loratool.storage.tensors import read_raw
+    from loratool.storage.values import read_raw
 
     original = open_checkpoint(SHARED / name).tensors
     folder = write_adapter(tmp_path / "adapter", pair(target, *shape), {})

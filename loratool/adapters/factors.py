@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from loratool.storage.tensors import FilePool, TensorInfo, read_float32
+from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.values import read_float32
 
 Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from loratool.adapters.adapter import Adapter
 from loratool.errors import ValueRangeError, listed
-from loratool.storage.tensors import FilePool, read_float32
+from loratool.storage.tensors import FilePool
+from loratool.storage.values import count_not_finite
 
 
 def refuse_not_finite(adapter: Adapter) -> None:
@@ -14,10 +13,9 @@ def refuse_not_finite(adapter: Adapter) -> None:
     broken = []
     with FilePool() as files:
         for name, info in adapter.tensors.items():
-            if info.is_float and name not in adapter.inert:
-                count = int((~np.isfinite(read_float32(info, files))).sum())
-                if count:
-                    broken.append(f"{name}: {count} of {info.numel} values")
+            count = 0 if name in adapter.inert else count_not_finite(info, files)
+            if count:
+                broken.append(f"{name}: {count} of {info.numel} values")
     if broken:
         raise ValueRangeError(
             f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",

@@ -14,7 +14,8 @@ from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.storage.tensors import FilePool, read_float32
+from loratool.storage.tensors import FilePool
+from loratool.storage.values import read_float32
 
 
 class BaseWeights:

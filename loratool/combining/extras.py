@@ -16,7 +16,8 @@ from loratool.adapters.dialects.peft.config import string_list
 from loratool.combining.alignment import Joined, Saved
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.notices import Notice
-from loratool.storage.tensors import TensorInfo, float_blocks, same_values
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import count_not_finite, float_blocks, same_values
 
 #: What to do with a tensor that several adapters hold whole, with different values.
 CLASHES = ("refuse", "first", "last", "mean")
@@ -47,11 +48,7 @@ def _refuse_not_finite(joined: Joined) -> None:
         for info in (part.module.magnitude, part.module.bias)
         if info is not None
     ]
-    broken = [
-        f"{info.name} in {info.file}"
-        for info in held
-        if info.is_float and not all(np.isfinite(x).all() for x in float_blocks(info))
-    ]
+    broken = [f"{info.name} in {info.file}" for info in held if count_not_finite(info)]
     if broken:
         raise ValueRangeError(
             f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",

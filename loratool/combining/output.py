@@ -36,7 +36,8 @@ from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, explain
-from loratool.storage.tensors import Bytes, float_blocks, raw_blocks, read_float32
+from loratool.storage.tensors import Bytes
+from loratool.storage.values import float_blocks, raw_blocks, read_float32
 from loratool.streams.progress import Progress
 from loratool.streams.threads import computed
 

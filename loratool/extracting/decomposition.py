@@ -25,7 +25,8 @@ from loratool.extracting.difference import Difference, Size
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
 from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.linalg.truncation import truncated
-from loratool.storage.tensors import Bytes, FilePool, float_blocks, same_values
+from loratool.storage.tensors import Bytes, FilePool
+from loratool.storage.values import count_not_finite, same_values
 from loratool.streams.workers import Workers
 from loratool.words import format_bytes
 
@@ -297,7 +298,7 @@ def _largest_first(parts: Iterable[Counterpart]) -> list[Counterpart]:
 
 
 def _refuse_not_finite(part: Counterpart) -> None:
-    if part.tuned.is_float and not all(np.isfinite(x).all() for x in float_blocks(part.tuned)):
+    if count_not_finite(part.tuned):
         raise ValueRangeError(
             f"{part.name}: the tuned model holds NaN or infinity ({part.tuned.file}).",
             "The file is damaged, or training diverged. Nothing was written.",

@@ -11,14 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
 from loratool.merging.rounding import TORCH
-from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, read_raw
+from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo
+from loratool.storage.values import values_of
 from loratool.streams.scratch import scratch
 
 #: Elements of a difference that is held: 256 MB of float32, or 4 GB on a GPU.
@@ -68,7 +68,7 @@ class Difference:
         self.device = device
         self.rows = base.shape[0] if base.shape else 1
         self.columns = base.numel // self.rows if self.rows else 0
-        self._files = files
+        self._values = {info: values_of(info, files) for info in (base, tuned)}
         self._stop = stop or threading.Event()
         self.held: torch.Tensor | None = None
         double = "F64" in (base.dtype, tuned.dtype)
@@ -124,24 +124,15 @@ class Difference:
 
     def _read(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
         """Rows `[low, high)` of one side widened, to be used before the next are read."""
-        size = self.columns * info.itemsize
-        if info.strides is None:
-            raw = scratch.get("raw", (high - low) * size, torch.uint8)
-            self._files.read_into(info.file, info.start + low * size, raw.numpy().data)
-        else:
-            raw = torch.from_numpy(self._gathered[info][low * size : high * size])
+        values = self._values[info]
+        raw = scratch.get("raw", (high - low) * self.columns * info.itemsize, torch.uint8)
+        values.read_into(low * self.columns, high * self.columns, raw.numpy())
         stored = raw.view(TORCH[info.dtype]).view(high - low, self.columns)
         if self.device.type != "cpu":
             return stored.to(self.device).to(self._work)
         side = "values" if info is self.tuned else "before"
-        values = scratch.get(side, stored.numel(), self._work).view(stored.shape)
-        return values.copy_(stored)
-
-    @cached_property
-    def _gathered(self) -> dict[TensorInfo, Bytes]:
-        """Tensors that a torch file stores as views, put in order."""
-        sides = (self.base, self.tuned)
-        return {info: read_raw(info, self._files) for info in sides if info.strides is not None}
+        widened = scratch.get(side, stored.numel(), self._work).view(stored.shape)
+        return widened.copy_(stored)
 
     def _explain(self) -> None:
         """Raise ValueRangeError that names the side with NaN or infinity, or the overflow."""

@@ -28,7 +28,7 @@ from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory, explain
-from loratool.storage.tensors import raw_blocks
+from loratool.storage.values import raw_blocks
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)

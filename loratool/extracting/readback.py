@@ -21,7 +21,8 @@ from loratool.merging.plan import Job
 from loratool.merging.planning import build_plan
 from loratool.merging.rounding import TORCH
 from loratool.models.checkpoint import Checkpoint
-from loratool.storage.tensors import FilePool, TensorInfo, blocks, read_raw
+from loratool.storage.tensors import FilePool, TensorInfo, blocks
+from loratool.storage.values import values_of
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import Workers
 
@@ -81,7 +82,8 @@ class _Distance(RunningJob):
     def __init__(self, job: Job, part: Counterpart, files: FilePool) -> None:
         super().__init__(job, files)
         self.part = part
-        self._gathered: dict[TensorInfo, torch.Tensor] = {}
+        sides = (job.source, part.tuned, part.base)
+        self._sides = {info: values_of(info, files) for info in sides if info is not None}
 
     def task(self, low: int, high: int) -> tuple[str, Counterpart, float, float, int]:
         off = size = 0.0
@@ -109,15 +111,9 @@ class _Distance(RunningJob):
         return values.copy_(self._bytes(info, low, high).view(TORCH[info.dtype]))
 
     def _bytes(self, info: TensorInfo, low: int, high: int) -> torch.Tensor:
-        size = info.itemsize
-        if info.strides is None:
-            raw = scratch.get("raw", (high - low) * size, torch.uint8)
-            self.files.read_into(info.file, info.start + low * size, raw.numpy().data)
-            return raw
-        with self._lock:  # a view in a torch file is gathered once, not for every block
-            if info not in self._gathered:
-                self._gathered[info] = torch.from_numpy(read_raw(info, self.files))
-        return self._gathered[info][low * size : high * size]
+        raw = scratch.get("raw", (high - low) * info.itemsize, torch.uint8)
+        self._sides[info].read_into(low, high, raw.numpy())
+        return raw
 
 
 def _squared(values: torch.Tensor) -> float:

@@ -21,7 +21,8 @@ from loratool.errors import ValueRangeError
 from loratool.merging.matching import Delta
 from loratool.merging.plan import Job
 from loratool.merging.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed
-from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, blocks, read_float32, read_raw
+from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
+from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 
@@ -37,10 +38,10 @@ class RunningJob:
         self.files = files
         self.source = job.source
         self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
+        self.values = values_of(job.source, files)
+        self.length = self.values.length
         # Elements of less than a byte are only ever copied, as bytes.
-        packed = DTYPE_BITS[job.dtype] < 8
-        self.length = job.source.nbytes if packed else job.source.numel
-        self.itemsize = 1 if packed else DTYPE_BITS[job.dtype] // 8
+        self.itemsize = max(1, DTYPE_BITS[job.dtype] // 8)
         smallest = {dtype: torch.finfo(TORCH[dtype]).smallest_normal for dtype in TORCH}
         #: Whether rounding can make a value subnormal that was not so before.
         self.may_underflow = job.is_arithmetic or (
@@ -52,18 +53,14 @@ class RunningJob:
 
     @property
     def block_elements(self) -> int:
-        """Elements of a block: whole rows, about BLOCK_ELEMENTS of them; all if strided."""
-        if self.source.strides is not None:
+        """Elements of a block: whole rows; all if they are only had whole."""
+        if self.values.whole:
             return max(1, self.length)
-        return max(1, BLOCK_ELEMENTS // max(1, self.columns)) * max(1, self.columns)
+        return block_elements(self.columns)
 
     @property
     def task_elements(self) -> int:
         return BLOCKS_PER_TASK * self.block_elements
-
-    @cached_property
-    def _strided(self) -> Bytes:
-        return read_raw(self.source, self.files)
 
     @cached_property
     def terms(self) -> list[LoadedDelta]:
@@ -102,7 +99,7 @@ class RunningJob:
         """
         if raw is None:
             raw = self._raw_scratch(low, high)
-        self.read_into(low, high, raw)
+        self.values.read_into(low, high, raw)
         values = scratch.get("values", high - low, self.work)
         values.copy_(torch.from_numpy(raw).view(TORCH[self.source.dtype]))
         for index, row in self._token_rows.items():
@@ -112,14 +109,6 @@ class RunningJob:
 
     def _raw_scratch(self, low: int, high: int) -> Bytes:
         return scratch.get("raw", (high - low) * self.source.itemsize, torch.uint8).numpy()
-
-    def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        size = self.source.itemsize
-        if self.source.strides is not None:
-            with self._lock:
-                raw[:] = self._strided[low * size : high * size]
-        else:
-            self.files.read_into(self.source.file, self.source.start + low * size, raw.data)
 
     def compute(
         self,
@@ -136,7 +125,7 @@ class RunningJob:
         `measured`, what rounding takes of the delta is measured too.
         """
         if self.job.is_verbatim:
-            self.read_into(low, high, data)
+            self.values.read_into(low, high, data)
             if self.job.checked and magnitudes_of(data, self.job.dtype)[1]:
                 self.explain_values()
             return

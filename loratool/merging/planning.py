@@ -21,7 +21,8 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.storage.tensors import TensorInfo, same_values
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import same_values
 
 
 def build_plan(

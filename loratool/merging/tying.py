@@ -17,7 +17,7 @@ from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import LM_CLASS
 from loratool.models.layouts.tying import Tied
 from loratool.notices import Notice
-from loratool.storage.tensors import TensorInfo, read_raw
+from loratool.storage.values import same_bytes
 
 #: Tasks whose models have no language-model head, so that no tie matters.
 _HEADLESS_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}
@@ -110,13 +110,13 @@ def _change_alike(plan: Plan, embedding: Edits, head: Edits) -> bool:
     if (
         embedding.replacement is not None
         and head.replacement is not None
-        and not _same_values(embedding.replacement, head.replacement)
+        and not same_bytes(embedding.replacement, head.replacement)
     ):
         return False
     if len(embedding.rows) != len(head.rows) or len(embedding.deltas) != len(head.deltas):
         return False
     for one, other in zip(embedding.rows, head.rows, strict=True):
-        if one.indices != other.indices or not _same_values(one.rows, other.rows):
+        if one.indices != other.indices or not same_bytes(one.rows, other.rows):
             return False
     if not all(a.config.get("ensure_weight_tying") for a in plan.adapters) and embedding.deltas:
         return False
@@ -127,8 +127,3 @@ def _change_alike(plan: Plan, embedding: Edits, head: Edits) -> bool:
         if ours.scale != theirs.scale or not same or ours.module.magnitude is not None:
             return False
     return True
-
-
-def _same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
-    return same_kind and np.array_equal(read_raw(one), read_raw(other))

@@ -130,26 +130,6 @@ class FilePool:
         self.close()
 
 
-def read_raw(info: TensorInfo, files: FilePool | None = None) -> Bytes:
-    """All bytes of a tensor in row-major order, `[nbytes]` uint8."""
-    if files is None:
-        with FilePool() as own:
-            return read_raw(info, own)
-    if info.strides is None:
-        raw = np.empty(info.nbytes, np.uint8)
-        files.read_into(info.file, info.start, raw.data)
-        return raw
-    # Strided: read the span the elements lie in, then gather them. Only torch files get here, and
-    # only for tensors saved as views, so the span is at most the storage of that tensor.
-    span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
-    size = info.itemsize
-    raw = np.empty(span * size, np.uint8)
-    files.read_into(info.file, info.start, raw.data)
-    elements = raw.view(f"V{size}")
-    view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
-    return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
-
-
 def as_float32(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     """Raw bytes of a floating dtype as float32, flat. float64 is rounded, the others are exact."""
     if dtype == "BF16":
@@ -191,57 +171,12 @@ def _odd_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return narrow
 
 
-def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:
-    """A whole tensor as float32 in its own shape."""
-    return as_float32(read_raw(info, files), info.dtype).reshape(info.shape)
+def block_elements(columns: int = 1) -> int:
+    """Elements of a block: about BLOCK_ELEMENTS of them in whole rows, at least one row."""
+    return max(1, BLOCK_ELEMENTS // max(1, columns)) * max(1, columns)
 
 
 def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Split `range(total)` into `[lo, hi)` pieces of at most `size`."""
     for low in range(0, total, size):
         yield low, min(low + size, total)
-
-
-def raw_blocks(info: TensorInfo, files: FilePool | None = None) -> Iterator[Bytes]:
-    """The bytes of a tensor in row-major order, in blocks of BLOCK_ELEMENTS elements."""
-    if files is None:
-        with FilePool() as own:
-            yield from raw_blocks(info, own)
-        return
-    whole = None if info.strides is None else read_raw(info, files)
-    for low, high in blocks(info.nbytes, BLOCK_ELEMENTS * info.itemsize):
-        if whole is not None:
-            yield whole[low:high]
-            continue
-        raw = np.empty(high - low, np.uint8)
-        files.read_into(info.file, info.start + low, raw.data)
-        yield raw
-
-
-def float_blocks(
-    info: TensorInfo, files: FilePool | None = None
-) -> Iterator[npt.NDArray[np.float32]]:
-    """The elements of a tensor as float32, flat, block by block."""
-    return (as_float32(raw, info.dtype) for raw in raw_blocks(info, files))
-
-
-def squared_norm(info: TensorInfo, files: FilePool) -> float:
-    """Sum of squares of a tensor's elements, read in blocks, summed in float64."""
-    total = 0.0
-    for block in float_blocks(info, files):
-        values = block.astype(np.float64)
-        total += float(np.dot(values, values))
-    return total
-
-
-def same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors hold the same numbers, in whatever floating dtypes."""
-    if one.shape != other.shape:
-        return False
-    if one.is_float and other.is_float:
-        return _equal(float_blocks(one), float_blocks(other))
-    return one.dtype == other.dtype and _equal(raw_blocks(one), raw_blocks(other))
-
-
-def _equal(one: Iterator[npt.NDArray[Any]], other: Iterator[npt.NDArray[Any]]) -> bool:
-    return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))

@@ -24,7 +24,8 @@ from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
-from loratool.storage.tensors import FilePool, same_values
+from loratool.storage.tensors import FilePool
+from loratool.storage.values import same_values
 from loratool.streams.progress import Progress
 from loratool.streams.threads import few
 from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_threads, check_weights

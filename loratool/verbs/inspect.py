@@ -24,7 +24,8 @@ from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.notices import Notice
 from loratool.paths import selected
-from loratool.storage.tensors import FilePool, TensorInfo, read_float32, squared_norm
+from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.values import count_not_finite, squared_norm
 from loratool.verbs.inputs import check_paths
 
 
@@ -281,9 +282,7 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
     others = [*_saved(adapter).values()]
     others += [t for m in adapter.modules.values() for t in (m.magnitude, m.bias) if t is not None]
     with FilePool() as files:
-        broken = [
-            t.name for t in others if t.is_float and not np.isfinite(read_float32(t, files)).all()
-        ]
+        broken = [t.name for t in others if count_not_finite(t, files)]
     if broken:
         text = f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}"
         notices.append(Notice("not-finite", text, broken[0]))

@@ -26,7 +26,8 @@ from loratool.merging.proof.findings import BINS, Stats
 from loratool.merging.proof.rounding_paths import Ways
 from loratool.merging.rounding import TORCH, magnitudes_of, narrowed, ulp
 from loratool.merging.undo.residual import ordered
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks
+from loratool.storage.values import values_of
 from loratool.streams.progress import Advance
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import Workers
@@ -103,8 +104,7 @@ class _Comparing(RunningJob):
 
     def __init__(self, pair: Pair, files: FilePool) -> None:
         super().__init__(pair.job, files)
-        self.merged = pair.merged
-        self._merged_strided: Bytes | None = None
+        self.merged = values_of(pair.merged, files)
         #: The half-precision dtypes in play, that another tool may have rounded to on the way.
         seen = {d.module.a.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
         self.halves = sorted(seen & {"F16", "BF16"})
@@ -119,8 +119,7 @@ class _Comparing(RunningJob):
     def correlations(self, low: int, high: int) -> tuple[str, Values]:
         """The scalar products of all deltas and M - W in a block, `[deltas + 1, deltas + 1]`."""
         self.prepare()
-        merged = np.empty((high - low) * self.itemsize, np.uint8)
-        self._read_merged(low, high, merged)
+        merged = self.merged.bytes(low, high)
         change = torch.from_numpy(merged).view(TORCH[self.job.dtype]).to(self.work)
         change -= self.load(low, high)
         first, last = low // self.columns, high // self.columns
@@ -128,25 +127,15 @@ class _Comparing(RunningJob):
         rows = torch.stack([*deltas, change])
         return self.job.name, (rows @ rows.T).double().numpy()
 
-    def _read_merged(self, low: int, high: int, raw: Bytes) -> None:
-        size = self.itemsize
-        if self.merged.strides is None:
-            self.files.read_into(self.merged.file, self.merged.start + low * size, raw.data)
-            return
-        with self._lock:
-            if self._merged_strided is None:
-                self._merged_strided = read_raw(self.merged, self.files)
-        raw[:] = self._merged_strided[low * size : high * size]
-
     def _compare(self, low: int, high: int, stats: Stats) -> None:
         count = high - low
         size = count * self.itemsize
         merged = scratch.get("merged", size, torch.uint8).numpy()
-        self._read_merged(low, high, merged)
+        self.merged.read_into(low, high, merged)
         stats.elements += count
         if self.job.is_verbatim:
             expected = scratch.get("expected", size, torch.uint8).numpy()
-            self.read_into(low, high, expected)
+            self.values.read_into(low, high, expected)
             if np.array_equal(expected, merged):
                 stats.equal += count
                 stats.bins[0] += count

@@ -40,7 +40,8 @@ from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
 from loratool.storage.header import build_header, described, read_header
-from loratool.storage.tensors import FilePool, TensorInfo, read_raw
+from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.values import read_raw
 
 VERSION = 1
 

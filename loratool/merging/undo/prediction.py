@@ -24,7 +24,8 @@ import torch
 from loratool.merging.matching import Delta
 from loratool.merging.plan import Job
 from loratool.merging.rounding import TORCH
-from loratool.storage.tensors import Bytes, FilePool, read_float32
+from loratool.storage.tensors import Bytes, FilePool
+from loratool.storage.values import read_float32
 from loratool.streams.scratch import scratch
 
 Factor = npt.NDArray[np.float64]

@@ -33,7 +33,8 @@ from loratool.merging.undo.residual import (
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
-from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, blocks, read_raw
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements, blocks
+from loratool.storage.values import values_of
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 
 
@@ -210,19 +211,14 @@ class Recorder:
 
     def _store_whole(self, name: str, info: TensorInfo, files: FilePool, workers: Workers) -> None:
         """Store a tensor itself, because its job does not begin with it, or has no elements."""
-        step = BLOCKS_PER_TASK * BLOCK_ELEMENTS
+        step = BLOCKS_PER_TASK * block_elements()
         row = self._row(name, step)
         row["whole"] = True
-        strided = read_raw(info, files) if info.strides is not None else None
+        values = values_of(info, files)
 
         def piece(low: int, high: int) -> tuple[Bytes, bytes]:
-            size = info.itemsize
-            if strided is not None:
-                raw = strided[low * size : high * size]
-            else:
-                raw = np.empty((high - low) * size, np.uint8)
-                files.read_into(info.file, info.start + low * size, raw.data)
-            return raw, encode_whole(raw, size)
+            raw = values.bytes(low, high)
+            return raw, encode_whole(raw, info.itemsize)
 
         calls = (partial(piece, low, high) for low, high in blocks(info.numel, step))
         for raw, chunk in workers.in_order(calls):

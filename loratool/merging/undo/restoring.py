@@ -26,7 +26,8 @@ from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.header import build_header
-from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, read_raw
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements
+from loratool.storage.values import values_of
 from loratool.streams.progress import Advance
 from loratool.streams.scratch import scratch
 from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
@@ -114,7 +115,7 @@ class RestoredPart(ABC):
 
     @property
     def block_elements(self) -> int:
-        return BLOCK_ELEMENTS
+        return block_elements()
 
     @property
     def task_elements(self) -> int:
@@ -155,26 +156,12 @@ class ReversedPart(RestoredPart):
     ) -> None:
         super().__init__(tensor, undo, files)
         self.job = job
-        self.merged = merged
+        self.merged = values_of(merged, files)
         self._lock = threading.Lock()
 
     @property
     def block_elements(self) -> int:
-        columns = max(1, int(np.prod(self.info.shape[1:])) if self.job.is_arithmetic else 1)
-        return max(1, BLOCK_ELEMENTS // columns) * columns
-
-    @cached_property
-    def _strided(self) -> Bytes:
-        return read_raw(self.merged, self.files)
-
-    def read_into(self, low: int, data: Bytes) -> None:
-        size = self.merged.itemsize
-        if self.merged.strides is not None:
-            with self._lock:
-                _ = self._strided
-            data[:] = self._strided[low * size : low * size + len(data)]
-        else:
-            self.files.read_into(self.merged.file, self.merged.start + low * size, data.data)
+        return block_elements(int(np.prod(self.info.shape[1:])) if self.job.is_arithmetic else 1)
 
     @cached_property
     def reversal(self) -> Reversal:
@@ -204,10 +191,11 @@ class _ReversedTask:
     def compute(self, low: int, high: int, data: Bytes) -> None:
         part = self.part
         if part.job.is_verbatim:
-            part.read_into(low, data)
+            part.merged.read_into(low, high, data)
             return
-        merged = scratch.get("merged", (high - low) * part.merged.itemsize, torch.uint8).numpy()
-        part.read_into(low, merged)
+        size = (high - low) * part.merged.info.itemsize
+        merged = scratch.get("merged", size, torch.uint8).numpy()
+        part.merged.read_into(low, high, merged)
         data[:] = part.prepared().predict(low, high, merged)
         first, last = np.searchsorted(self.positions, (low - self.low, high - self.low))
         apply(data, self.positions[first:last] - (low - self.low), self.distances[first:last])

@@ -23,7 +23,8 @@ from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
-from loratool.storage.tensors import TensorInfo, read_raw
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import same_bytes
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LEAVES = [
@@ -157,11 +158,9 @@ def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: Tens
     taken = table.setdefault(slot, info)
     if taken is info:
         return
-    same_kind = (taken.dtype, taken.shape) == (info.dtype, info.shape)
-    if same_kind:
+    if (taken.dtype, taken.shape) == (info.dtype, info.shape):
         adapter.fetch()
-    same = same_kind and bool((read_raw(taken) == read_raw(info)).all())
-    (adapter.inert if same else adapter.unknown).append(info.name)
+    (adapter.inert if same_bytes(taken, info) else adapter.unknown).append(info.name)
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:

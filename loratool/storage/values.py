@@ -1,0 +1,183 @@
+"""The values of a tensor by range, however they lie in its file.
+
+Everything that goes through a tensor block by block asks here: where the elements lie one after the
+other they are read by position; where a torch file has them strided they are gathered once. A
+quantised tensor will be a third kind, whose values are computed from its packed ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.storage.tensors import (
+    Bytes,
+    FilePool,
+    TensorInfo,
+    as_float32,
+    block_elements,
+    blocks,
+)
+
+
+class Values(ABC):
+    """The elements of one tensor in row-major order, readable from any thread.
+
+    Ranges count elements; of the packed dtypes, whose elements are less than a byte, bytes.
+    """
+
+    #: Whether nothing is gained by reading less than all of it.
+    whole = False
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+
+    @property
+    def length(self) -> int:
+        """How many elements there are."""
+        return self.info.nbytes // self.info.itemsize
+
+    @abstractmethod
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        """Fill `raw` with the bytes of elements `[low, high)`."""
+
+    def bytes(self, low: int, high: int) -> Bytes:
+        """The bytes of elements `[low, high)`, in memory of their own."""
+        raw = np.empty((high - low) * self.info.itemsize, np.uint8)
+        self.read_into(low, high, raw)
+        return raw
+
+    def floats(self, low: int, high: int) -> npt.NDArray[np.float32]:
+        """Elements `[low, high)` as float32, flat."""
+        return as_float32(self.bytes(low, high), self.info.dtype)
+
+
+class _Dense(Values):
+    """Elements that lie one after the other."""
+
+    def __init__(self, info: TensorInfo, files: FilePool) -> None:
+        super().__init__(info)
+        self._files = files
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        start = self.info.start + low * self.info.itemsize
+        self._files.read_into(self.info.file, start, raw.data)
+
+
+class _Strided(Values):
+    """Elements of a view that a torch file holds, gathered when the first of them is asked for."""
+
+    whole = True
+
+    def __init__(self, info: TensorInfo, files: FilePool) -> None:
+        super().__init__(info)
+        self._files = files
+        self._lock = threading.Lock()
+        self._gathered: Bytes | None = None
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        with self._lock:
+            if self._gathered is None:
+                self._gathered = _gather(self.info, self._files)
+        size = self.info.itemsize
+        raw[:] = self._gathered[low * size : high * size]
+
+
+def values_of(info: TensorInfo, files: FilePool) -> Values:
+    """The values of a tensor, read through `files` when they are asked for."""
+    return _Dense(info, files) if info.strides is None else _Strided(info, files)
+
+
+def _gather(info: TensorInfo, files: FilePool) -> Bytes:
+    """All bytes of a strided tensor in row-major order.
+
+    The span that the elements lie in is read at once: only torch files get here, and only for
+    tensors saved as views, so it is at most the storage of that tensor.
+    """
+    assert info.strides is not None
+    span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
+    size = info.itemsize
+    raw = np.empty(span * size, np.uint8)
+    files.read_into(info.file, info.start, raw.data)
+    elements = raw.view(f"V{size}")
+    view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
+    return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
+
+
+# --- whole tensors --------------------------------------------------------------------------------
+
+
+def read_raw(info: TensorInfo, files: FilePool | None = None) -> Bytes:
+    """All bytes of a tensor in row-major order, `[nbytes]` uint8."""
+    if files is None:
+        with FilePool() as own:
+            return read_raw(info, own)
+    values = values_of(info, files)
+    return values.bytes(0, values.length)
+
+
+def read_float32(info: TensorInfo, files: FilePool | None = None) -> npt.NDArray[np.float32]:
+    """A whole tensor as float32 in its own shape."""
+    return as_float32(read_raw(info, files), info.dtype).reshape(info.shape)
+
+
+# --- block by block -------------------------------------------------------------------------------
+
+
+def raw_blocks(info: TensorInfo, files: FilePool | None = None) -> Iterator[Bytes]:
+    """The bytes of a tensor in row-major order, in blocks."""
+    if files is None:
+        with FilePool() as own:
+            yield from raw_blocks(info, own)
+        return
+    values = values_of(info, files)
+    for low, high in blocks(values.length, block_elements()):
+        yield values.bytes(low, high)
+
+
+def float_blocks(
+    info: TensorInfo, files: FilePool | None = None
+) -> Iterator[npt.NDArray[np.float32]]:
+    """The elements of a tensor as float32, flat, block by block."""
+    return (as_float32(raw, info.dtype) for raw in raw_blocks(info, files))
+
+
+def squared_norm(info: TensorInfo, files: FilePool) -> float:
+    """Sum of squares of a tensor's elements, read in blocks, summed in float64."""
+    total = 0.0
+    for block in float_blocks(info, files):
+        values = block.astype(np.float64)
+        total += float(np.dot(values, values))
+    return total
+
+
+def count_not_finite(info: TensorInfo, files: FilePool | None = None) -> int:
+    """How many elements are NaN or infinite; 0 for dtypes that are no floats."""
+    if not info.is_float:
+        return 0
+    return sum(int(x.size - np.count_nonzero(np.isfinite(x))) for x in float_blocks(info, files))
+
+
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same numbers, in whatever floating dtypes."""
+    if one.shape != other.shape:
+        return False
+    if one.is_float and other.is_float:
+        return _equal(float_blocks(one), float_blocks(other))
+    return one.dtype == other.dtype and _equal(raw_blocks(one), raw_blocks(other))
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype, shape and bits."""
+    same_kind = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_kind and _equal(raw_blocks(one), raw_blocks(other))
+
+
+def _equal(
+    one: Iterator[npt.NDArray[np.generic]], other: Iterator[npt.NDArray[np.generic]]
+) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))

@@ -40,9 +40,9 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import FileError, LoraToolError, ValueRangeError
+from loratool.merging.products import ExactProduct, on_grid
 from loratool.merging.undo import residual
 from loratool.merging.undo.file import UndoWriter, read_undo
-from loratool.merging.undo.prediction import ExactProduct, on_grid
 from loratool.merging.undo.residual import (
     DamagedChunk,
     apply,
@@ -54,6 +54,7 @@ from loratool.merging.undo.residual import (
     encode_whole,
     find,
 )
+from loratool.models.layouts.place import Place
 from loratool.storage.header import build_header, read_header
 from loratool.storage.tensors import FilePool
 
@@ -316,10 +317,18 @@ KINDS = ["normal", "rows-unlike", "ranks-unlike", "almost-two", "just-below", "s
 def product_of(
     b: np.ndarray, a: np.ndarray, scale: float = 1.0, transposed: bool = False
 ) -> ExactProduct:
-    module = SimpleNamespace(factors=lambda files: (b, a))
-    delta: Any = SimpleNamespace(module=module, scale=scale, transposed=transposed)
+    factors = SimpleNamespace(left_right=lambda files: (b, a))
+    place = Place("w", transposed=transposed)
+    delta: Any = SimpleNamespace(factors=factors, scale=scale, place=place)
+    stored = (a.shape[1], len(b)) if transposed else (len(b), a.shape[1])
     with FilePool() as files:
-        return ExactProduct(delta, files)
+        return ExactProduct(delta, stored, files)
+
+
+def rows_of(product: ExactProduct, first: int, last: int, work: torch.dtype) -> torch.Tensor:
+    window = product.window(first, last)
+    assert window is not None
+    return product.product(window, work)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -328,7 +337,7 @@ def test_a_product_on_the_grid_is_the_same_in_every_order(rank: int, kind: str) 
     """Sums in any order, in any parts, or without any rounding at all have the same bits."""
     product = product_of(*random_factors(rank, kind), scale=4 / 3)
     b, a = product.b.numpy(), product.a.numpy()
-    wanted = product.rows(0, 12, torch.float64).clone().numpy()
+    wanted = rows_of(product, 0, 12, torch.float64).clone().numpy()
     rng = np.random.default_rng(0)
     for _ in range(4):
         order = rng.permutation(rank)
@@ -376,10 +385,10 @@ def test_rows_of_a_product_do_not_depend_on_their_block(transposed: bool) -> Non
     b, a = random_factors(16, "normal")
     product = product_of(b, a, 0.3, transposed)
     count = 10 if transposed else 12
-    whole = product.rows(0, count, torch.float32).clone()
+    whole = rows_of(product, 0, count, torch.float32).clone()
     for size in (1, 3, 7):
         for low in range(0, count, size):
-            part = product.rows(low, min(low + size, count), torch.float32)
+            part = rows_of(product, low, min(low + size, count), torch.float32)
             assert torch.equal(part, whole[low : low + size])
     exact = torch.from_numpy(0.3 * b.astype(np.float64) @ a.astype(np.float64))
     assert torch.allclose(whole.double(), exact.T if transposed else exact, atol=1e-5)

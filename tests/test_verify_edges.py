@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import loratool
 from loratool.adapters.factors import LowRank
 from loratool.merging.matching import Delta
-from loratool.merging.undo.prediction import ExactProduct
+from loratool.merging.products import ExactProduct
+from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 
 
@@ -115,9 +116,11 @@ def test_the_sign_of_a_zero_product_does_not_depend_on_the_shape(rows: int, tmp_
     from loratool.storage.tensors import FilePool
 
     with FilePool() as files:
-        product = ExactProduct(Delta("m.weight", module, False), files)
+        product = ExactProduct(Delta(Place("m.weight"), module), (50, 60), files)
+    window = product.window(0, rows)
+    assert window is not None
     for work in (torch.float32, torch.float64):
-        assert not torch.signbit(product.rows(0, rows, work)).any()
+        assert not torch.signbit(product.product(window, work)).any()
 
 
 def test_a_reader_that_goes_away_does_not_change_the_answer(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.errors import shown
 from loratool.notices import Notice
 from loratool.storage.folder import Folder, origin_of
@@ -46,7 +46,7 @@ class Adapter:
     tensors: dict[str, TensorInfo]
     config: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, LowRank] = field(default_factory=dict)
+    modules: dict[str, Factors] = field(default_factory=dict)
     replaced: dict[str, TensorInfo] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     inert: list[str] = field(default_factory=list)

@@ -52,7 +52,7 @@ class Extra:
 class _Kept:
     """Where the factors of a module lie in the scratch file, `rank` columns and rows of them."""
 
-    place: ModuleShape
+    outline: ModuleShape
     rank: int
     start: int
 
@@ -78,13 +78,13 @@ def encode(path: str, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> B
 
 
 def tensors_of(
-    places: Sequence[ModuleShape], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
+    outlines: Sequence[ModuleShape], ranks: Sequence[int], dtype: str, extras: Sequence[Extra]
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of all tensors of the file, in its order."""
     found = [
         (key, dtype, shape)
-        for place, rank in zip(places, ranks, strict=True)
-        for key, shape in factor_shapes(place, rank)
+        for outline, rank in zip(outlines, ranks, strict=True)
+        for key, shape in factor_shapes(outline, rank)
     ]
     return found + [(extra.key, extra.dtype, extra.shape) for extra in extras]
 
@@ -113,11 +113,11 @@ class AdapterWriter:
         self._scratch.close()
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
-    def add(self, place: ModuleShape, rank: int, data: Bytes) -> None:
+    def add(self, outline: ModuleShape, rank: int, data: Bytes) -> None:
         """Keep the `encode`d factors of a module; a second time replaces the first."""
-        if data.nbytes != rank * sum(place.shape) * DTYPE_BITS[self._dtype] // 8:
-            raise ValueError(f"{place.path}: {data.nbytes} bytes are not factors of rank {rank}")
-        self._kept[place.path] = _Kept(place, rank, self._position)
+        if data.nbytes != rank * sum(outline.shape) * DTYPE_BITS[self._dtype] // 8:
+            raise ValueError(f"{outline.path}: {data.nbytes} bytes are not factors of rank {rank}")
+        self._kept[outline.path] = _Kept(outline, rank, self._position)
         self._position += data.nbytes
         rest = data.data
         while rest:
@@ -125,18 +125,18 @@ class AdapterWriter:
 
     def finish(
         self,
-        places: Sequence[ModuleShape],
+        outlines: Sequence[ModuleShape],
         ranks: Sequence[int],
         extras: Sequence[Extra],
         threads: int | None,
     ) -> None:
         """Write the file, each module with its rank: cut, or filled up with zeros."""
         producers: list[Callable[[], Bytes]] = [
-            partial(self._read, self._kept[place.path], half, rank)
-            for place, rank in zip(places, ranks, strict=True)
+            partial(self._read, self._kept[outline.path], half, rank)
+            for outline, rank in zip(outlines, ranks, strict=True)
             for half in "AB"
         ]
-        tensors = tensors_of(places, ranks, self._dtype, extras)
+        tensors = tensors_of(outlines, ranks, self._dtype, extras)
         file = ShardWriter(self._folder / ADAPTER_MODEL, build_header(tensors, self._metadata))
         try:
             position = 0
@@ -149,7 +149,7 @@ class AdapterWriter:
 
     def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""
-        out, width = kept.place.shape
+        out, width = kept.outline.shape
         size = DTYPE_BITS[self._dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
         rows = np.zeros((rank, length * size), np.uint8)

@@ -1,10 +1,15 @@
-"""What an adapter adds to a weight: a product of small factors, and the shape of it."""
+"""What an adapter holds for one module: factors, whatever their kind, and what is asked of them.
+
+`Factors` says what the rest of the house needs to know, from headers alone; numbers come from
+`left_right` where there is a pair of low rank, and from `part_of` otherwise. `LowRank` is the pair.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +42,76 @@ class ModuleShape:
         return self.out, math.prod(self.inner)
 
 
+#: Rows of Δ by number, and a run of its columns.
+Part = Callable[["slice | npt.NDArray[np.intp]", slice], Matrix]
+
+
+class Factors(Protocol):
+    """The trained change of one weight, `scale·Δ` with Δ `[out, in]`, as it lies in files.
+
+    `kind` is the sort of layer, `alpha` and `scale` are None where no config tells them. Where
+    `magnitude` is there (DoRA), what is computed from W + scale·Δ is scaled to it; `bias` is added
+    to the layer's bias, times the scale.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def scale(self) -> float | None: ...
+    @property
+    def magnitude(self) -> TensorInfo | None: ...
+    @property
+    def bias(self) -> TensorInfo | None: ...
+    @property
+    def outline(self) -> ModuleShape:
+        """Its path, kind and dimensions."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of Δ, convolution kernels flattened into `in`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def dtype(self) -> str:
+        """The dtype that the factors are stored in."""
+
+    @property
+    def parts(self) -> dict[str, TensorInfo]:
+        """The tensors that Δ is made of, by what people call them: "A", "B"."""
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors: the parts, magnitude and bias."""
+
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def weight_name(self) -> str:
+        """The tensor of the model that Δ is added to."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the parts' shapes and dtypes make a Δ at all."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether the merged weight is W + scale·Δ whatever W is, so that such changes add up."""
+
+    def left_right(self, files: FilePool | None = None) -> tuple[Matrix, Matrix] | None:
+        """`(B [out, r], A [r, in])` in float32 with Δ = B·A; None where there is no such pair."""
+
+    def part_of(self, files: FilePool) -> Part:
+        """Loads what Δ is made of; the result gives Δ[rows, columns] in float32."""
+
+
 @dataclass(frozen=True)
 class LowRank:
-    """One adapted module: `ΔW = scale · B·A`.
+    """A pair of factors: `Δ = B·A`.
 
     `a` and `b` are stored as PEFT stores them: `A [r, in]`, `B [out, r]` for linear layers;
     `A [r, in, *kernel]`, `B [out, r, 1, …]` for convolutions; `A [r, vocab]`, `B [dim, r]` for
@@ -73,7 +145,7 @@ class LowRank:
         return out, math.prod(self.a.shape[1:]) * self.blocks_a
 
     @property
-    def place(self) -> ModuleShape:
+    def outline(self) -> ModuleShape:
         out, width = self.shape
         inner = self.a.shape[1:] if self.blocks_a == 1 else (width,)
         return ModuleShape(self.path, self.kind, out, inner)
@@ -85,14 +157,32 @@ class LowRank:
         return f"{self.path}.{leaf}"
 
     @property
+    def dtype(self) -> str:
+        return self.a.dtype
+
+    @property
+    def parts(self) -> dict[str, TensorInfo]:
+        return {"A": self.a, "B": self.b}
+
+    @property
     def tensors(self) -> list[TensorInfo]:
         return [t for t in (self.a, self.b, self.magnitude, self.bias) if t is not None]
+
+    @property
+    def is_sound(self) -> bool:
+        a, b = self.a.shape, self.b.shape
+        fit = len(a) >= 2 and len(b) >= 2 and 0 not in (*a, *b) and b[1] * self.blocks_b == a[0]
+        return fit and self.a.is_float and self.b.is_float
+
+    @property
+    def adds(self) -> bool:
+        return self.magnitude is None
 
     @property
     def parameters(self) -> int:
         return sum(t.numel for t in self.tensors)
 
-    def factors(self, files: FilePool | None = None) -> tuple[Matrix, Matrix]:
+    def left_right(self, files: FilePool | None = None) -> tuple[Matrix, Matrix]:
         """`(B [out, r], A [r, in])` as float32 matrices, blocks put on their diagonal."""
         a = read_float32(self.a, files).reshape(self.rank, -1)
         b = read_float32(self.b, files).reshape(self.b.shape[0], -1)
@@ -101,6 +191,10 @@ class LowRank:
         if self.blocks_b > 1:
             b = block_diagonal(b, self.blocks_b)
         return b, a
+
+    def part_of(self, files: FilePool) -> Part:
+        b, a = self.left_right(files)
+        return lambda rows, columns: b[rows] @ a[:, columns]
 
 
 def block_diagonal(stacked: Matrix, count: int) -> Matrix:

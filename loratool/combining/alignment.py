@@ -14,11 +14,12 @@ from pathlib import PurePath
 import numpy as np
 
 from loratool.adapters.adapter import Adapter, TokenRows
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
 from loratool.linalg.methods import Term
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.values import count_not_finite
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Contribution:
 
     index: int
     weight: float
-    module: LowRank
+    module: Factors
 
     @property
     def scale(self) -> float:
-        """α/r, or α/√r, or twice that (see `LowRank.scale`)."""
+        """α/r, or α/√r, or twice that (see `Factors`)."""
         assert self.module.scale is not None  # without a config the adapter was refused
         return self.module.scale
 
@@ -46,15 +47,16 @@ class Contribution:
 
         Raises ValueRangeError for NaN and infinity.
         """
-        b, a = self.module.factors(files)
-        for info, values in ((self.module.b, b), (self.module.a, a)):
-            broken = int(values.size - np.count_nonzero(np.isfinite(values)))
-            if broken:
-                raise ValueRangeError(
-                    f"{info.file}: {info.name} holds NaN or infinity ({broken} of {info.numel} "
-                    "values).",
-                    "Training diverged or the file is damaged; use an earlier checkpoint.",
-                )
+        pair = self.module.left_right(files)
+        assert pair is not None  # others were refused
+        b, a = pair
+        if not (np.isfinite(b).all() and np.isfinite(a).all()):
+            broken = {info: count_not_finite(info, files) for info in self.module.parts.values()}
+            info, count = next((info, count) for info, count in broken.items() if count)
+            raise ValueRangeError(
+                f"{info.file}: {info.name} holds NaN or infinity ({count} of {info.numel} values).",
+                "Training diverged or the file is damaged; use an earlier checkpoint.",
+            )
         return Term(self.index, self.weight, self.scale / self.doubling, b, a)
 
 
@@ -147,7 +149,7 @@ def join(
 
 
 def _refuse_dora(adapter: Adapter, verb: str) -> None:
-    dora = [path for path, m in adapter.modules.items() if m.magnitude is not None]
+    dora = [path for path, m in adapter.modules.items() if not m.adds]
     if dora:
         raise AdapterError(
             f"{adapter.label}: DoRA cannot be {verb}: {len(dora)} modules scale the base's own "
@@ -156,8 +158,8 @@ def _refuse_dora(adapter: Adapter, verb: str) -> None:
         )
 
 
-def _form(module: LowRank) -> tuple[object, ...]:
-    return module.kind, module.shape, tuple(module.a.shape[2:])
+def _form(module: Factors) -> tuple[object, ...]:
+    return module.kind, module.shape, module.outline.inner[1:]
 
 
 def _refuse_unlike_modules(joined: Joined) -> None:

@@ -32,7 +32,7 @@ class BaseWeights:
         for adapter in adapters:
             placed = match(adapter, layout)
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
-            self._deltas |= {d.module.path: d for d in placed.deltas}
+            self._deltas |= {d.factors.path: d for d in placed.deltas}
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",
@@ -49,12 +49,11 @@ class BaseWeights:
     ) -> dict[int, int]:
         """The count by adapter; empty for embeddings, and where the base lacks the module."""
         delta = self._deltas.get(path)
-        if delta is None or delta.module.kind == "embedding":
+        if delta is None or delta.factors.kind == "embedding":
             return {}
         base = BaseDirections(self._weight(delta, files))
         return {i: base.intruders(*own.factors()) for i, own in found.items()}
 
     def _weight(self, delta: Delta, files: FilePool) -> Factor:
         info = self._base.tensors.get(delta.tensor) or self._base.tensors[str(self._tied)]
-        values = read_float32(info, files)
-        return values.T if delta.transposed else values.reshape(delta.module.shape)
+        return delta.place.part(read_float32(info, files))

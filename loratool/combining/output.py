@@ -23,7 +23,6 @@ from loratool.adapters.factorfile import (
     rounding_loss,
     tensors_of,
 )
-from loratool.adapters.factors import LowRank
 from loratool.combining.alignment import Contribution, Joined, Saved
 from loratool.combining.rank_change import Changes, NewFactors, RankPolicy, measure, refuse_nothing
 from loratool.dtypes import FACTOR_DTYPES
@@ -49,7 +48,7 @@ def output_dtype(joined: Joined, dtype: str | None) -> str:
             raise unknown("dtype", dtype, FACTOR_DTYPES)
         return FACTOR_DTYPES[dtype]
     found = {t.dtype for parts in joined.modules.values() for p in parts
-             for t in (p.module.a, p.module.b)}  # fmt: skip
+             for t in p.module.parts.values()}  # fmt: skip
     return next(iter(found)) if len(found) == 1 and found <= set(FACTOR_DTYPES.values()) else "F32"
 
 
@@ -76,14 +75,14 @@ def write_adapter(
         tokenizer = _agreed_tokenizer(joined)
         extras = _extras(joined, dtype)
     metadata = {**_common_metadata(joined), "format": "pt"}
-    places = [parts[0].module.place for parts in joined.modules.values()]
+    outlines = [parts[0].module.outline for parts in joined.modules.values()]
 
     def compute(writer: AdapterWriter | None) -> tuple[Changes, int]:
         shrunk = []
         work = (partial(_encoded, call, dtype) for call in modules)
         for done, (module, rank, data) in enumerate(computed(work, threads), 1):
             if writer is not None:
-                writer.add(module.parts[0].module.place, rank, data)
+                writer.add(module.parts[0].module.outline, rank, data)
             shrunk.append(module)
             if progress is not None:
                 progress(done, len(joined.modules), module.path)
@@ -92,7 +91,7 @@ def write_adapter(
         changes = measure(joined, shrunk, ranks)
         if len(set(ranks)) > 1:
             changes.notices.append(note_ranks(ranks))
-        return changes, file_size(tensors_of(places, ranks, dtype, extras), metadata)
+        return changes, file_size(tensors_of(outlines, ranks, dtype, extras), metadata)
 
     if dry_run:
         return compute(None)
@@ -101,7 +100,7 @@ def write_adapter(
             with AdapterWriter(stage.path, dtype, metadata) as writer:
                 changes, nbytes = compute(writer)
                 refuse_full_disk(nbytes, output)
-                writer.finish(places, [m.rank for m in changes.modules], extras, threads)
+                writer.finish(outlines, [m.rank for m in changes.modules], extras, threads)
             _write_beside(joined, changes, stage.path, record, policy.uniform, tokenizer)
             stage.commit()
         except OSError as error:
@@ -192,7 +191,7 @@ def _write_beside(
     tokenizer: dict[str, Path],
 ) -> None:
     """adapter_config.json, the tokenizer, and loratool.json, which holds no path and no date."""
-    modules: list[LowRank] = [parts[0].module for parts in joined.modules.values()]
+    modules = [parts[0].module for parts in joined.modules.values()]
     rows = {path: rows.indices for path, rows in joined.token_rows.items()}
     ranks = [m.rank for m in changes.modules]
     config = adapter_config(

@@ -64,7 +64,7 @@ class Counterpart:
         return self.base is not None and self.base.shape == self.tuned.shape
 
     @property
-    def place(self) -> ModuleShape:
+    def outline(self) -> ModuleShape:
         """Where its factors go. An embedding's product is `(B·A)ᵀ`, and so is a Conv1D's."""
         rows, *inner = self.tuned.shape
         kind: Kind = {"embeddings": "embedding", "convs": "conv"}.get(self.group, "linear")  # type: ignore[assignment]
@@ -73,9 +73,9 @@ class Counterpart:
         return ModuleShape(self.module, kind, rows, tuple(inner))
 
     @property
-    def places(self) -> list[ModuleShape]:
+    def outlines(self) -> list[ModuleShape]:
         """Where its factors go: the twin's are the same two, transposed."""
-        own = self.place
+        own = self.outline
         if not self.twin:
             return [own]
         return [own, ModuleShape(self.twin.rpartition(".")[0], "linear", own.inner[0], (own.out,))]

@@ -101,7 +101,7 @@ class Policy:
         budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
         if self.size(parts, [1] * len(parts)) > budget:
             raise _too_small(budget, costs, "all modules")
-        largest = max(min(part.place.shape) for part in parts)
+        largest = max(min(part.outline.shape) for part in parts)
         rank = min(budget // costs, self.criterion.max_rank or largest, largest)
         while self.size(parts, [rank] * len(parts)) > budget:
             rank -= 1
@@ -132,7 +132,7 @@ def _too_small(budget: int, least: int, what: str) -> UsageError:
 
 def cost(part: Counterpart, dtype: str) -> int:
     """Bytes of one rank of a module."""
-    return sum(sum(place.shape) for place in part.places) * DTYPE_BITS[dtype] // 8
+    return sum(sum(outline.shape) for outline in part.outlines) * DTYPE_BITS[dtype] // 8
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Extraction:
                 # A budget may want more of a module that it takes all of what is known.
                 open_ended = policy.budget is not None and not policy.uniform
                 short = rank > len(own.values) or (open_ended and rank == len(own.values))
-                limit = min(own.part.place.shape)
+                limit = min(own.part.outline.shape)
                 most = min(limit, policy.criterion.max_rank or limit)
                 wanted = min(2 * rank if open_ended else rank, most)
                 if short and len(own.following) and wanted > len(own.values):
@@ -206,9 +206,9 @@ class Extraction:
         done = {}
         with self._stopping():
             for found, data in self.workers.in_order(calls):
-                places = found.part.places if found.changed else []
-                for place, own in zip(places, data, strict=True):
-                    writer.add(place, len(found.values), own)
+                outlines = found.part.outlines if found.changed else []
+                for outline, own in zip(outlines, data, strict=True):
+                    writer.add(outline, len(found.values), own)
                 done[found.part.name] = found
                 advance(found.part.nbytes, found.part.name)
         return [done[part.name] for part, _ in work]

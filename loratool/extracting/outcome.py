@@ -69,7 +69,7 @@ class Outcome:
     def placed(self) -> list[tuple[ModuleShape, int]]:
         """The places that get factors, and their ranks."""
         pairs = zip(self.factors, self.ranks, strict=True)
-        return [(place, rank) for f, rank in pairs if rank for place in f.part.places]
+        return [(outline, rank) for f, rank in pairs if rank for outline in f.part.outlines]
 
 
 def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
@@ -163,7 +163,7 @@ def _note_ranks(held: Outcome, asked: int) -> None:
     if needed < asked:
         text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
         held.notices.append(Notice("rank-not-needed", text))
-    small = [f.part.module for f in held.factors if asked > min(f.part.place.shape)]
+    small = [f.part.module for f in held.factors if asked > min(f.part.outline.shape)]
     if small:
         text = f"Rank {asked} is more than these matrices have; zeros fill it up:\n{listed(small)}"
         held.notices.append(Notice("rank-too-large", text, small[0]))

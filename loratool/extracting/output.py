@@ -57,7 +57,7 @@ def propose(
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
     parts = [f.part for f in held.factors]
     policy = replace(choosing(options, held.whole, pairs, dtype), uniform=True)
-    largest = max(min(part.place.shape) for part in parts)
+    largest = max(min(part.outline.shape) for part in parts)
     ranks = [rank for rank in _PROPOSED if rank <= largest]
     if policy.criterion.rank is not None:
         ranks = [policy.criterion.rank]
@@ -92,16 +92,16 @@ def write(
                 factors, ranks = work.decompose(parts, policy, writer)
                 held = gather(pairs, [*others, *factors])
                 held.ranks = ranks
-                places = [place for place, _ in held.placed]
+                outlines = [outline for outline, _ in held.placed]
                 final = [rank for _, rank in held.placed]
                 extras = _extras(held)
                 held.nbytes = file_size(_tensors(held, work.dtype), _METADATA)
                 refuse_full_disk(held.nbytes, output)
-                writer.finish(places, final, extras, threads)
+                writer.finish(outlines, final, extras, threads)
             note(held, tuned.model_type, policy)
             saved = [name for f in held.whole for name in f.part.names]
             config = extracted_config(
-                places, final, saved, pairs.modules, base_name=base_name,
+                outlines, final, saved, pairs.modules, base_name=base_name,
                 task_type=_task(tuned, saved),
                 tied=any(f.part.twin for f in (*held.factors, *held.whole)),
                 fan_in_fan_out=pairs.fan_in_fan_out,
@@ -140,13 +140,13 @@ def choosing(
 
 def _tensors(held: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of all tensors in the file."""
-    places, ranks = [place for place, _ in held.placed], [rank for _, rank in held.placed]
-    return tensors_of(places, ranks, dtype, _extras(held))
+    outlines, ranks = [outline for outline, _ in held.placed], [rank for _, rank in held.placed]
+    return tensors_of(outlines, ranks, dtype, _extras(held))
 
 
 def _extras(held: Outcome) -> list[Extra]:
     """The tensors that are saved whole, a tied one under both of its names."""
-    modules = dict.fromkeys(place.path for place, _ in held.placed)
+    modules = dict.fromkeys(outline.path for outline, _ in held.placed)
     return [
         Extra(
             saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,

@@ -195,11 +195,11 @@ def _held_by_rank(held: Outcome) -> dict[int, float]:
 
 
 def _module(found: Decomposed, rank: int | None) -> ExtractedModule:
-    size, place = found.size, found.part.place
+    size, outline = found.size, found.part.outline
     module = ExtractedModule(
-        path=place.path,
-        kind=place.kind,
-        shape=place.shape,
+        path=outline.path,
+        kind=outline.kind,
+        shape=outline.shape,
         norm=math.sqrt(size.energy),
         relative=math.sqrt(size.energy / size.weight) if size.weight else None,
         noise=math.sqrt(size.noise / size.energy),

@@ -7,7 +7,6 @@ thread.
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,8 +17,8 @@ import torch
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
-from loratool.merging.matching import Delta
 from loratool.merging.plan import Job
+from loratool.merging.products import LoadedDelta
 from loratool.merging.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed
 from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
@@ -37,7 +36,7 @@ class RunningJob:
         self.job = job
         self.files = files
         self.source = job.source
-        self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
+        self.columns = job.columns
         self.values = values_of(job.source, files)
         self.length = self.values.length
         # Elements of less than a byte are only ever copied, as bytes.
@@ -64,7 +63,24 @@ class RunningJob:
 
     @cached_property
     def terms(self) -> list[LoadedDelta]:
-        return [LoadedDelta(delta, self) for delta in self.job.deltas]
+        shape = self.source.shape
+        terms = [LoadedDelta(delta, shape, self.files, self.work) for delta in self.job.deltas]
+        for term in terms:
+            if term.transposed and term.magnitude is not None:
+                term.gains = term.magnitude / self._column_norms(term)
+        return terms
+
+    def _column_norms(self, term: LoadedDelta) -> torch.Tensor:
+        """‖W + Δ‖ of every stored column, `[out]`: one more pass, summed in float64."""
+        assert term.magnitude is not None
+        total = torch.zeros(len(term.magnitude), dtype=torch.float64)
+        for low, high in blocks(self.source.numel, self.block_elements):
+            window = term.window(low // self.columns, high // self.columns)
+            if window is not None:
+                part = window.of(self.load(low, high).view(-1, self.columns))
+                direction = part + term.product(window)
+                total += direction.double().square_().sum(dim=0)
+        return total.sqrt_().to(self.work)
 
     @cached_property
     def _biases(self) -> list[torch.Tensor]:
@@ -191,68 +207,8 @@ class RunningJob:
         )
 
 
-class LoadedDelta:
-    """One delta with its factors loaded, `b [out, r]` and `a [r, in]`."""
-
-    def __init__(self, delta: Delta, job: RunningJob) -> None:
-        b, a = delta.module.factors(job.files)
-        self.b = torch.from_numpy(b).to(job.work)
-        self.a = torch.from_numpy(a).to(job.work)
-        self.transposed = delta.transposed
-        self.scale = delta.scale
-        if math.frexp(self.scale)[0] in (0.5, -0.5):
-            # A power of two scales exactly, so B can take it, and a pass over the product is saved.
-            self.b = self.b * self.scale
-            self.scale = 1.0
-        self.magnitude: torch.Tensor | None = None
-        self.gains: torch.Tensor | None = None
-        if delta.module.magnitude is not None:
-            values = read_float32(delta.module.magnitude, job.files).reshape(-1)
-            self.magnitude = torch.from_numpy(values).to(job.work)
-            if self.transposed:
-                self.gains = self.magnitude / self._column_norms(job)
-            else:
-                self.gains = torch.empty_like(self.magnitude)
-
-    def product(self, first: int, last: int) -> torch.Tensor:
-        """`scale·B·A` for stored rows `[first, last)`: first the product, then the scale.
-
-        Stored rows are columns of B·A where the matrix is stored transposed. The result is this
-        thread's scratch.
-        """
-        b, a = (self.b, self.a[:, first:last]) if self.transposed else (self.b[first:last], self.a)
-        shape = (len(b), a.shape[1])
-        out = scratch.get("product", shape[0] * shape[1], b.dtype).view(shape)
-        torch.mm(b, a, out=out)
-        if self.scale != 1:
-            out *= self.scale
-        return out.T if self.transposed else out
-
-    def gain(self, direction: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """DoRA's `m/‖W + Δ‖` for stored rows of `direction = W + Δ`, ready to multiply with.
-
-        The norm runs over the weights of one output: a stored row, or a stored column where the
-        matrix is transposed.
-        """
-        assert self.magnitude is not None
-        assert self.gains is not None
-        if self.transposed:
-            return self.gains
-        norms = torch.linalg.norm(direction, dim=1)
-        return torch.div(self.magnitude[first:last], norms, out=self.gains[first:last])[:, None]
-
-    def _column_norms(self, job: RunningJob) -> torch.Tensor:
-        """‖W + Δ‖ of every stored column, `[columns]`: one more pass, summed in float64."""
-        total = torch.zeros(job.columns, dtype=torch.float64)
-        for low, high in blocks(job.source.numel, job.block_elements):
-            first, last = low // job.columns, high // job.columns
-            direction = job.load(low, high).view(-1, job.columns) + self.product(first, last)
-            total += direction.double().square_().sum(dim=0)
-        return total.sqrt_().to(job.work)
-
-
 def _apply(matrix: torch.Tensor, terms: list[LoadedDelta], first: int, last: int) -> None:
-    """Apply the terms to `matrix` in place, in their order.
+    """Apply the terms to stored rows `[first, last)`, `[n, columns]`, in place, in their order.
 
     A plain term adds Δ. A DoRA term makes `m/‖W + Δ‖·(V + Δ)` of what came before it, V, with the
     norm of the untouched W: that is the chain PEFT 0.21 computes in its forward pass and its merge.
@@ -260,16 +216,19 @@ def _apply(matrix: torch.Tensor, terms: list[LoadedDelta], first: int, last: int
     chained = len(terms) > 1 and any(term.magnitude is not None for term in terms)
     original = matrix.clone() if chained else None
     for term in terms:
-        delta = term.product(first, last)
+        window = term.window(first, last)
+        if window is None:
+            continue
+        part, delta = window.of(matrix), term.product(window)
         if term.magnitude is None:
-            matrix += delta
+            part += delta
         elif original is None:
-            matrix += delta
-            matrix *= term.gain(matrix, first, last)
+            part += delta
+            part *= term.gain(part, window)
         else:
-            gain = term.gain(original + delta, first, last)
-            matrix += delta
-            matrix *= gain
+            gain = term.gain(window.of(original) + delta, window)
+            part += delta
+            part *= gain
 
 
 class Merging(RunningJob):

@@ -12,35 +12,38 @@ from dataclasses import dataclass, field
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.dialects.peft.config import string_list
 from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, Naming
+from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A low-rank pair aimed at a base tensor: `W += weight·scale·B·A`.
+    """Factors and the place in the base where they go: `W += weight·scale·Δ` there.
 
-    `transposed` where the stored matrix is the transpose of B·A: Conv1D and embeddings. `weight` is
-    what the user gave the adapter.
+    `weight` is what the user gave the adapter; negative to take it out.
     """
 
-    tensor: str
-    module: LowRank
-    transposed: bool
+    place: Place
+    factors: Factors
     weight: float = 1.0
 
     @property
+    def tensor(self) -> str:
+        return self.place.tensor
+
+    @property
     def scale(self) -> float:
-        """The factor of B·A. Raises AdapterError where the adapter has no alpha."""
-        if self.module.scale is None:
+        """The factor of Δ. Raises AdapterError where the adapter has no alpha."""
+        if self.factors.scale is None:
             raise AdapterError(
-                f"{self.module.path}: alpha is unknown, because the adapter has no config.",
+                f"{self.factors.path}: alpha is unknown, because the adapter has no config.",
                 "Put adapter_config.json beside the weights.",
             )
-        return self.weight * self.module.scale
+        return self.weight * self.factors.scale
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Match:
     adapter: Adapter
     naming: Naming
     deltas: list[Delta] = field(default_factory=list)
-    biases: list[tuple[str, LowRank]] = field(default_factory=list)
+    biases: list[tuple[str, Factors]] = field(default_factory=list)
     rows: list[tuple[str, TokenRows]] = field(default_factory=list)
     replaced: dict[str, TensorInfo] = field(default_factory=dict)
     added: dict[str, TensorInfo] = field(default_factory=dict)
@@ -85,48 +88,45 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     return found
 
 
-def _match_module(found: Match, layout: Layout, module: LowRank) -> None:
+def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     name = found.naming(module.weight_name)
     base_path = name.rpartition(".")[0]
     target = _target(found, layout, name)
     if target is None:
         found.unmatched.append((module.path, _not_there(found, name, layout.base)))
         return
-    rows, columns = module.shape
     flag = bool(found.adapter.config.get("fan_in_fan_out"))
-    transposed = module.kind == "embedding" or (
-        module.kind == "linear" and layout.is_transposed(base_path, flag, rows == columns)
-    )
-    reason = _misfit(module, target, (columns, rows) if transposed else (rows, columns))
+    place = layout.place(name, module.kind, flag, module.shape)
+    reason = _misfit(module, target, place)
     if not reason and module.bias is not None and f"{base_path}.bias" not in layout.base.tensors:
         reason = "it trains a bias (lora_bias), but the base layer has none to add it to"
     if reason:
         found.unmatched.append((module.path, reason))
         return
-    found.deltas.append(Delta(name, module, transposed))
+    found.deltas.append(Delta(place, module))
     if module.bias is not None:
         found.biases.append((f"{base_path}.bias", module))
 
 
-def _misfit(module: LowRank, target: TensorInfo, wanted: tuple[int, int]) -> str:
-    """Why the module's product does not fit its target; "" where it does."""
-    shape = target.shape
+def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
+    """Why the module's delta does not fit its place; "" where it does."""
+    stored, outline = target.shape, module.outline
     if module.kind == "conv":
-        wanted_conv = (module.b.shape[0], *module.a.shape[1:])
-        if len(shape) == len(wanted_conv) and shape[1] != wanted_conv[1]:
+        wanted = (outline.out, *outline.inner)
+        if len(stored) == len(wanted) and stored[1] != wanted[1]:
+            factor = [module.rank, *outline.inner]
             return (
-                f"a grouped convolution: the base is {list(shape)}, lora_A {list(module.a.shape)} "
+                f"a grouped convolution: the base is {list(stored)}, lora_A {factor} "
                 "reads all channels, so no merged weight exists"
             )
-        fits = shape == wanted_conv
+        fits = stored == wanted
     else:
-        fits = shape == wanted
+        wanted = module.shape[::-1] if place.transposed else module.shape
+        fits = len(stored) == 2 and place.shape(stored) == module.shape
     if not fits:
-        return f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(shape)}"
-    if module.magnitude is not None and module.magnitude.numel != module.b.shape[0]:
-        return (
-            f"its DoRA magnitude has {module.magnitude.numel} values for {module.b.shape[0]} rows"
-        )
+        return f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(stored)}"
+    if module.magnitude is not None and module.magnitude.numel != outline.out:
+        return f"its DoRA magnitude has {module.magnitude.numel} values for {outline.out} rows"
     return ""
 
 

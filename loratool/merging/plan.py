@@ -5,6 +5,7 @@ A plan is a list of jobs per output shard, one job per output tensor.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,13 @@ class Job:
     untied: bool = False
     #: False for integers and for legacy buffers, which may hold -inf by design.
     checked: bool = True
+
+    @property
+    def columns(self) -> int:
+        """Elements of a stored row, where rows matter; 1 where they do not."""
+        if self.deltas:
+            return self.deltas[0].place.matrix(self.source.shape)[1]
+        return math.prod(self.source.shape[1:]) if self.rows else 1
 
     @property
     def is_arithmetic(self) -> bool:

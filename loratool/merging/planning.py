@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.merging.matching import Match, is_vocabulary, match
@@ -146,7 +146,7 @@ def _collect(
     return edits, added
 
 
-def _bias_term(module: LowRank, weight: float) -> BiasTerm:
+def _bias_term(module: Factors, weight: float) -> BiasTerm:
     assert module.bias is not None
     assert module.scale is not None
     return BiasTerm(module.bias, weight * module.scale)

@@ -92,7 +92,7 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
     for job in found.forward.jobs:
         if job.name in found.originals:
             continue
-        if any(delta.module.magnitude is not None for delta in job.deltas):
+        if not all(delta.factors.adds for delta in job.deltas):
             rescaled.append(job.name)
         if job.source is not found.plan.base.tensors.get(job.name):
             replaced.append(job.name)

@@ -121,9 +121,11 @@ def _change_alike(plan: Plan, embedding: Edits, head: Edits) -> bool:
     if not all(a.config.get("ensure_weight_tying") for a in plan.adapters) and embedding.deltas:
         return False
     for ours, theirs in zip(embedding.deltas, head.deltas, strict=True):
-        (b, a), (b_head, a_head) = ours.module.factors(), theirs.module.factors()
-        same = np.array_equal(a_head, b.T) and np.array_equal(b_head, a.T)
+        one_pair, other_pair = ours.factors.left_right(), theirs.factors.left_right()
         # A DoRA magnitude belongs to a dimension here and to a token there.
-        if ours.scale != theirs.scale or not same or ours.module.magnitude is not None:
+        if ours.scale != theirs.scale or not ours.factors.adds or not one_pair or not other_pair:
+            return False
+        (b, a), (b_head, a_head) = one_pair, other_pair
+        if not (np.array_equal(a_head, b.T) and np.array_equal(b_head, a.T)):
             return False
     return True

@@ -188,7 +188,7 @@ def _compare_module(
     pairs = [related(i, j, found, gram, shape) for i, j in itertools.combinations(range(count), 2)]
     counts = None
     if targets is not None:
-        plain = {p.index: found[p.index] for p in parts if p.module.magnitude is None}
+        plain = {p.index: found[p.index] for p in parts if p.module.adds}
         by_index = targets.intruders(path, plain, files)
         counts = [by_index.get(i) for i in range(count)]
     w = np.asarray(weights)
@@ -231,7 +231,7 @@ def letter(index: int) -> str:
 
 
 def _note_dora(adapters: Sequence[Adapter]) -> list[Notice]:
-    dora = [a for a in adapters if any(m.magnitude is not None for m in a.modules.values())]
+    dora = [a for a in adapters if not all(m.adds for m in a.modules.values())]
     if not dora:
         return []
     text = (

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.linalg.spectrum import gram, singular_values
@@ -221,19 +221,19 @@ def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
     return {**adapter.replaced, **rows}
 
 
-def _describe(module: LowRank) -> ModuleReport:
+def _describe(module: Factors) -> ModuleReport:
     return ModuleReport(
         module.path, module.kind, module.rank, module.alpha, module.scale,
-        {"A": list(module.a.shape), "B": list(module.b.shape)}, module.a.dtype,
+        {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
         module.magnitude is not None, module.parameters,
     )  # fmt: skip
 
 
 def _measure(
-    modules: list[LowRank], reports: list[ModuleReport], spectrum: bool, notices: list[Notice]
+    modules: list[Factors], reports: list[ModuleReport], spectrum: bool, notices: list[Notice]
 ) -> None:
     """Norms of all modules, each from its own factors; factors are read module by module."""
-    sound = [(m, r) for m, r in zip(modules, reports, strict=True) if _is_product(m)]
+    sound = [(m, r) for m, r in zip(modules, reports, strict=True) if m.is_sound]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda pair: _fill_norms(pair[0], pair[1], files, spectrum), sound))
     broken = [m.path for (m, _), code in zip(sound, found, strict=True) if code == "not-finite"]
@@ -250,17 +250,12 @@ def _measure(
         notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
 
 
-def _is_product(module: LowRank) -> bool:
-    a, b = module.a.shape, module.b.shape
-    return (
-        len(a) >= 2 and len(b) >= 2 and 0 not in (*a, *b)
-        and b[1] * module.blocks_b == a[0] and module.a.is_float and module.b.is_float
-    )  # fmt: skip
-
-
-def _fill_norms(module: LowRank, report: ModuleReport, files: FilePool, spectrum: bool) -> str:
+def _fill_norms(module: Factors, report: ModuleReport, files: FilePool, spectrum: bool) -> str:
     """Fill the norms of one module. Returns what is odd: "not-finite", or "A" or "B" if zero."""
-    b, a = module.factors(files)
+    pair = module.left_right(files)
+    if pair is None:
+        return ""
+    b, a = pair
     gram_b, gram_a = gram(b.T), gram(a)
     if not (np.isfinite(gram_b).all() and np.isfinite(gram_a).all()):
         return "not-finite"
@@ -330,7 +325,7 @@ def _measure_base(
 ) -> bool:
     """Fill in ‖ΔW‖/‖W‖ where the weights are on this disk, or may be downloaded (`norms`)."""
     by_path = {m.path: m for m in modules}
-    pairs = [(by_path[d.module.path], d.tensor) for d in deltas if d.module.path in by_path]
+    pairs = [(by_path[d.factors.path], d.tensor) for d in deltas if d.factors.path in by_path]
     if layout.tied is not None:
         # A head that is the embedding's matrix has no tensor of its own.
         whole = layout.tied.embedding

@@ -133,7 +133,7 @@ def resize(
                 progress=progress,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
-    if any(m.magnitude is not None for m in lora.modules.values()):
+    if not all(m.adds for m in lora.modules.values()):
         text = "DoRA: the magnitudes are kept as they are; energies are of scale·B·A alone."
         notices.append(Notice("dora-magnitudes-kept", text))
     return ResizeReport(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -106,7 +106,7 @@ class _Comparing(RunningJob):
         super().__init__(pair.job, files)
         self.merged = values_of(pair.merged, files)
         #: The half-precision dtypes in play, that another tool may have rounded to on the way.
-        seen = {d.module.a.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
+        seen = {d.factors.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
         self.halves = sorted(seen & {"F16", "BF16"})
         self._ways = Ways(self)
 
@@ -123,8 +123,10 @@ class _Comparing(RunningJob):
         change = torch.from_numpy(merged).view(TORCH[self.job.dtype]).to(self.work)
         change -= self.load(low, high)
         first, last = low // self.columns, high // self.columns
-        deltas = [term.product(first, last).reshape(-1).clone() for term in self.terms]
-        rows = torch.stack([*deltas, change])
+        rows = torch.zeros(len(self.terms) + 1, high - low, dtype=self.work)
+        for row, term in zip(rows, self.terms, strict=False):
+            term.add_to(row.view(-1, self.columns), first, last)
+        rows[-1] = change
         return self.job.name, (rows @ rows.T).double().numpy()
 
     def _compare(self, low: int, high: int, stats: Stats) -> None:
@@ -262,22 +264,13 @@ class _Comparing(RunningJob):
 
     def _reach(self, low: int, high: int) -> torch.Tensor:
         """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
-        first, last = low // self.columns, high // self.columns
         total = torch.zeros(high - low, dtype=self.work)
-        for (b, a), term in zip(self._norms, self.terms, strict=True):
-            if term.gains is not None:
-                b = b * term.gains.abs().clamp(min=1)
-            rows, columns = (a, b) if term.transposed else (b, a)
-            total += torch.outer(rows[first:last], columns).view(-1)
+        for term in self.terms:
+            window = term.window(low // self.columns, high // self.columns)
+            if window is not None:
+                part = window.of(total.view(-1, self.columns))
+                part += term.reach(window)
         return total
-
-    @cached_property
-    def _norms(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each delta ‖scale·b‖ of the rows of B, and ‖a‖ of the columns of A."""
-        return [
-            (torch.linalg.norm(term.b, dim=1) * abs(term.scale), torch.linalg.norm(term.a, dim=0))
-            for term in self.terms
-        ]
 
 
 def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from loratool.merging.arithmetic import RunningJob
+from loratool.merging.products import LoadedDelta
 from loratool.merging.proof.findings import Stats
 from loratool.merging.rounding import TORCH, ulp
 
@@ -98,18 +99,20 @@ class Ways:
         terms = self.job.terms
         if self.job.job.biases or any(term.magnitude is not None for term in terms):
             return x - w
-        first, last = low // self.job.columns, (low + len(w)) // self.job.columns
         total = torch.zeros_like(w)
         for term in terms:
-            total += term.product(first, last).reshape(-1)
+            self._add(term, total, low)
         return total
+
+    def _add(self, term: LoadedDelta, values: torch.Tensor, low: int) -> None:
+        columns = self.job.columns
+        term.add_to(values.view(-1, columns), low // columns, (low + len(values)) // columns)
 
     def _in_steps(self, half: torch.dtype, w: torch.Tensor, low: int) -> torch.Tensor:
         """One adapter merged after the other, each result rounded to `half`."""
-        first, last = low // self.job.columns, (low + len(w)) // self.job.columns
         total = w.clone()
         for term in self.job.terms:
-            total += term.product(first, last).reshape(-1)
+            self._add(term, total, low)
             total.copy_(total.to(half))
         return total
 
@@ -118,14 +121,13 @@ class Ways:
     ) -> torch.Tensor:
         """Δ from factors rounded to `half`, their product rounded too, then the scale applied."""
         terms = self.job.terms
-        if not terms or any(term.magnitude is not None for term in terms):
+        if not terms or any(term.magnitude is not None or term.b is None for term in terms):
             return delta
-        first, last = low // self.job.columns, high // self.job.columns
+        columns = self.job.columns
         total = torch.zeros_like(delta)
-        for term, scale in zip(terms, (d.scale for d in self.job.job.deltas), strict=True):
-            b = (term.b * (term.scale / scale) if scale else term.b).to(half).to(delta.dtype)
-            a = term.a.to(half).to(delta.dtype)
-            rows = b @ a[:, first:last] if term.transposed else b[first:last] @ a
-            product = (rows.T if term.transposed else rows).reshape(-1)
-            total += product.to(half).to(delta.dtype) * scale
+        for term, own in zip(terms, self.job.job.deltas, strict=True):
+            window = term.window(low // columns, high // columns)
+            if window is not None:
+                part = window.of(total.view(-1, columns))
+                part += term.rounded_product(window, half, own.scale)
         return total

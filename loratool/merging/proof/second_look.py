@@ -50,12 +50,12 @@ def look_for_adapters(
         for pair in pairs
         if pair.job.name in unclear
         and len(pair.job.deltas) > 1
-        and all(delta.module.magnitude is None for delta in pair.job.deltas)
+        and all(delta.factors.adds for delta in pair.job.deltas)
     ]
     shares = attribute(asked, threads)
     for pair in asked:
         name, deltas = pair.job.name, pair.job.deltas
-        called = [names[id(delta.module)] for delta in deltas]
+        called = [names[id(delta.factors)] for delta in deltas]
         if len(set(called)) < len(called):
             called = [f"{n} ({i})" for i, n in enumerate(called, 1)]
         share = shares[name]

@@ -2,33 +2,26 @@
 
 The prediction must come out the same, bit for bit, when the base is restored on another machine
 with another number of threads. Sums of floats depend on their order, and every BLAS has its own. So
-the factors are first rounded to a grid so coarse that float64 holds every product and every sum of
-products exactly: then no order matters. For rank r each factor keeps (53 - log2 r)/2 bits below the
-largest value of its row of B or column of A, 24 at rank 16, as many as float32 has. Everything else
-is one IEEE operation per element.
+the products are taken on a grid on which every sum is exact (`products.ExactProduct`). Everything
+else is one IEEE operation per element.
 
 What the grid cuts off only makes the prediction a little worse, and what it misses is stored.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from loratool.merging.matching import Delta
 from loratool.merging.plan import Job
+from loratool.merging.products import ExactProduct
 from loratool.merging.rounding import TORCH
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import read_float32
 from loratool.streams.scratch import scratch
-
-Factor = npt.NDArray[np.float64]
 
 
 class Reversal:
@@ -43,7 +36,7 @@ class Reversal:
     ) -> None:
         self.job = job
         self.files = files
-        self.columns = math.prod(job.source.shape[1:]) if job.deltas or job.rows else 1
+        self.columns = job.columns
         self.gains = gains
         self._lock = threading.Lock()
         self.base_dtype = TORCH[base_dtype]
@@ -51,7 +44,7 @@ class Reversal:
 
     @cached_property
     def products(self) -> list[ExactProduct]:
-        return [ExactProduct(delta, self.files) for delta in self.job.deltas]
+        return [ExactProduct(delta, self.job.source.shape, self.files) for delta in self.job.deltas]
 
     @cached_property
     def _biases(self) -> list[torch.Tensor]:
@@ -78,44 +71,17 @@ class Reversal:
         first, last = low // self.columns, high // self.columns
         matrix = back.view(-1, self.columns)
         for product, gain in zip(reversed(self.products), reversed(self.gains), strict=True):
+            window = product.window(first, last)
+            if window is None:
+                continue
+            part = window.of(matrix)
             if gain is not None:
-                part = gain.view(1, -1) if product.transposed else gain[first:last, None]
-                usable = torch.isfinite(part) & (part != 0)
-                matrix /= torch.where(usable, part, torch.ones_like(part))
-            matrix -= product.rows(first, last, self.work)
+                by = gain.view(1, -1) if product.transposed else gain[window.out, None]
+                usable = torch.isfinite(by) & (by != 0)
+                part /= torch.where(usable, by, torch.ones_like(by))
+            part -= product.product(window, self.work)
         if any(gain is not None for gain in self.gains):
             back.nan_to_num_()  # the sign of a NaN from ∞ - ∞ depends on the processor
         predicted = scratch.get("predicted", high - low, self.base_dtype)
         predicted.copy_(back)
         return predicted.view(torch.uint8).numpy()
-
-
-class ExactProduct:
-    """`scale·B·A` of one delta on a grid on which every sum is exact."""
-
-    def __init__(self, delta: Delta, files: FilePool) -> None:
-        b, a = delta.module.factors(files)
-        bits = (53 - math.ceil(math.log2(max(1, a.shape[0])))) // 2
-        self.transposed = delta.transposed
-        self.b = torch.from_numpy(on_grid(b.astype(np.float64) * delta.scale, bits, axis=1))
-        self.a = torch.from_numpy(on_grid(a.astype(np.float64), bits, axis=0))
-
-    def rows(self, first: int, last: int, work: torch.dtype) -> torch.Tensor:
-        """The product for stored rows `[first, last)`, rounded once to `work`; scratch."""
-        b, a = (self.b, self.a[:, first:last]) if self.transposed else (self.b[first:last], self.a)
-        shape = (len(b), a.shape[1])
-        exact = scratch.get("exact", shape[0] * shape[1], torch.float64).view(shape)
-        torch.mm(b, a, out=exact)
-        exact += 0.0  # the sign of a zero is the only thing that still depends on the BLAS
-        if work == torch.float32:
-            rounded = scratch.get("product", shape[0] * shape[1], work).view(shape)
-            exact = rounded.copy_(exact)
-        return exact.T if self.transposed else exact
-
-
-def on_grid(factor: Factor, bits: int, axis: int) -> Factor:
-    """Multiples of a power of two, one along `axis`, that need at most `bits` bits."""
-    largest = np.abs(factor).max(axis=axis, keepdims=True, initial=0)
-    exponent = np.frexp(largest)[1] - bits
-    on: Factor = np.ldexp(np.rint(np.ldexp(factor, -exponent)), exponent)
-    return on

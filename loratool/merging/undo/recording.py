@@ -128,7 +128,7 @@ class Recorder:
         names = [f"residual:{n}" for n, job in self._of_base.items() if not job.is_verbatim]
         names += [f"whole:{name}" for name in self.plan.base.tensors if name not in self._of_base]
         for name, job in self._of_base.items():
-            names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.module.magnitude]
+            names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
         names += [f"header:{file}" for file in self._headers]
         return names + [f"file:{name}" for name in self.kept]
 

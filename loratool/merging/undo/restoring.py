@@ -161,7 +161,7 @@ class ReversedPart(RestoredPart):
 
     @property
     def block_elements(self) -> int:
-        return block_elements(int(np.prod(self.info.shape[1:])) if self.job.is_arithmetic else 1)
+        return block_elements(self.job.columns)
 
     @cached_property
     def reversal(self) -> Reversal:

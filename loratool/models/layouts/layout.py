@@ -25,6 +25,7 @@ from loratool.models.layouts.names import (
     ROOTS,
     SHARED,
 )
+from loratool.models.layouts.place import Place
 from loratool.models.layouts.tying import find_tied
 
 Naming = Callable[[str], str]
@@ -89,6 +90,17 @@ class Layout:
         for root, _count in roots.most_common(3):
             for rename in renames:
                 yield _add(root + ".", rename)
+
+    def place(self, tensor: str, kind: str, fan_in_fan_out: bool, shape: tuple[int, int]) -> Place:
+        """Where a delta of this `(out, in)` goes: `tensor`, in the orientation it is stored in.
+
+        Embeddings are stored as the transpose of B·A, which is `[dim, tokens]`.
+        """
+        transposed = kind == "embedding" or (
+            kind == "linear"
+            and self.is_transposed(tensor.rpartition(".")[0], fan_in_fan_out, shape[0] == shape[1])
+        )
+        return Place(tensor, transposed=transposed)
 
     def is_transposed(self, path: str, fan_in_fan_out: bool, square: bool) -> bool:
         """Whether the weight of the linear module at `path` is stored `[in, out]`.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors
 from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
 from loratool.publishing.cards.facts import (
@@ -209,7 +209,7 @@ def _input_table(facts: Facts) -> str:
 
 def _module_table(adapter: Adapter) -> str:
     """One line for the modules that differ only in the numbers of their path."""
-    groups: dict[Any, list[LowRank]] = {}
+    groups: dict[Any, list[Factors]] = {}
     for module in adapter.modules.values():
         key = pattern(module.path), module.kind, module.shape, module.magnitude is not None
         groups.setdefault(key, []).append(module)

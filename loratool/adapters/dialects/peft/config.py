@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.factors import LowRank, ModuleShape
+from loratool.adapters.factors import Factors, ModuleShape
 from loratool.errors import AdapterError
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -191,7 +191,7 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
 
 def adapter_config(
     adapters: Sequence[Adapter],
-    modules: Sequence[LowRank],
+    modules: Sequence[Factors],
     ranks: Sequence[int],
     saved: Sequence[str],
     rows: dict[str, tuple[int, ...]],
@@ -247,12 +247,12 @@ def _common(configs: Sequence[dict[str, Any]], field: str) -> Any:
     return configs[0].get(field) if len(found) == 1 else None
 
 
-def owner(module: LowRank | ModuleShape) -> str:
+def owner(module: Factors | ModuleShape) -> str:
     """The module that has the rank: PEFT gives the two parts of an attention module one."""
     return module.path.removesuffix(".out_proj") if module.kind == "attention-out" else module.path
 
 
-def rank_pattern(modules: Sequence[LowRank | ModuleShape], ranks: Sequence[int]) -> dict[str, int]:
+def rank_pattern(modules: Sequence[Factors | ModuleShape], ranks: Sequence[int]) -> dict[str, int]:
     """Ranks other than the largest, by path.
 
     PEFT reads a key as the end of a path and takes the first that fits. So longer ones come first,
@@ -270,7 +270,7 @@ def _ends(path: str) -> set[str]:
     return {".".join(parts[i:]) for i in range(1, len(parts))}
 
 
-def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[LowRank]) -> list[str] | str:
+def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[Factors]) -> list[str] | str:
     """What selects exactly these modules in the base.
 
     Ends of names, as people write them, if that is how all the adapters were made; full paths where

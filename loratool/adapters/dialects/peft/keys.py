@@ -266,6 +266,7 @@ def _check_shapes(adapter: Adapter) -> None:
     """Refuse pairs that do not make a product; name the reason where it is a known one."""
     troubles: dict[str, list[str]] = {code: [] for code in _SHAPE_TROUBLES}
     for path, module in adapter.modules.items():
+        assert isinstance(module, LowRank)
         a, b = module.a.shape, module.b.shape
         code = ""
         if 0 in (*a, *b) or len(a) < 2 or len(b) < 2:

@@ -11,24 +11,24 @@ _PREFIX = "base_model.model."
 
 
 def factor_shapes(
-    place: ModuleShape, rank: int
+    outline: ModuleShape, rank: int
 ) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
     """The keys and shapes of lora_A and lora_B of a module at this rank."""
-    path = _PREFIX + _stored_path(place)
-    if place.kind == "embedding":
-        return (f"{path}.lora_embedding_A", (rank, *place.inner)), (
-            f"{path}.lora_embedding_B", (place.out, rank),
+    path = _PREFIX + _stored_path(outline)
+    if outline.kind == "embedding":
+        return (f"{path}.lora_embedding_A", (rank, *outline.inner)), (
+            f"{path}.lora_embedding_B", (outline.out, rank),
         )  # fmt: skip
-    ones = (1,) * (len(place.inner) - 1)
-    return (f"{path}.lora_A.weight", (rank, *place.inner)), (
-        f"{path}.lora_B.weight", (place.out, rank, *ones),
+    ones = (1,) * (len(outline.inner) - 1)
+    return (f"{path}.lora_A.weight", (rank, *outline.inner)), (
+        f"{path}.lora_B.weight", (outline.out, rank, *ones),
     )  # fmt: skip
 
 
-def _stored_path(place: ModuleShape) -> str:
-    if place.kind == "attention-out":
-        return f"{place.path.removesuffix('.out_proj')}.base_layer.out_proj"
-    return place.path
+def _stored_path(outline: ModuleShape) -> str:
+    if outline.kind == "attention-out":
+        return f"{outline.path.removesuffix('.out_proj')}.base_layer.out_proj"
+    return outline.path
 
 
 def bias_key(path: str) -> str:

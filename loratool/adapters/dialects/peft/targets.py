@@ -21,7 +21,7 @@ _PREFIX = "base_model.model."
 
 
 def extracted_config(
-    places: Sequence[ModuleShape],
+    outlines: Sequence[ModuleShape],
     ranks: Sequence[int],
     saved: Sequence[str],
     modules: Collection[str],
@@ -36,9 +36,9 @@ def extracted_config(
     `saved` are the names of the tensors saved whole, `modules` the paths of all modules of the
     model that hold tensors.
     """
-    paths = [place.path for place in places]
+    paths = [outline.path for outline in outlines]
     rank = max(ranks, default=1)
-    patterns = rank_pattern(places, ranks) if len(set(ranks)) > 1 else {}
+    patterns = rank_pattern(outlines, ranks) if len(set(ranks)) > 1 else {}
     biases = [n.rpartition(".")[0] for n in saved if n.endswith(".bias")]
     every = {m[:i] for m in modules for i, letter in enumerate(m) if letter == "."} | {*modules}
     whole = saved_modules(saved, modules, set(paths))

@@ -28,14 +28,40 @@ class TokenRows:
     rows: TensorInfo
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What the config beside an adapter declares, in the words of the house.
+
+    The dialect fills it in; nobody else reads the config. `base_name` and `base_revision` are those
+    of the base it was trained on, `task` is a task type (see `models.tasks`), `model_class` the
+    class in memory and `model_library` where that is from. `saved_modules` are the ends of the
+    names of modules that were trained whole, `heads` those and the heads that belong to the task.
+    `transposes` says that the weights of the linear layers are stored `[in, out]`, `ties_head` that
+    embedding and head were changed alike. `library` is what loads the adapter as it is ("" for
+    nothing), and `settings` are lines for people: what, and its value.
+    """
+
+    base_name: str | None = None
+    base_revision: str | None = None
+    task: str | None = None
+    model_class: str = ""
+    model_library: str = ""
+    saved_modules: tuple[str, ...] = ()
+    heads: frozenset[str] = frozenset()
+    transposes: bool = False
+    ties_head: bool = False
+    library: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass
 class Adapter:
     """Everything an adapter holds, read from `source` (a directory or a file).
 
-    `format` is "peft" for what can be merged; other values name what the file is instead, and
-    `description` says it in words. `modules` and `replaced` are keyed by module path and by tensor
-    name, both without training-time prefixes. `inert` names tensors that have no effect at
-    inference, `unknown` those nobody can place.
+    `format` names the dialect, or what the file is instead, and `description` says it in words;
+    `is_read` tells the two apart: only where a dialect claims the file are there modules. `modules`
+    and `replaced` are keyed by module path and by tensor name, both without training-time prefixes.
+    `inert` names tensors that have no effect at inference, `unknown` those nobody can place.
     """
 
     source: Path
@@ -52,6 +78,8 @@ class Adapter:
     inert: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    declared: Declared = Declared()
+    is_read: bool = False
 
     @property
     def label(self) -> str:
@@ -75,8 +103,9 @@ class Adapter:
 
     @property
     def peft_type(self) -> str | None:
+        """PEFT's name for the kind of adapter, where its config has one or is understood so."""
         found = self.config.get("peft_type")
-        return str(found) if found else ("LORA" if self.format == "peft" else None)
+        return str(found) if found else ("LORA" if self.is_read else None)
 
     @property
     def parameters(self) -> int:

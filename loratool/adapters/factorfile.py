@@ -1,4 +1,4 @@
-"""Write the weights of a PEFT adapter, adapter_model.safetensors.
+"""The weights of an adapter that is written, adapter_model.safetensors.
 
 Ranks may be known only when the last module has been computed, and the header of a safetensors file
 comes first. So factors are kept in a scratch file in the output's own folder until then; memory
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.adapters.dialects.peft.names import factor_shapes
+from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.factors import ModuleShape
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS, dtype_name
 from loratool.errors import ValueRangeError
@@ -84,7 +84,7 @@ def tensors_of(
     found = [
         (key, dtype, shape)
         for outline, rank in zip(outlines, ranks, strict=True)
-        for key, shape in factor_shapes(outline, rank)
+        for key, shape in WRITTEN.factor_entries(outline, rank)
     ]
     return found + [(extra.key, extra.dtype, extra.shape) for extra in extras]
 
@@ -100,8 +100,8 @@ class AdapterWriter:
 
     def __init__(self, folder: Path, dtype: str, metadata: dict[str, str]) -> None:
         self._folder = folder
-        self._dtype = dtype
-        self._metadata = metadata
+        self.dtype = dtype
+        self.metadata = metadata
         self._kept: dict[str, _Kept] = {}
         self._position = 0
 
@@ -115,7 +115,7 @@ class AdapterWriter:
 
     def add(self, outline: ModuleShape, rank: int, data: Bytes) -> None:
         """Keep the `encode`d factors of a module; a second time replaces the first."""
-        if data.nbytes != rank * sum(outline.shape) * DTYPE_BITS[self._dtype] // 8:
+        if data.nbytes != rank * sum(outline.shape) * DTYPE_BITS[self.dtype] // 8:
             raise ValueError(f"{outline.path}: {data.nbytes} bytes are not factors of rank {rank}")
         self._kept[outline.path] = _Kept(outline, rank, self._position)
         self._position += data.nbytes
@@ -136,8 +136,8 @@ class AdapterWriter:
             for outline, rank in zip(outlines, ranks, strict=True)
             for half in "AB"
         ]
-        tensors = tensors_of(outlines, ranks, self._dtype, extras)
-        file = ShardWriter(self._folder / ADAPTER_MODEL, build_header(tensors, self._metadata))
+        tensors = tensors_of(outlines, ranks, self.dtype, extras)
+        file = ShardWriter(self._folder / ADAPTER_MODEL, build_header(tensors, self.metadata))
         try:
             position = 0
             others = chain.from_iterable(extra.read() for extra in extras)
@@ -150,7 +150,7 @@ class AdapterWriter:
     def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""
         out, width = kept.outline.shape
-        size = DTYPE_BITS[self._dtype] // 8
+        size = DTYPE_BITS[self.dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
         rows = np.zeros((rank, length * size), np.uint8)
         target = rows[: kept.rank].data.cast("B") if kept.rank else memoryview(b"")

@@ -41,6 +41,11 @@ class ModuleShape:
         """`(out, in)` of the product B·A, convolution kernels flattened into `in`."""
         return self.out, math.prod(self.inner)
 
+    @property
+    def rank_owner(self) -> str:
+        """The module that has the rank: the two parts of an attention module share one."""
+        return self.path.removesuffix(".out_proj") if self.kind == "attention-out" else self.path
+
 
 #: Rows of Δ by number, and a run of its columns.
 Part = Callable[["slice | npt.NDArray[np.intp]", slice], Matrix]

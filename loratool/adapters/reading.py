@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.peft.keys import fill_adapter
+from loratool.adapters.dialects import claimed_by
 from loratool.adapters.recognise import recognise
 from loratool.errors import AdapterError, FileError
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, INDEX, TORCH_SUFFIXES
@@ -18,8 +18,8 @@ from loratool.storage.weights import read_contents
 def read_adapter(source: str | Path) -> Adapter:
     """Read the headers of an adapter directory or file; no tensor data is read.
 
-    The result's `format` is "peft" where the modules could be read; anything else that is readable
-    is named by `format` and `description`. Raises FileError for what is damaged or not there.
+    The result is `is_read` where a dialect claims it; anything else that is readable is named by
+    `format` and `description`. Raises FileError for what is damaged or not there.
     """
     place = locate(source)
     folder, name = place.folder, place.file or _find_weights(place.folder, source)
@@ -28,10 +28,14 @@ def read_adapter(source: str | Path) -> Adapter:
     config = folder.json(config_file) if folder.has(config_file) else {}
     weights = folder.path / name
     tensors, metadata, top = read_contents(folder, name)
-    code, words = recognise(tensors, config, top)
-    adapter = Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
-    if code == "peft":
-        fill_adapter(adapter)
+    claim = claimed_by(tensors, config, top)
+    if claim is None:
+        code, words = recognise(tensors, config, top)
+        return Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
+    dialect, words = claim
+    adapter = Adapter(place.path, weights, folder, dialect.name, words, tensors, config, metadata)
+    adapter.is_read = True
+    dialect.read(adapter)
     return adapter
 
 
@@ -41,7 +45,7 @@ def read_lora(source: str | Path) -> Adapter:
     What the adapter holds is on the disk afterwards, downloaded if it must be.
     """
     adapter = read_adapter(source)
-    if adapter.format != "peft":
+    if not adapter.is_read:
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
             "loratool works on PEFT LoRA adapters. `loratool inspect` shows what is in the file.",

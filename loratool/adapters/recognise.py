@@ -1,4 +1,7 @@
-"""What a file is, told from its tensor names. One rule per line, the first that fits wins."""
+"""What a file is that no dialect claims, told from its tensor names.
+
+One rule per line, the first that fits wins.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ PEFT_TYPES = {
 _KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
 _DIFFUSERS = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.")
 _OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
 
 _INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
 
@@ -33,7 +35,10 @@ def _any(pattern: str) -> Test:
     return lambda names: any(compiled.search(name) for name in names)
 
 
-_RULES: list[tuple[str, str, Test]] = [
+Rule = tuple[str, str, Test]
+
+#: Files that are something else whatever other names they hold, lora_A and lora_B among them.
+_FOREIGN: list[Rule] = [
     ("empty", "a safetensors file without tensors", lambda names: not names),
     ("optimizer-state", "optimizer state of a training run, not an adapter",
      lambda names: any(_OPTIMIZER.match(n) for n in names)),
@@ -49,8 +54,9 @@ _RULES: list[tuple[str, str, Test]] = [
      _any(r"\.(ia3_l|multi_lora_[ab])(\.|$)")),
     ("diffusers", "a diffusers LoRA for a diffusion model", lambda names: any(
         _DIFFUSERS.match(n) and ("lora" in n) for n in names)),
-    ("peft", "a PEFT LoRA adapter", lambda names: any(_FACTOR.match(n) for n in names)),
-    ("peft", "a PEFT LoRA adapter", _any(r"trainable_tokens_delta")),
+]  # fmt: skip
+
+_RULES: list[Rule] = [
     ("mlx", "an MLX LoRA adapter", _any(r"\.lora_[ab]$")),
     ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",
      _any(r"\.lora[._](down|up)")),
@@ -61,6 +67,11 @@ _RULES: list[tuple[str, str, Test]] = [
     ("base-checkpoint", "model weights, not an adapter",
      lambda names: sum(n.endswith((".weight", ".bias")) for n in names) > len(names) // 2),
 ]  # fmt: skip
+
+
+def is_foreign(names: Collection[str]) -> bool:
+    """Whether the names mark a file as something that must not be read by its other names."""
+    return any(fits(names) for _, _, fits in _FOREIGN)
 
 
 def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) -> tuple[str, str]:
@@ -74,12 +85,10 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
     if top in ("list", "tuple"):
         return "positional", "a list of tensors without names (as cloneofsimo/lora saves them)"
     peft_type = str(config.get("peft_type") or "LORA").upper()
-    if peft_type == "TRAINABLE_TOKENS":
-        return "peft", "PEFT trainable tokens"
     if peft_type != "LORA":
         words = PEFT_TYPES.get(peft_type, peft_type)
         return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter, not LoRA"
-    for code, words, fits in _RULES:
+    for code, words, fits in (*_FOREIGN, *_RULES):
         if fits(tensors):
             return code, words
     return "unknown", "no adapter format that loratool knows"

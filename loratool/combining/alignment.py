@@ -203,7 +203,7 @@ def _compare_names(joined: Joined) -> None:
             "another architecture?"
         )
         joined.notices.append(Notice("nothing-shared", text, one.label))
-    tasks = {str(a.config.get("task_type")) for a in joined.used}
+    tasks = {str(a.declared.task) for a in joined.used}
     if len(tasks) > 1:
         text = f"The adapters are for different tasks ({', '.join(sorted(tasks))}): none is noted."
         joined.notices.append(Notice("tasks-differ", text))
@@ -217,7 +217,7 @@ def _compare_names(joined: Joined) -> None:
 
 
 def _base_name(adapter: Adapter) -> str:
-    name, revision = (adapter.config.get(k) for k in ("base_model_name_or_path", "revision"))
+    name, revision = adapter.declared.base_name, adapter.declared.base_revision
     return f"{name}@{revision}" if name and revision else str(name or "")
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.peft.config import string_list
 from loratool.combining.alignment import Joined, Saved
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.notices import Notice
@@ -136,7 +135,7 @@ def _refuse_adapted_rows(joined: Joined) -> None:
 
 def _refuse_adapted_inside(joined: Joined) -> None:
     """PEFT replaces a saved module by a copy; factors inside it have no place there."""
-    named = {s for a in joined.used for s in string_list(a.config, "modules_to_save")}
+    named = {s for a in joined.used for s in a.declared.saved_modules}
     inside = [
         f"{path} (in {name})"
         for path in joined.modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapters.dialects.peft.config import adapter_config
-from loratool.adapters.dialects.peft.names import bias_key, magnitude_key, rows_key, saved_key
+from loratool.adapters.dialects import WRITTEN
+from loratool.adapters.dialects.dialect import Recipe
+from loratool.adapters.directory import adapter_directory
 from loratool.adapters.factorfile import (
     AdapterWriter,
     Extra,
@@ -27,17 +27,13 @@ from loratool.combining.alignment import Contribution, Joined, Saved
 from loratool.combining.rank_change import Changes, NewFactors, RankPolicy, measure, refuse_nothing
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
-from loratool.merging.output import refuse_full_disk
 from loratool.merging.provenance import describe_adapter, versions
 from loratool.models.sidefiles import tokenizer_files
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
-from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory, explain
 from loratool.storage.tensors import Bytes
 from loratool.storage.values import float_blocks, raw_blocks, read_float32
-from loratool.streams.progress import Progress
+from loratool.streams.run import Run
 from loratool.streams.threads import computed
 
 
@@ -59,14 +55,10 @@ def write_adapter(
     dtype: str,
     record: dict[str, Any],
     policy: RankPolicy,
-    *,
+    run: Run,
     zero: tuple[str, str] = ("", ""),
-    overwrite: bool = False,
-    dry_run: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
 ) -> tuple[Changes, int]:
-    """Write the adapter of these modules to `output`, all or nothing; only measure if `dry_run`.
+    """Write the adapter of these modules to `output`, all or nothing; in a dry run only measure.
 
     Returns what became of the modules, and the bytes of the weights file. `record` goes into
     loratool.json. `zero` says why a result may be zero, and what to do about it.
@@ -80,12 +72,12 @@ def write_adapter(
     def compute(writer: AdapterWriter | None) -> tuple[Changes, int]:
         shrunk = []
         work = (partial(_encoded, call, dtype) for call in modules)
-        for done, (module, rank, data) in enumerate(computed(work, threads), 1):
+        for done, (module, rank, data) in enumerate(computed(work, run.threads), 1):
             if writer is not None:
                 writer.add(module.parts[0].module.outline, rank, data)
             shrunk.append(module)
-            if progress is not None:
-                progress(done, len(joined.modules), module.path)
+            if run.progress is not None:
+                run.progress(done, len(joined.modules), module.path)
         refuse_nothing(shrunk, *zero)
         ranks = policy.ranks(shrunk)
         changes = measure(joined, shrunk, ranks)
@@ -93,18 +85,14 @@ def write_adapter(
             changes.notices.append(note_ranks(ranks))
         return changes, file_size(tensors_of(outlines, ranks, dtype, extras), metadata)
 
-    if dry_run:
+    if run.dry_run:
         return compute(None)
-    with StagedDirectory(output, overwrite) as stage:
-        try:
-            with AdapterWriter(stage.path, dtype, metadata) as writer:
-                changes, nbytes = compute(writer)
-                refuse_full_disk(nbytes, output)
-                writer.finish(outlines, [m.rank for m in changes.modules], extras, threads)
-            _write_beside(joined, changes, stage.path, record, policy.uniform, tokenizer)
-            stage.commit()
-        except OSError as error:
-            raise explain(error, output) from error
+    with adapter_directory(output, dtype, metadata, run.overwrite) as folder:
+        changes, nbytes = compute(folder.writer)
+        folder.finish(outlines, [m.rank for m in changes.modules], extras, run.threads)
+        folder.write_config(_recipe(joined, changes, policy.uniform))
+        folder.copy(tokenizer)
+        folder.write_record(_record(joined, changes, record))
     return changes, nbytes
 
 
@@ -132,19 +120,21 @@ def _extras(joined: Joined, dtype: str) -> list[Extra]:
         if joined.biased:
             shape = (module.shape[0],)
             extras.append(
-                Extra(bias_key(module.path), dtype, shape, partial(_bias_bytes, parts, dtype))
+                Extra(
+                    WRITTEN.bias_key(module.path), dtype, shape, partial(_bias_bytes, parts, dtype)
+                )
             )
         if module.magnitude is not None:
             info = module.magnitude
-            key = magnitude_key(module.path)
+            key = WRITTEN.magnitude_key(module.path)
             extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
     for saved in joined.saved.values():
         info = saved.sources[0][1]
-        key = saved_key(saved.name, info.name, joined.modules)
+        key = WRITTEN.saved_key(saved.name, info.name, joined.modules)
         extras.append(Extra(key, info.dtype, info.shape, partial(_saved_bytes, saved)))
     for rows in joined.token_rows.values():
         info = rows.rows
-        key = rows_key(info.name)
+        key = WRITTEN.rows_key(info.name)
         extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
     return extras
 
@@ -182,25 +172,22 @@ def _agreed_tokenizer(joined: Joined) -> dict[str, Path]:
     return agreed
 
 
-def _write_beside(
-    joined: Joined,
-    changes: Changes,
-    folder: Path,
-    record: dict[str, Any],
-    uniform: bool,
-    tokenizer: dict[str, Path],
-) -> None:
-    """adapter_config.json, the tokenizer, and loratool.json, which holds no path and no date."""
+def _recipe(joined: Joined, changes: Changes, uniform: bool) -> Recipe:
     modules = [parts[0].module for parts in joined.modules.values()]
-    rows = {path: rows.indices for path, rows in joined.token_rows.items()}
-    ranks = [m.rank for m in changes.modules]
-    config = adapter_config(
-        joined.used, modules, ranks, list(joined.saved), rows, uniform, joined.biased
+    return Recipe(
+        outlines=[m.outline for m in modules],
+        ranks=[m.rank for m in changes.modules],
+        saved=list(joined.saved),
+        sources=joined.used,
+        rows={path: rows.indices for path, rows in joined.token_rows.items()},
+        uniform=uniform,
+        biased=joined.biased,
+        scaled=any(m.magnitude is not None for m in modules),
     )
-    write_json(folder / ADAPTER_CONFIG, config)
-    for name, path in tokenizer.items():
-        shutil.copyfile(path, folder / name)
-    document = {
+
+
+def _record(joined: Joined, changes: Changes, record: dict[str, Any]) -> dict[str, Any]:
+    return {
         "schema_version": 1,
         "command": record["command"],
         "versions": versions("numpy"),
@@ -215,6 +202,4 @@ def _write_beside(
             "kept": changes.kept,
             "warnings": [n.code for n in (*joined.notices, *changes.notices)],
         },
-        "files": {name: file_sha256(folder / name) for name in (ADAPTER_MODEL, ADAPTER_CONFIG)},
     }
-    write_json(folder / PROVENANCE, document)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapters.dialects.peft.config import owner
 from loratool.combining.alignment import Contribution, Joined
 from loratool.errors import ValueRangeError, listed
 from loratool.linalg.lowrank import Factor, Float64, decompose
@@ -104,7 +103,7 @@ class RankPolicy:
             return [-(-largest // self.multiple) * self.multiple] * len(shrunk)
         # The two parts of an attention module share one rank.
         shared: dict[str, int] = {}
-        owners = [owner(m.parts[0].module) for m in shrunk]
+        owners = [m.parts[0].module.outline.rank_owner for m in shrunk]
         for name, m in zip(owners, shrunk, strict=True):
             shared[name] = max(m.rank, shared.get(name, 0))
         return [shared[name] for name in owners]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
-from loratool.adapters.dialects.peft.targets import saved_unit
+from loratool.adapters.dialects import WRITTEN
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.names import CLASSIFIERS
 from loratool.storage.tensors import TensorInfo
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
@@ -44,7 +44,7 @@ def group_of(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
     weight = tensors.get(f"{own}.weight")
     if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
         return "norms"
-    if saved_unit(path) != path or path.endswith(tuple(AUTOMATIC_HEADS)):
+    if WRITTEN.saved_unit(path) != path or path.endswith(CLASSIFIERS):
         return "heads"
     if leaf == "bias":
         return "biases"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from loratool.adapters.dialects.peft.targets import saved_modules, saved_unit
+from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.factorfile import note_ranks
 from loratool.adapters.factors import ModuleShape
 from loratool.errors import MatchError, ValueRangeError, listed
@@ -129,12 +129,13 @@ def with_siblings(
 ) -> list[Decomposed]:
     """`whole`, and what else PEFT saves with it: all tensors of a saved module."""
     names = [f.part.name for f in whole]
-    saved = set(saved_modules(names, pairs.modules, {part.module for part in adapted}))
+    saved = set(WRITTEN.saved_modules(names, pairs.modules, {part.module for part in adapted}))
     chosen = set(names)
     return [
         f
         for f in found
-        if f.part.name in chosen or (saved_unit(f.part.module) in saved and f.part.fate == "whole")
+        if f.part.name in chosen
+        or (WRITTEN.saved_unit(f.part.module) in saved and f.part.fate == "whole")
     ]
 
 

@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.dialects.peft.names import saved_key
-from loratool.adapters.dialects.peft.targets import extracted_config, saved_unit
-from loratool.adapters.factorfile import AdapterWriter, Extra, file_size, tensors_of
+from loratool.adapters.dialects import WRITTEN
+from loratool.adapters.dialects.dialect import Recipe
+from loratool.adapters.directory import adapter_directory
+from loratool.adapters.factorfile import Extra, file_size, tensors_of
 from loratool.errors import VerifyError
 from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposition import Decomposed, Extraction, Policy, cost
+from loratool.extracting.options import ExtractOptions
 from loratool.extracting.outcome import Outcome, gather, note, with_siblings
 from loratool.extracting.readback import distance
-from loratool.linalg.ranks import Criterion
-from loratool.merging.output import refuse_full_disk
 from loratool.merging.provenance import describe_model, versions
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.sidefiles import tokenizer_files
+from loratool.models.tasks import CLASSIFYING, TASK_BY_END, TEXT_TO_TEXT
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
-from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory, explain
 from loratool.storage.values import raw_blocks
+from loratool.streams.run import Run
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)
-
-#: The task that PEFT has for a class of transformers, by the end of its name.
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-#: Encoder-decoder models that read and write text, for which PEFT's class of that task is made.
-_TEXT_TO_TEXT = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "m2m_100",
-                 "led"}  # fmt: skip
-
 
 #: The metadata that transformers asks for.
 _METADATA = {"format": "pt"}
 
 
 def propose(
-    held: Outcome, pairs: Counterparts, dtype: str, options: dict[str, Any]
+    held: Outcome, pairs: Counterparts, dtype: str, options: ExtractOptions
 ) -> dict[int, int]:
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
     parts = [f.part for f in held.factors]
@@ -75,51 +59,42 @@ def write(
     pairs: Counterparts,
     work: Extraction,
     output: Path,
-    options: dict[str, Any],
+    options: ExtractOptions,
+    run: Run,
     *,
     base_name: str,
-    overwrite: bool,
     verify: bool,
-    threads: int | None,
 ) -> Outcome:
     """Decompose everything and write the adapter to `output`, all or nothing."""
-    with StagedDirectory(output, overwrite) as stage:
-        try:
-            with AdapterWriter(stage.path, work.dtype, _METADATA) as writer:
-                others = work.measure(part for part in pairs.found if part.fate != "factors")
-                parts = [part for part in pairs.found if part.fate == "factors"]
-                policy = choosing(options, others, pairs, work.dtype)
-                factors, ranks = work.decompose(parts, policy, writer)
-                held = gather(pairs, [*others, *factors])
-                held.ranks = ranks
-                outlines = [outline for outline, _ in held.placed]
-                final = [rank for _, rank in held.placed]
-                extras = _extras(held)
-                held.nbytes = file_size(_tensors(held, work.dtype), _METADATA)
-                refuse_full_disk(held.nbytes, output)
-                writer.finish(outlines, final, extras, threads)
-            note(held, tuned.model_type, policy)
-            saved = [name for f in held.whole for name in f.part.names]
-            config = extracted_config(
-                outlines, final, saved, pairs.modules, base_name=base_name,
+    with adapter_directory(output, work.dtype, _METADATA, run.overwrite) as folder:
+        others = work.measure(part for part in pairs.found if part.fate != "factors")
+        parts = [part for part in pairs.found if part.fate == "factors"]
+        policy = choosing(options, others, pairs, work.dtype)
+        factors, ranks = work.decompose(parts, policy, folder.writer)
+        held = gather(pairs, [*others, *factors])
+        held.ranks = ranks
+        outlines = [outline for outline, _ in held.placed]
+        final = [rank for _, rank in held.placed]
+        held.nbytes = folder.finish(outlines, final, _extras(held), run.threads)
+        note(held, tuned.model_type, policy)
+        saved = [name for f in held.whole for name in f.part.names]
+        folder.write_config(
+            Recipe(
+                outlines, final, saved, modules=pairs.modules, base_name=base_name,
                 task_type=_task(tuned, saved),
                 tied=any(f.part.twin for f in (*held.factors, *held.whole)),
-                fan_in_fan_out=pairs.fan_in_fan_out,
-            )  # fmt: skip
-            write_json(stage.path / ADAPTER_CONFIG, config)
-            for name, path in _new_tokenizer(base, tuned).items():
-                shutil.copyfile(path, stage.path / name)
-            if verify:
-                held.verified = _verified(held, base, stage.path, pairs, work, threads)
-            write_json(stage.path / PROVENANCE, _record(base, tuned, held, options, stage.path))
-            stage.commit()
-        except OSError as error:
-            raise explain(error, output) from error
+                transposes=pairs.fan_in_fan_out,
+            )
+        )  # fmt: skip
+        folder.copy(_new_tokenizer(base, tuned))
+        if verify:
+            held.verified = _verified(held, base, folder.path, pairs, work, run.threads)
+        folder.write_record(_record(base, tuned, held, options))
     return held
 
 
 def choosing(
-    options: dict[str, Any], others: Sequence[Decomposed], pairs: Counterparts, dtype: str
+    options: ExtractOptions, others: Sequence[Decomposed], pairs: Counterparts, dtype: str
 ) -> Policy:
     """How ranks are chosen, with `others` in the file beside the factors."""
     changed = [f for f in others if f.changed and f.part.fate == "whole"]
@@ -130,12 +105,8 @@ def choosing(
         held = Outcome([Decomposed(part) for part in parts], whole, [], 0, [], list(ranks))
         return file_size(_tensors(held, dtype), _METADATA)
 
-    criterion = Criterion(
-        rank=options["rank"], energy=options["energy"], max_rank=options["max_rank"]
-    )
-    return Policy(
-        criterion, partial(cost, dtype=dtype), size, options["budget"], options["uniform"]
-    )
+    by_bytes = partial(cost, dtype=dtype)
+    return Policy(options.criterion, by_bytes, size, options.budget, options.uniform)
 
 
 def _tensors(held: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -149,7 +120,7 @@ def _extras(held: Outcome) -> list[Extra]:
     modules = dict.fromkeys(outline.path for outline, _ in held.placed)
     return [
         Extra(
-            saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
+            WRITTEN.saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
             partial(raw_blocks, f.part.tuned),
         )
         for f in held.whole
@@ -162,10 +133,10 @@ def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
     architectures = tuned.config.get("architectures") or [""]
     name = str(architectures[0])
     if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if tuned.model_type in _TEXT_TO_TEXT else None
-    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
-    headless = all(saved_unit(name) == name for name in saved)
-    return None if headless and task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else task
+        return "SEQ_2_SEQ_LM" if tuned.model_type in TEXT_TO_TEXT else None
+    task = next((task for end, task in TASK_BY_END.items() if name.endswith(end)), None)
+    headless = all(WRITTEN.saved_unit(name) == name for name in saved)
+    return None if headless and task in CLASSIFYING else task
 
 
 def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
@@ -204,15 +175,14 @@ def _verified(
 
 
 def _record(
-    base: Checkpoint, tuned: Checkpoint, held: Outcome, options: dict[str, Any], folder: Path
+    base: Checkpoint, tuned: Checkpoint, held: Outcome, options: ExtractOptions
 ) -> dict[str, Any]:
-    """loratool.json, which holds no path and no date."""
     lost = held.lost[0] / held.total
     return {
         "schema_version": 1,
         "command": "extract",
         "versions": versions("torch", "numpy"),
-        "options": options,
+        "options": options.to_dict(),
         "base": describe_model(base),
         "tuned": describe_model(tuned),
         "result": {
@@ -227,5 +197,4 @@ def _record(
             "left": [f.part.name for f in held.left],
             "warnings": [n.code for n in held.notices],
         },
-        "files": {name: file_sha256(folder / name) for name in (ADAPTER_MODEL, ADAPTER_CONFIG)},
     }

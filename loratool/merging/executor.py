@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 from loratool.merging.arithmetic import MergeTask, Merging
-from loratool.merging.plan import Job, Plan
+from loratool.merging.plan import Job, OutputShard
 from loratool.merging.rounding import Counts
-from loratool.merging.undo.recording import Recorder
-from loratool.storage.header import build_header
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
+from loratool.streams.run import Run
 from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
 from loratool.streams.workers import Workers
 
@@ -42,41 +41,54 @@ class Written:
 class Courier(Protocol):
     """Takes each shard away once it is complete, while the others are still to be made."""
 
-    def fetch(self, shard: str) -> Written | None:
+    def fetch(self, shard: OutputShard) -> Written | None:
         """Called before a shard is computed, to have its inputs at hand.
 
         What is returned, of a shard that was taken away before, takes the place of computing it.
         """
 
-    def take(self, shard: str, written: Written) -> None:
+    def take(self, shard: OutputShard, written: Written) -> None:
         """Called when a shard is complete on the disk and none of its inputs is open any more."""
 
 
+class Recorder(Protocol):
+    """Notes beside the writing what takes the merge back; see `undo.recording`."""
+
+    def part(self, job: Job, files: FilePool) -> Merging:
+        """A job as a tensor of its shard."""
+
+    def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:
+        """Called in file order with each finished task, and what was written."""
+
+    def finish(self, files: FilePool, workers: Workers) -> None:
+        """Called after the last shard."""
+
+
 def execute(
-    plan: Plan,
+    shards: Sequence[OutputShard],
     folder: Path,
-    progress: Advance,
-    threads: int | None = None,
+    run: Run,
     recorder: Recorder | None = None,
     courier: Courier | None = None,
 ) -> Written:
-    """Write the shards of `plan` into `folder`, and with a `recorder` what takes the merge back.
+    """Write these shards of a plan into `folder`, and with a `recorder` what takes the merge back.
 
-    `progress(bytes, shard)` is called as output bytes are done. Raises ValueRangeError for NaN,
-    infinity and overflow, naming the tensor, the count and the cause.
+    Raises ValueRangeError for NaN, infinity and overflow, naming the tensor, the count and the
+    cause.
     """
-    with FilePool() as files, Workers(threads) as workers:
-        write = partial(_write, plan, folder, progress, recorder, files, workers)
+    advance = run.counted(sum(shard.nbytes for shard in shards))
+    with FilePool() as files, Workers(run.threads) as workers:
+        write = partial(_write, folder, advance, recorder, files, workers)
         if courier is None:
-            written = write(list(plan.shards))
+            written = write(shards)
         else:
             written = Written()
-            for name in plan.shards:
-                done = courier.fetch(name)
+            for shard in shards:
+                done = courier.fetch(shard)
                 if done is None:
-                    done = write([name])
+                    done = write([shard])
                     files.close()  # inputs may go now; those that do not are opened again
-                    courier.take(name, done)
+                    courier.take(shard, done)
                 written += done
         if recorder is not None:
             recorder.finish(files, workers)
@@ -84,18 +96,17 @@ def execute(
 
 
 def _write(
-    plan: Plan,
     folder: Path,
-    progress: Advance,
+    advance: Advance,
     recorder: Recorder | None,
     files: FilePool,
     workers: Workers,
-    names: Sequence[str],
+    outputs: Sequence[OutputShard],
 ) -> Written:
     part = recorder.part if recorder else Merging
     shards = {
-        name: Shard(header_of(plan.shards[name]), (part(job, files) for job in plan.shards[name]))
-        for name in names
+        output.name: Shard(output.header, (part(job, files) for job in output.jobs))
+        for output in outputs
     }
     digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}
     written = Written()
@@ -107,10 +118,6 @@ def _write(
         if recorder is not None:
             recorder.take(task, data, workers)
 
-    write_shards(folder, shards, workers, consume, progress)
+    write_shards(folder, shards, workers, consume, advance)
     written.shards = {name: digest.hexdigest() for name, digest in digests.items()}
     return written
-
-
-def header_of(jobs: Sequence[Job]) -> bytes:
-    return build_header([(j.name, j.dtype, j.source.shape) for j in jobs], {"format": "pt"})

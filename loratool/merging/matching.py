@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Adapter, TokenRows
-from loratool.adapters.dialects.peft.config import string_list
-from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
 from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
@@ -95,7 +93,7 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     if target is None:
         found.unmatched.append((module.path, _not_there(found, name, layout.base)))
         return
-    flag = bool(found.adapter.config.get("fan_in_fan_out"))
+    flag = found.adapter.declared.transposes
     place = layout.place(name, module.kind, flag, module.shape)
     reason = _misfit(module, target, place)
     if not reason and module.bias is not None and f"{base_path}.bias" not in layout.base.tensors:
@@ -183,13 +181,10 @@ def is_vocabulary(name: str) -> bool:
 
 
 def _is_saved_head(adapter: Adapter, name: str) -> bool:
-    saved = set(string_list(adapter.config, "modules_to_save"))
-    if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        saved |= AUTOMATIC_HEADS
-    # PEFT takes the names for endings: "classifier" saves "pre_classifier" too.
+    # The names are endings: "classifier" saves "pre_classifier" too.
     parts = name.split(".")
     parents = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return any(parent.endswith(module) for parent in parents for module in saved)
+    return any(parent.endswith(module) for parent in parents for module in adapter.declared.heads)
 
 
 def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:

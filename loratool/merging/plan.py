@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
@@ -15,6 +16,7 @@ from loratool.merging.matching import Delta
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import is_legacy_buffer
 from loratool.notices import Notice
+from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
 
 
@@ -78,6 +80,31 @@ class Job:
         return self.source.numel * DTYPE_BITS[self.dtype] // 8
 
 
+@dataclass(frozen=True)
+class OutputShard:
+    """One output file and everything that it is made from: all that another process needs."""
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The first bytes of the file."""
+        return build_header(
+            [(j.name, j.dtype, j.source.shape) for j in self.jobs], {"format": "pt"}
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def sources(self) -> set[Path]:
+        """The files that hold the tensors it begins with."""
+        return {job.source.file for job in self.jobs}
+
+
 @dataclass
 class Plan:
     """Everything a merge will do. `shards` maps output files to jobs in the order of their data."""
@@ -95,6 +122,11 @@ class Plan:
     @property
     def jobs(self) -> list[Job]:
         return [job for jobs in self.shards.values() for job in jobs]
+
+    @property
+    def outputs(self) -> list[OutputShard]:
+        """What is to be made, file by file; each by itself, in any order, on any machine."""
+        return [OutputShard(name, tuple(jobs)) for name, jobs in self.shards.items()]
 
     @property
     def bytes_to_read(self) -> int:

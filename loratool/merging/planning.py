@@ -20,6 +20,7 @@ from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.quantised import refuse_quantised
+from loratool.models.tasks import CLASS_ENDS, CLASSIFYING
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_values
@@ -83,9 +84,7 @@ def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
     placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
     if not plan.allow_unmatched or not placed:
         names = ", ".join(
-            repr(m.adapter.config["base_model_name_or_path"])
-            for m in matches
-            if m.adapter.config.get("base_model_name_or_path")
+            repr(m.adapter.declared.base_name) for m in matches if m.adapter.declared.base_name
         )
         raise MatchError(
             text,
@@ -184,18 +183,12 @@ def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInf
             plan.config_changes["vocab_size"] = new[0]
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
     labels = {i.shape[0] for n, i in heads if _LABEL_HEAD.search(n) and len(i.shape) == 2}
-    tasks = {str(a.config.get("task_type")) for a in plan.adapters} & _TASK_CLASSES.keys()
+    tasks = {str(a.declared.task) for a in plan.adapters} & CLASSIFYING
     if len(labels) == 1 and tasks != {"QUESTION_ANS"}:
         plan.config_changes["num_labels"] = labels.pop()
     if added and len(tasks) == 1:
-        plan.config_changes["architecture"] = _TASK_CLASSES[tasks.pop()]
+        plan.config_changes["architecture"] = CLASS_ENDS[tasks.pop()]
 
 
 #: Last layers of classifiers, with a row per label.
 _LABEL_HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")
-
-_TASK_CLASSES = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}

@@ -91,7 +91,7 @@ def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
     return {
         "name": adapter.name,
         **_published(adapter.source),
-        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "base_model_name_or_path": adapter.declared.base_name,
         "weight": weight,
         "modules": _modules_of(adapter),
         "files": adapter_files(adapter),

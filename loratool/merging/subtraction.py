@@ -18,6 +18,7 @@ from loratool.merging.planning import build_plan
 from loratool.merging.proof.findings import judge
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.storage.tensors import TensorInfo
+from loratool.streams.run import Run
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def plan_subtraction(
     dtype: str,
     base: str | Path | None,
     record: dict[str, Any],
-    threads: int | None,
+    run: Run,
 ) -> Subtraction:
     """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
     unmatched = bool(record.get("options", {}).get("allow_unmatched"))
@@ -44,7 +45,7 @@ def plan_subtraction(
     forward = build_plan(merged, adapters, weights, dtype, unmatched)
     originals = {}
     if base is not None:
-        originals = _originals(base, merged, forward, bool(record), threads)
+        originals = _originals(base, merged, forward, bool(record), run)
     for shard, jobs in plan.shards.items():
         plan.shards[shard] = [
             make_job(plan, job.name, originals[job.name], Edits()) if job.name in originals else job
@@ -55,7 +56,7 @@ def plan_subtraction(
 
 
 def _originals(
-    base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, threads: int | None
+    base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, run: Run
 ) -> dict[str, TensorInfo]:
     """The tensors of `base` that `merged` was made from, checked by merging them again."""
     from loratool.merging.proof.checking import Pair, compare  # torch: about two seconds to import
@@ -71,7 +72,7 @@ def _originals(
             source = job.source if held else original
             again = replace(job, source=source, dtype=now.dtype, checked=False)
             pairs.append(Pair(again, now))
-    stats = compare(pairs, lambda *_: None, threads)
+    stats = compare(pairs, run.silent())
     findings = [judge(pair.job, stats[pair.job.name]) for pair in pairs]
     # What loratool merged comes out the same again; other tools round otherwise.
     wrong = [f.tensor for f in findings if not f.sound or (exact and f.equal < 1)]

@@ -16,11 +16,9 @@ from loratool.merging.plan import Edits, Job, Plan, make_job
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import LM_CLASS
 from loratool.models.layouts.tying import Tied
+from loratool.models.tasks import HEADLESS, WRITING
 from loratool.notices import Notice
 from loratool.storage.values import same_bytes
-
-#: Tasks whose models have no language-model head, so that no tie matters.
-_HEADLESS_TASKS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"}
 
 
 def settle_tied(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> Job | None:
@@ -72,16 +70,12 @@ def settle_tied(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> Job | No
 
 def _has_language_head(plan: Plan, tied: Tied) -> bool:
     """Whether the model the adapters were trained on has the head that `tied` speaks of."""
-    tasks = {a.config.get("task_type") for a in plan.adapters}
-    if tasks <= _HEADLESS_TASKS:
+    declared = [a.declared for a in plan.adapters]
+    tasks = {d.task for d in declared}
+    if tasks <= HEADLESS:
         return False
-    trained = [a.config.get("auto_mapping") or {} for a in plan.adapters]
-    classes = [str(mapping.get("base_model_class")) for mapping in trained]
-    return bool(
-        tied.certain
-        or tasks & {"CAUSAL_LM", "SEQ_2_SEQ_LM"}
-        or any(LM_CLASS.search(name) for name in classes)
-    )
+    writes = tasks & WRITING or any(LM_CLASS.search(d.model_class) for d in declared)
+    return tied.certain or bool(writes)
 
 
 def refuse_unlike_vocabularies(plan: Plan, edits: dict[str, Edits]) -> None:
@@ -118,7 +112,7 @@ def _change_alike(plan: Plan, embedding: Edits, head: Edits) -> bool:
     for one, other in zip(embedding.rows, head.rows, strict=True):
         if one.indices != other.indices or not same_bytes(one.rows, other.rows):
             return False
-    if not all(a.config.get("ensure_weight_tying") for a in plan.adapters) and embedding.deltas:
+    if not all(a.declared.ties_head for a in plan.adapters) and embedding.deltas:
         return False
     for ours, theirs in zip(embedding.deltas, head.deltas, strict=True):
         one_pair, other_pair = ours.factors.left_right(), theirs.factors.left_right()

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import explained_os_errors
+from loratool.models.checkpoint import Checkpoint
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_json
@@ -64,8 +67,21 @@ class SideFiles:
         self.folder.fetch(self._coming)
 
 
+def side_files_of(checkpoint: Checkpoint, adapters: Sequence[Folder] = ()) -> SideFiles:
+    """What lies beside the weights of `checkpoint`, with the tokenizers of adapters on top.
+
+    Raises FileError for a file that cannot be read.
+    """
+    names = {path.name for path in checkpoint.files}
+    names |= {name for name in checkpoint.folder.names(depth=0) if name.endswith(".index.json")}
+    with explained_os_errors():
+        found = collect(checkpoint.folder, names, adapters, checkpoint.is_directory)
+        found.check_readable()
+    return found
+
+
 def collect(
-    folder: Folder, weights: set[str], adapters: list[Folder], whole_directory: bool
+    folder: Folder, weights: set[str], adapters: Sequence[Folder], whole_directory: bool
 ) -> SideFiles:
     """The side files of the base in `folder`, and the tokenizers of adapter directories.
 

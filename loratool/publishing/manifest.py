@@ -151,12 +151,12 @@ def _refuse_incomplete(parcel: Manifest) -> None:
     if parcel.kind == "adapter":
         adapter = read_adapter(path)
         refused = [n.message for n in adapter.notices if n.refused]
-        if adapter.format == "peft" and refused:
+        if adapter.is_read and refused:
             raise PushError(
                 f"{path}: an adapter that nobody could use as it is:\n{listed(refused)}",
                 "Repair it first; `loratool inspect` shows all of it.",
             )
-        if adapter.format == "peft":
+        if adapter.is_read:
             refuse_not_finite(adapter)
         parcel.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
         parcel.notices += adapter.notices + _note_local_base(adapter)
@@ -176,7 +176,7 @@ def _refuse_incomplete(parcel: Manifest) -> None:
 
 
 def _note_local_base(adapter: Adapter) -> list[Notice]:
-    base = adapter.config.get("base_model_name_or_path")
+    base = adapter.declared.base_name
     if not isinstance(base, str) or not re.match(r"[/\\~.]|[A-Za-z]:[/\\]", base):
         return []
     text = (

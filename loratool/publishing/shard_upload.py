@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from loratool.errors import HubError, explained_os_errors
-from loratool.merging.executor import Written, header_of
-from loratool.merging.plan import Plan
-from loratool.merging.proof.pairing import check_shard
+from loratool.merging.executor import Written
+from loratool.merging.plan import OutputShard, Plan
+from loratool.merging.proof.pairing import check_written
 from loratool.merging.provenance import describe_adapter, describe_model, versions
 from loratool.merging.rounding import Counts
 from loratool.notices import Notice
@@ -28,6 +28,7 @@ from loratool.publishing.card_upload import card_upload
 from loratool.publishing.target import refuse_mixture
 from loratool.storage.folder import origin_of
 from loratool.storage.hub.repository import Committed, Repository, Upload
+from loratool.streams.run import Run
 
 #: On the branch: what is known of the shards there.
 JOURNAL = "loratool-progress.json"
@@ -38,19 +39,18 @@ MESSAGE = "Merge with loratool"
 class Shipment:
     """The courier of one merge. Use as a context manager, after which no upload begins."""
 
-    def __init__(
-        self, plan: Plan, folder: Path, target: Repository, keep: bool, threads: int | None
-    ) -> None:
+    def __init__(self, plan: Plan, folder: Path, target: Repository, keep: bool, run: Run) -> None:
         """`folder` is where shards are written; with `keep` they stay there.
 
         Without it the base's files are downloaded as they are needed, and given back.
         """
-        self._plan, self._folder, self._keep, self._threads = plan, folder, keep, threads
+        self._plan, self._folder, self._keep, self._run = plan, folder, keep, run.silent()
         self._target = target
         self._branch = Repository(target.repo, f"loratool-{fingerprint(plan)[:16]}")
         self._journal: dict[str, Any] = {}
         self._staged: dict[str, str] = {}
-        self._inputs = {name: _files(plan, name) for name in plan.shards}
+        self._outputs = {shard.name: shard for shard in plan.outputs}
+        self._inputs = {name: _files(plan, shard) for name, shard in self._outputs.items()}
         self._uploader = ThreadPoolExecutor(1)
         self._downloader = ThreadPoolExecutor(1)
         self._uploads: list[Future[None]] = []
@@ -83,28 +83,29 @@ class Shipment:
             self._plan.base.folder.let_go({n for names in self._inputs.values() for n in names})
             self._plan.base.folder.sweep()
 
-    def fetch(self, shard: str) -> Written | None:
-        if not self._keep and shard in self._staged:
+    def fetch(self, shard: OutputShard) -> Written | None:
+        name = shard.name
+        if not self._keep and name in self._staged:
             # Its header stands in for it: the card is made from headers.
-            _hollow(self._folder / shard, header_of(self._plan.shards[shard]), self._size(shard))
-            self.resumed.append(shard)
-            entry = dict(self._journal[shard])
-            return Written({shard: entry.pop("sha256")}, Counts(**entry))
-        self._download(shard).result()
-        todo = [name for name in self._inputs if self._keep or name not in self._staged]
-        for later in todo[todo.index(shard) + 1 :][:1]:
+            _hollow(self._folder, shard)
+            self.resumed.append(name)
+            entry = dict(self._journal[name])
+            return Written({name: entry.pop("sha256")}, Counts(**entry))
+        self._download(name).result()
+        todo = [other for other in self._inputs if self._keep or other not in self._staged]
+        for later in todo[todo.index(name) + 1 :][:1]:
             self._download(later)
         return None
 
-    def take(self, shard: str, written: Written) -> None:
-        path = self._folder / shard
-        check_shard(self._plan.shards[shard], path, lambda *_: None, self._threads)
+    def take(self, made: OutputShard, written: Written) -> None:
+        shard = made.name
+        check_written([made], self._folder, self._run)
         if not self._keep:
             wanted = {n for later in self._after(shard) for n in self._inputs[later]}
             self._plan.base.folder.let_go(set(self._inputs[shard]) - wanted)
         for done in self._uploads[-1:]:  # at most one waits, so that few shards lie on the disk
             done.result()
-        upload = Upload.of_file(shard, path, written.shards[shard])
+        upload = Upload.of_file(shard, self._folder / shard, written.shards[shard])
         if self._staged.get(shard) == upload.sha256:
             self.resumed.append(shard)
             self._done(shard)
@@ -153,11 +154,7 @@ class Shipment:
     def _done(self, shard: str) -> None:
         """What is on the Hub need not be here."""
         if not self._keep:
-            _hollow(self._folder / shard, header_of(self._plan.shards[shard]), self._size(shard))
-
-    def _size(self, shard: str) -> int:
-        jobs = self._plan.shards[shard]
-        return len(header_of(jobs)) + sum(job.nbytes for job in jobs)
+            _hollow(self._folder, self._outputs[shard])
 
     def _after(self, shard: str) -> list[str]:
         names = list(self._plan.shards)
@@ -183,19 +180,18 @@ def _entries(data: bytes) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _files(plan: Plan, shard: str) -> list[str]:
+def _files(plan: Plan, shard: OutputShard) -> list[str]:
     """The files of the base that a shard is made from."""
     folder = plan.base.folder.path
-    return sorted(
-        {j.source.file.name for j in plan.shards[shard] if j.source.file.parent == folder}
-    )
+    return sorted(path.name for path in shard.sources if path.parent == folder)
 
 
-def _hollow(path: Path, header: bytes, size: int) -> None:
+def _hollow(folder: Path, shard: OutputShard) -> None:
     """Leave a file with its header and its size, and no data: it takes no space."""
-    with path.open("wb") as stream:
+    header = shard.header
+    with (folder / shard.name).open("wb") as stream:
         stream.write(header)
-        stream.truncate(size)
+        stream.truncate(len(header) + shard.nbytes)
 
 
 def fingerprint(plan: Plan) -> str:
@@ -225,9 +221,8 @@ def space_needed(plan: Plan) -> int:
     Two shards, one being made and one on its way, and the base's files for two more.
     """
     folder = plan.base.folder
-    sizes = {name: sum(job.nbytes for job in jobs) for name, jobs in plan.shards.items()}
-    inputs = [sum(folder.missing(_files(plan, name)).values()) for name in plan.shards]
-    return 2 * max(sizes.values()) + sum(sorted(inputs)[-2:])
+    inputs = [sum(folder.missing(_files(plan, shard)).values()) for shard in plan.outputs]
+    return 2 * max(shard.nbytes for shard in plan.outputs) + sum(sorted(inputs)[-2:])
 
 
 def _small_files(folder: Path, shards: Iterable[str]) -> list[Upload]:

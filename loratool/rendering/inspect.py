@@ -30,7 +30,7 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
         facts.add_row("PEFT type", escape(report.peft_type))
     if report.base_model:
         facts.add_row("base model", escape(report.base_model))
-    if report.format == "peft":
+    if report.is_read:
         _lora_facts(facts, report)
     dtypes = ", ".join(f"{n}× {d}" for d, n in report.dtypes.items())
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
@@ -54,7 +54,7 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
         out.print(spectrum_table(spectra, "singular values of ΔW"))
     if report.base is not None:
         _show_base(report)
-    if tensors or (report.format not in ("peft", "empty") and len(report.tensors) <= 8):
+    if tensors or (not (report.is_read or report.format == "empty") and len(report.tensors) <= 8):
         table = make_table("tensor", "dtype", "shape")
         for info in report.tensors:
             table.add_row(escape(info.name), info.dtype, shape_text(info.shape))
@@ -63,15 +63,8 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
 
 
 def _lora_facts(facts: Table, report: InspectReport) -> None:
-    config = report.config
-    if config:
-        said = f"r {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)}"
-        flags = [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
-        flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
-        facts.add_row("configured", escape(", ".join([said, *flags])))
-        targets = config.get("target_modules")
-        shown = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
-        facts.add_row("targets", escape(shown))
+    for what, value in report.settings:
+        facts.add_row(what, escape(value))
     ranks = sorted({m.rank for m in report.modules})
     scales = sorted({m.scale for m in report.modules if m.scale is not None})
     if ranks:

@@ -60,7 +60,8 @@ def free_bytes(output: Path) -> int:
 class StagedDirectory:
     """A directory that becomes `output` when `commit` is called, and vanishes otherwise.
 
-    Use as a context manager; `path` is where to write.
+    Use as a context manager; `path` is where to write. What the system says about a write that
+    fails becomes an OutputError.
     """
 
     def __init__(self, output: Path, overwrite: bool = False) -> None:
@@ -85,8 +86,6 @@ class StagedDirectory:
             self.path.chmod(0o777 & ~umask)
         except BaseException as error:  # also Ctrl-C: nobody else would clean up yet
             self.__exit__(type(error), error, None)
-            if isinstance(error, OSError):
-                raise explain(error, self.output) from error
             raise
         return self
 
@@ -99,13 +98,14 @@ class StagedDirectory:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-        if self.path == self.output:
-            return
-        if self.path != Path():
-            shutil.rmtree(self.path, ignore_errors=True)
-        for parent in self._made:
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                parent.rmdir()
+        if self.path != self.output:
+            if self.path != Path():
+                shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._made:
+                with suppress(OSError):  # not empty: somebody else uses it by now
+                    parent.rmdir()
+        if isinstance(error, OSError):
+            raise explain(error, self.output) from error
 
     def _make_and_lock(self) -> bool:
         """Make the directory and lock it; False if another run took it for a leftover meanwhile.
@@ -214,3 +214,13 @@ def explain(error: OSError, output: Path) -> OutputError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{place}: not allowed to write there.", "Choose another place.")
     return OutputError(f"{output}: writing failed ({error.strerror}).", "Nothing was left behind.")
+
+
+def refuse_full_disk(needed: int, target: Path) -> None:
+    free = free_bytes(target)
+    if needed > free:
+        raise OutputError(
+            f"The output needs {format_bytes(needed)}, but only "
+            f"{format_bytes(free)} are free at {target.absolute().parent}.",
+            "Free some space, or write to another disk.",
+        )

@@ -10,16 +10,3 @@ Progress = Callable[[int, int, str], None]
 
 #: `advance(bytes, label)`: so many more output bytes are done.
 Advance = Callable[[int, str], None]
-
-
-def counting(progress: Progress | None, total: int) -> Advance:
-    """Turn counts of single steps into calls of `progress` with their sum."""
-    done = 0
-
-    def advance(count: int, label: str) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, label)
-
-    return advance

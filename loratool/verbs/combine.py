@@ -27,8 +27,9 @@ from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import same_values
 from loratool.streams.progress import Progress
+from loratool.streams.run import Run
 from loratool.streams.threads import few
-from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
+from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
 
 SIGNS = ("total", "frequency")
 
@@ -118,7 +119,7 @@ def combine(
     started = time.perf_counter()
     sources = as_list(adapters)
     check_paths([output], sources, "loratool combine ADAPTER ADAPTER -o OUT")
-    check_threads(threads)
+    run = Run(threads, progress, overwrite, dry_run, seed=seed)
     factors = check_weights(weights, sources)
     check_sizes(factors)
     criterion = Criterion(rank=rank, energy=energy)
@@ -148,7 +149,6 @@ def combine(
             "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed
         )
         recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
-        workers = few(threads) if chosen.is_dense else threads
         with FilePool() as files:
             work = (
                 partial(recipe.combine, path, parts, files)
@@ -157,8 +157,8 @@ def combine(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "combine", "options": options}, RankPolicy(recipe.uniform),
-                zero=_why_zero(chosen, settings.density), overwrite=overwrite, dry_run=dry_run,
-                threads=workers, progress=progress,
+                replace(run, threads=few(threads)) if chosen.is_dense else run,
+                _why_zero(chosen, settings.density),
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:

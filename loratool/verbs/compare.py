@@ -34,8 +34,9 @@ from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
+from loratool.streams.run import Run
 from loratool.streams.threads import computed, few
-from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_threads, check_weights
+from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
@@ -111,7 +112,7 @@ def compare(
     """
     sources = as_list(adapters)
     check_paths([], sources, "loratool compare A B")
-    check_threads(threads)
+    run = Run(threads, progress)
     if len(sources) < 2:
         raise UsageError("One adapter cannot be compared.", "Give two or more.")
     if not _FINEST <= tolerance < 1:
@@ -132,10 +133,10 @@ def compare(
                 partial(_compare_module, path, joined.modules[path], factors, files, targets)
                 for path in paths
             )
-            for found in computed(work, few(threads) if targets is not None else threads):
+            for found in computed(work, few(run.threads) if targets else run.threads):
                 modules.append(found)
-                if progress is not None:
-                    progress(len(modules), len(paths), found.module.path)
+                if run.progress is not None:
+                    run.progress(len(modules), len(paths), found.module.path)
         beside: dict[tuple[int, int], list[str]] = {}
         if layers is None and not include:
             for i, j in itertools.combinations(range(len(loras)), 2):

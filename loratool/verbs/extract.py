@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.dtypes import FACTOR_DTYPES
-from loratool.errors import UsageError, explained_os_errors, unknown
+from loratool.errors import UsageError, explained_os_errors
 from loratool.extracting.counterparts import Selection, pair
+from loratool.extracting.options import ExtractOptions
 from loratool.extracting.report import ExtractReport, report_of
-from loratool.linalg.ranks import Criterion
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.paths import GROUPS
 from loratool.storage.folder import origin_of
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
-from loratool.streams.progress import Progress, counting
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
 from loratool.streams.threads import few
-from loratool.verbs.inputs import check_paths, check_threads, parse_bytes
+from loratool.verbs.inputs import check_paths, parse_bytes
 
 
 def extract(
@@ -81,14 +81,15 @@ def extract(
     changed. OutputError. VerifyError.
     """
     started = time.perf_counter()
+    run = Run(threads, progress, overwrite, dry_run, device, seed)
     check_paths([base, tuned], [tuned], "loratool extract BASE TUNED --rank 8 -o OUT")
     if not (dry_run or output):
         raise UsageError("No output given.", "Say where to write: -o OUT.")
-    check_threads(threads)
-    criterion = Criterion(rank=rank, energy=energy, max_rank=max_rank)
-    criterion.check()
-    limit = None if budget is None else parse_bytes(budget)
-    _check_options(criterion, limit, dtype, skip, dry_run)
+    options = ExtractOptions(
+        rank, energy, None if budget is None else parse_bytes(budget), max_rank, uniform,
+        tuple(include), tuple(exclude), tuple(skip), tuple(save), dtype, exact, seed,
+    )  # fmt: skip
+    options.check(dry_run)
     target = Path(output) if output else None
     with explained_os_errors():
         if target is not None:
@@ -99,7 +100,9 @@ def extract(
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
-    pairs = pair(before, after, Selection(include, exclude, skip, save))
+    pairs = pair(
+        before, after, Selection(options.include, options.exclude, options.skip, options.save)
+    )
     pairs.notices += _note_swapped(before, after)
     before.fetch()
     after.fetch()
@@ -112,13 +115,7 @@ def extract(
     total = sum(part.nbytes for part in pairs.found)
     if verify and not dry_run:
         total += sum(part.tuned.nbytes for part in pairs.found)
-    advance = counting(progress, total)
-    options = {
-        "rank": rank, "energy": energy, "budget": limit, "max_rank": max_rank,
-        "uniform": uniform, "include": list(include), "exclude": list(exclude),
-        "skip": list(skip), "save": list(save), "dtype": dtype, "exact": exact,
-        "seed": seed,
-    }  # fmt: skip
+    advance = run.counted(total)
     where = as_device(device)
     # Full decompositions hold several dense matrices, and a GPU's memory is one.
     count = few(threads) if exact or where.type == "cuda" else threads
@@ -130,9 +127,8 @@ def extract(
             proposals = propose(held, pairs, work.dtype, options)
         else:
             held = write(
-                before, after, pairs, work, target, options,
-                base_name=base_name or _published_name(before), overwrite=overwrite,
-                verify=verify, threads=threads,
+                before, after, pairs, work, target, options, run,
+                base_name=base_name or _published_name(before), verify=verify,
             )  # fmt: skip
     report = report_of(before, after, held, target, dtype, dry_run, uniform)
     report.proposals = proposals
@@ -141,37 +137,6 @@ def extract(
 
 
 _QUANTISED = "Both models must hold plain floating-point weights."
-
-
-def _check_options(
-    criterion: Criterion,
-    budget: int | None,
-    dtype: str,
-    skip: Sequence[str],
-    dry_run: bool,
-) -> None:
-    if dtype not in FACTOR_DTYPES:
-        raise unknown("dtype", dtype, FACTOR_DTYPES)
-    for group in skip:
-        if group not in GROUPS:
-            raise unknown("group", group, GROUPS)
-    given = [*criterion.given, *(["budget"] if budget is not None else [])]
-    if len(given) > 1:
-        raise UsageError(
-            f"--{given[0]} and --{given[1]} ask for different ranks.", "Give one of them."
-        )
-    if not given and not dry_run:
-        raise UsageError(
-            "No rank given.",
-            "Say how much to hold: --rank 16, --energy 0.9 or --budget 50MB; --dry-run shows how "
-            "much changed.",
-        )
-    if criterion.max_rank is not None and (not given or given == ["rank"]):
-        raise UsageError(
-            "--max-rank goes with --energy or --budget.", "Give one of them, or --rank."
-        )
-    if budget is not None and budget < 1:
-        raise UsageError("--budget must be above zero.", "Write 50MB.")
 
 
 def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:

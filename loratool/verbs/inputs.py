@@ -35,11 +35,6 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads cannot work.", "Give a number above zero.")
-
-
 def check_dtype(dtype: str) -> None:
     if dtype not in MODEL_DTYPES:
         raise unknown("dtype", dtype, MODEL_DTYPES)

@@ -98,6 +98,10 @@ class InspectReport:
     measured: bool
     warnings: list[Notice] = field(default_factory=list)
     base: BaseReport | None = None
+    #: Whether a dialect claims the file, so that its modules are known.
+    is_read: bool = False
+    #: What the config says, in lines for people.
+    settings: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -192,7 +196,9 @@ def inspect(
         format=adapter.format,
         description=adapter.description,
         peft_type=adapter.peft_type,
-        base_model=adapter.config.get("base_model_name_or_path"),
+        base_model=adapter.declared.base_name,
+        is_read=adapter.is_read,
+        settings=list(adapter.declared.settings),
         modules=modules,
         saved={name: list(info.shape) for name, info in _saved(adapter).items()},
         tensors=list(adapter.tensors.values()),
@@ -205,7 +211,7 @@ def inspect(
         warnings=notices,
     )
     if base is not None:
-        if adapter.format != "peft":
+        if not adapter.is_read:
             raise UsageError(
                 f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
                 "a base.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -13,26 +12,37 @@ from typing import TYPE_CHECKING, Any
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, UsageError, explained_os_errors
-from loratool.merging.output import refuse_full_disk, side_files_of, write_model
+from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import describe
-from loratool.merging.undo.sidefiles import previous
-from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.sidefiles import SideFiles
+from loratool.merging.undo.sidefiles import keep_base, previous
+from loratool.models.checkpoint import open_checkpoint
+from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.notices import Notice
 from loratool.publishing.target import merge_target, target_of
-from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
-from loratool.storage.hashing import file_sha256
+from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
-from loratool.streams.progress import Progress, counting
-from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_threads, check_weights
+from loratool.storage.staging import (
+    StagedDirectory,
+    check_output,
+    free_bytes,
+    refuse_full_disk,
+)
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
+from loratool.verbs.inputs import (
+    Source,
+    as_list,
+    check_dtype,
+    check_paths,
+    check_weights,
+)
 from loratool.words import format_bytes
 
 if TYPE_CHECKING:
-    from loratool.merging.undo.recording import Recorder
     from loratool.publishing.shard_upload import Shipment
+    from loratool.storage.hub.repository import Repository
 
 
 @dataclass
@@ -132,26 +142,18 @@ def merge(
     VerifyError: it was written, but is not what was computed. LoginError, HubError: the Hub.
     """
     started = time.perf_counter()
+    run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
     _check_output_options(output, push, keep, private, reversible)
-    output = output if output is not None else _workplace(str(push))
-    check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
-    check_threads(threads)
+    target = Path(output) if output is not None else _workplace(str(push))
+    check_paths([base, target], sources, "loratool merge BASE ADAPTER -o OUT")
     check_dtype(dtype)
     factors = check_weights(weights, sources)
-    target = Path(output)
-    with explained_os_errors():
-        check_output(target, [Path(base), *map(Path, sources)], overwrite)
-        checkpoint = open_checkpoint(base)
-        loras = [read_lora(source) for source in sources]
-    # What the inputs link to (as files in a download cache do) must not be written to either.
-    files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
-    check_output(target, files, overwrite)
-    plan = build_plan(checkpoint, loras, factors, dtype, allow_unmatched)
+    plan = _planned(base, sources, factors, dtype, allow_unmatched, target, overwrite)
     repository = None
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
-    side_files = side_files_of(checkpoint, loras)
+    side_files = side_files_of(plan.base, [a.folder for a in plan.adapters])
     report = _report(plan, target, side_files, dry_run, reversible)
     report.kept, report.output = keep, str(target) if keep else ""
     if repository is not None:
@@ -161,13 +163,13 @@ def merge(
 
             report.bytes_needed = space_needed(plan) + side_files.nbytes
     with explained_os_errors():
-        for lora in loras:
-            refuse_not_finite(lora)
+        for adapter in plan.adapters:
+            refuse_not_finite(adapter)
     if dry_run:
         if reversible:
             from loratool.merging.undo.sampling import undo_bytes
 
-            checkpoint.fetch()
+            plan.base.fetch()
             _note_undo(report, plan, undo_bytes(plan))
         return report
     refuse_full_disk(report.bytes_needed, target)
@@ -177,45 +179,75 @@ def merge(
         report.private = repository.private
     side_files.fetch()
     if keep:
-        checkpoint.fetch()
+        plan.base.fetch()
         refuse_full_disk(report.bytes_needed, target)
-    with StagedDirectory(target, overwrite) as staged, ExitStack() as stack:
-        try:
-            shipment = None
-            if repository is not None:
-                from loratool.publishing.shard_upload import Shipment
-
-                shipment = Shipment(plan, staged.path, repository, keep, threads)
-                stack.enter_context(shipment)
-            with _recorder(plan, staged.path, side_files) if reversible else nullcontext() as undo:
-                written = write_model(
-                    plan, staged.path, side_files, progress, threads, undo, shipment
-                )
-            report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
-            report.lost = written.counts.share_lost
-            if verify and shipment is None:
-                from loratool.merging.proof.pairing import check_written
-
-                again = counting(progress, report.bytes_written)
-                check_written(plan, staged.path, again, threads)
-            report.verified = verify or shipment is not None
-            if undo is not None:
-                _note_undo(report, plan, undo.nbytes)
-            result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
-            record = describe(plan, "merge", written.shards, result)
-            if undo is not None:
-                record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": undo.nbytes}
-            write_json(staged.path / PROVENANCE, record)
-            if shipment is not None:
-                shipment.settle()
-            if keep:
-                staged.commit()
-            if shipment is not None:
-                _ship(shipment, staged.path, report)
-        except OSError as error:
-            raise explain(error, target) from error
+    _write(plan, target, side_files, report, run, repository, verify)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _planned(
+    base: Source,
+    adapters: Sequence[Source],
+    weights: list[float],
+    dtype: str,
+    allow_unmatched: bool,
+    target: Path,
+    overwrite: bool,
+) -> Plan:
+    """Open everything, see that the output harms none of it, and make the plan."""
+    with explained_os_errors():
+        check_output(target, [Path(base), *map(Path, adapters)], overwrite)
+        checkpoint = open_checkpoint(base)
+        loras = [read_lora(source) for source in adapters]
+    # What the inputs link to (as files in a download cache do) must not be written to either.
+    files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
+    check_output(target, files, overwrite)
+    return build_plan(checkpoint, loras, weights, dtype, allow_unmatched)
+
+
+def _write(
+    plan: Plan,
+    target: Path,
+    side_files: SideFiles,
+    report: MergeReport,
+    run: Run,
+    repository: Repository | None,
+    verify: bool,
+) -> None:
+    """Write the model, here and on the Hub, and fill in what came of it."""
+    with StagedDirectory(target, run.overwrite) as staged, ExitStack() as stack:
+        shipment = recorder = None
+        if repository is not None:
+            from loratool.publishing.shard_upload import Shipment
+
+            shipment = Shipment(plan, staged.path, repository, report.kept, run)
+            stack.enter_context(shipment)
+        if report.reversible:
+            from loratool.merging.undo.recording import Recorder
+
+            recorder = Recorder(plan, keep_base(plan.base, staged.path, side_files))
+        with recorder or nullcontext():
+            written = write_model(plan, staged.path, side_files, run, recorder, shipment)
+        report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
+        report.lost = written.counts.share_lost
+        if verify and shipment is None:
+            from loratool.merging.proof.pairing import check_written
+
+            check_written(plan.outputs, staged.path, run)
+        report.verified = verify or shipment is not None
+        result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
+        record = describe(plan, "merge", written.shards, result)
+        if recorder is not None:
+            _note_undo(report, plan, recorder.nbytes)
+            record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": recorder.nbytes}
+        write_json(staged.path / PROVENANCE, record)
+        if shipment is not None:
+            shipment.settle()
+        if report.kept:
+            staged.commit()
+        if shipment is not None:
+            _ship(shipment, staged.path, report)
 
 
 def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
@@ -259,34 +291,6 @@ def _workplace(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE).parent / "loratool" / target_of(repo).replace("/", "--")
 
 
-def _recorder(plan: Plan, folder: Path, files: SideFiles) -> Recorder:
-    """Make the folder of the undo file; everything beside the base's weights is noted in it."""
-    from loratool.merging.undo.recording import Recorder
-
-    base = plan.base
-    beside = side_files_of(base)
-    beside.fetch()
-    own = beside.copied
-    kept = {
-        name: path.read_bytes()
-        for name, path in own.items()
-        if name == CONFIG or files.copied.get(name) != path
-    }
-    if base.is_directory and (base.directory / INDEX).is_file():
-        kept[INDEX] = (base.directory / INDEX).read_bytes()
-    (folder / UNDO_FOLDER).mkdir()
-    for path in _previous(base):
-        target = folder / UNDO_FOLDER / BEFORE / path.name
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
-    hashes = {name: file_sha256(path) for name, path in own.items()}
-    return Recorder(plan, folder / UNDO_FOLDER / UNDO, hashes, kept)
-
-
-def _previous(base: Checkpoint) -> list[Path]:
-    return previous(base.folder) if base.is_directory else []
-
-
 def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
     report.undo_bytes = nbytes
     if nbytes > 5_000 + plan.base.nbytes // 4:  # of which some thousand are there anyway
@@ -303,7 +307,7 @@ def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
 def _report(
     plan: Plan, target: Path, files: SideFiles, dry_run: bool, reversible: bool
 ) -> MergeReport:
-    carried = {path.name for path in _previous(plan.base)} if reversible else set()
+    carried = {path.name for path in previous(plan.base)} if reversible else set()
     changes: dict[str, list[str]] = {"merge": [], "replace": [], "add": []}
     for job in plan.jobs:
         if job.action in changes:

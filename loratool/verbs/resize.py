@@ -21,7 +21,8 @@ from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
-from loratool.verbs.inputs import check_paths, check_threads
+from loratool.streams.run import Run
+from loratool.verbs.inputs import check_paths
 
 
 @dataclass
@@ -90,7 +91,7 @@ def resize(
     """
     started = time.perf_counter()
     check_paths([adapter, output], [adapter], "loratool resize ADAPTER --rank 8 -o OUT")
-    check_threads(threads)
+    run = Run(threads, progress, overwrite, dry_run)
     criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank)
     criterion.check()
     if pad_to is not None:
@@ -128,9 +129,7 @@ def resize(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "resize", "options": options},
-                RankPolicy(uniform, least=rank or 1, multiple=pad_to or 1),
-                overwrite=overwrite, dry_run=dry_run, threads=threads,
-                progress=progress,
+                RankPolicy(uniform, least=rank or 1, multiple=pad_to or 1), run,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if not all(m.adds for m in lora.modules.values()):

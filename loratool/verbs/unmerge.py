@@ -7,7 +7,6 @@ the base.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,21 +18,27 @@ from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
-from loratool.merging.output import refuse_full_disk, side_files_of, write_index, write_model
+from loratool.merging.output import write_index, write_model
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
 from loratool.merging.undo.file import Undo, read_undo
-from loratool.merging.undo.sidefiles import fetch_undo
+from loratool.merging.undo.sidefiles import changed_since, fetch_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice
-from loratool.storage.filenames import BEFORE, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
-from loratool.storage.hashing import file_sha256
+from loratool.storage.filenames import INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory, check_output, explain, free_bytes
-from loratool.streams.progress import Progress, counting
-from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_threads, check_weights
+from loratool.storage.staging import (
+    StagedDirectory,
+    check_output,
+    free_bytes,
+    refuse_full_disk,
+)
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
+from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_weights
 
 
 @dataclass
@@ -71,22 +76,20 @@ class UnmergeReport:
         return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Request:
-    """The arguments of `unmerge`, opened and checked."""
+    """What is to be taken out of what: the arguments of `unmerge`, opened and checked.
+
+    Adapters and weights are in the order of merging; `remaining` are those that stay merged.
+    """
 
     merged: Checkpoint
     record: dict[str, Any]
     adapters: list[Adapter]
     weights: list[float]
-    target: Path
-    dry_run: bool
-    threads: int | None
-    progress: Progress | None
-    overwrite: bool
-    #: The adapters that stay merged.
     remaining: list[Merged]
-    notices: list[Notice]
+    target: Path
+    run: Run
 
 
 def unmerge(
@@ -128,9 +131,9 @@ def unmerge(
         MatchError, OutputError as in `merge`.
     """
     started = time.perf_counter()
+    run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
     check_paths([merged, output], sources, "loratool unmerge MERGED ADAPTER -o OUT")
-    check_threads(threads)
     if dtype is not None:
         check_dtype(dtype)
     factors = check_weights(weights, sources) if weights else None
@@ -144,70 +147,77 @@ def unmerge(
         checkpoint.folder.fetch([PROVENANCE])
         fetch_undo(checkpoint.folder)
         record = read_record(checkpoint.directory) if checkpoint.is_directory else None
-        undo_path = checkpoint.directory / UNDO_FOLDER / UNDO
-        undo = None
-        if checkpoint.is_directory and undo_path.is_file() and not subtract:
-            if record is None:
-                raise RestoreError(
-                    f"{merged}: its {PROVENANCE} is missing, which says what the undo file undoes.",
-                    "Put it back. `--subtract` does without both, but not exactly.",
-                )
-            undo = read_undo(undo_path)
-        elif record is not None and record.get("undo") and not subtract:
-            raise RestoreError(
-                f"{merged}: {UNDO_FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
-                "Put it back. `--subtract` does without it, but not exactly.",
-            )
+        undo = None if subtract else _open_undo(checkpoint, record)
         inputs = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
         check_output(target, inputs, overwrite)
         for lora in loras:
             refuse_not_finite(lora)
-        request = _Request(
-            checkpoint, record or {}, loras, factors or [1.0] * len(loras), target, dry_run,
-            threads, progress, overwrite, [], [],
-        )  # fmt: skip
+        known = loras, factors or [1.0] * len(loras), list[Merged]()
         if record is not None:
-            _recognise(request, factors, undo is not None)
+            known = _recognised(checkpoint, loras, factors, undo is not None)
+        request = _Request(checkpoint, record or {}, *known, target, run)
     if undo is not None:
-        if dtype is not None:
-            raise UsageError(
-                "The undo file gives the base back in its own dtype.",
-                "Leave --dtype out, or give --subtract too.",
-            )
-        if base is not None:
-            text = f"{base} is not read: the undo file holds all that is missing."
-            request.notices.append(Notice("base-not-needed", text))
-        report = _restore(request, undo)
+        report = _restore(request, undo, base, dtype)
     else:
         report = _subtract(request, base, dtype)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _recognise(request: _Request, weights: list[float] | None, exact: bool) -> None:
-    """Put the adapters into the order of merging and take their weights from the record."""
-    held = merged_into(request.merged.directory)
+def _open_undo(merged: Checkpoint, record: dict[str, Any] | None) -> Undo | None:
+    """The undo file of a model, if it has one. Raises RestoreError where half of it is missing."""
+    if not merged.is_directory:
+        return None
+    path = merged.directory / UNDO_FOLDER / UNDO
+    if path.is_file():
+        if record is None:
+            raise RestoreError(
+                f"{merged.label}: its {PROVENANCE} is missing, which says what the undo file "
+                "undoes.",
+                "Put it back. `--subtract` does without both, but not exactly.",
+            )
+        return read_undo(path)
+    if record is not None and record.get("undo"):
+        raise RestoreError(
+            f"{merged.label}: {UNDO_FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
+            "Put it back. `--subtract` does without it, but not exactly.",
+        )
+    return None
+
+
+def _recognised(
+    merged: Checkpoint, adapters: list[Adapter], weights: list[float] | None, exact: bool
+) -> tuple[list[Adapter], list[float], list[Merged]]:
+    """The adapters in the order of merging, their weights by the record, and those that stay."""
+    held = merged_into(merged.directory)
     # With the undo file, what the base held before stays where it was.
-    earlier = merged_into(request.merged.directory, of_base=True)
+    earlier = merged_into(merged.directory, of_base=True)
     everything = held if exact else [*earlier, *held]
     if not everything:
         raise RestoreError(
-            f"{request.merged.label}: by its {PROVENANCE} no adapter is merged into it.",
+            f"{merged.label}: by its {PROVENANCE} no adapter is merged into it.",
             "It may be what `unmerge` made; check the path.",
         )
-    found = identify(request.adapters, everything, weights, earlier if exact else ())
+    found = identify(adapters, everything, weights, earlier if exact else ())
     order = sorted(range(len(found)), key=lambda i: found[i])
-    request.adapters = [request.adapters[i] for i in order]
-    request.weights = [everything[found[i]].weight for i in order]
-    request.remaining = [entry for i, entry in enumerate(everything) if i not in found]
+    remaining = [entry for i, entry in enumerate(everything) if i not in found]
+    chosen = [everything[found[i]].weight for i in order]
+    return [adapters[i] for i in order], chosen, remaining
 
 
 # --------------------------------------------------------------------------- with the undo file
 
 
-def _restore(request: _Request, undo: Undo) -> UnmergeReport:
+def _restore(
+    request: _Request, undo: Undo, originals: str | Path | None, dtype: str | None
+) -> UnmergeReport:
     """Give the base back bit for bit."""
-    merged = request.merged
+    merged, run = request.merged, request.run
+    if dtype is not None:
+        raise UsageError(
+            "The undo file gives the base back in its own dtype.",
+            "Leave --dtype out, or give --subtract too.",
+        )
     if request.remaining:
         raise RestoreError(
             f"{merged.label}: the undo file gives back what was before all its adapters were "
@@ -226,31 +236,27 @@ def _restore(request: _Request, undo: Undo) -> UnmergeReport:
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
+    if originals is not None:
+        text = f"{originals} is not read: the undo file holds all that is missing."
+        report.warnings.insert(0, Notice("base-not-needed", text))
     report.exact, report.dtype, report.undo_bytes = True, "base", undo.nbytes
     report.tensors, report.parameters = len(base.tensors), base.parameters
     report.shards = list(base.shards)
     report.side_files = sorted(undo.side_files)
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
-    report.warnings += _changed_side_files(merged.directory, undo)
-    if request.dry_run:
+    report.warnings += changed_since(merged.directory, undo)
+    if run.dry_run:
         return report
     refuse_full_disk(base.nbytes, request.target)
     from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
 
-    with StagedDirectory(request.target, request.overwrite) as staged:
-        try:
-            progress = counting(request.progress, base.nbytes)
-            restore(plan, merged, undo, staged.path, progress, request.threads)
-            _write_side_files(undo, merged.directory, staged.path)
-            if INDEX not in undo.files and len(undo.shards) > 1:
-                places = {name: shard.file for shard in undo.shards for name in shard.tensors}
-                write_index(staged.path, places, base.nbytes)
-            before = merged.directory / UNDO_FOLDER / BEFORE
-            if before.is_dir():
-                shutil.copytree(before, staged.path, dirs_exist_ok=True)
-            staged.commit()
-        except OSError as error:
-            raise explain(error, request.target) from error
+    with StagedDirectory(request.target, run.overwrite) as staged:
+        restore(plan, merged, undo, staged.path, run)
+        put_back(undo, merged.directory, staged.path)
+        if INDEX not in undo.files and len(undo.shards) > 1:
+            places = {name: shard.file for shard in undo.shards for name in shard.tensors}
+            write_index(staged.path, places, base.nbytes)
+        staged.commit()
     return report
 
 
@@ -273,52 +279,26 @@ def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
         )
 
 
-def _changed_side_files(directory: Path, undo: Undo) -> list[Notice]:
-    changed = []
-    for name, digest in undo.side_files.items():
-        path = directory / name
-        if name not in undo.files and not (path.is_file() and file_sha256(path) == digest):
-            changed.append(f"{name} ({'changed' if path.is_file() else 'missing'})")
-    if not changed:
-        return []
-    text = f"Files beside the weights are not as in the base and stay so: {', '.join(changed)}."
-    return [Notice("side-file-changed", text)]
-
-
-def _write_side_files(undo: Undo, source: Path, folder: Path) -> None:
-    for name in undo.side_files.keys() | undo.files.keys():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if name in undo.files:
-            target.write_bytes(undo.files[name])
-        elif (source / name).is_file():
-            shutil.copyfile(source / name, target)
-
-
 # ----------------------------------------------------------------------------- by subtraction
 
 
 def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> UnmergeReport:
     """Subtract the deltas and round once."""
-    merged, record = request.merged, request.record
-    if not record:
-        request.notices.append(
-            Notice(
-                "no-provenance",
-                f"{merged.label} has no {PROVENANCE}: nothing says that these adapters were "
-                "merged into it, or with which weights. `loratool verify` can tell, with the base.",
-            )
-        )
+    merged, record, run = request.merged, request.record, request.run
     if dtype is None:
         known = record["base"].get("dtypes", []) if record else []
         only = dtype_name(known[0]) if len(known) == 1 else "base"
         dtype = only if only in MODEL_DTYPES else "base"
-    found = plan_subtraction(
-        merged, request.adapters, request.weights, dtype, base, record, request.threads
-    )
+    found = plan_subtraction(merged, request.adapters, request.weights, dtype, base, record, run)
     plan = found.plan
     refuse_irreversible(found, record)
     report = _report(request, plan, plan.bytes_to_write)
+    if not record:
+        text = (
+            f"{merged.label} has no {PROVENANCE}: nothing says that these adapters were merged "
+            "into it, or with which weights. `loratool verify` can tell, with the base."
+        )
+        report.warnings.insert(0, Notice("no-provenance", text))
     report.dtype, report.copied_from_base = dtype, len(found.originals)
     from loratool.merging.undo.sampling import (
         changed_by_cycle,  # torch: about two seconds to import
@@ -332,20 +312,17 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     files = side_files_of(merged)
     files.fetch()
     report.side_files = sorted(files.copied)
-    if request.dry_run:
+    if run.dry_run:
         return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
-    with StagedDirectory(request.target, request.overwrite) as staged:
-        try:
-            written = write_model(plan, staged.path, files, request.progress, request.threads)
-            document = describe(plan, "unmerge", written.shards, {})
-            document["removed"] = document["adapters"]
-            document["adapters"] = [entry.document for entry in request.remaining]
-            document["base"]["adapters"] = []
-            write_json(staged.path / PROVENANCE, document)
-            staged.commit()
-        except OSError as error:
-            raise explain(error, request.target) from error
+    with StagedDirectory(request.target, run.overwrite) as staged:
+        written = write_model(plan, staged.path, files, run)
+        document = describe(plan, "unmerge", written.shards, {})
+        document["removed"] = document["adapters"]
+        document["adapters"] = [entry.document for entry in request.remaining]
+        document["base"]["adapters"] = []
+        write_json(staged.path / PROVENANCE, document)
+        staged.commit()
     return report
 
 
@@ -357,7 +334,7 @@ def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:
         output=str(request.target),
         exact=False,
         dtype=plan.dtype,
-        dry_run=request.dry_run,
+        dry_run=request.run.dry_run,
         shards=list(plan.shards),
         modules=plan.modules,
         tensors=len(plan.jobs),
@@ -366,5 +343,5 @@ def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:
         bytes_free=free_bytes(request.target),
         undo_bytes=0,
         remaining=[str(entry) for entry in request.remaining],
-        warnings=[*request.notices, *plan.notices],
+        warnings=list(plan.notices),
     )

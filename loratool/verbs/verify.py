@@ -20,8 +20,9 @@ from loratool.merging.proof.words import sentences
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.streams.progress import Progress, counting
-from loratool.verbs.inputs import Source, as_list, check_paths, check_threads, check_weights
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
+from loratool.verbs.inputs import Source, as_list, check_paths, check_weights
 
 if TYPE_CHECKING:
     pass
@@ -93,7 +94,7 @@ def verify(
     started = time.perf_counter()
     sources = as_list(adapters)
     check_paths([merged, base], sources, "loratool verify MERGED --base BASE ADAPTER")
-    check_threads(threads)
+    run = Run(threads, progress)
     factors = check_weights(weights, sources)
     with explained_os_errors():
         original = open_checkpoint(base)
@@ -112,10 +113,10 @@ def verify(
             refuse_quantised(model, "model to verify", _QUANTISED)
             found = pair_up(plan, model)
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
-            stats = compare(found.pairs, counting(progress, report.bytes_read), threads)
+            stats = compare(found.pairs, run)
             findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
-            findings = look_for_base(findings, found.pairs, plan, threads)
-            findings = look_for_adapters(findings, found.pairs, stats, plan, threads)
+            findings = look_for_base(findings, found.pairs, plan, run)
+            findings = look_for_adapters(findings, found.pairs, stats, plan, run)
             _conclude(report, [*findings, *found.findings], stats)
             report.warnings += found.notices
     report.seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ from loratool.merging.rounding import TORCH, magnitudes_of, narrowed, ulp
 from loratool.merging.undo.residual import ordered
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks
 from loratool.storage.values import values_of
-from loratool.streams.progress import Advance
+from loratool.streams.run import Run
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import Workers
 
@@ -49,15 +49,14 @@ class Pair:
     merged: TensorInfo
 
 
-def compare(
-    pairs: Sequence[Pair], progress: Advance, threads: int | None = None
-) -> dict[str, Stats]:
+def compare(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
     """The statistics of every pair, by the job's name."""
     found: dict[str, Stats] = {}
-    with FilePool() as files, Workers(threads) as workers:
+    advance = run.counted(sum(pair.merged.nbytes for pair in pairs))
+    with FilePool() as files, Workers(run.threads) as workers:
         for name, nbytes, stats in workers.in_order(_calls(pairs, files)):
             found.setdefault(name, Stats()).__iadd__(stats)
-            progress(nbytes, name)
+            advance(nbytes, name)
     for pair in pairs:
         found.setdefault(pair.job.name, Stats())  # tensors without elements
     return found
@@ -80,10 +79,10 @@ class Shares:
     rest: float
 
 
-def attribute(pairs: Sequence[Pair], threads: int | None = None) -> dict[str, Shares]:
+def attribute(pairs: Sequence[Pair], run: Run) -> dict[str, Shares]:
     """How much of each of its deltas every merged tensor holds; plain deltas only."""
     sums: dict[str, Values] = {}
-    with FilePool() as files, Workers(threads) as workers:
+    with FilePool() as files, Workers(run.threads) as workers:
         calls = (
             partial(running.correlations, low, high)
             for running in (_Comparing(pair, files) for pair in pairs)

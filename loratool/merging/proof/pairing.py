@@ -6,18 +6,19 @@ copy of a tied head. All of that is understood here; what remains is missing, ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loratool.errors import VerifyError, listed
-from loratool.merging.plan import Job, Plan
+from loratool.merging.plan import Job, OutputShard, Plan
 from loratool.merging.proof.checking import Pair, compare
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.header import read_header
+from loratool.streams.run import Run
 
 
 @dataclass
@@ -61,21 +62,13 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     return found
 
 
-def check_written(
-    plan: Plan, folder: Path, progress: Callable[[int, str], None], threads: int | None
-) -> None:
+def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None:
     """Read what a merge wrote into `folder` and compute it anew. Raises VerifyError."""
-    for shard, jobs in plan.shards.items():
-        check_shard(jobs, folder / shard, progress, threads)
-
-
-def check_shard(
-    jobs: Sequence[Job], path: Path, progress: Callable[[int, str], None], threads: int | None
-) -> None:
-    """Read one shard that a merge wrote and compute it anew. Raises VerifyError."""
-    written, _ = read_header(path)
-    pairs = [Pair(job, written[job.name]) for job in jobs]
-    stats = compare(pairs, progress, threads)
+    pairs = []
+    for shard in shards:
+        written, _ = read_header(folder / shard.name)
+        pairs += [Pair(job, written[job.name]) for job in shard.jobs]
+    stats = compare(pairs, run)
     wrong = [
         f"{n}: {s.elements - s.equal} values" for n, s in stats.items() if s.equal < s.elements
     ]

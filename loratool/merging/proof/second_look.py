@@ -8,10 +8,11 @@ from dataclasses import replace
 from loratool.merging.plan import Job, Plan
 from loratool.merging.proof.checking import Pair
 from loratool.merging.proof.findings import Finding, Stats, split_by_adapter
+from loratool.streams.run import Run
 
 
 def look_for_base(
-    findings: list[Finding], pairs: Sequence[Pair], plan: Plan, threads: int | None
+    findings: list[Finding], pairs: Sequence[Pair], plan: Plan, run: Run
 ) -> list[Finding]:
     """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
     from loratool.merging.proof.checking import Pair, compare
@@ -27,7 +28,7 @@ def look_for_base(
             again.append(Pair(plain, pair.merged))
     still = {
         name
-        for name, stats in compare(again, lambda *_: None, threads).items()
+        for name, stats in compare(again, run.silent()).items()
         if stats.equal == stats.elements
     }
     return [replace(f, code="not-merged") if f.tensor in still else f for f in findings]
@@ -38,7 +39,7 @@ def look_for_adapters(
     pairs: Sequence[Pair],
     stats: dict[str, Stats],
     plan: Plan,
-    threads: int | None,
+    run: Run,
 ) -> list[Finding]:
     """Where several adapters were not merged as asked, tell their weights apart."""
     from loratool.merging.proof.checking import attribute
@@ -52,7 +53,7 @@ def look_for_adapters(
         and len(pair.job.deltas) > 1
         and all(delta.factors.adds for delta in pair.job.deltas)
     ]
-    shares = attribute(asked, threads)
+    shares = attribute(asked, run)
     for pair in asked:
         name, deltas = pair.job.name, pair.job.deltas
         called = [names[id(delta.factors)] for delta in deltas]

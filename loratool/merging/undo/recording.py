@@ -30,6 +30,7 @@ from loratool.merging.undo.residual import (
     encode_whole,
     find,
 )
+from loratool.merging.undo.sidefiles import Kept
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
@@ -92,15 +93,11 @@ class RecordedTask(MergeTask):
 class Recorder:
     """Fills an undo file while a plan is carried out. Use as a context manager.
 
-    `side_files` maps the base's files beside its weights to their sha256, `kept` those that the
-    output will not hold as they are to their content.
+    `kept` is what goes into it beside the weights.
     """
 
-    def __init__(
-        self, plan: Plan, path: Path, side_files: dict[str, str], kept: dict[str, bytes]
-    ) -> None:
+    def __init__(self, plan: Plan, kept: Kept) -> None:
         self.plan = plan
-        self.side_files = side_files
         self.kept = kept
         self.nbytes = 0
         self._of_base = {
@@ -112,7 +109,7 @@ class Recorder:
         self._digests: dict[str, Any] = {}
         self._current: RecordedMerging | None = None
         self._headers = dict(_headers(plan.base))
-        self._writer = UndoWriter(path, self._entries())
+        self._writer = UndoWriter(kept.path, self._entries())
 
     def __enter__(self) -> Recorder:
         self._hasher = ThreadPoolExecutor(1)
@@ -130,7 +127,7 @@ class Recorder:
         for name, job in self._of_base.items():
             names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
         names += [f"header:{file}" for file in self._headers]
-        return names + [f"file:{name}" for name in self.kept]
+        return names + [f"file:{name}" for name in self.kept.files]
 
     def part(self, job: Job, files: FilePool) -> Merging:
         return (RecordedMerging if self._of_base.get(job.name) is job else Merging)(job, files)
@@ -190,7 +187,7 @@ class Recorder:
                 self._store_whole(name, info, files, workers)
         for file, header in self._headers.items():
             self._writer.append(f"header:{file}", compress(header))
-        for name, content in self.kept.items():
+        for name, content in self.kept.files.items():
             self._writer.append(f"file:{name}", compress(content))
         for name, row in self._table.items():
             row["sha256"] = self._digests[name].hexdigest()
@@ -203,8 +200,8 @@ class Recorder:
                     {"file": _file_name(self.plan.base, shard), "tensors": names}
                     for shard, names in self.plan.base.shards.items()
                 ],
-                "side_files": self.side_files,
-                "files": {name: sha256(content) for name, content in self.kept.items()},
+                "side_files": self.kept.hashes,
+                "files": {name: sha256(content) for name, content in self.kept.files.items()},
                 "headers": {name: sha256(header) for name, header in self._headers.items()},
             }
         )

@@ -28,7 +28,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.storage.header import build_header
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements
 from loratool.storage.values import values_of
-from loratool.streams.progress import Advance
+from loratool.streams.run import Run
 from loratool.streams.scratch import scratch
 from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
@@ -39,8 +39,7 @@ def restore(
     merged: Checkpoint,
     undo: Undo,
     folder: Path,
-    progress: Advance,
-    threads: int | None = None,
+    run: Run,
 ) -> None:
     """Write the base's shards into `folder`.
 
@@ -63,9 +62,10 @@ def restore(
         for name in shard.tensors:
             yield _part(undo.tensors[name], jobs[name], merged.tensors.get(name), undo, files)
 
-    with FilePool() as files, Workers(threads) as workers:
+    with FilePool() as files, Workers(run.threads) as workers:
         shards = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in undo.shards}
-        write_shards(folder, shards, workers, consume, progress)
+        advance = run.counted(sum(tensor.info.nbytes for tensor in undo.tensors.values()))
+        write_shards(folder, shards, workers, consume, advance)
 
 
 def header_of(shard: BaseShard, undo: Undo) -> bytes:

@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.merging.undo.file import Undo
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.sidefiles import SideFiles, side_files_of
+from loratool.notices import Notice
+from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.folder import Folder
+from loratool.storage.hashing import file_sha256
 
 
-def previous(folder: Folder) -> list[Path]:
+@dataclass(frozen=True)
+class Kept:
+    """What goes into the undo file at `path` beside the weights.
+
+    `hashes` are the sha256 of all files beside the base's weights that a merge carries over,
+    `files` the content of those that the output will not hold as they are.
+    """
+
+    path: Path
+    hashes: dict[str, str]
+    files: dict[str, bytes]
+
+
+def keep_base(base: Checkpoint, output: Path, written: SideFiles) -> Kept:
+    """Make the folder of the undo file in `output`, with the one that the base had itself.
+
+    `written` are the side files that the output gets.
+    """
+    own = side_files_of(base)
+    own.fetch()
+    files = {
+        name: path.read_bytes()
+        for name, path in own.copied.items()
+        if name == CONFIG or written.copied.get(name) != path
+    }
+    if base.is_directory and (base.directory / INDEX).is_file():
+        files[INDEX] = (base.directory / INDEX).read_bytes()
+    (output / UNDO_FOLDER).mkdir()
+    for path in previous(base):
+        target = output / UNDO_FOLDER / BEFORE / path.name
+        target.parent.mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
+    hashes = {name: file_sha256(path) for name, path in own.copied.items()}
+    return Kept(output / UNDO_FOLDER / UNDO, hashes, files)
+
+
+def previous(base: Checkpoint) -> list[Path]:
     """What a reversible merge left in a model that is now a base: how it came about itself."""
+    folder = base.folder
+    if not base.is_directory:
+        return []
     found = [folder.path / PROVENANCE] if folder.has(PROVENANCE) else []
     if folder.has(f"{UNDO_FOLDER}/{UNDO}"):
         fetch_undo(folder)
@@ -20,3 +66,30 @@ def previous(folder: Folder) -> list[Path]:
 def fetch_undo(folder: Folder) -> None:
     """See to it that what a reversible merge left is on this disk."""
     folder.fetch(name for name in folder.names() if name.startswith(f"{UNDO_FOLDER}/"))
+
+
+def put_back(undo: Undo, merged: Path, folder: Path) -> None:
+    """Write the base's files beside its weights into `folder`, and what it was merged from."""
+    for name in undo.side_files.keys() | undo.files.keys():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in undo.files:
+            target.write_bytes(undo.files[name])
+        elif (merged / name).is_file():
+            shutil.copyfile(merged / name, target)
+    before = merged / UNDO_FOLDER / BEFORE
+    if before.is_dir():
+        shutil.copytree(before, folder, dirs_exist_ok=True)
+
+
+def changed_since(merged: Path, undo: Undo) -> list[Notice]:
+    """A warning where files of the output are no longer those of the base."""
+    changed = []
+    for name, digest in undo.side_files.items():
+        path = merged / name
+        if name not in undo.files and not (path.is_file() and file_sha256(path) == digest):
+            changed.append(f"{name} ({'changed' if path.is_file() else 'missing'})")
+    if not changed:
+        return []
+    text = f"Files beside the weights are not as in the base and stay so: {', '.join(changed)}."
+    return [Notice("side-file-changed", text)]

@@ -149,6 +149,9 @@ TIED_BY_DEFAULT = {"gpt2", "opt", "bloom", "bert", "roberta", "xlm-roberta", "wh
 SHARED = re.compile(r"(^|\.)(shared|encoder\.embed_tokens|decoder\.embed_tokens|lm_head)\.weight$")
 
 
+#: Ends of the names of heads that classify; PEFT saves them for such tasks without being asked.
+CLASSIFIERS = ("classifier", "score", "qa_outputs")
+
 #: Buffers of old checkpoints that no current model reads. They are carried over as they are: some
 #: hold -inf or -1e9 by design, and casting a frequency table would only damage it.
 LEGACY_BUFFER = re.compile(r"(^|\.)(masked_bias|inv_freq|(attn|attention)\.bias)$")

@@ -94,7 +94,7 @@ def _metadata(facts: Facts, licence: Licence | None) -> dict[str, Any]:
     use = use_of(facts)
     tags = ["loratool"]
     if facts.adapter is not None:
-        peft = bool(facts.adapter.config.get("peft_type"))
+        peft = facts.adapter.declared.library == "peft"
         tags = ["lora"] * (facts.adapter.peft_type == "LORA") + tags + ["peft"] * peft
         if peft:
             found["library_name"] = "peft"

@@ -66,7 +66,7 @@ def _what(facts: Facts) -> str:
 def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     base = link(facts.base) if facts.base else "a base model that is not recorded here"
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
-    if adapter.format != "peft":
+    if not adapter.is_read:
         first = f"This is {adapter.description}, for {base}."
     elif facts.command == "extract":
         tuned, before = part(facts.record, "tuned"), part(facts.record, "base")

@@ -76,17 +76,17 @@ def use_of(facts: Facts) -> Use | None:
 
 
 def _use_of_adapter(facts: Facts, adapter: Adapter) -> Use | None:
-    if not adapter.config.get("peft_type"):
+    if not adapter.declared.library:
         return None
-    found = _BY_TASK.get(str(adapter.config.get("task_type")))
+    found = _BY_TASK.get(str(adapter.declared.task))
     if found is _CAUSAL and any(_VISION.search(path) for path in adapter.modules):
         return Use(_SEEING.auto, None, False)
     if found is not None:
         return found
-    mapping, base = part(adapter.config, "auto_mapping"), part(facts.record, "base")
-    if not str(mapping.get("parent_library") or "transformers").startswith("transformers"):
+    declared, base = adapter.declared, part(facts.record, "base")
+    if not (declared.model_library or "transformers").startswith("transformers"):
         return None
-    named = [str(mapping.get("base_model_class") or ""), *texts(base.get("architectures"))]
+    named = [declared.model_class, *texts(base.get("architectures"))]
     name = next(filter(None, named), "")
     found = _by_class(name, str(base.get("model_type")))
     if found is None and any(_VISION.search(path) for path in adapter.modules):
@@ -136,10 +136,10 @@ def _model_usage(facts: Facts, place: str) -> str:
 
 def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     use = use_of(facts)
-    if not adapter.config.get("peft_type"):
+    if not adapter.declared.library:
         return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
     if use is None:
-        name = str(part(adapter.config, "auto_mapping").get("base_model_class") or "its base")
+        name = adapter.declared.model_class or "its base"
         return f"Load the base model (`{name}`), then `PeftModel.from_pretrained(model, …)`."
     lines = [
         "from peft import PeftModel",
@@ -181,7 +181,7 @@ def _rows(adapter: Adapter, name: re.Pattern[str]) -> int | None:
 
 def _merge_line(facts: Facts, adapter: Adapter, place: str) -> str:
     refused = any(notice.refused for notice in adapter.notices)
-    if adapter.format != "peft" or not adapter.config.get("peft_type") or refused:
+    if not adapter.is_read or not adapter.declared.library or refused:
         return ""
     base = "path/to/base"
     if facts.base:

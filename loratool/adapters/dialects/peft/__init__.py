@@ -1,1 +1,102 @@
-"""PEFT: adapter_config.json beside adapter_model.safetensors."""
+"""PEFT: adapter_config.json beside adapter_model.safetensors, keys by module path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loratool.adapters.adapter import Adapter, Declared
+from loratool.adapters.dialects.dialect import Entry, Recipe, WritableDialect
+from loratool.adapters.dialects.peft import names, targets
+from loratool.adapters.dialects.peft.config import joined_config, string_list
+from loratool.adapters.dialects.peft.keys import fill_adapter
+from loratool.adapters.factors import ModuleShape
+from loratool.adapters.recognise import is_foreign
+from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.tasks import CLASSIFYING
+from loratool.storage.tensors import TensorInfo
+
+_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+
+
+@dataclass(frozen=True)
+class Peft(WritableDialect):
+    """LoRA with all its variants, and trained token rows, as PEFT saves them."""
+
+    name: str = "peft"
+
+    def claims(
+        self, tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
+    ) -> str | None:
+        if top in ("tensor", "list", "tuple"):
+            return None
+        kind = str(config.get("peft_type") or "LORA").upper()
+        if kind == "TRAINABLE_TOKENS":
+            return "PEFT trainable tokens"
+        lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
+        plain = kind == "LORA" and lora and not is_foreign(tensors)
+        return "a PEFT LoRA adapter" if plain else None
+
+    def read(self, adapter: Adapter) -> None:
+        adapter.declared = _declared(adapter.config)
+        fill_adapter(adapter)
+
+    def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
+        return names.factor_shapes(outline, rank)
+
+    def bias_key(self, path: str) -> str:
+        return names.bias_key(path)
+
+    def magnitude_key(self, path: str) -> str:
+        return names.magnitude_key(path)
+
+    def saved_key(self, name: str, key: str, adapted: Collection[str]) -> str:
+        return names.saved_key(name, key, adapted)
+
+    def rows_key(self, key: str) -> str:
+        return names.rows_key(key)
+
+    def config(self, recipe: Recipe) -> dict[str, Any]:
+        return joined_config(recipe) if recipe.sources else targets.extracted_config(recipe)
+
+    def saved_unit(self, path: str) -> str:
+        return targets.saved_unit(path)
+
+    def saved_modules(
+        self, saved: Iterable[str], modules: Collection[str], adapted: Collection[str]
+    ) -> list[str]:
+        return targets.saved_modules(saved, modules, adapted)
+
+
+def _declared(config: dict[str, Any]) -> Declared:
+    mapping = config.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    saved = string_list(config, "modules_to_save")
+    task = config.get("task_type")
+    return Declared(
+        base_name=config.get("base_model_name_or_path"),
+        base_revision=config.get("revision"),
+        task=None if task is None else str(task),
+        model_class=str(mapping.get("base_model_class") or ""),
+        model_library=str(mapping.get("parent_library") or ""),
+        saved_modules=tuple(saved),
+        heads=frozenset(saved) | frozenset(CLASSIFIERS if task in CLASSIFYING else ()),
+        transposes=bool(config.get("fan_in_fan_out")),
+        ties_head=bool(config.get("ensure_weight_tying")),
+        library="peft" if config.get("peft_type") else "",
+        settings=tuple(_settings(config)),
+    )
+
+
+def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """What the config says, for people."""
+    if not config:
+        return
+    said = f"r {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)}"
+    flags = [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
+    flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
+    yield "configured", ", ".join([said, *flags])
+    chosen = config.get("target_modules")
+    yield "targets", ", ".join(sorted(chosen)) if isinstance(chosen, list) else str(chosen)

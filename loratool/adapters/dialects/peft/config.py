@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from loratool.adapters.adapter import Adapter
-from loratool.adapters.factors import Factors, ModuleShape
+from loratool.adapters.dialects.dialect import Recipe
+from loratool.adapters.factors import ModuleShape
 from loratool.errors import AdapterError
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -189,25 +189,18 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
     return count if in_a else 1, count if in_b else 1
 
 
-def adapter_config(
-    adapters: Sequence[Adapter],
-    modules: Sequence[Factors],
-    ranks: Sequence[int],
-    saved: Sequence[str],
-    rows: dict[str, tuple[int, ...]],
-    uniform: bool,
-    biased: bool,
-) -> dict[str, Any]:
-    """adapter_config.json of an adapter with these modules, whose factors hold all of the scale.
+def joined_config(recipe: Recipe) -> dict[str, Any]:
+    """adapter_config.json of an adapter that is made of others.
 
     `alpha = r`, so that the scale is 1 for every module, also for programs that divide the alpha of
     the config by its r. The patterns are there only if not `uniform`.
     """
-    configs = [a.config for a in adapters]
+    configs = [a.config for a in recipe.sources]
+    modules, ranks, saved = recipe.outlines, recipe.ranks, recipe.saved
     rank = max(ranks)
     has_bias = any(name.endswith(".bias") for name in saved)
     biases = {str(c.get("bias") or "none") for c in configs}
-    patterns = {} if uniform else rank_pattern(modules, ranks)
+    patterns = {} if recipe.uniform else rank_pattern(modules, ranks)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": _common(configs, "task_type"),
@@ -223,17 +216,17 @@ def adapter_config(
         "modules_to_save": _saved_modules(configs, saved, {m.path for m in modules}) or None,
         "bias": next((b for b in ("all", "lora_only") if has_bias and b in biases), "none"),
         "fan_in_fan_out": any(c.get("fan_in_fan_out") for c in configs),
-        "use_dora": any(m.magnitude is not None for m in modules),
+        "use_dora": recipe.scaled,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "init_lora_weights": True,
     }
-    if biased:
+    if recipe.biased:
         config["lora_bias"] = True
     if any(c.get("ensure_weight_tying") for c in configs):
         config["ensure_weight_tying"] = True
-    if rows:
-        config["trainable_token_indices"] = {path: list(tokens) for path, tokens in rows.items()}
+    if recipe.rows:
+        config["trainable_token_indices"] = {path: list(ids) for path, ids in recipe.rows.items()}
     return config
 
 
@@ -247,18 +240,13 @@ def _common(configs: Sequence[dict[str, Any]], field: str) -> Any:
     return configs[0].get(field) if len(found) == 1 else None
 
 
-def owner(module: Factors | ModuleShape) -> str:
-    """The module that has the rank: PEFT gives the two parts of an attention module one."""
-    return module.path.removesuffix(".out_proj") if module.kind == "attention-out" else module.path
-
-
-def rank_pattern(modules: Sequence[Factors | ModuleShape], ranks: Sequence[int]) -> dict[str, int]:
+def rank_pattern(modules: Sequence[ModuleShape], ranks: Sequence[int]) -> dict[str, int]:
     """Ranks other than the largest, by path.
 
     PEFT reads a key as the end of a path and takes the first that fits. So longer ones come first,
     and a path with the largest rank is listed too where a shorter key would fit it.
     """
-    by_path = {owner(m): rank for m, rank in zip(modules, ranks, strict=True)}
+    by_path = {m.rank_owner: rank for m, rank in zip(modules, ranks, strict=True)}
     lower = {path for path, rank in by_path.items() if rank != max(ranks)}
     listed = [path for path in by_path if path in lower or _ends(path) & lower]
     return {path: by_path[path] for path in sorted(listed, key=lambda path: (-len(path), path))}
@@ -270,7 +258,7 @@ def _ends(path: str) -> set[str]:
     return {".".join(parts[i:]) for i in range(1, len(parts))}
 
 
-def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[Factors]) -> list[str] | str:
+def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[ModuleShape]) -> list[str] | str:
     """What selects exactly these modules in the base.
 
     Ends of names, as people write them, if that is how all the adapters were made; full paths where
@@ -283,7 +271,7 @@ def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[Factors]) -> l
         and all(c.get(field) in (None, []) for field in narrowed)
         for c in configs
     )
-    paths = sorted({owner(m) for m in modules})
+    paths = sorted({m.rank_owner for m in modules})
     if plain:
         named = sorted({str(t) for c in configs for t in c["target_modules"]})
         used = [t for t in named if any(p == t or p.endswith(f".{t}") for p in paths)]

@@ -21,6 +21,7 @@ from loratool.adapters.dialects.peft.config import (
 )
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
+from loratool.models.layouts.names import CLASSIFIERS
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.storage.tensors import TensorInfo
@@ -39,9 +40,6 @@ _LEAVES = [
     ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
     ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
 ]  # fmt: skip
-
-#: Heads that PEFT adds to modules_to_save on its own, whether the model has them or not.
-AUTOMATIC_HEADS = {"classifier", "score", "qa_outputs"}
 
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|shared)\.weight$"
@@ -308,7 +306,7 @@ def _check_expectations(adapter: Adapter) -> None:
     saved = [plain_path(s) for s in saved]
     absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
     if len(saved) > len(absent):
-        absent = [s for s in absent if s not in AUTOMATIC_HEADS]
+        absent = [s for s in absent if s not in CLASSIFIERS]
     if absent:
         notices.append(
             Notice(

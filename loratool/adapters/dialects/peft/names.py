@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
 from loratool.adapters.dialects.peft.keys import plain_path
 from loratool.adapters.factors import ModuleShape
@@ -39,13 +39,13 @@ def magnitude_key(path: str) -> str:
     return f"{_PREFIX}{path}.lora_magnitude_vector"
 
 
-def saved_key(name: str, key: str, modules: dict[str, Any]) -> str:
+def saved_key(name: str, key: str, adapted: Collection[str]) -> str:
     """The key of a tensor `name` that replaces one of the base, and was called `key` in its file.
 
     The original of an adapted module is called `base_layer`; there it is the one to replace.
     """
     owner, _, leaf = name.rpartition(".")
-    if owner in modules:
+    if owner in adapted:
         return f"{_PREFIX}{owner}.base_layer.{leaf}"
     plain = plain_path(key)
     kept = ".token_adapter.base_layer." in plain

@@ -13,29 +13,16 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.config import rank_pattern
-from loratool.adapters.dialects.peft.keys import AUTOMATIC_HEADS
-from loratool.adapters.factors import ModuleShape
+from loratool.models.layouts.names import CLASSIFIERS
 
 _PREFIX = "base_model.model."
 
 
-def extracted_config(
-    outlines: Sequence[ModuleShape],
-    ranks: Sequence[int],
-    saved: Sequence[str],
-    modules: Collection[str],
-    *,
-    base_name: str | None,
-    task_type: str | None,
-    tied: bool,
-    fan_in_fan_out: bool,
-) -> dict[str, Any]:
-    """The config of an adapter with these factors, whose scale is 1: `alpha = r`.
-
-    `saved` are the names of the tensors saved whole, `modules` the paths of all modules of the
-    model that hold tensors.
-    """
+def extracted_config(recipe: Recipe) -> dict[str, Any]:
+    """The config of an adapter made of two models, whose scale is 1: `alpha = r`."""
+    outlines, ranks, saved, modules = recipe.outlines, recipe.ranks, recipe.saved, recipe.modules
     paths = [outline.path for outline in outlines]
     rank = max(ranks, default=1)
     patterns = rank_pattern(outlines, ranks) if len(set(ranks)) > 1 else {}
@@ -47,8 +34,8 @@ def extracted_config(
     targets, excluded = _targets(paths, {m for m in every if not _inside(m, named)})
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_name,
+        "task_type": recipe.task_type,
+        "base_model_name_or_path": recipe.base_name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -59,12 +46,12 @@ def extracted_config(
         "exclude_modules": excluded or None,
         "modules_to_save": named or None,
         "bias": "none" if not loose else "lora_only" if set(loose) <= set(paths) else "all",
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": recipe.transposes,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),
         "init_lora_weights": True,
     }
-    if tied:
+    if recipe.tied:
         config["ensure_weight_tying"] = True
     return config
 
@@ -123,7 +110,7 @@ def saved_unit(path: str) -> str:
     """What PEFT saves where a module is saved: the module, or the classifier that it is part of."""
     parts = path.split(".")
     for i, part in enumerate(parts):
-        if part.endswith(tuple(AUTOMATIC_HEADS)):
+        if part.endswith(CLASSIFIERS):
             return ".".join(parts[: i + 1])
     return path
 

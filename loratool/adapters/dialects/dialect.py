@@ -1,0 +1,109 @@
+"""What a dialect is: one way in which adapters lie in files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import ModuleShape
+from loratool.storage.tensors import TensorInfo
+
+#: The key of a tensor in a file, and its shape.
+Entry = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An adapter that is to be written, as far as its config tells of it.
+
+    `outlines` and `ranks` are its modules, whose factors hold all of the scale, `saved` the names
+    of tensors that replace one of the base, `rows` the trained token rows by module path. `scaled`
+    says that there are magnitudes (DoRA), `biased` that layers have trained biases, `uniform` that
+    all ranks are the same. `sources` are the adapters that it is made of.
+
+    An adapter that is made of two models has none. For it `modules` are the paths of all modules of
+    the model that hold tensors, and `base_name`, `task_type` and `transposes` say what is known.
+    """
+
+    outlines: Sequence[ModuleShape]
+    ranks: Sequence[int]
+    saved: Sequence[str]
+    sources: Sequence[Adapter] = ()
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uniform: bool = False
+    biased: bool = False
+    scaled: bool = False
+    modules: Collection[str] = ()
+    base_name: str | None = None
+    task_type: str | None = None
+    tied: bool = False
+    transposes: bool = False
+
+
+class Dialect(ABC):
+    """Reads adapters of one kind. `name` is its code, in reports and on the command line.
+
+    Exactly one dialect claims a file; what none claims is named by `adapters.recognise`.
+    """
+
+    name: str
+
+    @abstractmethod
+    def claims(
+        self, tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
+    ) -> str | None:
+        """What the file is, in words, if it is of this dialect; None otherwise.
+
+        `top` is the outermost object of a torch file ("dict", "list", "tensor"), and `config` the
+        JSON file that lies beside the weights, or {}.
+        """
+
+    @abstractmethod
+    def read(self, adapter: Adapter) -> None:
+        """Sort the adapter's tensors into modules, replaced tensors and token rows, in place.
+
+        What cannot be merged becomes a notice with `refused` set, so that everything else can be
+        shown. What the config declares goes into `adapter.declared`; nobody else reads the config.
+        """
+
+
+class WritableDialect(Dialect):
+    """A dialect that adapters can be written in, exactly."""
+
+    @abstractmethod
+    def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
+        """The keys and shapes of A and B of a module at this rank."""
+
+    @abstractmethod
+    def bias_key(self, path: str) -> str: ...
+
+    @abstractmethod
+    def magnitude_key(self, path: str) -> str: ...
+
+    @abstractmethod
+    def saved_key(self, name: str, key: str, adapted: Collection[str]) -> str:
+        """The key of a tensor `name` that replaces one of the base, and was called `key` before.
+
+        `adapted` are the paths of the modules that have factors.
+        """
+
+    @abstractmethod
+    def rows_key(self, key: str) -> str:
+        """The key of token rows that were called `key` before."""
+
+    @abstractmethod
+    def config(self, recipe: Recipe) -> dict[str, Any]:
+        """The config that goes beside the weights."""
+
+    @abstractmethod
+    def saved_unit(self, path: str) -> str:
+        """What is saved where a module is saved whole: it, or the classifier that it is part of."""
+
+    @abstractmethod
+    def saved_modules(
+        self, saved: Iterable[str], modules: Collection[str], adapted: Collection[str]
+    ) -> list[str]:
+        """The modules among those of the tensors `saved` that the config lists as saved whole."""

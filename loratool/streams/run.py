@@ -1,0 +1,44 @@
+"""How a run goes, apart from what it does: threads, progress, what may be written, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loratool.errors import UsageError
+from loratool.streams.progress import Advance, Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options that verbs share and hand down unchanged.
+
+    `threads` None takes the cores, `device` and `seed` are those of randomised decompositions. A
+    dry run reports and writes nothing; `overwrite` replaces an output that exists.
+    """
+
+    threads: int | None = None
+    progress: Progress | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads cannot work.", "Give a number above zero.")
+
+    def counted(self, total: int) -> Advance:
+        """Takes counts of single steps, of `total` bytes in all, and shows their sum."""
+        done = 0
+
+        def advance(count: int, label: str) -> None:
+            nonlocal done
+            done += count
+            if self.progress is not None:
+                self.progress(done, total, label)
+
+        return advance
+
+    def silent(self) -> Run:
+        """The same without progress."""
+        return replace(self, progress=None)

@@ -1,0 +1,77 @@
+"""Files that are no LoRA adapter are called by their name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.adapters import write_adapter
+from helpers.inspecting import LINEAR
+from helpers.places import FIXTURES
+from safetensors.numpy import save_file
+
+import loratool
+from loratool.errors import FileError
+
+OTHERS: dict[str, tuple[list[str], str]] = {
+    "kohya": (["lora_unet_down_0.lora_down.weight", "lora_unet_down_0.lora_up.weight",
+               "lora_unet_down_0.alpha"], "kohya"),
+    "kohya text encoder": (["lora_te1_text_model_q.lora_down.weight"], "kohya"),
+    "diffusers": (["unet.down.attn1.to_q.lora_A.weight", "unet.down.attn1.to_q.lora_B.weight"],
+                  "diffusers"),
+    "old diffusers": (["unet.mid.attn1.processor.to_q_lora.down.weight"], "diffusers"),
+    "mlx": (["model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"],
+            "mlx"),
+    "prompt tuning": (["prompt_embeddings"], "prompt-tuning"),
+    "ia3": (["base_model.model.h.0.attn.ia3_l"], "ia3"),
+    "AdaLoRA": (["base_model.model.q.lora_A", "base_model.model.q.lora_E"], "adalora"),
+    "LoKr": (["lora.q.lokr_w1", "lora.q.lokr_w2"], "lycoris"),
+    "optimizer": (["q.lora_A.default.weight.exp_avg", "q.lora_A.default.weight.step"],
+                  "optimizer-state"),
+    "base": (["model.embed_tokens.weight", "model.norm.weight"], "base-checkpoint"),
+    "unknown": (["alpha", "beta", "gamma"], "unknown"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_called_by_their_name(name: str, tmp_path: Path) -> None:
+    """A file that is no PEFT LoRA is named as what it is, and merge refuses it by that name."""
+    keys, code = OTHERS[name]
+    path = tmp_path / "x.safetensors"
+    save_file({key: np.ones((2, 2), np.float32) for key in keys}, path)
+    report = loratool.inspect(path)
+    assert report.format == code
+    assert report.modules == []
+    with pytest.raises(loratool.LoraToolError) as error:
+        loratool.merge(FIXTURES / "base", path, tmp_path / "out")
+    assert report.description in error.value.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "words"),
+    [("IA3", "(IA)³"), ("ADALORA", "AdaLoRA"), ("PROMPT_TUNING", "prompt tuning"),
+     ("PREFIX_TUNING", "prefix tuning"), ("LOHA", "LoHa"), ("NEWTYPE", "NEWTYPE")],
+)  # fmt: skip
+def test_other_peft_types_are_named(peft_type: str, words: str, tmp_path: Path) -> None:
+    """The config's peft_type decides, whatever the tensors are called."""
+    folder = write_adapter(tmp_path / "a", LINEAR, {"peft_type": peft_type})
+    report = loratool.inspect(folder)
+    assert words in report.description
+    assert report.peft_type == peft_type
+
+
+def test_find_the_weights_of_a_directory(tmp_path: Path, adapter: Path) -> None:
+    """A directory without adapter_model.* is an error that names what is there instead."""
+    with pytest.raises(FileError, match="no such file"):
+        loratool.inspect(tmp_path / "gone")
+    with pytest.raises(FileError, match="no adapter weights"):
+        loratool.inspect(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(
+            (adapter / "adapter_model.safetensors").read_bytes()
+        )
+    with pytest.raises(FileError) as error:
+        loratool.inspect(tmp_path)
+    assert "one.safetensors" in error.value.hint

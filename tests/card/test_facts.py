@@ -1,0 +1,110 @@
+"""Hub ids, local bases, numbers and names: what is certain is said, in one cell and on one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.adapters import pair, write_adapter
+from helpers.cards import ADAPTER, BASE, blocks, changed_record, data, logits, run_code
+
+from loratool.publishing.cards.document import END, base_of, make_card
+from loratool.publishing.cards.facts import code, hub_id, percent, span
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("org/name", "org/name"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("gpt2", "gpt2"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("roberta-large", "roberta-large"),
+        ("t5-small", "t5-small"),
+        ("/cache/hub/models--org--my-name/snapshots/0123", "org/my-name"),
+        ("base", None),
+        ("", None),
+        (None, None),
+        (7, None),
+        ("/data/llama", None),
+        ("~/llama", None),
+        ("./llama", None),
+        ("../models/llama", None),
+        ("models/llama", None),
+        ("a/b/c", None),
+        ("C:\\models\\llama", None),
+        ("out/checkpoint-500", None),
+        ("org/name.safetensors", None),
+        ("org/name\n", None),
+        ("org/na me", None),
+        ("-org/name", None),
+        ("org/a--b", None),
+    ],
+)
+def test_hub_ids(name: object, wanted: str | None) -> None:
+    assert hub_id(name) == wanted
+
+
+@pytest.mark.parametrize("name", ["/home/someone/llama", "./llama", "", None, "C:\\llama"])
+def test_local_bases_are_left_out(tmp_path: Path, name: str | None) -> None:
+    """The base is said to be unknown, and the code asks for it."""
+    folder = shutil.copytree(ADAPTER, tmp_path / "local")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = name
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    text = make_card(folder, None)
+    assert base_of(folder) is None
+    assert "base_model" not in data(text)
+    assert "base model that is not recorded here" in text
+    assert "llama" not in text
+    assert "# Which base model this is for is not recorded" in text
+    logits(run_code(text, {"path/to/base": BASE, "path/to/local": folder}))
+    named = make_card(folder, None, base_model="org/base")
+    assert data(named)["base_model"] == "org/base"
+    assert "base_model" not in data(make_card(folder, None, base_model="/home/someone/llama"))
+
+
+def cells(line: str) -> int:
+    return len(re.findall(r"(?<!\\)\|", line)) - 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a|b", "`tick`", "two\nlines", "``` ", "<b>", "_x_", "# x", "a'b\"c", f"{END}", "é ☃"]
+)
+def test_odd_names(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Names stay in their cells and on their lines, and the code is still Python."""
+    change = {"adapters.0": {"name": name}, "options": {name: name}, "versions": {name: name}}
+    source = changed_record(made["combined"], tmp_path / "changed", change)
+    text = make_card(source, None)
+    assert make_card(source, text) == text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    for found in tables:
+        assert len({cells(line) for line in found.splitlines()}) == 1
+    assert len(blocks(text, "python")) == 1
+    if "/" not in name:
+        folder = shutil.copytree(made["plain"], tmp_path / name)
+        text = make_card(folder, None)
+        assert make_card(folder, text) == text
+        (found,) = blocks(text, "python")
+        compile(found, "card", "exec")
+        assert text.count("\n# ") == 1 + found.count("\n# ")
+
+
+def test_odd_modules(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "odd", pair("model.a|b.0.q`x", 12, 10), {})
+    text = make_card(folder, None)
+    (row,) = [line for line in text.splitlines() if "linear" in line]
+    assert row.startswith("| ``model.a\\|b.0.q`x`` |")
+    assert cells(row) == 7
+
+
+def test_words() -> None:
+    assert code("a`b") == "``a`b``"
+    assert code("`") == "`` ` ``"
+    assert [percent(x) for x in (1, 0.9999, 0.986, 0.5, 0.01234, 0)] == [
+        "100%", "<100%", "98.6%", "50%", "1.2%", "0%"]  # fmt: skip
+    assert [span(x) for x in ([], [8.0], [8, 4, 6], [None, 2])] == ["unknown", "8", "4–8", "2"]

@@ -1,0 +1,72 @@
+"""Ctrl-C and a polite kill: exit code 130, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.outcomes import beside
+from helpers.places import FIXTURES
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_exit_130_and_leave_nothing(
+    number: signal.Signals, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C and a polite kill end with code 130, no output and no leftovers."""
+    slow = (
+        "import time, loratool.merging.arithmetic as a; "
+        "run = a.RunningJob.compute; "
+        "a.RunningJob.compute = lambda *x: (time.sleep(0.3), run(*x)); "
+        "from loratool.cli.main import main; main()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", slow, "merge", str(base), str(adapter), "-o",
+         str(tmp_path / "out")],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.loratool-partial-*/model*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> None:
+    """Ctrl-C pressed again and again leaves nothing behind, as the message says."""
+    base, lora, out = FIXTURES / "base", FIXTURES / "adapter", tmp_path / "out"
+    slow = (
+        "import loratool.storage.shardfile as w, shutil, sys, time\n"
+        "import loratool.merging.executor\n"
+        "write, remove = w.ShardWriter.write, shutil.rmtree\n"
+        "w.ShardWriter.write = lambda s, o, d: (write(s, o, d), time.sleep(0.05))\n"
+        "def slowly(*a, **k):\n"
+        "    print('cleaning', flush=True); time.sleep(0.5); remove(*a, **k)\n"
+        "shutil.rmtree = slowly\n"
+        "from loratool.cli.main import main; main(sys.argv[1:])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", slow, "merge", str(base), str(lora), "-o", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.loratool-partial-*/model*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "cleaning\n"
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert beside(out) == []

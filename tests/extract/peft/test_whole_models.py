@@ -1,0 +1,120 @@
+"""An extracted adapter on its base is the fine-tune, in PEFT and merged, for every architecture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.architectures import ARCHITECTURES, BART, T5, Architecture, pair_of_texts
+from helpers.models import read
+from helpers.tuning import EXACT, FUSED, MODELS, WARNINGS, Tuning, computed, load_peft, tune
+
+from loratool.errors import MatchError
+
+#: Which PEFT 0.21 loads wrongly or not at all under transformers 5, and the warning that says so.
+WARNED = {
+    **dict.fromkeys(("qwen2-moe", "deepseek-v3"), "experts-in-peft"),
+    **dict.fromkeys(("granite-moe", "phi-moe", "llava", "gemma3-images", "qwen2-vl"),
+                    "names-in-memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_what_peft_may_not_load_is_said_and_merges(name: str, tmp_path: Path) -> None:
+    """Where names or experts differ in memory, a warning says so, and merge gives the tuned one."""
+    work = tune(tmp_path, MODELS[name])
+    report = work.extract(uniform="experts" in str(sorted(read(work.base))))
+    assert WARNED[name] in [notice.code for notice in report.warnings]
+    before = computed(work.found.load(work.base), work.found.inputs())
+    assert work.error(work.merged(), before) < EXACT
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WARNED])
+def test_extracted_adapter_gives_the_tuned_model(name: str, tmp_path: Path) -> None:
+    """Every parameter of a fine-tune is in its adapter, in a place where PEFT puts it back."""
+    work = tune(tmp_path, MODELS[name])
+    report = work.extract(uniform="experts" in str(sorted(read(work.base))))
+    assert report.unchanged == 0
+    assert report.left == []
+    work.check(None, *WARNINGS.get(name, ()))
+
+
+#: Models in which encoder, decoder and head share a matrix, and the name of that matrix.
+SHARED = {
+    "t5": (ARCHITECTURES["t5"], "shared"),
+    "t5-gated": (ARCHITECTURES["t5-gated"], "shared"),
+    "mt5": (Architecture("MT5ForConditionalGeneration", "MT5Config", T5, pair_of_texts), "shared"),
+    "bart": (ARCHITECTURES["bart"], "model.shared"),
+    "marian": (Architecture("MarianMTModel", "MarianConfig", BART, pair_of_texts), "model.shared"),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_matrix_with_three_places_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    """An adapter has no place for a change of a matrix that encoder, decoder and head share."""
+    found, path = SHARED[name]
+    work = tune(tmp_path, found)
+    with pytest.raises(MatchError) as caught:
+        work.extract()
+    assert f"{path}.weight" in caught.value.message
+    assert f"--exclude {path}" in caught.value.hint
+    assert not work.adapter.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *[(name, "exclude") for name in SHARED],
+        ("t5", "skip"),
+        ("bart", "skip"),
+        ("t5", "unchanged"),
+    ],
+)
+def test_all_but_the_shared_matrix_is_extracted(name: str, option: str, tmp_path: Path) -> None:
+    """Where the shared matrix is left out, or did not change, the rest is the tuned model's."""
+    found, path = SHARED[name]
+    # Heads of their own, position embeddings and relative biases are embeddings too.
+    only = "" if option == "exclude" else "(layer|layers|block)[.]"
+    rest = f"^(?!.*(relative_attention_bias|{re.escape(path)}))(?=.*{only})"
+    work = tune(tmp_path, found, "" if option == "exclude" else rest)
+    options: dict[str, Any] = {"skip": {"skip": ["embeddings"]}, "exclude": {"exclude": [path]}}
+    report = work.extract(**options.get(option, {}))
+    if option == "exclude":
+        assert [t.name for t in report.left] == [f"{path}.weight"]
+        model = found.load(work.tuned)
+        given = read(work.base)[f"{path}.weight"]
+        model.get_parameter(f"{path}.weight").data.copy_(given)
+        model.save_pretrained(tmp_path / "expected")
+        work = OtherTuned(found, tmp_path)
+    work.check()
+
+
+class OtherTuned(Tuning):
+    """A fine-tune of which one matrix was left out."""
+
+    @property
+    def tuned(self) -> Path:
+        return self.folder / "expected"
+
+
+def test_experts_with_ranks_of_their_own_are_warned_of(tmp_path: Path) -> None:
+    """PEFT needs one rank for all experts of a layer, and the report says how to get that."""
+    report = tune(tmp_path, MODELS["mixtral"]).extract(energy=0.8)
+    notice = next(n for n in report.warnings if n.code == "ranks-of-experts")
+    assert "--uniform" in notice.message
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
+def test_experts_of_one_low_rank_are_the_same_in_peft_and_merged(name: str, tmp_path: Path) -> None:
+    """A truncated adapter of experts means in PEFT what it means in merge."""
+    work = tune(tmp_path, MODELS[name])
+    work.extract(rank=4)
+    base = work.found.load(work.base)
+    inputs = work.found.inputs()
+    before = computed(base, inputs)
+    model = load_peft(base, work.adapter, *FUSED)
+    found, expected = computed(model, inputs), computed(work.merged(), inputs)
+    assert (found - expected).norm() < EXACT * (expected - before).norm()
+    assert 0.02 < work.error(model, before) < 0.98

@@ -1,0 +1,159 @@
+"""An output that exists is refused, or replaced as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.files import OTHER, small_state
+from helpers.merging import ADAPTER, BASE
+from helpers.outcomes import assert_clear, beside, sha256s
+from safetensors.torch import save_file
+
+import loratool
+from loratool.errors import OutputError, ValueRangeError
+from loratool.storage import staging as writer
+
+
+def make_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, make_file, make_link], ids=["dir", "file", "link"])
+def test_an_existing_output_is_refused(
+    tmp_path: Path, base: Path, lora: Path, make: Callable[[Path], None]
+) -> None:
+    """Whatever exists at the output, even an empty directory or a dead link, stays as it is."""
+    output = tmp_path / "out"
+    make(output)
+    before = output.lstat()
+    with pytest.raises(OutputError) as caught:
+        loratool.merge(base, lora, output)
+    assert_clear(caught.value, str(output))
+    assert "--overwrite" in caught.value.hint
+    assert (output.lstat().st_ino, output.lstat().st_mtime_ns) == (
+        before.st_ino, before.st_mtime_ns)  # fmt: skip
+    assert beside(output) == []
+
+
+def test_overwrite_replaces_everything(tmp_path: Path, base: Path, lora: Path) -> None:
+    """After --overwrite the new model is there alone: no shard, no file of the old one."""
+    output = tmp_path / "out"
+    loratool.merge(BASE, ADAPTER, output)
+    (output / "notes").mkdir()
+    (output / "notes" / "a.txt").write_text("old")
+    loratool.merge(base, lora, output, overwrite=True)
+    loratool.merge(base, lora, tmp_path / "fresh")
+    assert sha256s(output) == sha256s(tmp_path / "fresh")
+    assert not (output / "notes").exists()
+    assert beside(output) == []
+
+
+def test_an_empty_directory_may_be_overwritten(tmp_path: Path, base: Path, lora: Path) -> None:
+    """--overwrite on an empty directory loses nothing, so it goes ahead."""
+    (tmp_path / "out").mkdir()
+    loratool.merge(base, lora, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_failed_overwrite_keeps_the_old_output(tmp_path: Path, base: Path, lora: Path) -> None:
+    """The old model is replaced when the new one is whole, not before."""
+    output = tmp_path / "out"
+    loratool.merge(base, lora, output)
+    before = sha256s(output)
+    save_file(small_state() | {OTHER: torch.full((8, 8), torch.inf)}, base / "model.safetensors")
+    with pytest.raises(ValueRangeError):
+        loratool.merge(base, lora, output, overwrite=True)
+    assert sha256s(output) == before
+    assert beside(output) == []
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", ".git/config", "photos/config.json"])
+def test_what_is_no_model_is_not_overwritten(
+    tmp_path: Path, base: Path, lora: Path, content: str
+) -> None:
+    """--overwrite never deletes a directory that holds something else than a model."""
+    kept = tmp_path / "out" / content
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        loratool.merge(base, lora, tmp_path / "out", overwrite=True)
+    assert_clear(caught.value, str(tmp_path / "out"))
+    assert kept.read_text() == "mine"
+
+
+def test_a_project_with_a_config_json_is_not_overwritten(
+    tmp_path: Path, base: Path, lora: Path
+) -> None:
+    """A config.json alone makes no model: many programs keep their settings under that name."""
+    project = tmp_path / "out"
+    (project / "src").mkdir(parents=True)
+    (project / "config.json").write_text('{"port": 8080}')
+    (project / "src" / "main.py").write_text("print()")
+    with pytest.raises(OutputError):
+        loratool.merge(base, lora, project, overwrite=True)
+    assert (project / "src" / "main.py").is_file()
+
+
+@pytest.mark.parametrize("make", [make_file, make_link], ids=["file", "dead-link"])
+def test_what_is_no_directory_is_not_overwritten(
+    tmp_path: Path, base: Path, lora: Path, make: Callable[[Path], None]
+) -> None:
+    """--overwrite replaces model directories, not files."""
+    make(tmp_path / "out")
+    with pytest.raises(OutputError, match="not a directory"):
+        loratool.merge(base, lora, tmp_path / "out", overwrite=True)
+    assert os.path.lexists(tmp_path / "out")
+
+
+def test_a_link_to_a_model_is_not_overwritten(tmp_path: Path, base: Path, lora: Path) -> None:
+    """A link is neither replaced nor followed: what it points to may have other users."""
+    loratool.merge(base, lora, tmp_path / "real")
+    before = sha256s(tmp_path / "real")
+    (tmp_path / "out").symlink_to("real")
+    with pytest.raises(OutputError):
+        loratool.merge(base, lora, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert sha256s(tmp_path / "real") == before
+
+
+def test_an_output_that_appears_during_the_run_is_not_replaced(
+    tmp_path: Path, base: Path, lora: Path
+) -> None:
+    """Without --overwrite, what somebody put at the output meanwhile is not deleted."""
+    output = tmp_path / "out"
+
+    def interfere(*_: Any) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.tex").write_text("mine")
+
+    with pytest.raises(OutputError):
+        loratool.merge(base, lora, output, progress=interfere)
+    assert (output / "thesis.tex").read_text() == "mine"
+    assert beside(output) == []
+
+
+def test_an_output_that_appears_while_flushing_is_not_replaced(
+    tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flushing takes its time; what appears at the output meanwhile is not deleted either."""
+    output, real_sync = tmp_path / "out", writer.sync
+
+    def interfere(path: Path) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.tex").write_text("mine")
+        real_sync(path)
+
+    monkeypatch.setattr(writer, "sync", interfere)
+    with pytest.raises(OutputError):
+        loratool.merge(base, lora, output)
+    assert (output / "thesis.tex").read_text() == "mine"
+    assert beside(output) == []

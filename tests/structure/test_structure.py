@@ -1,0 +1,131 @@
+"""The shape of the package: floors, sizes, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Collection
+
+import pytest
+from helpers.places import ROOT
+
+import loratool
+from loratool.cli.main import cli
+
+PACKAGE = ROOT / "loratool"
+
+
+#: Folders and single files; imports go down this list only. A new module needs no entry here.
+FLOORS = """
+    __main__
+    cli
+    rendering
+    verbs
+    combining extracting publishing
+    merging
+    adapters
+    models streams
+    storage linalg
+    notices paths
+    errors dtypes words version
+"""
+LEVELS = {room: level for level, line in enumerate(FLOORS.split("\n")) for room in line.split()}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name, "" for its `__init__`."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix("__init__").rstrip(".")] = ast.parse(path.read_text())
+    return found
+
+
+def imports_of(tree: ast.Module, known: Collection[str]) -> set[str]:
+    """The modules of the package that a module imports, at its top or inside of a function."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loratool"):
+            inside = (node.module or "").removeprefix("loratool").lstrip(".")
+            for imported in node.names:
+                whole = f"{inside}.{imported.name}".lstrip(".")
+                names.add(whole if whole in known else inside)
+        elif isinstance(node, ast.Import):
+            names |= {n.name.removeprefix("loratool.") for n in node.names} & known
+    return names
+
+
+MODULES = modules()
+IMPORTS = {name: imports_of(tree, MODULES.keys()) for name, tree in MODULES.items() if name}
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_imports_go_down_the_floors_only() -> None:
+    """No folder imports one of its own floor or above."""
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in others
+        if room(name) != room(other) and LEVELS[room(name)] >= LEVELS[room(other)]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """The imports of the package form no circle, so neither do those inside of a folder."""
+    below = dict(IMPORTS)
+    while below:
+        free = {name for name, others in below.items() if not others & below.keys() - {name}}
+        assert free, sorted(below)
+        below = {name: others for name, others in below.items() if name not in free}
+
+
+def test_each_command_has_one_word_everywhere() -> None:
+    """Every verb has a function, a command, a module in `cli`, `verbs` and `rendering`."""
+    for verb in loratool.VERBS:
+        assert {f"{folder}.{verb}" for folder in ("cli", "verbs", "rendering")} <= MODULES.keys()
+        assert callable(getattr(loratool, verb))
+    assert set(cli.commands) == set(loratool.VERBS)
+
+
+def test_only_the_console_and_the_command_line_print() -> None:
+    """The library returns values; it never writes to the terminal."""
+    printers = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    }
+    assert not printers
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import loratool", ["numpy", "torch", "click", "rich"]),
+        ("import loratool.cli.main", ["numpy", "torch", "rich", "huggingface_hub"]),
+        ("import loratool; loratool.inspect('fixtures/adapter')", ["torch", "transformers"]),
+        (
+            "import loratool; loratool.inspect('fixtures/adapter', base='fixtures/base')",
+            ["torch", "transformers"],
+        ),
+    ],
+)
+def test_imports_are_lazy(code: str, absent: list[str]) -> None:
+    """Help and inspect start without torch; importing the package costs nothing."""
+    check = f"import sys; {code}; print([m for m in {absent!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist() -> None:
+    """Everything in `__all__` can be imported, and an unknown name is an AttributeError."""
+    assert all(getattr(loratool, name) is not None for name in loratool.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        loratool.nothing  # noqa: B018

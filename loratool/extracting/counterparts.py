@@ -17,10 +17,10 @@ from typing import Literal
 
 from loratool.adapters.factors import Kind, ModuleShape
 from loratool.errors import MatchError, UsageError, listed, nearest
-from loratool.extracting.kinds import HEAD, PRETRAINING, Group, group_of
-from loratool.merging.matching import is_vocabulary
+from loratool.extracting.kinds import Group, group_of
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
+from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary, is_vocabulary_bias
 from loratool.notices import Notice
 from loratool.paths import matches, pattern
 from loratool.storage.tensors import TensorInfo
@@ -268,7 +268,11 @@ def _fits(found: Counterpart, source: TensorInfo) -> bool:
     """
     if found.is_comparable or found.fate == "left":
         return True
-    resizable = is_vocabulary(found.name) or HEAD.search(found.name) is not None
+    resizable = (
+        is_vocabulary(found.name)
+        or is_vocabulary_bias(found.name)
+        or HEAD.search(found.name) is not None
+    )
     one_axis = bool(source.shape) and len(source.shape) == len(found.tuned.shape)
     return resizable and one_axis and source.shape[1:] == found.tuned.shape[1:]
 

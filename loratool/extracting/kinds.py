@@ -7,15 +7,10 @@ from typing import Literal
 
 from loratool.adapters.dialects import WRITTEN
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.layouts.names import CLASSIFIERS, is_lookup
 from loratool.storage.tensors import TensorInfo
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
-
-_EMBEDDING = re.compile(
-    r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
-    r"|wte|wpe|shared|embed_in|embed|relative_attention_bias"
-)
 #: Linear maps that are no module of their own in current models: PEFT could not adapt them.
 _ROUTER = re.compile(
     r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"
@@ -28,13 +23,6 @@ _UNADAPTABLE = {
     "jamba": re.compile(r"\.dt_proj$"),
     "whisper": re.compile(r"\.(conv1|conv2)$"),
 }
-HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs|classification_head|pooler)\b"
-)
-#: What pretraining leaves on top of an encoder, which a classifier made of it does not have.
-PRETRAINING = re.compile(
-    r"^(cls|lm_head|predictions|sop_classifier|discriminator_predictions|generator_\w+|vocab_\w+)\."
-)
 
 
 def group_of(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
@@ -54,8 +42,7 @@ def group_of(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
     if leaf != "weight" or attention or _ROUTER.search(path) or (fixed and fixed.search(path)):
         return "others"
     if len(info.shape) == 2:
-        last = path.rpartition(".")[2]
-        return "embeddings" if _EMBEDDING.fullmatch(last) else "linears"
+        return "embeddings" if is_lookup(path) else "linears"
     # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape, and
     # weights of three axes that are not called so are experts.
     axes = len(info.shape)

@@ -13,7 +13,7 @@ from loratool.adapters.factors import ModuleShape
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposition import Decomposed, Policy
-from loratool.merging.matching import is_vocabulary
+from loratool.models.layouts.names import is_vocabulary
 from loratool.notices import Notice
 from loratool.words import format_bytes
 

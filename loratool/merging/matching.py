@@ -14,6 +14,7 @@ from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, Naming
+from loratool.models.layouts.names import is_vocabulary, is_vocabulary_bias
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 
@@ -159,7 +160,7 @@ def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: T
     same_width = len(info.shape) == len(target.shape) and info.shape[1:] == target.shape[1:]
     if not same_width:
         return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
-    if is_vocabulary(name):
+    if is_vocabulary(name) or is_vocabulary_bias(name):
         if info.shape[0] * 10 >= target.shape[0] * 9:
             return ""
         return (
@@ -169,15 +170,6 @@ def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: T
     if _is_saved_head(adapter, name):
         return ""
     return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
-
-
-def is_vocabulary(name: str) -> bool:
-    """True for names of input embeddings and language-model heads, which have a row per token."""
-    parts = name.split(".")
-    return any(
-        part in ("embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head", "embed_out")
-        for part in parts[-3:]
-    )
 
 
 def _is_saved_head(adapter: Adapter, name: str) -> bool:

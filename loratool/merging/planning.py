@@ -5,7 +5,6 @@ Every refusal happens here, so that a plan that exists can be carried out.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,11 +13,17 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
-from loratool.merging.matching import Match, is_vocabulary, match
+from loratool.merging.matching import Match, match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import (
+    LABEL_HEAD,
+    TOKENS_BY_COLUMN,
+    is_vocabulary,
+    is_vocabulary_bias,
+)
 from loratool.models.quantised import refuse_quantised
 from loratool.models.tasks import CLASS_ENDS, CLASSIFYING
 from loratool.notices import Notice
@@ -50,6 +55,7 @@ def build_plan(
     edits, added = _collect(plan, matches, layout)
     new_head = settle_tied(plan, layout, edits)
     refuse_unlike_vocabularies(plan, edits)
+    _resize_biases(plan, edits)
     _fill_shards(plan, edits, added, new_head)
     _note_config(plan, edits, added)
     plan.modules = sum(len(m.deltas) for m in matches)
@@ -151,6 +157,41 @@ def _bias_term(module: Factors, weight: float) -> BiasTerm:
     return BiasTerm(module.bias, weight * module.scale)
 
 
+def _resize_biases(plan: Plan, edits: dict[str, Edits]) -> None:
+    """Give the biases of language-model heads the rows of a vocabulary that the adapter resizes.
+
+    Adapters do not hold them. New tokens get a bias of zero, as transformers gives them when it
+    resizes a model whose head is its embedding (`resize_token_embeddings`).
+    """
+    tensors = plan.base.tensors
+    sizes = {
+        (tensors[name].shape[0], found.replacement.shape[0])
+        for name, found in edits.items()
+        if found.replacement is not None and name in tensors and is_vocabulary(name)
+        and len(found.replacement.shape) == 2
+    }  # fmt: skip
+    for old, new in sizes:
+        for name, info in tensors.items():
+            if old == new:
+                continue
+            if name == TOKENS_BY_COLUMN.get(plan.base.model_type):
+                raise MatchError(
+                    f"The adapter resizes the vocabulary to {new} tokens, but {name} "
+                    f"{list(info.shape)} has a column per token and is not in the adapter.",
+                    "Save it too when training: modules_to_save.",
+                )
+            if info.shape != (old,) or not is_vocabulary_bias(name):
+                continue
+            found = edits.setdefault(name, Edits())
+            if found.replacement is None:
+                found.replacement = info.resized(new)
+                text = (
+                    f"{name} has a value per token and is not in the adapter: it goes from {old} "
+                    f"to {new} values, zero for new tokens."
+                )
+                plan.notices.append(Notice("head-bias-resized", text, name))
+
+
 def _fill_shards(
     plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new_head: Job | None
 ) -> None:
@@ -182,13 +223,9 @@ def _note_config(plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInf
         if is_vocabulary(name) and new[:1] != old[:1]:
             plan.config_changes["vocab_size"] = new[0]
     heads = [*added.items(), *((n, e.replacement) for n, e in edits.items() if e.replacement)]
-    labels = {i.shape[0] for n, i in heads if _LABEL_HEAD.search(n) and len(i.shape) == 2}
+    labels = {i.shape[0] for n, i in heads if LABEL_HEAD.search(n) and len(i.shape) == 2}
     tasks = {str(a.declared.task) for a in plan.adapters} & CLASSIFYING
     if len(labels) == 1 and tasks != {"QUESTION_ANS"}:
         plan.config_changes["num_labels"] = labels.pop()
     if added and len(tasks) == 1:
         plan.config_changes["architecture"] = CLASS_ENDS[tasks.pop()]
-
-
-#: Last layers of classifiers, with a row per label.
-_LABEL_HEAD = re.compile(r"(^|\.)(classifier|score)(\.out_proj)?\.weight$")

@@ -11,10 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from loratool.errors import MatchError
-from loratool.merging.matching import is_vocabulary
 from loratool.merging.plan import Edits, Job, Plan, make_job
 from loratool.models.layouts.layout import Layout
-from loratool.models.layouts.names import LM_CLASS
+from loratool.models.layouts.names import LM_CLASS, is_vocabulary
 from loratool.models.layouts.tying import Tied
 from loratool.models.tasks import HEADLESS, WRITING
 from loratool.notices import Notice

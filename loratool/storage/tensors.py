@@ -39,7 +39,8 @@ class TensorInfo:
 
     `dtype` is the safetensors code ("F16", "BF16", …). `start` is the absolute byte offset in
     `file`. `strides` (in elements) is set only where the elements do not lie in row-major order,
-    which torch files allow and safetensors files do not.
+    which torch files allow and safetensors files do not. `zeros` elements at the end are not in the
+    file and zero (only plans make such tensors).
     """
 
     name: str
@@ -48,6 +49,7 @@ class TensorInfo:
     file: Path
     start: int
     strides: tuple[int, ...] | None = None
+    zeros: int = 0
 
     @property
     def numel(self) -> int:
@@ -68,6 +70,11 @@ class TensorInfo:
 
     def renamed(self, name: str) -> TensorInfo:
         return replace(self, name=name)
+
+    def resized(self, rows: int) -> TensorInfo:
+        """The same with so many rows: the first of its own, and zeros where it has fewer."""
+        more = max(0, rows - self.shape[0]) * math.prod(self.shape[1:])
+        return replace(self, shape=(rows, *self.shape[1:]), zeros=more)
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"

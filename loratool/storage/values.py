@@ -87,9 +87,25 @@ class _Strided(Values):
         raw[:] = self._gathered[low * size : high * size]
 
 
+class _Grown(Values):
+    """Elements that end in zeros, which are in no file."""
+
+    def __init__(self, info: TensorInfo, stored: Values) -> None:
+        super().__init__(info)
+        self._stored = stored
+        self._count = info.numel - info.zeros
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        known = max(0, min(high, self._count) - low) * self.info.itemsize
+        if known:
+            self._stored.read_into(low, min(high, self._count), raw[:known])
+        raw[known:] = 0
+
+
 def values_of(info: TensorInfo, files: FilePool) -> Values:
     """The values of a tensor, read through `files` when they are asked for."""
-    return _Dense(info, files) if info.strides is None else _Strided(info, files)
+    values = _Dense(info, files) if info.strides is None else _Strided(info, files)
+    return _Grown(info, values) if info.zeros else values
 
 
 def _gather(info: TensorInfo, files: FilePool) -> Bytes:

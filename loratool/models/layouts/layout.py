@@ -16,12 +16,12 @@ from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import (
     CONV1D,
-    HEAD,
     IN_MEMORY,
+    LANGUAGE_HEAD,
     LEGACY_BUFFER,
+    ON_DISK,
     PLAIN_PAIRS,
     RENAMED,
-    RENAMES,
     ROOTS,
     SHARED,
 )
@@ -79,8 +79,8 @@ class Layout:
     def _candidates(self, names: list[str]) -> Iterable[Naming]:
         renames: list[Naming] = [_identity]
         for key in (self.base.model_type, ""):
-            if key in RENAMES:
-                renames.append(_substitute(RENAMES[key]))
+            if key in ON_DISK:
+                renames.append(_substitute(ON_DISK[key]))
         heads = {name.partition(".")[0] for name in names}
         roots = Counter(name.partition(".")[0] for name in self.base.tensors)
         yield from renames
@@ -146,7 +146,7 @@ def in_memory(model: Checkpoint) -> Naming:
         return rename
 
     def rooted(name: str) -> str:
-        inside = HEAD.search(name) is None and not name.startswith(f"{root}.")
+        inside = LANGUAGE_HEAD.search(name) is None and not name.startswith(f"{root}.")
         return f"{root}.{rename(name)}" if inside else rename(name)
 
     return rooted

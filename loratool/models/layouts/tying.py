@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import (
-    EMBEDDING,
-    HEAD,
     HEAD_NAMES,
+    LANGUAGE_HEAD,
     LM_CLASS,
     MASKED_CLASS,
     TIED_BY_DEFAULT,
+    TOKEN_EMBEDDING,
 )
 
 
@@ -41,8 +41,8 @@ def find_tied(base: Checkpoint) -> Tied | None:
     architectures = base.config.get("architectures")
     architectures = architectures if isinstance(architectures, list) else []
     has_head = any(LM_CLASS.search(str(name)) for name in architectures)
-    embeddings = [n for n in base.tensors if EMBEDDING.search(n)]
-    heads = [n for n in base.tensors if HEAD.search(n)]
+    embeddings = [n for n in base.tensors if TOKEN_EMBEDDING.search(n)]
+    heads = [n for n in base.tensors if LANGUAGE_HEAD.search(n)]
     headless = bool(architectures) and all(str(a).endswith("Model") for a in architectures)
     if flag is False or not (has_head or headless) or len(embeddings) != 1:
         return None

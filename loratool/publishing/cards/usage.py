@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
+from loratool.models.layouts.names import is_label_head, is_token_embedding
+from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import Facts, address, part, texts
 
 
@@ -51,13 +54,9 @@ _BY_CLASS = {
     "ForImageClassification": Use("AutoModelForImageClassification", "image-classification", False),
     "ForSpeechSeq2Seq": Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", False),
 }
-_TEXT_MODELS = {"t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "marian", "m2m_100",
-                "led"}  # fmt: skip
 #: Modules of a model that sees, and the decoder of a model that writes.
 _VISION = re.compile(r"(^|\.)(visual|vision_\w+|language_model|mm_projector)(\.|$)")
 _DECODER = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h|blocks)\.\d")
-_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight")
-_CLASSIFIER = re.compile(r"(score|classifier|classifier\.out_proj)\.weight")
 
 
 def use_of(facts: Facts) -> Use | None:
@@ -101,7 +100,7 @@ def _by_class(name: str, model_type: str) -> Use | None:
     if name.endswith("ForConditionalGeneration"):
         if model_type == "whisper":
             return _BY_CLASS["ForSpeechSeq2Seq"]
-        return _TEXT_TO_TEXT if model_type in _TEXT_MODELS else None
+        return _TEXT_TO_TEXT if model_type in TEXT_TO_TEXT else None
     return next((use for end, use in _BY_CLASS.items() if name.endswith(end)), None)
 
 
@@ -153,11 +152,11 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
         lines.append("# No task is recorded; this class fits the names of the modules.")
     options = f", revision={_quoted(facts.revision)}" if facts.revision else ""
     options += f", subfolder={_quoted(facts.subfolder)}" if facts.subfolder else ""
-    labels = _rows(adapter, _CLASSIFIER) if use in (_LABELS, _TOKENS) else None
+    labels = _rows(adapter, is_label_head) if use in (_LABELS, _TOKENS) else None
     if labels:
         options += f", num_labels={labels}"
     lines.append(f"model = {use.auto}.from_pretrained(base{options})")
-    tokens = _rows(adapter, _EMBEDDING)
+    tokens = _rows(adapter, is_token_embedding)
     partial = any(notice.code == "partial-embedding-rows" for notice in adapter.notices)
     if tokens and not partial:
         # PEFT leaves the base as it is, also where the vocabulary grew in training.
@@ -173,9 +172,9 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     return _fenced("python", lines)
 
 
-def _rows(adapter: Adapter, name: re.Pattern[str]) -> int | None:
+def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
     """The number of rows of a tensor that the adapter brings whole."""
-    found = [info for key, info in adapter.replaced.items() if name.fullmatch(key)]
+    found = [info for key, info in adapter.replaced.items() if fits(key)]
     return found[0].shape[0] if found and len(found[0].shape) == 2 else None
 
 

@@ -21,7 +21,7 @@ from loratool.adapters.dialects.peft.config import (
 )
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
-from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.layouts.names import CLASSIFIERS, is_vocabulary
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.storage.tensors import TensorInfo
@@ -40,10 +40,6 @@ _LEAVES = [
     ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
     ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
 ]  # fmt: skip
-
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|shared)\.weight$"
-)
 #: A byte-level tokenizer has 256 tokens; an "embedding" with fewer rows than half of that is none.
 _SMALLEST_VOCABULARY = 128
 
@@ -345,7 +341,7 @@ def _check_expectations(adapter: Adapter) -> None:
                 square[0],
             )
         )
-    partial = [n for n, t in adapter.replaced.items() if _EMBEDDING.search(n) and t.shape]
+    partial = [n for n, t in adapter.replaced.items() if is_vocabulary(n) and t.shape]
     partial = [n for n in partial if adapter.replaced[n].shape[0] < _SMALLEST_VOCABULARY]
     if partial:
         counts = ", ".join(f"{name} {adapter.replaced[name].shape[0]}" for name in partial)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 _KNOWN_AS: dict[str, str] = {}
 
 
-def call(path: object, name: str) -> None:
+def show_as(path: object, name: str) -> None:
     """From now on show `name` to people where `path` would stand."""
     _KNOWN_AS[str(path)] = name
 
@@ -109,7 +109,7 @@ class HubError(LoraToolError):
 
 
 class LoginError(HubError):
-    """The Hub wants to know who asks, or does not let this login do it."""
+    """Not logged in, or this login lacks permission."""
 
     code = "hub-login"
     exit_code = 4

@@ -27,7 +27,7 @@ def span_text(values: Sequence[float | None], digits: int = 2) -> str:
     return number_text(known[0]) if len(known) == 1 else low if low == high else f"{low}–{high}"
 
 
-def percent_text(share: float) -> str:
+def percent(share: float) -> str:
     """Three digits where they matter: 100 % only if nothing is missing from it."""
     if 0.9995 < share < 1:
         return "<100%"
@@ -38,8 +38,24 @@ def percent_text(share: float) -> str:
     return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
 
 
-def count_text(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+#: Verbs whose plural is not the singular without its s.
+_PLURALS = {"is": "are", "was": "were", "has": "have", "does": "do", "matches": "match"}
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """ "1 module", "3 modules"; with a verb in the singular "1 module has", "3 modules have"."""
+    return f"{number:,} {noun if number == 1 else _plural(noun)}" + (
+        f" {agreeing(number, verb)}" if verb else ""
+    )
+
+
+def agreeing(number: int, verb: str) -> str:
+    """A verb in the singular, as it agrees with so many."""
+    return verb if number == 1 else _PLURALS.get(verb, verb.removesuffix("s"))
+
+
+def _plural(noun: str) -> str:
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -25,7 +25,7 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """A module as far as the names and shapes of its factors go.
+    """A module by the names and shapes of its factors.
 
     `out` are the rows of B and `inner` the dimensions of A beside the rank: `(in,)`, and for
     convolutions `(in, *kernel)`.

@@ -6,6 +6,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.errors import ValueRangeError, listed
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import count_not_finite
+from loratool.words import counted
 
 
 def refuse_not_finite(adapter: Adapter) -> None:
@@ -18,6 +19,7 @@ def refuse_not_finite(adapter: Adapter) -> None:
                 broken.append(f"{name}: {count} of {info.numel} values")
     if broken:
         raise ValueRangeError(
-            f"{adapter.weights}: {len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
+            f"{adapter.weights}: {counted(len(broken), 'tensor', 'holds')} NaN or infinity:\n"
+            + listed(broken),
             "Training diverged or the file is damaged; use an earlier checkpoint.",
         )

@@ -17,7 +17,7 @@ from loratool.cli.options import json_option, quiet_option
 @click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
 @click.option(
     "--include", multiple=True, metavar="GLOB",
-    help="Upload these files though they look like secrets or leftovers; may be repeated.",
+    help="Upload these files though they look like secrets or training files; may be repeated.",
 )  # fmt: skip
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these files here; may be repeated."
@@ -46,7 +46,7 @@ def push_command(
     changing what somebody wrote: see `loratool card`.
 
     Incomplete outputs, adapters that cannot be used, files that look like secrets
-    and leftovers of a training run are refused. The login is that of
+    and files of a training run are refused. The login is that of
     `hf auth login`, or HF_TOKEN.
 
     \b

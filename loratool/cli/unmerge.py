@@ -24,7 +24,7 @@ from loratool.cli.options import Dtype, json_option, quiet_option
 )
 @click.option(
     "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
-    help="Dtype where it is subtracted. [default: the base's, as far as it is known]",
+    help="Dtype where it is subtracted. [default: the base's, if known]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and lost; write nothing.")

@@ -37,7 +37,7 @@ def verify_command(
 ) -> None:
     """Check whether MERGED is BASE with the adapters merged into it, by any tool.
 
-    Exits with 0 for yes, 3 for no, 1 if there is no telling. For every module it
+    Exits with 0 for yes, 3 for no, 1 if it cannot be decided. For every module it
     shows the applied weight (1: merged, 0: not, 2: twice), the share of values
     equal to the once-rounded result, what rounding lost of the delta, and what
     the adapters do not explain.

@@ -20,6 +20,7 @@ from loratool.linalg.methods import Term
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import count_not_finite
+from loratool.words import counted
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ def _refuse_dora(adapter: Adapter, verb: str) -> None:
     dora = [path for path, m in adapter.modules.items() if not m.adds]
     if dora:
         raise AdapterError(
-            f"{adapter.label}: DoRA cannot be {verb}: {len(dora)} modules scale the base's own "
-            "weights, so their change is not B·A and depends on the base.",
+            f"{adapter.label}: DoRA cannot be {verb}: {counted(len(dora), 'module', 'scales')} the "
+            "base's own weights, so their change is not B·A and depends on the base.",
             "`loratool merge BASE ADAPTER ADAPTER` merges it together with others.",
         )
 
@@ -170,8 +171,8 @@ def _refuse_unlike_modules(joined: Joined) -> None:
     ]
     if unlike:
         raise MatchError(
-            f"{len(unlike)} modules have different shapes, so these adapters are for different "
-            f"base models:\n{listed(unlike)}",
+            f"{counted(len(unlike), 'module', 'has')} different shapes, so these adapters are for "
+            f"different base models:\n{listed(unlike)}",
             "Combine and compare adapters of one base model.",
         )
 

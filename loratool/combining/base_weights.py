@@ -16,6 +16,7 @@ from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32
+from loratool.words import agreeing, counted
 
 
 class BaseWeights:
@@ -41,7 +42,9 @@ class BaseWeights:
         wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
         self._base.fetch(wanted & self._base.tensors.keys())
         if lost:
-            text = f"{len(lost)} parts of the adapters do not fit this base:\n{listed(lost)}"
+            does = agreeing(len(lost), "does")
+            text = f"{counted(len(lost), 'part')} of the adapters {does} not fit this base:\n"
+            text += listed(lost)
             self.notices.append(Notice("unmatched", text, str(base)))
 
     def intruders(

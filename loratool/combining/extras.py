@@ -17,6 +17,7 @@ from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import count_not_finite, float_blocks, same_values
+from loratool.words import counted
 
 #: What to do with a tensor that several adapters hold whole, with different values.
 CLASHES = ("refuse", "first", "last", "mean")
@@ -50,7 +51,7 @@ def _refuse_not_finite(joined: Joined) -> None:
     broken = [f"{info.name} in {info.file}" for info in held if count_not_finite(info)]
     if broken:
         raise ValueRangeError(
-            f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}",
+            f"{counted(len(broken), 'tensor', 'holds')} NaN or infinity:\n{listed(broken)}",
             "Training diverged or the file is damaged; use an earlier checkpoint.",
         )
 
@@ -88,7 +89,8 @@ def _can_be_averaged(sources: Sequence[tuple[float, TensorInfo]]) -> bool:
 def _clash(names: Sequence[str], clash: str) -> MatchError:
     shapes = " and with different shapes, or integers" if clash == "mean" else ""
     return MatchError(
-        f"{len(names)} tensors are held whole by several adapters, with different values{shapes}; "
+        f"{counted(len(names), 'tensor', 'is')} held whole by several adapters, with different "
+        f"values{shapes}; "
         f"there is no sum of them:\n{listed(names)}",
         "Say which to take: --saved first or --saved last"
         + (", or --saved mean for their weighted mean." if clash == "refuse" else "."),

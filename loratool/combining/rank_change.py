@@ -11,6 +11,7 @@ from loratool.errors import ValueRangeError, listed
 from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice
+from loratool.words import counted
 
 #: From this share on, rounding to half precision is worth a warning: bfloat16 takes about 0.3 %.
 _LARGE_ROUNDING = 0.01
@@ -134,7 +135,9 @@ def measure(joined: Joined, shrunk: list[NewFactors], ranks: list[int]) -> Chang
     notices = []
     silent = [m.path for m in shrunk if m.energy == 0]
     if silent:
-        text = f"{len(silent)} modules of the result do nothing, their delta is zero:\n"
+        text = (
+            f"{counted(len(silent), 'module', 'has')} no effect in the result: the delta is zero:\n"
+        )
         notices.append(Notice("zero-delta", text + listed(silent), silent[0]))
     notices += _idle(joined, shrunk)
     rounding = None

@@ -1,4 +1,4 @@
-"""What kind of tensor a name and a shape stand for, as far as an adapter can hold it."""
+"""What kind of tensor a name and a shape stand for, by what an adapter can hold."""
 
 from __future__ import annotations
 

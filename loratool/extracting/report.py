@@ -179,7 +179,7 @@ def _noise(factors: Sequence[Decomposed]) -> float:
 
 
 def _held_by_rank(held: Outcome) -> dict[int, float]:
-    """`held` of the report if all modules had this rank, as far as their spectra are known.
+    """`held` of the report if all modules had this rank, where their spectra are known.
 
     Where a spectrum is known in part, its last values are a little too small.
     """

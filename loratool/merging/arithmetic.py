@@ -24,6 +24,7 @@ from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+from loratool.words import counted
 
 
 class RunningJob:
@@ -192,16 +193,18 @@ class RunningJob:
         where = f"{self.job.name} ({self.source.file})"
         if from_base:
             raise ValueRangeError(
-                f"{where}: {from_base} values are NaN or infinite before anything is added.",
+                f"{where}: {counted(from_base, 'value', 'is')} NaN or infinite before anything "
+                "is added.",
                 "The file is damaged, or training diverged. Nothing was written.",
             )
         if from_adapter:
             raise ValueRangeError(
-                f"{where}: the adapter makes {from_adapter} values NaN or infinite.",
+                f"{where}: the adapter makes {counted(from_adapter, 'value')} NaN or infinite.",
                 "Look at its norms with `loratool inspect`. Nothing was written.",
             )
         raise ValueRangeError(
-            f"{where}: {overflow} values overflow {self.job.dtype}: the largest is {largest:.6g}, "
+            f"{where}: {counted(overflow, 'value', 'overflows')} {self.job.dtype}: the largest is "
+            f"{largest:.6g}, "
             f"the limit {torch.finfo(dtype).max:.6g}.",
             "Use --dtype bfloat16, float32, or base. Nothing was written.",
         )

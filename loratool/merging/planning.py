@@ -29,6 +29,7 @@ from loratool.models.tasks import CLASS_ENDS, CLASSIFYING
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_values
+from loratool.words import agreeing, counted
 
 
 def build_plan(
@@ -79,14 +80,17 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
         if (not n.refused or n.code in tolerated) and n.code not in settled
     ]
     if not (adapter.modules or adapter.replaced or adapter.token_rows):
-        raise AdapterError(f"{adapter.label}: the adapter adapts nothing.", "Check the file.")
+        raise AdapterError(
+            f"{adapter.label}: the adapter contains no trained tensors.", "Check the file."
+        )
 
 
 def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
     lost = [f"{what}: {reason}" for m in matches for what, reason in m.unmatched]
     if not lost:
         return
-    text = f"{len(lost)} parts of the adapter do not fit the base:\n{listed(lost)}"
+    does = agreeing(len(lost), "does")
+    text = f"{counted(len(lost), 'part')} of the adapter {does} not fit the base:\n{listed(lost)}"
     placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
     if not plan.allow_unmatched or not placed:
         names = ", ".join(

@@ -238,7 +238,7 @@ def identify(
             raise RestoreError(
                 f"{adapter.label} was merged with weight {held[index].weight:g}, "
                 f"not {weights[position]:g}.",
-                "Leave --weight out; loratool.json knows the weights.",
+                "Omit --weight; loratool.json has the weights.",
             )
         found.append(index)
     return found

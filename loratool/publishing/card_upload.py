@@ -29,7 +29,7 @@ def card_of(
     not tell. The licence is looked up on the Hub.
     """
     if base is not None and hub_id(base) is None:
-        raise UsageError(f"{base!r} is no id of a model on the Hub.", "Ids are org/name.")
+        raise UsageError(f"{base!r} is not the id of a model on the Hub.", "Ids are org/name.")
     known = base or base_of(folder)
     licence, why = _licence_of(known) if known else (None, "")
     card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
@@ -109,7 +109,7 @@ def _refuse_paths(card: str) -> None:
     for base in data.base_model if isinstance(data.base_model, list) else [data.base_model]:
         if isinstance(base, str) and not _ID.fullmatch(base):
             raise PushError(
-                f"{README} names its base_model {base!r}, which is no model on the Hub.",
+                f"{README} names its base_model {base!r}, which is not a model on the Hub.",
                 "Write there the id that it has on the Hub, or remove the line.",
             )
 

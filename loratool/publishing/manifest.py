@@ -20,6 +20,7 @@ from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
+from loratool.words import agreeing, counted
 
 #: Files that stay here: what tools, editors and systems leave behind.
 _LITTER = re.compile(
@@ -88,7 +89,7 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     `include` are globs of files that go up though they look as if they should not; `exclude` are
     globs of files that stay here.
 
-    Raises PushError for an output that is incomplete or failed, for secrets and for leftovers of a
+    Raises PushError for an output that is incomplete or failed, for secrets and for files of a
     training run; FileError and AdapterError for weights that cannot be read.
     """
     folder = _open(path)
@@ -153,7 +154,7 @@ def _refuse_incomplete(parcel: Manifest) -> None:
         refused = [n.message for n in adapter.notices if n.refused]
         if adapter.is_read and refused:
             raise PushError(
-                f"{path}: an adapter that nobody could use as it is:\n{listed(refused)}",
+                f"{path}: an adapter that cannot be loaded as it is:\n{listed(refused)}",
                 "Repair it first; `loratool inspect` shows all of it.",
             )
         if adapter.is_read:
@@ -170,7 +171,8 @@ def _refuse_incomplete(parcel: Manifest) -> None:
     gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
     if gone:
         raise PushError(
-            f"{path}: {PROVENANCE} names {len(gone)} files that are not there:\n{listed(gone)}",
+            f"{path}: {PROVENANCE} names {counted(len(gone), 'file')} that "
+            f"{agreeing(len(gone), 'is')} not there:\n{listed(gone)}",
             "Make the output again.",
         )
 
@@ -204,7 +206,8 @@ def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
             found[name] = "it holds what looks like a key or a token"
     if found:
         raise PushError(
-            f"{folder.path}: {len(found)} of its files look like secrets:\n{_reasons(found)}",
+            f"{folder.path}: {counted(len(found), 'file', 'looks')} like secrets:\n"
+            + _reasons(found),
             f"Remove them, or leave them out: {_options('--exclude', found)}. "
             "What is no secret goes up with --include.",
         )
@@ -228,7 +231,7 @@ def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -
             found[name] = "a pickle beside safetensors"
     if found:
         raise PushError(
-            f"{folder.path}: {len(found)} of its files do not belong to what is pushed:\n"
+            f"{folder.path}: {counted(len(found), 'file', 'does')} not belong to what is pushed:\n"
             f"{_reasons(found)}",
             f"Leave them out: {_options('--exclude', found)}. "
             "To push them all the same, name them with --include.",

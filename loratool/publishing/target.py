@@ -13,6 +13,7 @@ from loratool.storage.folder import origin_of
 from loratool.storage.hub.address import parse
 from loratool.storage.hub.errors import LOGIN, logged_in
 from loratool.storage.hub.repository import Repository
+from loratool.words import counted
 
 
 def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
@@ -30,7 +31,9 @@ def refuse_mixture(names: Iterable[str], target: Repository) -> list[Notice]:
         )
     if not others:
         return []
-    text = f"The repository keeps {len(others)} other files of weights:\n{listed(others)}"
+    text = (
+        f"The repository keeps {counted(len(others), 'other file')} of weights:\n{listed(others)}"
+    )
     return [Notice("other-weights", text, others[0])]
 
 
@@ -43,7 +46,7 @@ def target_of(repo_id: str) -> str:
     """The repository that a user wants to write to. Raises UsageError for what is no id."""
     address = None if repo_id.startswith((".", "/", "~")) else parse(repo_id)
     if address is None or address.path or "/" not in address.repo:
-        raise UsageError(f"{repo_id!r} is no repository id.", "Ids are org/name.")
+        raise UsageError(f"{repo_id!r} is not a repository id.", "Ids are org/name.")
     if address.revision:
         raise UsageError(
             f"{repo_id!r} names a revision.",

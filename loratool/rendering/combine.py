@@ -7,7 +7,7 @@ from rich.markup import escape
 from loratool.rendering.ranks import change_table, cut_text, rank_text
 from loratool.rendering.terminal import fact_grid, out
 from loratool.verbs.combine import CombineReport
-from loratool.words import format_bytes, percent_text
+from loratool.words import format_bytes, percent
 
 
 def show_combine(report: CombineReport, full: bool) -> None:
@@ -21,9 +21,9 @@ def show_combine(report: CombineReport, full: bool) -> None:
     facts.add_row("modules", f"{len(report.modules)}, rank {ranks}")
     facts.add_row("cut", cut_text(report.kept, report.error))
     if report.from_sum is not None:
-        facts.add_row("off sum", f"{percent_text(report.from_sum)} of the weighted sum's norm")
+        facts.add_row("off sum", f"{percent(report.from_sum)} of the weighted sum's norm")
     if report.rounding is not None:
-        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
+        facts.add_row("rounding", f"took about {percent(report.rounding)} of the delta")
     if report.saved:
         more = f" and {len(report.saved) - 4} more" if len(report.saved) > 4 else ""
         facts.add_row("saved whole", escape(", ".join(report.saved[:4]) + more))

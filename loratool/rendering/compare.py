@@ -17,7 +17,7 @@ from loratool.rendering.terminal import (
     print_sentence,
 )
 from loratool.verbs.compare import CompareReport, letter
-from loratool.words import number_text, percent_text, span_text
+from loratool.words import number_text, percent, span_text
 
 _SHOWN = 5
 
@@ -146,7 +146,7 @@ def _show_verdicts(report: CompareReport, names: Sequence[str]) -> None:
 
 def _sentence(report: CompareReport, pair: Relation, verdict: str, names: Sequence[str]) -> str:
     a, b = names[pair.a], names[pair.b]
-    apart = percent_text(pair.distance)
+    apart = percent(pair.distance)
     if verdict == "same":
         return f"[bold green]{a} and {b} are the same[/]: they differ by {apart}."
     if verdict == "same-deltas":
@@ -187,5 +187,5 @@ def _sum_sentence(report: CompareReport, names: Sequence[str]) -> str:
         for name, weight, share in zip(names, report.weights, report.survival, strict=True)
         if share is not None
     )
-    energy = percent_text(report.sum_share)
+    energy = percent(report.sum_share)
     return f"Along its parts, the weighted sum holds {parts}; it has {energy} of their energy."

@@ -11,7 +11,7 @@ from loratool.extracting.report import ExtractedModule, ExtractReport, OtherTens
 from loratool.paths import pattern, ranged
 from loratool.rendering.ranks import rank_text
 from loratool.rendering.terminal import fact_grid, folded_table, out, spectrum_table
-from loratool.words import count_text, format_bytes, percent_text, shape_text, span_text
+from loratool.words import counted, format_bytes, percent, shape_text, span_text
 
 
 def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
@@ -26,24 +26,22 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     if report.left:
         facts.add_row("left out", f"[yellow]{_left_text(report)}[/]")
     if report.unchanged:
-        facts.add_row("unchanged", count_text(report.unchanged, "tensor"))
+        facts.add_row("unchanged", counted(report.unchanged, "tensor"))
     if report.held is not None and report.error is not None:
         best = report.best_error or 0.0
-        text = f"{percent_text(report.held)} of ‖ΔW‖², relative error {percent_text(report.error)}"
-        bound = f" (best possible ≥ {percent_text(best)})" if best > 1e-4 else ""
+        text = f"{percent(report.held)} of ‖ΔW‖², relative error {percent(report.error)}"
+        bound = f" (best possible ≥ {percent(best)})" if best > 1e-4 else ""
         facts.add_row("holds", text + bound)
     if len(report.held_by_rank) > 1:
         near = [
             (r, share) for r, share in report.held_by_rank.items() if r <= 2 * (report.rank or 0)
         ]
-        facts.add_row("by rank", ", ".join(f"{r}: {percent_text(share)}" for r, share in near))
-    facts.add_row(
-        "noise", f"{percent_text(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off"
-    )
+        facts.add_row("by rank", ", ".join(f"{r}: {percent(share)}" for r, share in near))
+    facts.add_row("noise", f"{percent(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off")
     if report.rounding is not None:
-        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
+        facts.add_row("rounding", f"took about {percent(report.rounding)} of the delta")
     if report.verified is not None:
-        text = f"base + adapter is {percent_text(report.verified)} of ‖ΔW‖ off the tuned model"
+        text = f"base + adapter is {percent(report.verified)} of ‖ΔW‖ off the tuned model"
         facts.add_row("verified", text)
     if report.dry_run:
         sizes = [f"rank {rank}: {format_bytes(n)}" for rank, n in report.proposals.items()]
@@ -52,7 +50,7 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     else:
         share = report.bytes_written / max(1, report.bytes_tuned)
         size = f"{format_bytes(report.bytes_written)} ({report.dtype})"
-        size += f", {percent_text(share)} of the model"
+        size += f", {percent(share)} of the model"
         facts.add_row("written", f"{size}; {report.seconds:.1f} s")
         facts.add_row("output", escape(report.output))
     out.print(facts)
@@ -81,17 +79,17 @@ def _others_text(tensors: Sequence[OtherTensor]) -> str:
     names = [ranged(group) for group in groups.values()]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     total = format_bytes(sum(t.nbytes for t in tensors))
-    return escape(f"{count_text(len(tensors), 'tensor')}, {total}: {', '.join(names[:4])}{more}")
+    return escape(f"{counted(len(tensors), 'tensor')}, {total}: {', '.join(names[:4])}{more}")
 
 
 def _left_text(report: ExtractReport) -> str:
     """What is left out, the largest changes first."""
     energy = report.norm**2 or 1.0
     shares = sorted(((t.norm or 0.0) ** 2 / energy, t.name) for t in report.left)[::-1]
-    names = [f"{name} {percent_text(share)}" for share, name in shares[:3]]
+    names = [f"{name} {percent(share)}" for share, name in shares[:3]]
     more = f" and {len(shares) - 3} more" if len(shares) > 3 else ""
-    total = percent_text(sum(share for share, _ in shares))
-    count = count_text(len(shares), "tensor")
+    total = percent(sum(share for share, _ in shares))
+    count = counted(len(shares), "tensor")
     return escape(f"{count}, {total} of ‖ΔW‖²: {', '.join(names)}{more}")
 
 
@@ -126,7 +124,7 @@ def _cells(group: list[ExtractedModule]) -> dict[str, str]:
         "out×in": shape_text(group[0].shape),
         "‖ΔW‖": span_text([m.norm for m in group]),
         "‖ΔW‖/‖W‖": span_text([m.relative for m in group]),
-        "noise ≤": percent_text(max(m.noise for m in group)),
+        "noise ≤": percent(max(m.noise for m in group)),
     }
     if not ranks:
         return cells
@@ -135,6 +133,6 @@ def _cells(group: list[ExtractedModule]) -> dict[str, str]:
         **cells,
         "r": str(low) if low == high else f"{low}–{high}",
         "s.rank": f"{max(m.stable_rank or 0.0 for m in group):.1f}",
-        "kept ≥": percent_text(min(m.kept or 0 for m in group)),
-        "error ≤": percent_text(max(m.error or 0 for m in group)),
+        "kept ≥": percent(min(m.kept or 0 for m in group)),
+        "error ≤": percent(max(m.error or 0 for m in group)),
     }

@@ -19,7 +19,7 @@ from loratool.rendering.terminal import (
     spectrum_table,
 )
 from loratool.verbs.inspect import InspectReport, ModuleReport
-from loratool.words import count_text, format_bytes, number_text, shape_text, span_text
+from loratool.words import counted, format_bytes, number_text, shape_text, span_text
 
 
 def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:
@@ -34,7 +34,7 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
         _lora_facts(facts, report)
     dtypes = ", ".join(f"{n}× {d}" for d, n in report.dtypes.items())
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
-    size = f"{count_text(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
+    size = f"{counted(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
     facts.add_row("size", size)
     if not report.measured:
         facts.add_row("norms", f"--norms downloads {format_bytes(report.nbytes)} for them")
@@ -142,12 +142,14 @@ def _show_base(report: InspectReport) -> None:
     assert base is not None
     facts = fact_grid()
     facts.add_row("base", f"{escape(base.source)} ({escape(base.model_type or 'no config')}, "
-                  f"{count_text(base.parameters, 'parameter')})")  # fmt: skip
+                  f"{counted(base.parameters, 'parameter')})")  # fmt: skip
     facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
     if report.measured and not base.measured:
         facts.add_row("‖ΔW‖/‖W‖", "--norms downloads the adapted weights for it")
     if base.unmatched:
-        facts.add_row("unmatched", f"[red]{len(base.unmatched)} parts do not fit this base[/]")
+        facts.add_row(
+            "unmatched", f"[red]{counted(len(base.unmatched), 'part', 'does')} not fit this base[/]"
+        )
     out.print()
     out.print(facts)
     table = make_table("base weight", "adapted", "of")

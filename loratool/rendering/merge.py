@@ -7,7 +7,7 @@ from rich.markup import escape
 from loratool.rendering.terminal import fact_grid, out, written_text
 from loratool.storage.filenames import CONFIG
 from loratool.verbs.merge import MergeReport
-from loratool.words import format_bytes, percent_text
+from loratool.words import format_bytes, percent
 
 
 def show_merge(report: MergeReport, verbose: bool) -> None:
@@ -58,7 +58,7 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
                 f"({share:.2g}% of all)",
             )
         if report.lost is not None:
-            facts.add_row("rounding", f"took about {percent_text(report.lost)} of the delta")
+            facts.add_row("rounding", f"took about {percent(report.lost)} of the delta")
         if report.verified:
             facts.add_row("verified", "[green]every value read back as computed[/]")
         if report.reversible:

@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from loratool.rendering.terminal import fact_grid, make_table, out
 from loratool.verbs.push import PushReport
-from loratool.words import format_bytes
+from loratool.words import counted, format_bytes
 
 #: A list of more files than this is cut.
 _SHOWN = 40
@@ -40,7 +40,7 @@ def show_push(report: PushReport) -> None:
     word = "to upload" if report.dry_run else "uploaded"
     same = len(report.files) - len(sent)
     there = f"; {same} the same there ({format_bytes(report.bytes_there)})" if same else ""
-    files = "1 file" if len(sent) == 1 else f"{len(sent)} files"
+    files = counted(len(sent), "file")
     facts.add_row(word, f"{files}, {format_bytes(report.bytes_to_upload)}{there}")
     facts.add_row("model card", _CARDS[report.card])
     if report.left_out:

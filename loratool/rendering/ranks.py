@@ -8,7 +8,7 @@ from rich.table import Table
 
 from loratool.combining.rank_change import ModuleChange
 from loratool.rendering.terminal import folded_table
-from loratool.words import percent_text, shape_text, span_text
+from loratool.words import percent, shape_text, span_text
 
 
 def change_table(headings: Sequence[str], changes: Sequence[ModuleChange], full: bool) -> Table:
@@ -27,7 +27,7 @@ def cut_text(kept: float | None, error: float) -> str:
     """What a cut left, and the relative error it makes."""
     if kept is None or error < 1e-6:
         return "nothing"
-    return f"to {percent_text(kept)} of ‖ΔW‖², relative error {percent_text(error)}"
+    return f"to {percent(kept)} of ‖ΔW‖², relative error {percent(error)}"
 
 
 def rank_text(ranks: Sequence[int]) -> str:
@@ -47,9 +47,9 @@ def _cells(group: list[ModuleChange]) -> dict[str, str]:
         "new r": _ranks([m.rank for m in group]),
         "out×in": shape_text(group[0].shape),
         "‖ΔW‖": span_text([m.norm for m in group]),
-        "kept ≥": percent_text(min(kept)) if kept else "–",
-        "error ≤": percent_text(max(m.error for m in group)),
-        "off sum ≤": percent_text(max(far)) if far else "–",
+        "kept ≥": percent(min(kept)) if kept else "–",
+        "error ≤": percent(max(m.error for m in group)),
+        "off sum ≤": percent(max(far)) if far else "–",
     }
 
 

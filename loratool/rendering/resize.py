@@ -7,7 +7,7 @@ from rich.markup import escape
 from loratool.rendering.ranks import change_table, cut_text, rank_text
 from loratool.rendering.terminal import fact_grid, out
 from loratool.verbs.resize import ResizeReport
-from loratool.words import format_bytes, percent_text
+from loratool.words import format_bytes, percent
 
 
 def show_resize(report: ResizeReport, full: bool) -> None:
@@ -20,7 +20,7 @@ def show_resize(report: ResizeReport, full: bool) -> None:
                   f"{rank_text([m.rank for m in report.modules])}")  # fmt: skip
     facts.add_row("cut", cut_text(report.kept, report.error))
     if report.rounding is not None:
-        facts.add_row("rounding", f"took about {percent_text(report.rounding)} of the delta")
+        facts.add_row("rounding", f"took about {percent(report.rounding)} of the delta")
     size = f"{format_bytes(report.bytes_before)} → {format_bytes(report.bytes_written)}"
     facts.add_row("size", f"{size} ({report.dtype}), {report.seconds:.1f} s")
     if not report.dry_run:

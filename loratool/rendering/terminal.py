@@ -31,7 +31,7 @@ from rich.table import Table
 from loratool.errors import LoraToolError, ReaderGone
 from loratool.notices import Notice
 from loratool.paths import pattern, ranged, split
-from loratool.words import count_text, format_bytes, number_text
+from loratool.words import counted, format_bytes, number_text
 
 
 class _Console(Console):
@@ -198,4 +198,4 @@ NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "st
 def written_text(nbytes: int, files: int, seconds: float) -> str:
     # The seconds include the import of torch, which says nothing about small models' speed.
     rate = f" ({format_bytes(nbytes / max(seconds, 1e-9))}/s)" if nbytes > 100e6 else ""
-    return f"{format_bytes(nbytes)} in {count_text(files, 'file')}, {seconds:.1f} s{rate}"
+    return f"{format_bytes(nbytes)} in {counted(files, 'file')}, {seconds:.1f} s{rate}"

@@ -6,7 +6,7 @@ from rich.markup import escape
 
 from loratool.rendering.terminal import fact_grid, out, written_text
 from loratool.verbs.unmerge import UnmergeReport
-from loratool.words import count_text, format_bytes
+from loratool.words import counted, format_bytes
 
 
 def show_unmerge(report: UnmergeReport) -> None:
@@ -21,7 +21,7 @@ def show_unmerge(report: UnmergeReport) -> None:
     facts.add_row("modules", f"{report.modules} taken back")
     if report.undo_bytes:
         checked = "will be checked" if report.dry_run else "checked"
-        text = f"bit for bit, the sha256 of {count_text(report.tensors, 'tensor')} {checked}"
+        text = f"bit for bit, the sha256 of {counted(report.tensors, 'tensor')} {checked}"
         facts.add_row("exact", f"[green]{text}[/]")
         facts.add_row("undo file", format_bytes(report.undo_bytes))
     elif report.exact:
@@ -35,7 +35,7 @@ def show_unmerge(report: UnmergeReport) -> None:
                           "half a unit in the last place of the merged value and half of the "
                           "result's")  # fmt: skip
     if report.copied_from_base:
-        facts.add_row("copied", f"{count_text(report.copied_from_base, 'tensor')} from the base")
+        facts.add_row("copied", f"{counted(report.copied_from_base, 'tensor')} from the base")
     if report.dry_run:
         free = format_bytes(report.bytes_free)
         facts.add_row("to write", f"{format_bytes(report.bytes_written)} of {free} free")

@@ -11,7 +11,7 @@ from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged, split
 from loratool.rendering.terminal import fact_grid, make_table, out
 from loratool.verbs.verify import VerifyReport
-from loratool.words import count_text, format_bytes, number_text, percent_text
+from loratool.words import counted, format_bytes, number_text, percent
 
 #: Below this width only module, finding and weight are shown.
 NARROW = 78
@@ -27,11 +27,11 @@ def show_verify(report: VerifyReport, full: bool) -> None:
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
         facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
     if report.findings:
-        equal = f"{percent_text(report.equal)} of the adapted weights have the once-rounded value"
+        equal = f"{percent(report.equal)} of the adapted weights have the once-rounded value"
         facts.add_row("equal", equal)
-        facts.add_row("untouched", f"{count_text(report.untouched, 'tensor')} as in the base")
+        facts.add_row("untouched", f"{counted(report.untouched, 'tensor')} as in the base")
     if report.lost is not None:
-        facts.add_row("rounding", f"took {percent_text(report.lost)} of the delta")
+        facts.add_row("rounding", f"took {percent(report.lost)} of the delta")
     if report.bytes_read:
         rate = ""
         if report.bytes_read > 100e6:
@@ -81,7 +81,7 @@ def _table(findings: Sequence[Finding], full: bool) -> Table:
             "module": ("  " if head else "") + escape(leaf),
             "finding": group[0].code if group[0].sound else f"[red]{group[0].code}[/]",
             "weight": _weights([f.applied for f in group]),
-            "equal": percent_text(min(f.equal for f in group)),
+            "equal": percent(min(f.equal for f in group)),
             "lost": _percents([f.lost for f in group]),
             "unexplained": _percents([f.unexplained for f in group]),
             "values off": f"{sum(f.off for f in group):,}",
@@ -94,7 +94,7 @@ def _table(findings: Sequence[Finding], full: bool) -> Table:
 
 def _percents(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
-    return percent_text(max(known)) if known else "–"
+    return percent(max(known)) if known else "–"
 
 
 def _weights(values: Sequence[float | None]) -> str:

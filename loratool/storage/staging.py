@@ -2,8 +2,8 @@
 
 Everything is written into a hidden directory beside the output, flushed to the disk, and renamed
 into place at the end. A run that is stopped in any way leaves only that directory; it is locked
-while its run lives, so the next run for the same output can tell leftovers from company and removes
-them.
+while its process runs, so the next run for the same output can tell abandoned output from another
+run's, and removes it.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class StagedDirectory:
         try:
             self._made = [p for p in (parent, *parent.parents) if not p.exists()]
             parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.output)
-            self._refuse_company()  # a leftover may have been the old output, put back
+            _remove_abandoned(self.output)
+            self._refuse_other_run()  # abandoned output may have been the old one, put back
             while not self._make_and_lock():
                 pass
             # mkdtemp makes it private; the result gets the permissions any new directory gets.
@@ -108,7 +108,7 @@ class StagedDirectory:
             raise explain(error, self.output) from error
 
     def _make_and_lock(self) -> bool:
-        """Make the directory and lock it; False if another run took it for a leftover meanwhile.
+        """Make the directory and lock it; False if another run took it for abandoned meanwhile.
 
         The directory itself is locked: a lock file would have to go before the rename.
         """
@@ -128,12 +128,12 @@ class StagedDirectory:
 
     def commit(self) -> None:
         """Flush what is not flushed yet and put the directory in the output's place."""
-        self._refuse_company()
+        self._refuse_other_run()
         for folder, _, files in os.walk(self.path):
             for name in files:
                 sync(Path(folder) / name)
             sync(Path(folder))
-        self._refuse_company()
+        self._refuse_other_run()
         if os.path.lexists(self.output):
             # Rename twice; a crash in between leaves the old output under a name that the next
             # run knows, and puts back.
@@ -147,7 +147,7 @@ class StagedDirectory:
         with suppress(PermissionError):  # a parent one may write to but not read
             sync(self.output.parent)
 
-    def _refuse_company(self) -> None:
+    def _refuse_other_run(self) -> None:
         if os.path.lexists(self.output) and not self._overwrite:
             raise OutputError(
                 f"{self.output} appeared while this run was writing.",
@@ -163,8 +163,8 @@ def _beside(output: Path, what: str) -> list[Path]:
     return [p for p in output.parent.iterdir() if p.name.startswith(_prefix(output, what))]
 
 
-def _remove_leftovers(output: Path) -> None:
-    """Remove what dead runs for the same output left; leave what a living one is writing."""
+def _remove_abandoned(output: Path) -> None:
+    """Remove what runs for the same output abandoned; leave what a running process is writing."""
     for old in _beside(output, "replaced"):
         if os.path.lexists(output):
             shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS
 from loratool.errors import FileError, TruncatedError
+from loratool.words import counted
 
 #: The floating dtypes that NumPy has.
 _NUMPY: dict[str, type[np.floating[Any]]] = {
@@ -116,7 +117,8 @@ class FilePool:
                 ) from error
             if count == 0:
                 raise TruncatedError(
-                    f"{path}: the file ended {len(buffer) - done} bytes early while being read.",
+                    f"{path}: the file ended {counted(len(buffer) - done, 'byte')} early while "
+                    "being read.",
                     "It is truncated, or it was changed during the run. Fetch it again.",
                 )
             done += count

@@ -14,6 +14,7 @@ from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.header import parse_header
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import read_pickled
+from loratool.words import agreeing, counted
 
 
 @dataclass
@@ -107,8 +108,8 @@ def _read_index(folder: Folder, entry: str, partial: bool) -> Weights:
         weight_map = {t: name for t, name in weight_map.items() if name not in missing}
     elif missing:
         raise FileError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing:\n"
-            + listed(ascii(name) for name in missing),
+            f"{index}: {len(missing)} of {counted(len(names), 'shard')} "
+            f"{agreeing(len(missing), 'is')} missing:\n" + listed(ascii(name) for name in missing),
             folder.remedy,
         )
     tensors: dict[str, TensorInfo] = {}
@@ -121,7 +122,7 @@ def _read_index(folder: Folder, entry: str, partial: bool) -> Weights:
         here = {t: info for t, info in found.items() if weight_map.get(t, name) == name}
         unmapped = [t for t in here if t not in weight_map]
         if unmapped:
-            notes.append(f"{name} holds {len(unmapped)} tensors the index does not list")
+            notes.append(f"{name} holds {counted(len(unmapped), 'tensor')} the index does not list")
         twice = [t for t in here if t in tensors]
         if twice:
             raise FileError(
@@ -140,7 +141,7 @@ def _read_index(folder: Folder, entry: str, partial: bool) -> Weights:
     if absent:
         wanted = [f"{t} (in {weight_map[t]})" for t in absent]
         raise FileError(
-            f"{index}: {len(absent)} tensors are not in the shard the index names:\n"
+            f"{index}: {counted(len(absent), 'tensor', 'is')} not in the shard the index names:\n"
             f"{listed(wanted)}",
             "Index and shards do not belong together; fetch both again.",
         )

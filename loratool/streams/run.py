@@ -25,7 +25,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"{self.threads} threads cannot work.", "Give a number above zero.")
+            raise UsageError(
+                f"--threads must be at least 1 (got {self.threads}).", "Omit it to use all cores."
+            )
 
     def counted(self, total: int) -> Advance:
         """Takes counts of single steps, of `total` bytes in all, and shows their sum."""

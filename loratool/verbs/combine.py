@@ -196,7 +196,7 @@ def _check_method(name: str, density: float | None, sign: str, saved: str) -> Me
         )
     if density is not None:
         if not method.prunes:
-            raise UsageError(f"--method {name} does not prune.", "Leave --density away.")
+            raise UsageError(f"--method {name} does not prune.", "Omit --density.")
         if not 0 < density <= 1:
             raise UsageError(
                 f"--density {density:g} is not a share: it must be above 0 and at most 1.",

@@ -10,6 +10,7 @@ import numpy as np
 
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
+from loratool.words import counted
 
 Source = str | Path
 
@@ -30,7 +31,7 @@ def parse_bytes(size: int | str) -> int:
     """50_000_000 from "50MB", "50 mb" or 50_000_000; MiB and the like count in powers of two."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kMGT]?)(i?)B?)\s*", str(size), re.IGNORECASE)
     if match is None:
-        raise UsageError(f"{size!r} is no size.", "Write 50MB, 1.5GB or a number of bytes.")
+        raise UsageError(f"{size!r} is not a size.", "Write 50MB, 1.5GB or a number of bytes.")
     power = " kmgt".index(match[2].lower() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
@@ -48,7 +49,8 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -
         raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
     if len(factors) != len(adapters):
         raise UsageError(
-            f"{len(factors)} weights for {len(adapters)} adapters.",
+            f"{counted(len(factors), 'weight', 'was')} given for "
+            f"{counted(len(adapters), 'adapter')}.",
             "Give --weight once per adapter, in their order.",
         )
     if not all(np.isfinite(factors)):
@@ -61,6 +63,7 @@ def check_sizes(weights: Sequence[float]) -> None:
     for weight in weights:
         if weight and not 1e-30 < abs(weight) < 1e30:
             raise UsageError(
-                f"The weight {weight:g} is beyond what can be computed with.",
+                f"Weight {weight:g} is out of range: its square "
+                + ("overflows." if abs(weight) > 1 else "underflows."),
                 "Weights are mostly between -2 and 2.",
             )

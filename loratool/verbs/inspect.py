@@ -27,6 +27,7 @@ from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import count_not_finite, squared_norm
 from loratool.verbs.inputs import check_paths
+from loratool.words import agreeing, counted
 
 
 @dataclass
@@ -215,7 +216,7 @@ def inspect(
             raise UsageError(
                 f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
                 "a base.",
-                "Leave --base away.",
+                "Omit --base.",
             )
         with explained_os_errors():
             report.base = _compare(adapter, modules, base, norms, notices)
@@ -249,10 +250,11 @@ def _measure(
         if code in ("A", "B")
     ]
     if broken:
-        text = f"{len(broken)} modules hold NaN or infinity:\n{listed(broken)}"
+        text = f"{counted(len(broken), 'module', 'holds')} NaN or infinity:\n{listed(broken)}"
         notices.append(Notice("not-finite", text, broken[0]))
     if silent:
-        text = f"{len(silent)} modules do nothing, one of their factors is zero:\n{listed(silent)}"
+        text = f"{counted(len(silent), 'module', 'has')} no effect: one of the factors is zero:\n"
+        text += listed(silent)
         notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
 
 
@@ -285,7 +287,7 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
     with FilePool() as files:
         broken = [t.name for t in others if count_not_finite(t, files)]
     if broken:
-        text = f"{len(broken)} tensors hold NaN or infinity:\n{listed(broken)}"
+        text = f"{counted(len(broken), 'tensor', 'holds')} NaN or infinity:\n{listed(broken)}"
         notices.append(Notice("not-finite", text, broken[0]))
 
 
@@ -307,7 +309,10 @@ def _compare(
     adapted |= {name for name, _ in found.rows}
     if found.unmatched:
         lost = [f"{what}: {reason}" for what, reason in found.unmatched]
-        text = f"{len(lost)} parts of the adapter do not fit this base:\n{listed(lost)}"
+        does = agreeing(len(lost), "does")
+        text = (
+            f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n{listed(lost)}"
+        )
         notices.append(Notice("unmatched", text, str(base)))
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name, info in checkpoint.tensors.items():

@@ -268,19 +268,19 @@ def _check_output_options(
     output: str | Path | None, push: str | None, keep: bool, private: bool, reversible: bool
 ) -> None:
     if push is None and not keep:
-        raise UsageError("--no-keep without --push would leave nothing.", "Say where: --push REPO.")
+        raise UsageError("--no-keep without --push would leave nothing.", "Add --push REPO.")
     if push is None and private:
-        raise UsageError("--private goes with --push.", "Leave it out, or give --push REPO.")
+        raise UsageError("--private goes with --push.", "Omit it, or add --push REPO.")
     if output is None and keep:
         hint = "Say where to write: --output OUT, or -o OUT"
         more = "; or keep nothing here: --no-keep." if push is not None else "."
         raise UsageError("No output given.", hint + more)
     if output is not None and not keep:
-        raise UsageError("--no-keep leaves nothing here.", "Leave out -o, or --no-keep.")
+        raise UsageError("--no-keep leaves nothing here.", "Omit -o, or --no-keep.")
     if reversible and not keep:
         raise UsageError(
-            "--reversible reads the base to its end, and --no-keep gives it back on the way.",
-            "Leave out one of the two.",
+            "--reversible reads the base to its end, and --no-keep deletes base shards as it goes.",
+            "Omit one of the two.",
         )
 
 

@@ -21,6 +21,7 @@ from loratool.storage.filenames import PROVENANCE
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.streams.threads import few
 from loratool.verbs.inputs import check_paths
+from loratool.words import counted
 
 #: More files than this go by the library's resumable upload, which may take several commits.
 MANY = 250
@@ -100,7 +101,7 @@ def push(
     create_pr: open a pull request instead of committing to the branch.
     message: of the commit.
     base: the Hub id of the base model for the card, where the folder does not tell.
-    include: globs of files to upload though they look like secrets or leftovers.
+    include: globs of files to upload though they look like secrets or training files.
     exclude: globs of files to leave out.
     dry_run: compare with what is there, and write nothing.
 
@@ -116,9 +117,7 @@ def push(
     started = time.perf_counter()
     check_paths([path], [path], "loratool push PATH REPO_ID")
     if create_pr and revision not in (None, "main"):
-        raise UsageError(
-            "--create-pr opens a pull request against main.", "Leave out one of the two."
-        )
+        raise UsageError("--create-pr opens a pull request against main.", "Omit one of the two.")
     with explained_os_errors():
         parcel = pack(Path(path), include, exclude)
     target = open_target(repo_id, private, dry_run, revision)
@@ -211,7 +210,7 @@ def _hashed(parcel: Manifest) -> list[Upload]:
     changed = [u.name for u in uploads if recorded.get(u.name, u.sha256) != u.sha256]
     if changed:
         raise PushError(
-            f"{parcel.folder.path}: {len(changed)} files are not as {PROVENANCE} says they were "
+            f"{parcel.folder.path}: {counted(len(changed), 'file', 'is')} not as {PROVENANCE} says "
             f"written:\n{listed(changed)}",
             f"Make the output again; or remove {PROVENANCE} if they were changed on purpose.",
         )

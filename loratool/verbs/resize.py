@@ -99,8 +99,8 @@ def resize(
         for name, limit in (("--rank", rank), ("--max-rank", max_rank)):
             if limit is not None and limit % pad_to:
                 raise UsageError(
-                    f"{name} {limit} is no multiple of --pad-to {pad_to}.",
-                    "Leave one of them out, or choose ranks that fit.",
+                    f"{name} {limit} is not a multiple of --pad-to {pad_to}.",
+                    "Omit one of them, or choose ranks that fit.",
                 )
     if not criterion.given and max_rank is None and pad_to is None:
         raise UsageError(

@@ -117,7 +117,7 @@ def unmerge(
         then only checked; else 1.0 each.
     base: originals, complete or in part (a directory, or one shard): what is there is copied, the
         rest subtracted. Not needed with an undo file.
-    dtype: of the result where it is subtracted; the base's by default, as far as it is known.
+    dtype: of the result where it is subtracted; the base's by default, if known.
     subtract: do without the undo file.
     overwrite: replace an output that exists.
     dry_run: report only; nothing is written.
@@ -216,7 +216,7 @@ def _restore(
     if dtype is not None:
         raise UsageError(
             "The undo file gives the base back in its own dtype.",
-            "Leave --dtype out, or give --subtract too.",
+            "Omit --dtype, or add --subtract.",
         )
     if request.remaining:
         raise RestoreError(

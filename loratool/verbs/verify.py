@@ -86,7 +86,7 @@ def verify(
 
     Raises
     ------
-    FileError, AdapterError, BaseError, MatchError: there is no telling.
+    FileError, AdapterError, BaseError, MatchError: it cannot be decided.
     """
     from loratool.merging.proof.checking import compare  # torch: about two seconds to import
     from loratool.merging.proof.pairing import pair_up

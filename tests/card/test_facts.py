@@ -12,7 +12,9 @@ from helpers.adapters import pair, write_adapter
 from helpers.cards import ADAPTER, BASE, blocks, changed_record, data, logits, run_code
 
 from loratool.publishing.cards.document import END, base_of, make_card
-from loratool.publishing.cards.facts import code, hub_id, percent, span
+from loratool.publishing.cards.facts import hub_id
+from loratool.publishing.cards.markdown import code, span
+from loratool.words import percent
 
 
 @pytest.mark.parametrize(

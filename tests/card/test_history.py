@@ -28,7 +28,7 @@ import loratool
 from loratool.cli.options import CONTEXT
 from loratool.errors import FileError
 from loratool.publishing.cards.document import base_of, make_card
-from loratool.publishing.cards.facts import percent
+from loratool.words import percent
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

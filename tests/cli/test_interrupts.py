@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers.outcomes import beside
 from helpers.places import FIXTURES
+from helpers.processes import start_python, wait_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -24,15 +22,8 @@ def test_interrupts_exit_130_and_leave_nothing(
         "a.RunningJob.compute = lambda *x: (time.sleep(0.3), run(*x)); "
         "from loratool.cli.main import main; main()"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", slow, "merge", str(base), str(adapter), "-o",
-         str(tmp_path / "out")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.loratool-partial-*/model*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    child = start_python(slow, "merge", base, adapter, "-o", tmp_path / "out")
+    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-partial-*/model*"))), child)
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -54,14 +45,8 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
         "shutil.rmtree = slowly\n"
         "from loratool.cli.main import main; main(sys.argv[1:])"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", slow, "merge", str(base), str(lora), "-o", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.loratool-partial-*/model*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    child = start_python(slow, "merge", base, lora, "-o", out)
+    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-partial-*/model*"))), child)
     child.send_signal(signal.SIGINT)
     assert child.stdout is not None
     assert child.stdout.readline() == "cleaning\n"

@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from helpers.adapters import WEIGHTS, lora
 from helpers.combining import fails
 from helpers.outcomes import assert_clean, assert_clear, beside, sha256s
 from helpers.permissions import permissions_that_count
+from helpers.processes import start_python, wait_for
 
 import loratool
 from loratool.errors import OutputError
@@ -38,18 +37,9 @@ loratool.combine(adapters, output, progress=progress, threads=1)
 def start(sources: list[Path], output: Path, where: str) -> subprocess.Popen[str]:
     """A run of its own that stops in the middle of computing or of flushing."""
     arguments = json.dumps([[str(s) for s in sources], str(output), where])
-    process = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A suite that runs in the background has it ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    wanted = "factors.partial" if where == "computing" else "loratool.json"
-    until = time.monotonic() + 30
-    while not any(p.stat().st_size for p in output.parent.glob(f".out.loratool-*/{wanted}")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    process = start_python(_CHILD, arguments)
+    wanted = ".out.loratool-*/" + ("factors.partial" if where == "computing" else "loratool.json")
+    wait_for(lambda: any(p.stat().st_size for p in output.parent.glob(wanted)), process)
     return process
 
 
@@ -86,15 +76,8 @@ def test_the_command_says_that_it_was_interrupted(layers: list[Path], out: Path)
         "o.decompose = lambda *x: (time.sleep(0.5), run(*x))[1]; "
         "from loratool.cli.main import main; main()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, "combine", *map(str, layers), "-o", str(out),
-         "--threads", "1"],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    until = time.monotonic() + 30
-    while not beside(out):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    process = start_python(slow, "combine", *layers, "-o", out, "--threads", "1")
+    wait_for(lambda: bool(beside(out)), process)
     process.send_signal(signal.SIGINT)
     words, errors = process.communicate(timeout=20)
     assert process.returncode == 130

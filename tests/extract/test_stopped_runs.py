@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from helpers.extracting import Pair, model, moved
 from helpers.files import write_base
 from helpers.outcomes import assert_clean, assert_clear, beside, sha256s
 from helpers.permissions import permissions_that_count
+from helpers.processes import start_python
 
 import loratool
 from loratool.errors import FileError, OutputError
@@ -42,10 +42,7 @@ main(["extract", *arguments])
 def start(pair: Pair, where: str) -> subprocess.Popen[str]:
     """An extraction that has come to a halt in the middle of its work."""
     arguments = [str(pair.base), str(pair.tuned), "--rank", "4", "-o", str(pair.out)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, json.dumps([arguments, where])],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python(_CHILD, json.dumps([arguments, where]))
     assert process.stdout is not None
     assert process.stdout.readline() == "there\n", process.communicate()
     return process

@@ -65,3 +65,19 @@ def test_what_is_odd_has_a_code(name: str, tmp_path: Path) -> None:
     json.dumps(report.to_dict(), allow_nan=False)
     sound = loratool.inspect(write_adapter(tmp_path / "sound", LINEAR, {}))
     assert codes(sound) == []
+
+
+def test_half_a_pair_is_one_warning_with_the_right_number(tmp_path: Path) -> None:
+    """Modules that lack their lora_B are counted once, and neither their tensors are called unknown
+    nor their targets absent."""
+    tensors = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        tensors |= pair(f"model.layers.0.self_attn.{name}", 6, 6)
+    for name in ("k_proj", "v_proj"):
+        del tensors[f"base_model.model.model.layers.0.self_attn.{name}.lora_B.weight"]
+    config = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+    report = loratool.inspect(write_adapter(tmp_path / "odd", tensors, config))
+    (notice,) = report.warnings
+    assert notice.code == "half-a-pair"
+    assert notice.message.startswith("2 modules have lora_A but no lora_B")
+    assert "k_proj: only lora_A.weight" in notice.message

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 from helpers.adapters import WEIGHTS, lora
 from helpers.outcomes import assert_clear, beside, sha256s
 from helpers.permissions import permissions_that_count
+from helpers.processes import start_python, wait_for
 from helpers.resizing import fails
 
 import loratool
@@ -41,15 +40,9 @@ def test_a_run_that_is_stopped_leaves_no_output(
     """SIGKILL leaves only what the next run removes, SIGINT nothing; the output is never half."""
     source = lora(tmp_path / "one", *[f"model.layers.{n}.q_proj" for n in range(6)])
     arguments = json.dumps([str(source), str(out), where])
-    process = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    wanted = "factors.partial" if where == "computing" else "loratool.json"
-    until = time.monotonic() + 30
-    while not any(p.stat().st_size for p in tmp_path.glob(f".out.loratool-*/{wanted}")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    process = start_python(_CHILD, arguments)
+    wanted = ".out.loratool-*/" + ("factors.partial" if where == "computing" else "loratool.json")
+    wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob(wanted)), process)
     process.send_signal(number)
     process.communicate(timeout=10)
     assert process.returncode != 0

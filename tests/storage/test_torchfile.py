@@ -435,6 +435,11 @@ def test_a_missing_storage_is_named(tmp_path: Path) -> None:
     file_error(read_pickled, path, "'w'")
 
 
+def write_npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, w=np.ones(3))
+
+
 def write_zip_of_text(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
@@ -450,7 +455,7 @@ NOT_TORCH = {
     "plain-pickle": lambda p: p.write_bytes(pickle.dumps({"w": [1, 2]})),
     "pickled-number": lambda p: p.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C)),
     "numpy-pickle": lambda p: p.write_bytes(pickle.dumps({"w": np.ones(3)})),
-    "npz": lambda p: np.savez(p.open("wb"), w=np.ones(3)),
+    "npz": write_npz,
     "other-zip": write_zip_of_text,
     "safetensors": lambda p: p.write_bytes(b"\x02\0\0\0\0\0\0\0{}"),
 }

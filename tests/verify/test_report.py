@@ -135,3 +135,18 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert {call[1] for call in calls} == {report.bytes_read}
     assert done[-1] == report.bytes_read
     assert {call[2] for call in calls} >= set(original())
+
+
+def test_names_of_adapters_are_said_as_they_are(tmp_path: Path) -> None:
+    """A sentence in the singular changes its own words only, never those of a folder's name."""
+    base = write_base(tmp_path / "base", small_state(48))
+    rng = np.random.default_rng(5)
+    folders = [tmp_path / "dark theme", tmp_path / "keep their tone"]
+    for folder in folders:
+        lora_on(folder, 0.1 * rng.standard_normal((48, 2)), rng.standard_normal((2, 48)))
+    loratool.merge(base, folders, tmp_path / "out", weights=[0.7, 0.3], dtype="float32")
+    report = loratool.verify(tmp_path / "out", base, folders)
+    assert report.summary == [
+        "the only module was merged with 0.70 × dark theme and 0.30 × keep their tone instead of "
+        f"what was asked: {ADAPTED}"
+    ]

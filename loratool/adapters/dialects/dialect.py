@@ -17,7 +17,7 @@ Entry = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """An adapter that is to be written, as far as its config tells of it.
+    """An adapter that is to be written, in the terms of its config.
 
     `outlines` and `ranks` are its modules, whose factors hold all of the scale, `saved` the names
     of tensors that replace one of the base, `rows` the trained token rows by module path. `scaled`

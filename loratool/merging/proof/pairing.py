@@ -19,6 +19,7 @@ from loratool.models.layouts.layout import Layout, is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.header import read_header
 from loratool.streams.run import Run
+from loratool.words import counted
 
 
 @dataclass
@@ -74,7 +75,7 @@ def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None
     ]
     if wrong:
         raise VerifyError(
-            f"{len(wrong)} tensors cannot be read back as they were computed:\n{listed(wrong)}",
+            f"{counted(len(wrong), 'tensor')} cannot be read back as computed:\n{listed(wrong)}",
             "An input changed during the merge, or the memory or the disk of this machine is at "
             "fault. Nothing was left behind.",
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratool.dtypes import dtype_name
 from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged
+from loratool.words import agreeing, counted
 
 #: Ways of rounding more than once, in words; see `ways`.
 _WAYS = {
@@ -37,61 +39,78 @@ def sentences(findings: Sequence[Finding]) -> list[str]:
 _OF_TENSORS = ("missing", "added", "shape", "dtype", "changed")
 
 
-def _grouped(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
-    groups: dict[str, list[Finding]] = {}
+@dataclass(frozen=True)
+class Phrase:
+    """What happened to one module or tensor, and, where that reads otherwise, to several.
+
+    Names of adapters stand in it as they are: only the verb, by itself, is made to agree.
+    """
+
+    verb: str
+    one: str
+    many: str = ""
+
+    def of(self, count: int) -> str:
+        rest = self.one if count == 1 else self.many or self.one
+        return f"{agreeing(count, self.verb)} {rest}" if self.verb else rest
+
+
+def _grouped(findings: Sequence[Finding]) -> list[tuple[Phrase, list[Finding]]]:
+    groups: dict[Phrase, list[Finding]] = {}
     for finding in findings:
         groups.setdefault(_phrase(finding), []).append(finding)
     return sorted(groups.items(), key=lambda item: -len(item[1]))
 
 
-def _phrase(f: Finding) -> str:
+def _phrase(f: Finding) -> Phrase:
     """What happened, to follow "3 modules …"."""
     if f.code == "weight":
         assert f.times is not None
         times = f"{f.times:.2f}"
         if times == "2.00":
-            return "were merged twice, or with twice the weight"
-        return f"were merged with {times} times the weight"
+            return Phrase("was", "merged twice, or with twice the weight")
+        return Phrase("was", f"merged with {times} times the weight")
     kind, _, half = f.way.rpartition("-")
     way = _WAYS[kind].format(dtype_name(half)) if f.way else ""
+    weights = " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())
     return {
-        "once": "are the once-rounded result",
-        "same": "are as the adapter holds them",
-        "same-rounded": f"are as they should be, but rounded twice: {way}",
-        "rounded-twice": f"are merged and rounded twice: {way}",
-        "low-precision": f"are merged, with a product of low precision: {way}"
+        "once": Phrase("is", "the once-rounded result"),
+        "same": Phrase("is", "as the adapter holds it", "as the adapter holds them"),
+        "same-rounded": Phrase(
+            "is", f"as it should be, but rounded twice: {way}",
+            f"as they should be, but rounded twice: {way}",
+        ),
+        "rounded-twice": Phrase("is", f"merged and rounded twice: {way}"),
+        "low-precision": Phrase("is", f"merged, with a product of low precision: {way}")
         if way
-        else "are merged, with less precision than by rounding once",
-        "not-merged": "were never merged",
-        "weights": "were merged with "
-        + " and ".join(f"{weight:.2f} × {name}" for name, weight in f.by_adapter.items())
-        + " instead of what was asked",
-        "damaged": "are merged, but some of their values are off",
-        "other": "changed in a way that the adapters do not explain",
-        "changed": "changed although no adapter touches them",
-        "missing": "are missing",
-        "added": "are not in the base",
-        "shape": "have another shape",
-        "dtype": "have a dtype that cannot hold them",
-    }[f.code]
+        else Phrase("is", "merged, with less precision than by rounding once"),
+        "not-merged": Phrase("was", "never merged"),
+        "weights": Phrase("was", f"merged with {weights} instead of what was asked"),
+        "damaged": Phrase(
+            "is", "merged, but some of its values are off",
+            "merged, but some of their values are off",
+        ),
+        "other": Phrase("", "changed in a way that the adapters do not explain"),
+        "changed": Phrase(
+            "", "changed although no adapter touches it", "changed although no adapter touches them"
+        ),
+        "missing": Phrase("is", "missing"),
+        "added": Phrase("is", "not in the base"),
+        "shape": Phrase("has", "another shape"),
+        "dtype": Phrase("has", "a dtype that cannot hold it", "a dtype that cannot hold them"),
+    }[f.code]  # fmt: skip
 
 
-def _sentence(phrase: str, group: list[Finding], whole: Sequence[Finding]) -> str:
+def _sentence(phrase: Phrase, group: list[Finding], whole: Sequence[Finding]) -> str:
     noun = "module" if whole else "tensor"
-    if len(group) == 1:
-        for many, one in (("are ", "is "), ("were ", "was "), ("have ", "has "),
-                          (" them", " it"), (" their ", " its ")):  # fmt: skip
-            phrase = phrase.replace(many, one) if many.startswith(" ") else (
-                one + phrase.removeprefix(many) if phrase.startswith(many) else phrase
-            )  # fmt: skip
-    count = f"{len(group)} of {len(whole)} {noun}s" if whole else (
-        f"{len(group)} {noun}" + ("s" if len(group) > 1 else ""))  # fmt: skip
+    said = phrase.of(len(group))
     if len(whole) == 1:
-        return f"the only {noun} {phrase}" + ("" if group[0].sound else f": {group[0].tensor}")
+        return f"the only {noun} {said}" + ("" if group[0].sound else f": {group[0].tensor}")
     if whole and len(group) == len(whole):
-        return f"all {len(whole)} {noun}s {phrase}"
+        return f"all {counted(len(whole), noun)} {said}"
+    count = f"{len(group)} of {len(whole)} {noun}s" if whole else counted(len(group), noun)
     # Where all is well, the places would only be in the way of those where it is not.
-    return f"{count} {phrase}" + ("" if group[0].sound else f": {_places(group, whole)}")
+    return f"{count} {said}" + ("" if group[0].sound else f": {_places(group, whole)}")
 
 
 def _places(group: Sequence[Finding], whole: Sequence[Finding]) -> str:

@@ -118,7 +118,7 @@ class Layout:
         if fan_in_fan_out and square:
             raise BaseError(
                 f"{self.base.label}: {path} is square and the adapter says fan_in_fan_out, but "
-                "without config.json there is no telling whether the weight is stored [in, out].",
+                "without config.json it cannot be decided whether the weight is stored [in, out].",
                 "Put the base's config.json (with its model_type) beside the weights.",
             )
         return fan_in_fan_out

@@ -7,6 +7,7 @@ from collections import Counter
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.words import agreeing, counted
 
 #: Tensors that only quantised checkpoints have, beside or instead of `….weight`.
 _QUANTISED = re.compile(
@@ -38,7 +39,8 @@ def refuse_quantised(
     if packed:
         kinds = Counter(base.tensors[n].dtype for n in packed).most_common(1)[0][0]
         raise BaseError(
-            f"{base.label}: a quantised {role}: {len(packed)} tensors such as {packed[0]!r} "
-            f"({kinds}) hold packed weights or their scales.",
+            f"{base.label}: a quantised {role}: {counted(len(packed), 'tensor')} such as "
+            f"{packed[0]!r} "
+            f"({kinds}) {agreeing(len(packed), 'holds')} packed weights or their scales.",
             hint,
         )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
-from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, one_line, read_facts
+from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, read_facts
+from loratool.publishing.cards.markdown import one_line
 from loratool.publishing.cards.sections import section
 from loratool.publishing.cards.usage import use_of
 

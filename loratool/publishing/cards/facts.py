@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from loratool.adapters.reading import read_adapter
 from loratool.dtypes import dtype_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import tokenizer_files
+from loratool.publishing.cards.markdown import HUB, code, link, listed, one_line
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -27,7 +28,6 @@ from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_json
 from loratool.storage.tensors import TensorInfo
 
-_HUB = "https://huggingface.co"
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: The Hub's first models have ids without an owner; any other single word is a folder's name.
 _OLD_ID = re.compile(
@@ -110,7 +110,7 @@ def read_facts(folder: Path, base_model: str | None = None) -> Facts:
 
 
 def base_of(folder: Path) -> str | None:
-    """The Hub id of the base model, as far as the folder tells; None for a local path.
+    """The Hub id of the base model, if the folder records it; None for a local path.
 
     Raises FileError for a config or a record that is no JSON.
     """
@@ -219,34 +219,6 @@ def short_revision(revision: str) -> str:
     return revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
 
 
-# ------------------------------------------------------------------------------------ words
-
-
-def one_line(text: str) -> str:
-    """`text` without line breaks and other control characters, and such that UTF-8 can hold it."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(plain.encode("utf-8", "replace").decode("utf-8").split())
-
-
-def code(text: str) -> str:
-    """`text` as Markdown shows it unchanged, in tables too."""
-    text = one_line(text)
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{space}{text or ' '}{space}{fence}"
-
-
-def cell(text: str) -> str:
-    """What stands in a table's cell: no `|` may end it."""
-    return text.replace("|", r"\|")
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
-
-
 def linked(entry: dict[str, Any]) -> str:
     """An input by its name, with links to it and to its revision where it is on the Hub."""
     repo, revision = hub_id(entry.get("repo")), string(entry.get("revision"))
@@ -256,36 +228,7 @@ def linked(entry: dict[str, Any]) -> str:
     text = link(repo) + (f", {code(path)}" if path else "")
     if not re.fullmatch(r"[\w./-]+", revision, re.ASCII):
         return text
-    return f"{text} at [{code(short_revision(revision))}]({_HUB}/{repo}/tree/{revision})"
-
-
-def link(repo: str) -> str:
-    return f"[{code(repo)}]({_HUB}/{repo})"
-
-
-def listed(items: Sequence[str], shown: int = 8) -> str:
-    """ "a, b and c", or the first ones and how many there are beside them."""
-    if len(items) > shown:
-        return ", ".join(items[:shown]) + f" and {len(items) - shown} more"
-    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def percent(share: float) -> str:
-    """Three digits where they matter: 100% only if nothing is missing from it."""
-    if 0.9995 < share < 1:
-        return "<100%"
-    return f"{100 * share:.3g}%" if share >= 0.0995 else f"{100 * share:.2g}%"
-
-
-def span(values: Iterable[float | None]) -> str:
-    """ "8" for one value, "5–7" for several."""
-    known = sorted({value for value in values if value is not None})
-    shown = list(dict.fromkeys(f"{value:.4g}" for value in known))
-    return "–".join(shown if len(shown) < 2 else [shown[0], shown[-1]]) or "unknown"
+    return f"{text} at [{code(short_revision(revision))}]({HUB}/{repo}/tree/{revision})"
 
 
 def dtype_names(tensors: Iterable[TensorInfo]) -> str:

@@ -6,20 +6,9 @@ import re
 import shlex
 from typing import Any
 
-from loratool.publishing.cards.facts import (
-    Facts,
-    code,
-    counted,
-    dicts,
-    linked,
-    listed,
-    number,
-    one_line,
-    part,
-    reference,
-    table,
-    texts,
-)
+from loratool.publishing.cards.facts import Facts, dicts, linked, number, part, reference, texts
+from loratool.publishing.cards.markdown import code, listed, one_line, table
+from loratool.words import counted
 
 #: Options that a command has by itself; they are left out of it.
 _DEFAULTS: dict[str, dict[str, object]] = {

@@ -14,25 +14,19 @@ from loratool.paths import pattern, ranged
 from loratool.publishing.cards.facts import (
     Facts,
     bases_named,
-    code,
-    counted,
     dicts,
     dtype_names,
     hub_id,
-    link,
     linked,
-    listed,
     number,
     part,
-    percent,
-    span,
     string,
-    table,
     texts,
 )
 from loratool.publishing.cards.history import how_made
+from loratool.publishing.cards.markdown import code, link, listed, span, table
 from loratool.publishing.cards.usage import how_to_use
-from loratool.words import format_bytes
+from loratool.words import counted, format_bytes, percent
 
 #: Lines of a table beyond which a card would be a listing.
 _MOST = 50

@@ -43,7 +43,7 @@ class Address(NamedTuple):
 def parse(text: str) -> Address | None:
     """The address that `org/name`, `org/name@revision` or `hf://org/name/sub/folder` stands for.
 
-    The URL of a page of the Hub stands for what it shows. None for what can only be a path. Raises
+    The URL of a Hub page means the model on that page. None if the text can only be a path. Raises
     FileError for an `hf://` and a URL that are none.
     """
     if text.startswith(("http://", "https://")):

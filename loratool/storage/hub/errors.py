@@ -137,7 +137,9 @@ def _answer(error: Any, address: Address, writing: bool) -> HubError:
             "Run the command again; what is uploaded is not sent twice.",
         )
     if status == 429:
-        return HubError("The Hub asks for fewer requests (429).", "Wait a few minutes; try again.")
+        return HubError(
+            "The Hub is rate-limiting this client (429).", "Wait a few minutes; try again."
+        )
     return HubError(
         f"The Hub answered {status} for {address.repo}{_said(error)}.",
         "Try again later." if status >= 500 else f"Look at {page}.",

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratool.errors import FileError, HubError, OutputError, call, nearest
+from loratool.errors import FileError, HubError, OutputError, nearest, show_as
 from loratool.storage.folder import CachedFolder, Folder, Location
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
@@ -71,7 +71,7 @@ def _open(address: Address) -> Location:
     sizes, commit, private = _listing(address)
     root = _snapshot(address, commit)
     label = Address(address.repo, address.revision)
-    call(root, str(label))
+    show_as(root, str(label))
     prefix = f"{address.path}/" if address.path else ""
     if sizes is None:  # the Hub cannot be reached: what the cache has is all there is
         path = root / address.path

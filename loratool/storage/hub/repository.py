@@ -200,7 +200,7 @@ class Repository:
             return Committed(self.url, self.head)
         if done.pr_revision:
             self.revision = str(done.pr_revision)
-        # A question that is not answered is no reason to doubt the answer before it.
+        # An unanswered check does not void the commit.
         if self._holds(uploads, copied) is False:
             raise HubError(
                 f"{self.repo}: the commit {done.oid} does not hold what was sent.",

@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +16,12 @@ from helpers.bases import small_base
 from helpers.files import load
 from helpers.merging import large_base, large_lora, open_files
 from helpers.outcomes import assert_clean, beside, sha256s
-from helpers.processes import start_merge
+from helpers.processes import start_merge, wait_for
 
 import loratool
 from loratool.errors import LoraToolError, OutputError
 from loratool.storage import staging as writer
 from loratool.storage.staging import StagedDirectory
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until `condition` holds while `process` is alive."""
-    until = time.monotonic() + 30
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def paused(after: int, go: Path) -> str:

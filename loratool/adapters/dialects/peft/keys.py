@@ -17,17 +17,16 @@ from loratool.adapters.dialects.peft.config import (
     block_counts,
     config_notices,
     rank_and_scale,
-    string_list,
 )
+from loratool.adapters.dialects.peft.expectations import note_expectations
+from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
-from loratool.models.layouts.names import CLASSIFIERS, is_vocabulary
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_bytes
+from loratool.words import counted
 
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LEAVES = [
     ("factor", re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B)(\.(?P<name>[^.]+))?\.weight")),
     ("bias", re.compile(r"(?P<path>.+)\.lora_B(\.(?P<name>[^.]+))?\.bias")),
@@ -40,8 +39,6 @@ _LEAVES = [
     ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
     ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
 ]  # fmt: skip
-#: A byte-level tokenizer has 256 tokens; an "embedding" with fewer rows than half of that is none.
-_SMALLEST_VOCABULARY = 128
 
 
 @dataclass
@@ -51,14 +48,6 @@ class _Parts:
     #: By slot: "A", "B", "bias", "magnitude", "rows".
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     embedding: bool = False
-
-
-def plain_path(key: str) -> str:
-    """A key without the prefixes of PEFT and of training frameworks."""
-    path = _WRAPPERS.sub("", key)
-    path = re.sub(r"^(module\.)+", "", path)
-    path = path.removeprefix("base_model.model.")
-    return re.sub(r"^(module\.)+", "", path)
 
 
 def fill_adapter(adapter: Adapter) -> None:
@@ -98,10 +87,10 @@ def fill_adapter(adapter: Adapter) -> None:
         if ".original_module." in key
         and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
     ]
-    _build_modules(adapter, parts)
+    halves = _build_modules(adapter, parts)
     if not adapter.config.get("enable_lora"):  # refused by its config already
         _check_shapes(adapter)
-    _check_expectations(adapter)
+    note_expectations(adapter, halves)
 
 
 def _place(
@@ -157,11 +146,13 @@ def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: Tens
     (adapter.inert if same_bytes(taken, info) else adapter.unknown).append(info.name)
 
 
-def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
+def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
+    """Fill `modules` and `token_rows`. Returns the paths that have only a part of a pair."""
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
     resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
-    halves, wrong_ranks = [], []
+    halves: dict[str, list[str]] = {}
+    wrong_ranks = []
     for path, found in parts.items():
         tensors = found.tensors
         if "rows" in tensors:
@@ -169,8 +160,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
             adapter.token_rows[path] = TokenRows(path, _token_indices(adapter, path, rows), rows)
         if "A" not in tensors or "B" not in tensors:
             stray = [t.name for slot, t in tensors.items() if slot != "rows"]
-            adapter.unknown += stray
-            halves += stray
+            if stray:
+                halves[path] = [plain_path(name).removeprefix(f"{path}.") for name in stray]
             continue
         plain, kind = _kind(path, found, parts)
         a, b = tensors["A"], tensors["B"]
@@ -190,21 +181,25 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> None:
             plain, kind, a, b, alpha, scale,
             tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
         )  # fmt: skip
-    _refuse(adapter, "half-a-pair", "lack their partner, so nothing can be computed", halves)
+    _refuse(
+        adapter, "half-a-pair",
+        "has lora_A but no lora_B, or the reverse, so nothing can be computed",
+        [f"{path}: only {', '.join(names)}" for path, names in halves.items()],
+    )  # fmt: skip
     _refuse(
         adapter, "rank-mismatch",
-        "have another rank than the config gives them; PEFT would not load this. Correct r or "
+        "has another rank than the config gives it; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
+    return set(halves)
 
 
-def _refuse(adapter: Adapter, code: str, what: str, places: list[str]) -> None:
-    """One notice for all modules or tensors with the same trouble."""
-    if places:
-        many = f"{len(places)} " if len(places) > 1 else "1 "
-        adapter.notices.append(
-            Notice(code, f"{many}of its parts {what}:\n{listed(places)}", places[0], refused=True)
-        )
+def _refuse(adapter: Adapter, code: str, what: str, modules: list[str]) -> None:
+    """One notice for all modules with the same trouble; `what` begins with a verb."""
+    if modules:
+        verb, _, rest = what.partition(" ")
+        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{listed(modules)}"
+        adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
 
 
 def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind]:
@@ -230,7 +225,7 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
         adapter.notices.append(
             Notice(
                 "token-indices",
-                f"{count} trained token rows, but trainable_token_indices of the config "
+                f"{counted(count, 'trained token row')}, but trainable_token_indices of the config "
                 f"is {setting!r}.",
                 path,
                 refused=True,
@@ -240,19 +235,19 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
     return tuple(setting)
 
 
-#: Why a pair of shapes makes no product, by code.
+#: Why a pair of shapes makes no product, by code, to follow "1 module".
 _SHAPE_TROUBLES = {
-    "zero3-placeholder": "are empty placeholders, as DeepSpeed ZeRO-3 or FSDP leave them when "
+    "zero3-placeholder": "is an empty placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
     "shards were not gathered before saving; the weights are not in this file. Save again from "
     "the training run",
-    "grouped-convolution": "are grouped convolutions, whose A mixes groups that the weight keeps "
+    "grouped-convolution": "is a grouped convolution, whose A mixes groups that the weight keeps "
     "apart, so no merged weight exists",
-    "enable-lora": "are in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
+    "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
     "PEFT 0.2",
-    "target-parameters": "adapt a bare parameter (a stack of experts), which cannot be placed yet",
-    "quantised-factors": "hold integers or 8-bit floats, which loratool does not read as numbers; "
+    "target-parameters": "adapts a bare parameter (a stack of experts), which cannot be placed yet",
+    "quantised-factors": "holds integers or 8-bit floats, which loratool does not read as numbers; "
     "save the adapter in float16, bfloat16 or float32",
-    "pair-mismatch": "have factors of different ranks",
+    "pair-mismatch": "has factors of different ranks",
 }
 
 
@@ -279,87 +274,3 @@ def _check_shapes(adapter: Adapter) -> None:
             troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")
     for code, places in troubles.items():
         _refuse(adapter, code, _SHAPE_TROUBLES[code], places)
-
-
-def _check_expectations(adapter: Adapter) -> None:
-    """Compare what the config announces with what the file holds."""
-    config, notices = adapter.config, adapter.notices
-    targets = config.get("target_modules")
-    paths = list(adapter.modules)
-    if isinstance(targets, list):
-        absent = [t for t in targets if not any(p == t or p.endswith(f".{t}") for p in paths)]
-        # PEFT targets an attention module by its own name, and `out_proj` comes along.
-        if absent and paths:
-            notices.append(
-                Notice(
-                    "target-absent",
-                    f"target_modules names {', '.join(map(repr, sorted(absent)))}, "
-                    "but no such module is in the file.",
-                    ADAPTER_CONFIG,
-                )
-            )
-    saved = string_list(config, "modules_to_save")
-    saved = [plain_path(s) for s in saved]
-    absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
-    if len(saved) > len(absent):
-        absent = [s for s in absent if s not in CLASSIFIERS]
-    if absent:
-        notices.append(
-            Notice(
-                "saved-module-absent",
-                f"modules_to_save names {', '.join(map(repr, absent))}, "
-                "but no such tensor is in the file.",
-                ADAPTER_CONFIG,
-            )
-        )
-    biases = [n for n in adapter.replaced if n.endswith(".bias")]
-    if config.get("bias", "none") != "none" and not biases:
-        notices.append(
-            Notice(
-                "bias-absent",
-                f"bias={config['bias']!r}, but no bias tensor is in the file.",
-                ADAPTER_CONFIG,
-            )
-        )
-    if config.get("use_dora") and any(m.magnitude is None for m in adapter.modules.values()):
-        missing = [p for p, m in adapter.modules.items() if m.magnitude is None]
-        notices.append(
-            Notice(
-                "magnitude-absent",
-                f"use_dora is set, but {len(missing)} modules have no magnitude vector:\n"
-                + listed(missing),
-                refused=True,
-            )
-        )
-    square = [m.path for m in adapter.modules.values() if m.shape[0] == m.shape[1]]
-    if config.get("fan_in_fan_out") and square:
-        notices.append(
-            Notice(
-                "square-conv1d",
-                f"{len(square)} modules are square and fan_in_fan_out is set: whether their "
-                "weights are stored [in, out] cannot be seen here; the base's config.json tells.",
-                square[0],
-            )
-        )
-    partial = [n for n, t in adapter.replaced.items() if is_vocabulary(n) and t.shape]
-    partial = [n for n in partial if adapter.replaced[n].shape[0] < _SMALLEST_VOCABULARY]
-    if partial:
-        counts = ", ".join(f"{name} {adapter.replaced[name].shape[0]}" for name in partial)
-        notices.append(
-            Notice(
-                "partial-embedding-rows",
-                f"Very few rows are saved ({counts}): perhaps the added tokens alone, not the "
-                "whole embedding.",
-                partial[0],
-            )
-        )
-    if adapter.unknown:
-        notices.append(
-            Notice(
-                "unknown-tensors",
-                f"{len(adapter.unknown)} tensors have no known meaning or no free place:\n"
-                + listed(adapter.unknown),
-                adapter.unknown[0],
-                refused=True,
-            )
-        )

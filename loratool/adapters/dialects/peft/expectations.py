@@ -1,0 +1,105 @@
+"""What the config announces and the file does not hold, and other oddities of a PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.dialects.peft.names import plain_path
+from loratool.errors import listed
+from loratool.models.layouts.names import CLASSIFIERS, is_vocabulary
+from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG
+from loratool.words import counted
+
+#: A byte-level tokenizer has 256 tokens; an "embedding" with fewer rows than half of that is none.
+_SMALLEST_VOCABULARY = 128
+
+
+def note_expectations(adapter: Adapter, halves: Collection[str]) -> None:
+    """Add a notice for everything that is not as the config says.
+
+    `halves` are the paths of modules of which a part is there; they have a notice of their own.
+    """
+    adapter.notices += [
+        *_absent_targets(adapter, halves),
+        *_absent_saved_modules(adapter),
+        *_absent_biases(adapter),
+        *_absent_magnitudes(adapter),
+        *_square_transposes(adapter),
+        *_few_rows(adapter),
+        *_unknown_tensors(adapter),
+    ]
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _absent_targets(adapter: Adapter, halves: Collection[str]) -> Iterator[Notice]:
+    targets = adapter.config.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    paths = [*adapter.modules, *halves]
+    absent = [t for t in targets if not any(p == t or p.endswith(f".{t}") for p in paths)]
+    # PEFT targets an attention module by its own name, and `out_proj` comes along.
+    if absent and paths:
+        names = _quoted(sorted(absent))
+        text = f"target_modules names {names}, but no such module is in the file."
+        yield Notice("target-absent", text, ADAPTER_CONFIG)
+
+
+def _absent_saved_modules(adapter: Adapter) -> Iterator[Notice]:
+    saved = [plain_path(name) for name in adapter.declared.saved_modules]
+    absent = [s for s in saved if not any(f".{s}." in f".{name}" for name in adapter.replaced)]
+    if len(saved) > len(absent):
+        absent = [s for s in absent if s not in CLASSIFIERS]
+    if absent:
+        text = f"modules_to_save names {_quoted(absent)}, but no such tensor is in the file."
+        yield Notice("saved-module-absent", text, ADAPTER_CONFIG)
+
+
+def _absent_biases(adapter: Adapter) -> Iterator[Notice]:
+    bias = adapter.config.get("bias", "none")
+    if bias != "none" and not any(name.endswith(".bias") for name in adapter.replaced):
+        text = f"bias={bias!r}, but no bias tensor is in the file."
+        yield Notice("bias-absent", text, ADAPTER_CONFIG)
+
+
+def _absent_magnitudes(adapter: Adapter) -> Iterator[Notice]:
+    missing = [path for path, m in adapter.modules.items() if m.magnitude is None]
+    if adapter.config.get("use_dora") and missing:
+        text = f"use_dora is set, but {counted(len(missing), 'module', 'has')} no magnitude vector:"
+        yield Notice("magnitude-absent", f"{text}\n{listed(missing)}", refused=True)
+
+
+def _square_transposes(adapter: Adapter) -> Iterator[Notice]:
+    square = [m.path for m in adapter.modules.values() if m.shape[0] == m.shape[1]]
+    if adapter.declared.transposes and square:
+        text = (
+            f"{counted(len(square), 'module', 'is')} square and fan_in_fan_out is set: whether "
+            "weights are stored [in, out] cannot be seen here; the base's config.json tells."
+        )
+        yield Notice("square-conv1d", text, square[0])
+
+
+def _few_rows(adapter: Adapter) -> Iterator[Notice]:
+    few = {
+        name: info.shape[0]
+        for name, info in adapter.replaced.items()
+        if is_vocabulary(name) and info.shape and info.shape[0] < _SMALLEST_VOCABULARY
+    }
+    if few:
+        counts = ", ".join(f"{name} {rows}" for name, rows in few.items())
+        text = (
+            f"Very few rows are saved ({counts}): perhaps the added tokens alone, not the whole "
+            "embedding."
+        )
+        yield Notice("partial-embedding-rows", text, next(iter(few)))
+
+
+def _unknown_tensors(adapter: Adapter) -> Iterator[Notice]:
+    unknown = adapter.unknown
+    if unknown:
+        text = f"{counted(len(unknown), 'tensor', 'has')} no known meaning or no free place:\n"
+        yield Notice("unknown-tensors", text + listed(unknown), unknown[0], refused=True)

@@ -28,12 +28,8 @@ class Notice:
         }
 
 
-def document(report: Any) -> dict[str, Any]:
-    """What `--json` prints of a report that has `modules` and `warnings` beside plain values."""
-    fields = {k: v for k, v in report.__dict__.items() if k not in ("modules", "warnings")}
-    return {
-        "schema_version": 1,
-        **fields,
-        "modules": [m.to_dict() for m in report.modules],
-        "warnings": [w.to_dict() for w in report.warnings],
-    }
+def document(report: Any, *lists: str) -> dict[str, Any]:
+    """What `--json` prints of a report: its values, and at the end these lists of its parts."""
+    fields = {name: value for name, value in report.__dict__.items() if name not in lists}
+    parts = {name: [part.to_dict() for part in getattr(report, name)] for name in lists}
+    return {"schema_version": 1, **fields, **parts}

@@ -1,4 +1,4 @@
-"""Paths for people: those that differ only in their numbers become one name with ranges."""
+"""Module paths: folded to names with ranges, chosen by layer number, glob and kind."""
 
 from __future__ import annotations
 

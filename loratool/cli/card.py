@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import json_option, quiet_option
+from loratool.cli.options import base_id_option, dry_run_option, json_option, quiet_option
 
 
 @click.command("card", short_help="Write the model card of an adapter or a merged model.")
@@ -13,10 +13,10 @@ from loratool.cli.options import json_option, quiet_option
     "--repo", "repo_id", metavar="REPO_ID",
     help="Where it will be on the Hub; the card's code loads it from there.",
 )  # fmt: skip
-@click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
-@click.option("--dry-run", is_flag=True, help="Print the card; write nothing.")
-@json_option
-@quiet_option
+@base_id_option()
+@dry_run_option("Print the card; write nothing.")
+@json_option()
+@quiet_option()
 def card_command(
     path: str,
     repo_id: str | None,

@@ -6,12 +6,15 @@ import click
 
 from loratool.cli.options import (
     dry_run_option,
+    energy_option,
     factor_dtype_option,
     full_option,
     json_option,
     output_option,
     overwrite_option,
     quiet_option,
+    rank_option,
+    seed_option,
     threads_option,
     weight_option,
 )
@@ -19,16 +22,13 @@ from loratool.cli.options import (
 
 @click.command("combine", short_help="Make one adapter of several.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@output_option
-@weight_option
+@output_option(required=True)
+@weight_option()
 @click.option(
     "--method", default="sum", show_default=True, metavar="NAME", help="How to combine; see above."
 )
-@click.option("--rank", type=int, metavar="K", help="Cut every module to this rank.")
-@click.option(
-    "--energy", type=float, metavar="SHARE",
-    help="Cut to the smallest rank that keeps this share of ‖ΔW‖² in every module.",
-)  # fmt: skip
+@rank_option("Cut every module to this rank.")
+@energy_option("Cut to the smallest rank that keeps this share of ‖ΔW‖² in every module.")
 @click.option(
     "--density", type=float, metavar="SHARE",
     help="Share of the values that ties, dare and magnitude_prune keep.",
@@ -37,7 +37,7 @@ from loratool.cli.options import (
     "--majority-sign-method", default="total", show_default=True, metavar="total|frequency",
     help="How ties elects a sign: by the sum of the values, or of their signs.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For dare.")
+@seed_option("For dare.")
 @click.option(
     "--saved", default="refuse", show_default=True, metavar="refuse|first|last|mean",
     help="What to take where adapters hold the same tensor whole, with different values.",
@@ -46,13 +46,13 @@ from loratool.cli.options import (
     "--keep-patterns", is_flag=True,
     help="Each module with its own rank (rank_pattern), not all with the largest.",
 )  # fmt: skip
-@factor_dtype_option
-@overwrite_option
-@dry_run_option
-@full_option
-@threads_option
-@json_option
-@quiet_option
+@factor_dtype_option()
+@overwrite_option()
+@dry_run_option()
+@full_option()
+@threads_option()
+@json_option()
+@quiet_option()
 def combine_command(
     adapters: tuple[str, ...],
     output: str,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import (
+    base_option,
     full_option,
+    include_option,
     json_option,
+    layer_option,
     quiet_option,
     threads_option,
     weight_option,
@@ -15,25 +18,19 @@ from loratool.cli.options import (
 
 @click.command("compare", short_help="How adapters relate to each other.")
 @click.argument("adapters", nargs=-1, required=True, metavar="A B...")
-@weight_option
+@weight_option()
 @click.option("--equal", is_flag=True, help="Exit with 3 unless all do the same as the first.")
 @click.option(
     "--tolerance", type=float, default=0.001, show_default=True, metavar="SHARE",
     help="Relative difference up to which two deltas are equal.",
 )  # fmt: skip
-@click.option(
-    "--base", metavar="BASE",
-    help="Base model: counts new singular directions (intruders); slow for large matrices.",
-)  # fmt: skip
-@click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
-@click.option(
-    "--include", multiple=True, metavar="GLOB",
-    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
-)  # fmt: skip
-@full_option
-@threads_option
-@json_option
-@quiet_option
+@base_option("Base model: counts new singular directions (intruders); slow for large matrices.")
+@layer_option()
+@include_option()
+@full_option()
+@threads_option()
+@json_option()
+@quiet_option()
 @click.pass_context
 def compare_command(
     context: click.Context,

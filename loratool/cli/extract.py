@@ -5,11 +5,20 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import (
-    Dtype,
+    dry_run_option,
+    energy_option,
+    exclude_option,
+    factor_dtype_option,
     full_option,
+    include_option,
     json_option,
+    max_rank_option,
+    output_option,
     overwrite_option,
     quiet_option,
+    rank_option,
+    seed_option,
+    spectrum_option,
     threads_option,
 )
 from loratool.paths import GROUPS
@@ -18,31 +27,20 @@ from loratool.paths import GROUPS
 @click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
 @click.argument("base")
 @click.argument("tuned")
-@click.option("-o", "--output", metavar="OUT", help="Directory to write; none for --dry-run.")
-@click.option("--rank", type=int, metavar="K", help="This rank for every module.")
-@click.option(
-    "--energy", type=float, metavar="SHARE",
-    help="Per module the smallest rank that keeps this share of ‖ΔW‖².",
-)  # fmt: skip
+@output_option("Directory to write; none for --dry-run.")
+@rank_option("This rank for every module.")
+@energy_option()
 @click.option(
     "--budget", metavar="SIZE",
     help="Ranks such that the file is no larger and the total error is smallest.",
 )  # fmt: skip
-@click.option(
-    "--max-rank", type=int, metavar="K",
-    help="No module gets more than this, with --energy or --budget.",
-)  # fmt: skip
+@max_rank_option("No module gets more than this, with --energy or --budget.")
 @click.option(
     "--uniform", is_flag=True,
     help="One rank for all modules: the largest that --energy asks for or --budget allows.",
 )  # fmt: skip
-@click.option(
-    "--include", multiple=True, metavar="GLOB",
-    help="Only modules whose path, or a dotted end of it, matches; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
-)
+@include_option("Only modules whose path, or a dotted end of it, matches; may be repeated.")
+@exclude_option()
 @click.option(
     "--skip", multiple=True, type=click.Choice(GROUPS), metavar="GROUP",
     help="Leave all of a kind out: norms, biases, embeddings, convs, heads or others; repeatable.",
@@ -51,30 +49,24 @@ from loratool.paths import GROUPS
     "--save", multiple=True, metavar="GLOB",
     help="Save these modules whole instead of as factors; may be repeated.",
 )  # fmt: skip
-@click.option(
-    "--dtype", type=Dtype(base=False), default="float16", show_default=True,
-    metavar="float16|bfloat16|float32", help="Dtype of the factors.",
-)  # fmt: skip
+@factor_dtype_option("Dtype of the factors.", default="float16", show_default=True)
 @click.option(
     "--base-name", metavar="NAME",
     help="base_model_name_or_path for the config. [default: what the base is called]",
 )  # fmt: skip
 @click.option("--exact", is_flag=True, help="Full decompositions; slow for large matrices.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True,
-    help="Seed of the randomised decompositions.",
-)  # fmt: skip
+@seed_option()
 @click.option("--verify", is_flag=True, help="Read back: how far is base + adapter from TUNED?")
 @click.option(
     "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."
 )
-@overwrite_option
-@click.option("--dry-run", is_flag=True, help="Measure how much changed; decompose nothing.")
-@click.option("--spectrum", is_flag=True, help="Show the singular values of every module.")
-@full_option
-@threads_option
-@json_option
-@quiet_option
+@overwrite_option()
+@dry_run_option("Measure how much changed; decompose nothing.")
+@spectrum_option()
+@full_option()
+@threads_option()
+@json_option()
+@quiet_option()
 def extract_command(
     base: str,
     tuned: str,

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import json_option, quiet_option
+from loratool.cli.options import (
+    base_option,
+    full_option,
+    include_option,
+    json_option,
+    layer_option,
+    quiet_option,
+    spectrum_option,
+)
 
 
 @click.command("inspect", short_help="Show what is in an adapter.")
 @click.argument("source")
-@click.option("--base", help="Base model: adds coverage and ‖ΔW‖/‖W‖.", metavar="BASE")
-@click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
+@base_option("Base model: adds coverage and ‖ΔW‖/‖W‖.")
+@full_option("One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
-@click.option("--spectrum", is_flag=True, help="Show each module's singular values.")
+@spectrum_option("Show each module's singular values.")
 @click.option("--norms", is_flag=True, help="Download from the Hub what norms need, however large.")
-@click.option("--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers.")
-@click.option(
-    "--include", multiple=True, metavar="GLOB",
-    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
-)  # fmt: skip
-@json_option
-@quiet_option
+@layer_option()
+@include_option()
+@json_option()
+@quiet_option()
 def inspect_command(
     source: str,
     base: str | None,

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import Dtype, json_option, quiet_option
+from loratool.cli.options import (
+    allow_unmatched_option,
+    dry_run_option,
+    json_option,
+    model_dtype_option,
+    output_option,
+    overwrite_option,
+    private_option,
+    quiet_option,
+    threads_option,
+    weight_option,
+)
 
 
 @click.command("merge", short_help="Merge adapters into a base model.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", metavar="OUT", help="Directory to write.")
-@click.option(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
-)  # fmt: skip
-@click.option(
-    "--dtype", type=Dtype(), default="float16", show_default=True,
-    metavar="float16|bfloat16|float32|base",
-    help="Dtype of all floating tensors of the output; base keeps each tensor's own.",
-)  # fmt: skip
-@click.option(
-    "--allow-unmatched", is_flag=True,
-    help="Merge what fits when parts of an adapter do not, and record the rest.",
-)  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT, or the weights in REPO, if there.")
+@output_option()
+@weight_option()
+@model_dtype_option(default="float16", show_default=True)
+@allow_unmatched_option()
+@overwrite_option("Replace OUT, or the weights in REPO, if there.")
 @click.option(
     "--reversible", is_flag=True,
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
@@ -38,11 +39,11 @@ from loratool.cli.options import Dtype, json_option, quiet_option
     "--no-keep", is_flag=True,
     help="With --push: remove each shard here once it is there; no OUT then.",
 )  # fmt: skip
-@click.option("--private", is_flag=True, help="With --push: create the repository private.")
-@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
-@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
-@json_option
-@quiet_option
+@private_option("With --push: create the repository private.")
+@dry_run_option("Print the plan; write nothing.")
+@threads_option()
+@json_option()
+@quiet_option()
 @click.option("-v", "--verbose", is_flag=True, help="List every merged tensor.")
 def merge_command(
     base: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -46,26 +47,70 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
         return name
 
 
-weight_option = click.option(
+Decorator = Callable[[Any], Any]
+
+
+def _shared(*names: str, help: str, **settings: Any) -> Callable[..., Decorator]:
+    """An option of several commands: `name()`, or `name("help")` where it means more there."""
+
+    def option(text: str = help, **more: Any) -> Decorator:
+        return click.option(*names, help=text, **{**settings, **more})
+
+    return option
+
+
+weight_option = _shared(
     "--weight", "weights", multiple=True, type=float, metavar="W",
     help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
 )  # fmt: skip
-factor_dtype_option = click.option(
+model_dtype_option = _shared(
+    "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
+    help="Dtype of all floating tensors of the output; base keeps each tensor's own.",
+)  # fmt: skip
+factor_dtype_option = _shared(
     "--dtype", type=Dtype(base=False), metavar="float16|bfloat16|float32",
     help="Dtype of the factors. [default: the inputs' own; float32 where they differ]",
 )  # fmt: skip
-output_option = click.option(
-    "-o", "--output", required=True, metavar="OUT", help="Directory to write."
+output_option = _shared("-o", "--output", metavar="OUT", help="Directory to write.")
+base_option = _shared("--base", metavar="BASE", help="The model before the merge.")
+base_id_option = _shared(
+    "--base", metavar="ID", help="Hub id of the base model, where PATH does not tell."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Compute and report, but write nothing."
+allow_unmatched_option = _shared(
+    "--allow-unmatched", is_flag=True,
+    help="Merge what fits when parts of an adapter do not, and record the rest.",
+)  # fmt: skip
+layer_option = _shared(
+    "--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers."
 )
-full_option = click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
-threads_option = click.option(
+include_option = _shared(
+    "--include", multiple=True, metavar="GLOB",
+    help="Only modules whose path ends like GLOB, e.g. 'self_attn.*'. Repeatable.",
+)  # fmt: skip
+exclude_option = _shared(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
+)
+rank_option = _shared("--rank", type=int, metavar="K", help="This rank for every module.")
+energy_option = _shared(
+    "--energy", type=float, metavar="SHARE",
+    help="Per module the smallest rank that keeps this share of ‖ΔW‖².",
+)  # fmt: skip
+max_rank_option = _shared(
+    "--max-rank", type=int, metavar="K", help="No module gets more than this."
+)
+seed_option = _shared(
+    "--seed", type=click.IntRange(0), default=0, show_default=True,
+    help="Seed of the randomised decompositions.",
+)  # fmt: skip
+spectrum_option = _shared(
+    "--spectrum", is_flag=True, help="Show the singular values of every module."
+)
+private_option = _shared("--private", is_flag=True, help="Create the repository private.")
+overwrite_option = _shared("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+dry_run_option = _shared("--dry-run", is_flag=True, help="Compute and report, but write nothing.")
+full_option = _shared("--full", is_flag=True, help="One line per module; do not fold layers.")
+threads_option = _shared(
     "--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]"
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr."
-)
+json_option = _shared("--json", "as_json", is_flag=True, help="Print one JSON document.")
+quiet_option = _shared("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr.")

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import json_option, quiet_option
+from loratool.cli.options import (
+    base_id_option,
+    dry_run_option,
+    exclude_option,
+    include_option,
+    json_option,
+    private_option,
+    quiet_option,
+)
 
 
 @click.command("push", short_help="Upload an adapter or a merged model to the Hub.")
 @click.argument("path")
 @click.argument("repo_id", metavar="REPO_ID")
-@click.option("--private", is_flag=True, help="Create the repository private.")
+@private_option("Create the repository private.")
 @click.option("--revision", metavar="BRANCH", help="Branch to commit to. [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("-m", "--message", metavar="TEXT", help="Message of the commit.")
-@click.option("--base", metavar="ID", help="Hub id of the base model, where PATH does not tell.")
-@click.option(
-    "--include", multiple=True, metavar="GLOB",
-    help="Upload these files though they look like secrets or training files; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--exclude", multiple=True, metavar="GLOB", help="Leave these files here; may be repeated."
+@base_id_option()
+@include_option(
+    "Upload these files though they look like secrets or training files; may be repeated."
 )
-@click.option("--dry-run", is_flag=True, help="Compare with what is there; upload nothing.")
-@json_option
-@quiet_option
+@exclude_option("Leave these files here; may be repeated.")
+@dry_run_option("Compare with what is there; upload nothing.")
+@json_option()
+@quiet_option()
 def push_command(
     path: str,
     repo_id: str,

@@ -6,24 +6,24 @@ import click
 
 from loratool.cli.options import (
     dry_run_option,
+    energy_option,
     factor_dtype_option,
     full_option,
     json_option,
+    max_rank_option,
     output_option,
     overwrite_option,
     quiet_option,
+    rank_option,
     threads_option,
 )
 
 
 @click.command("resize", short_help="Change the rank of an adapter.")
 @click.argument("adapter")
-@output_option
-@click.option("--rank", type=int, metavar="K", help="This rank for every module, up or down.")
-@click.option(
-    "--energy", type=float, metavar="SHARE",
-    help="Per module the smallest rank with this share of Σσ².",
-)  # fmt: skip
+@output_option(required=True)
+@rank_option("This rank for every module, up or down.")
+@energy_option("Per module the smallest rank with this share of Σσ².")
 @click.option(
     "--sv-ratio", type=float, metavar="R", help="Per module the singular values above σ₁/R (kohya)."
 )
@@ -35,18 +35,18 @@ from loratool.cli.options import (
     "--sv-cumulative", type=float, metavar="SHARE",
     help="Per module the smallest rank with this share of Σσ (kohya).",
 )  # fmt: skip
-@click.option("--max-rank", type=int, metavar="K", help="No module gets more than this.")
+@max_rank_option()
 @click.option(
     "--pad-to", type=int, metavar="N",
     help="One rank for all modules, the next multiple of N; filled up with zeros at the end.",
 )  # fmt: skip
-@factor_dtype_option
-@overwrite_option
-@dry_run_option
-@full_option
-@threads_option
-@json_option
-@quiet_option
+@factor_dtype_option()
+@overwrite_option()
+@dry_run_option()
+@full_option()
+@threads_option()
+@json_option()
+@quiet_option()
 def resize_command(
     adapter: str,
     output: str,

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import Dtype, json_option, quiet_option
+from loratool.cli.options import (
+    base_option,
+    dry_run_option,
+    json_option,
+    model_dtype_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+    weight_option,
+)
 
 
 @click.command("unmerge", short_help="Take adapters out of a merged model.")
 @click.argument("merged")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", required=True, metavar="OUT", help="Directory to write.")
-@click.option(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="What an adapter was merged with, once for each. [default: as recorded, else 1.0]",
-)  # fmt: skip
-@click.option(
-    "--base", metavar="BASE",
-    help="Originals, complete or in part: what is there is copied, the rest subtracted.",
-)  # fmt: skip
+@output_option(required=True)
+@weight_option("What an adapter was merged with, once for each. [default: as recorded, else 1.0]")
+@base_option("Originals, complete or in part: what is there is copied, the rest subtracted.")
 @click.option(
     "--subtract", is_flag=True, help="Do without the undo file: near the base, not exact."
 )
-@click.option(
-    "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
-    help="Dtype where it is subtracted. [default: the base's, if known]",
-)  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done and lost; write nothing.")
-@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
-@json_option
-@quiet_option
+@model_dtype_option("Dtype where it is subtracted. [default: the base's, if known]")
+@overwrite_option("Replace OUT if it is there.")
+@dry_run_option("Say what would be done and lost; write nothing.")
+@threads_option()
+@json_option()
+@quiet_option()
 def unmerge_command(
     merged: str,
     adapters: tuple[str, ...],

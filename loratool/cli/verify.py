@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import json_option, quiet_option
+from loratool.cli.options import (
+    allow_unmatched_option,
+    base_option,
+    full_option,
+    json_option,
+    quiet_option,
+    threads_option,
+    weight_option,
+)
 
 
 @click.command("verify", short_help="Check whether a model is base + adapters.")
 @click.argument("merged")
-@click.option("--base", required=True, metavar="BASE", help="The model before the merge.")
+@base_option("The model before the merge.", required=True)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="Factor of an adapter, once for each, in their order. [default: 1.0]",
-)  # fmt: skip
-@click.option(
-    "--allow-unmatched", is_flag=True, help="Check what fits when parts of an adapter do not."
-)
-@click.option("--full", is_flag=True, help="One line per module; do not fold layers.")
-@click.option("--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]")
-@json_option
-@quiet_option
+@weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
+@allow_unmatched_option("Check what fits when parts of an adapter do not.")
+@full_option("One line per module; do not fold layers.")
+@threads_option()
+@json_option()
+@quiet_option()
 @click.pass_context
 def verify_command(
     context: click.Context,

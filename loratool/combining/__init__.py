@@ -1,1 +1,1 @@
-"""Adapters side by side."""
+"""Adapters side by side: aligned, combined, resized, compared."""

@@ -139,43 +139,45 @@ def with_siblings(
     ]
 
 
-def note(held: Outcome, kind: str, policy: Policy) -> None:
+def note(outcome: Outcome, kind: str, policy: Policy) -> None:
     """Say what people should know about the result."""
-    _note_ranks(held, policy.criterion.rank or 0)
-    _note_experts(held, kind)
-    _note_saved(held)
-    if any(f.part.twin for f in held.factors):
+    _note_ranks(outcome, policy.criterion.rank or 0)
+    _note_experts(outcome, kind)
+    _note_saved(outcome)
+    if any(f.part.twin for f in outcome.factors):
         text = (
             "Embedding and head are one matrix. PEFT 0.21's merge_and_unload adds the factors of "
             "such a matrix twice; its forward pass and loratool merge are right."
         )
-        held.notices.append(Notice("tied-in-peft", text))
-    lost = max(f.rounding or 0.0 for f in held.factors)
+        outcome.notices.append(Notice("tied-in-peft", text))
+    lost = max(f.rounding or 0.0 for f in outcome.factors)
     if lost > _LARGE_ROUNDING:
         text = f"Rounding the factors changes a delta by up to {lost:.1%}. Write float32."
-        held.notices.append(Notice("rounding-large", text))
+        outcome.notices.append(Notice("rounding-large", text))
 
 
-def _note_ranks(held: Outcome, asked: int) -> None:
-    ranks = [rank for _, rank in held.placed]
+def _note_ranks(outcome: Outcome, asked: int) -> None:
+    ranks = [rank for _, rank in outcome.placed]
     if len(set(ranks)) > 1:
-        held.notices.append(note_ranks(ranks))
-    needed = max(len(f.values) for f in held.factors)
+        outcome.notices.append(note_ranks(ranks))
+    needed = max(len(f.values) for f in outcome.factors)
     if needed < asked:
         text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
-        held.notices.append(Notice("rank-not-needed", text))
-    small = [f.part.module for f in held.factors if asked > min(f.part.outline.shape)]
+        outcome.notices.append(Notice("rank-not-needed", text))
+    small = [f.part.module for f in outcome.factors if asked > min(f.part.outline.shape)]
     if small:
         text = f"Rank {asked} is more than these matrices have; zeros fill it up:\n{listed(small)}"
-        held.notices.append(Notice("rank-too-large", text, small[0]))
-    dropped = [f.part.module for f, rank in zip(held.factors, held.ranks, strict=True) if not rank]
+        outcome.notices.append(Notice("rank-too-large", text, small[0]))
+    dropped = [
+        f.part.module for f, rank in zip(outcome.factors, outcome.ranks, strict=True) if not rank
+    ]
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
-        held.notices.append(Notice("no-budget", text, dropped[0]))
+        outcome.notices.append(Notice("no-budget", text, dropped[0]))
 
 
-def _note_saved(held: Outcome) -> None:
-    grown = [f.part for f in held.whole if f.part.base is not None and not f.part.is_comparable]
+def _note_saved(outcome: Outcome) -> None:
+    grown = [f.part for f in outcome.whole if f.part.base is not None and not f.part.is_comparable]
     if grown:
         lines = [
             f"{p.name}: {list(p.base.shape if p.base else ())} in the base, now "
@@ -186,32 +188,34 @@ def _note_saved(held: Outcome) -> None:
         how = f"model.resize_token_embeddings({rows})" if rows else "num_labels=..."
         text = f"Tensors of another shape than in the base:\n{listed(lines)}\n"
         text += f"Before PEFT can load them, make the base fit: {how}."
-        held.notices.append(Notice("shape-changed", text, grown[0].name))
-    saved = sum(f.part.tuned.nbytes for f in held.whole)
-    if saved > max(held.nbytes - saved, _LARGE):
+        outcome.notices.append(Notice("shape-changed", text, grown[0].name))
+    saved = sum(f.part.tuned.nbytes for f in outcome.whole)
+    if saved > max(outcome.nbytes - saved, _LARGE):
         text = (
-            f"{format_bytes(saved)} of {format_bytes(held.nbytes)} are tensors saved whole. Leave "
-            "them out with --skip or --exclude if the adapter should be small."
+            f"{format_bytes(saved)} of {format_bytes(outcome.nbytes)} are tensors saved whole. "
+            "Leave them out with --skip or --exclude if the adapter should be small."
         )
-        held.notices.append(Notice("saved-large", text))
-    stacks = [f.part for f in held.whole if ".experts" in f.part.name and f.part.group == "others"]
+        outcome.notices.append(Notice("saved-large", text))
+    stacks = [
+        f.part for f in outcome.whole if ".experts" in f.part.name and f.part.group == "others"
+    ]
     if stacks:
         text = f"Stacks of experts have no factors and are saved whole ({len(stacks)} tensors)."
-        held.notices.append(Notice("experts-whole", text, stacks[0].name))
+        outcome.notices.append(Notice("experts-whole", text, stacks[0].name))
 
 
-def _note_experts(held: Outcome, kind: str) -> None:
-    ranks = [rank for _, rank in held.placed]
-    experts = [f.part.module for f in held.factors if _EXPERT.search(f.part.module)]
+def _note_experts(outcome: Outcome, kind: str) -> None:
+    ranks = [rank for _, rank in outcome.placed]
+    experts = [f.part.module for f in outcome.factors if _EXPERT.search(f.part.module)]
     if experts and kind not in _EXPERTS_READ:
         text = (
             f"transformers 5 holds the experts of a {kind} in one tensor, and PEFT 0.21 may not "
             "apply factors for each of them. merge does."
         )
-        held.notices.append(Notice("experts-in-peft", text, experts[0]))
+        outcome.notices.append(Notice("experts-in-peft", text, experts[0]))
     elif experts and len(set(ranks)) > 1:
         text = (
             "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
             "one rank: add --uniform to load this adapter with it."
         )
-        held.notices.append(Notice("ranks-of-experts", text, experts[0]))
+        outcome.notices.append(Notice("ranks-of-experts", text, experts[0]))

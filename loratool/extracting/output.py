@@ -36,11 +36,11 @@ _METADATA = {"format": "pt"}
 
 
 def propose(
-    held: Outcome, pairs: Counterparts, dtype: str, options: ExtractOptions
+    outcome: Outcome, pairs: Counterparts, dtype: str, options: ExtractOptions
 ) -> dict[int, int]:
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
-    parts = [f.part for f in held.factors]
-    policy = replace(choosing(options, held.whole, pairs, dtype), uniform=True)
+    parts = [f.part for f in outcome.factors]
+    policy = replace(choosing(options, outcome.whole, pairs, dtype), uniform=True)
     largest = max(min(part.outline.shape) for part in parts)
     ranks = [rank for rank in _PROPOSED if rank <= largest]
     if policy.criterion.rank is not None:
@@ -49,7 +49,7 @@ def propose(
         ranks = [policy.even(parts)]
     elif policy.criterion.energy is not None:
         text = "Ranks by --energy need the decomposition, which a dry run does not make."
-        held.notices.append(Notice("not-planned", text))
+        outcome.notices.append(Notice("not-planned", text))
     return {rank: policy.size(parts, [rank] * len(parts)) for rank in ranks}
 
 
@@ -71,26 +71,26 @@ def write(
         parts = [part for part in pairs.found if part.fate == "factors"]
         policy = choosing(options, others, pairs, work.dtype)
         factors, ranks = work.decompose(parts, policy, folder.writer)
-        held = gather(pairs, [*others, *factors])
-        held.ranks = ranks
-        outlines = [outline for outline, _ in held.placed]
-        final = [rank for _, rank in held.placed]
-        held.nbytes = folder.finish(outlines, final, _extras(held), run.threads)
-        note(held, tuned.model_type, policy)
-        saved = [name for f in held.whole for name in f.part.names]
+        outcome = gather(pairs, [*others, *factors])
+        outcome.ranks = ranks
+        outlines = [outline for outline, _ in outcome.placed]
+        final = [rank for _, rank in outcome.placed]
+        outcome.nbytes = folder.finish(outlines, final, _extras(outcome), run.threads)
+        note(outcome, tuned.model_type, policy)
+        saved = [name for f in outcome.whole for name in f.part.names]
         folder.write_config(
             Recipe(
                 outlines, final, saved, modules=pairs.modules, base_name=base_name,
                 task_type=_task(tuned, saved),
-                tied=any(f.part.twin for f in (*held.factors, *held.whole)),
+                tied=any(f.part.twin for f in (*outcome.factors, *outcome.whole)),
                 transposes=pairs.fan_in_fan_out,
             )
         )  # fmt: skip
         folder.copy(_new_tokenizer(base, tuned))
         if verify:
-            held.verified = _verified(held, base, folder.path, pairs, work, run.threads)
-        folder.write_record(_record(base, tuned, held, options))
-    return held
+            outcome.verified = _verified(outcome, base, folder.path, pairs, work, run.threads)
+        folder.write_record(_record(base, tuned, outcome, options))
+    return outcome
 
 
 def choosing(
@@ -102,28 +102,31 @@ def choosing(
     whole = with_siblings(changed, others, adapted, pairs)
 
     def size(parts: Sequence[Counterpart], ranks: Sequence[int]) -> int:
-        held = Outcome([Decomposed(part) for part in parts], whole, [], 0, [], list(ranks))
-        return file_size(_tensors(held, dtype), _METADATA)
+        outcome = Outcome([Decomposed(part) for part in parts], whole, [], 0, [], list(ranks))
+        return file_size(_tensors(outcome, dtype), _METADATA)
 
     by_bytes = partial(cost, dtype=dtype)
     return Policy(options.criterion, by_bytes, size, options.budget, options.uniform)
 
 
-def _tensors(held: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
+def _tensors(outcome: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes of all tensors in the file."""
-    outlines, ranks = [outline for outline, _ in held.placed], [rank for _, rank in held.placed]
-    return tensors_of(outlines, ranks, dtype, _extras(held))
+    outlines, ranks = (
+        [outline for outline, _ in outcome.placed],
+        [rank for _, rank in outcome.placed],
+    )
+    return tensors_of(outlines, ranks, dtype, _extras(outcome))
 
 
-def _extras(held: Outcome) -> list[Extra]:
+def _extras(outcome: Outcome) -> list[Extra]:
     """The tensors that are saved whole, a tied one under both of its names."""
-    modules = dict.fromkeys(outline.path for outline, _ in held.placed)
+    modules = dict.fromkeys(outline.path for outline, _ in outcome.placed)
     return [
         Extra(
             WRITTEN.saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
             partial(raw_blocks, f.part.tuned),
         )
-        for f in held.whole
+        for f in outcome.whole
         for name in f.part.names
     ]  # fmt: skip
 
@@ -152,7 +155,7 @@ def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
 
 
 def _verified(
-    held: Outcome,
+    outcome: Outcome,
     base: Checkpoint,
     folder: Path,
     pairs: Counterparts,
@@ -160,11 +163,11 @@ def _verified(
     threads: int | None,
 ) -> float:
     """The error of base + adapter, which must be what the singular values say."""
-    saved = [f.part.name for f in held.whole]
+    saved = [f.part.name for f in outcome.whole]
     off, size = distance(base, folder, pairs.found, saved, work.advance, threads)
-    cut = sum(f.at(rank)[0] for f, rank in zip(held.factors, held.ranks, strict=True))
-    cut += math.fsum(f.size.energy for f in held.left)
-    rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in held.factors)
+    cut = sum(f.at(rank)[0] for f, rank in zip(outcome.factors, outcome.ranks, strict=True))
+    cut += math.fsum(f.size.energy for f in outcome.left)
+    rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in outcome.factors)
     if off > 1.02 * math.sqrt(cut + rounded) + 1e-5 * size:
         raise VerifyError(
             f"Read back, the adapter is {off / size:.3%} off the tuned model, and "
@@ -175,9 +178,9 @@ def _verified(
 
 
 def _record(
-    base: Checkpoint, tuned: Checkpoint, held: Outcome, options: ExtractOptions
+    base: Checkpoint, tuned: Checkpoint, outcome: Outcome, options: ExtractOptions
 ) -> dict[str, Any]:
-    lost = held.lost[0] / held.total
+    lost = outcome.lost[0] / outcome.total
     return {
         "schema_version": 1,
         "command": "extract",
@@ -186,15 +189,15 @@ def _record(
         "base": describe_model(base),
         "tuned": describe_model(tuned),
         "result": {
-            "rank": max(held.ranks),
+            "rank": max(outcome.ranks),
             "held": max(0.0, 1 - lost),
             "error": math.sqrt(lost),
             "modules": {
                 f.part.module: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
-                for f, rank in zip(held.factors, held.ranks, strict=True)
+                for f, rank in zip(outcome.factors, outcome.ranks, strict=True)
             },
-            "saved": [f.part.name for f in held.whole],
-            "left": [f.part.name for f in held.left],
-            "warnings": [n.code for n in held.notices],
+            "saved": [f.part.name for f in outcome.whole],
+            "left": [f.part.name for f in outcome.left],
+            "warnings": [n.code for n in outcome.notices],
         },
     }

@@ -102,7 +102,7 @@ class ExtractReport:
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
         others = {name: [t.to_dict() for t in getattr(self, name)] for name in ("saved", "left")}
-        return {**document(self), **others}
+        return {**document(self, "modules", "warnings"), **others}
 
 
 def report_of(

@@ -1,4 +1,4 @@
-"""Rounding to the output's dtype, what it does to values, and the buffers work goes through."""
+"""Rounding to the output's dtype, and what that does to values."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""To the Hub."""
+"""To the Hub: what of a folder goes up, where to, with which card."""

@@ -105,13 +105,13 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     for pattern in (*include, *exclude):
         if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
             raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
-    parcel = Manifest(folder, kind, files, left_out)
-    _refuse_incomplete(parcel)
-    _refuse_left_behind(parcel)
+    manifest = Manifest(folder, kind, files, left_out)
+    _refuse_incomplete(manifest)
+    _refuse_left_behind(manifest)
     asked = [name for name in files if not _matches(name, include)]
     _refuse_secrets(folder, asked)
     _refuse_strays(folder, asked, files)
-    return parcel
+    return manifest
 
 
 def _open(path: Path) -> Folder:
@@ -146,10 +146,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(way, p) or fnmatchcase(way, p + "/") for way in ways for p in patterns)
 
 
-def _refuse_incomplete(parcel: Manifest) -> None:
+def _refuse_incomplete(manifest: Manifest) -> None:
     """Raise where the weights are not all there, or not fit for use."""
-    path = parcel.folder.path
-    if parcel.kind == "adapter":
+    path = manifest.folder.path
+    if manifest.kind == "adapter":
         adapter = read_adapter(path)
         refused = [n.message for n in adapter.notices if n.refused]
         if adapter.is_read and refused:
@@ -159,16 +159,16 @@ def _refuse_incomplete(parcel: Manifest) -> None:
             )
         if adapter.is_read:
             refuse_not_finite(adapter)
-        parcel.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
-        parcel.notices += adapter.notices + _note_local_base(adapter)
+        manifest.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
+        manifest.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:
             model = open_checkpoint(path)
         except FileError as error:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
-        indices = {name for name in parcel.files if name.endswith(".index.json")}
-        parcel.needed = {*(file.name for file in model.files), CONFIG, *indices}
-    gone = [name for name in parcel.recorded if not parcel.folder.has(name)]
+        indices = {name for name in manifest.files if name.endswith(".index.json")}
+        manifest.needed = {*(file.name for file in model.files), CONFIG, *indices}
+    gone = [name for name in manifest.recorded if not manifest.folder.has(name)]
     if gone:
         raise PushError(
             f"{path}: {PROVENANCE} names {counted(len(gone), 'file')} that "
@@ -188,12 +188,12 @@ def _note_local_base(adapter: Adapter) -> list[Notice]:
     return [Notice("local-base", text, ADAPTER_CONFIG)]
 
 
-def _refuse_left_behind(parcel: Manifest) -> None:
+def _refuse_left_behind(manifest: Manifest) -> None:
     """Raise where `exclude` took what the rest does not work without."""
-    lost = sorted((parcel.needed | parcel.recorded.keys()) & set(parcel.left_out))
+    lost = sorted((manifest.needed | manifest.recorded.keys()) & set(manifest.left_out))
     if lost:
         raise UsageError(
-            f"Without {lost[0]} the {parcel.kind} cannot be loaded.", "Do not exclude it."
+            f"Without {lost[0]} the {manifest.kind} cannot be loaded.", "Do not exclude it."
         )
 
 

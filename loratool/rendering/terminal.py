@@ -1,4 +1,4 @@
-"""Words and tables for people; one module per verb shows its report.
+"""Tables, progress and messages on a terminal; one module per verb shows its report.
 
 stdout carries the answer, stderr the conversation: progress, warnings, errors, hints.
 """

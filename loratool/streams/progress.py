@@ -1,4 +1,4 @@
-"""How work tells what is done."""
+"""The functions by which work tells what is done."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
-from loratool.notices import Notice
+from loratool.notices import Notice, document
 from loratool.publishing.card_upload import README, Fate, as_text, card_of
 from loratool.publishing.target import target_of
 from loratool.storage.staging import explain
@@ -27,8 +27,7 @@ class CardReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k != "warnings"}
-        return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
+        return document(self, "warnings")
 
 
 def card(

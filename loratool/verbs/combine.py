@@ -65,7 +65,7 @@ class CombineReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return document(self)
+        return document(self, "modules", "warnings")
 
 
 def combine(

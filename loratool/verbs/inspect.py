@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,15 +18,13 @@ from loratool.adapters.factors import Factors
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.linalg.spectrum import gram, singular_values
-from loratool.merging.matching import Delta, match
-from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.layouts.layout import Layout
+from loratool.merging.coverage import BaseReport, cover
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo
-from loratool.storage.values import count_not_finite, squared_norm
+from loratool.storage.values import count_not_finite
 from loratool.verbs.inputs import check_paths
-from loratool.words import agreeing, counted
+from loratool.words import counted
 
 
 @dataclass
@@ -52,29 +49,6 @@ class ModuleReport:
     stable_rank: float | None = None
     singular_values: list[float] | None = None
     relative_norm: float | None = None
-
-
-@dataclass
-class Coverage:
-    """How many base weights of one sort (`name` with `*` for numbers) are adapted."""
-
-    name: str
-    adapted: int
-    total: int
-
-
-@dataclass
-class BaseReport:
-    """What an adapter covers of a base. Shares and counts are of parameters."""
-
-    source: str
-    model_type: str
-    parameters: int
-    trainable_share: float
-    coverage: list[Coverage]
-    unmatched: list[str]
-    #: Whether its weights were read, for ‖ΔW‖/‖W‖.
-    measured: bool
 
 
 @dataclass
@@ -219,7 +193,7 @@ def inspect(
                 "Omit --base.",
             )
         with explained_os_errors():
-            report.base = _compare(adapter, modules, base, norms, notices)
+            _add_base(report, adapter, base, norms)
     return report
 
 
@@ -291,66 +265,15 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
         notices.append(Notice("not-finite", text, broken[0]))
 
 
-def _compare(
-    adapter: Adapter,
-    modules: list[ModuleReport],
-    base: str | Path,
-    norms: bool,
-    notices: list[Notice],
-) -> BaseReport:
-    checkpoint = open_checkpoint(base)
-    if checkpoint.model_type:
+def _add_base(report: InspectReport, adapter: Adapter, base: str | Path, norms: bool) -> None:
+    """What the adapter covers of the base, and ‖ΔW‖/‖W‖ of its modules."""
+    found = cover(adapter, [m.path for m in report.modules], base, norms)
+    report.base = found.report
+    if found.report.model_type:
         # The base's config.json settles what the adapter alone leaves open.
-        notices[:] = [n for n in notices if n.code != "square-conv1d"]
-    layout = Layout(checkpoint)
-    found = match(adapter, layout)
-    measured = _measure_base(checkpoint, layout, found.deltas, modules, norms)
-    adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
-    adapted |= {name for name, _ in found.rows}
-    if found.unmatched:
-        lost = [f"{what}: {reason}" for what, reason in found.unmatched]
-        does = agreeing(len(lost), "does")
-        text = (
-            f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n{listed(lost)}"
-        )
-        notices.append(Notice("unmatched", text, str(base)))
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, info in checkpoint.tensors.items():
-        if len(info.shape) >= 2:
-            entry = counts[re.sub(r"\b\d+\b", "*", name)]
-            entry[0] += name in adapted
-            entry[1] += 1
-    return BaseReport(
-        source=checkpoint.label,
-        model_type=checkpoint.model_type,
-        parameters=checkpoint.parameters,
-        trainable_share=adapter.parameters / checkpoint.parameters,
-        coverage=[Coverage(name, *entry) for name, entry in counts.items()],
-        unmatched=[what for what, _ in found.unmatched],
-        measured=measured,
-    )
-
-
-def _measure_base(
-    base: Checkpoint, layout: Layout, deltas: list[Delta], modules: list[ModuleReport], norms: bool
-) -> bool:
-    """Fill in ‖ΔW‖/‖W‖ where the weights are on this disk, or may be downloaded (`norms`)."""
-    by_path = {m.path: m for m in modules}
-    pairs = [(by_path[d.factors.path], d.tensor) for d in deltas if d.factors.path in by_path]
-    if layout.tied is not None:
-        # A head that is the embedding's matrix has no tensor of its own.
-        whole = layout.tied.embedding
-        pairs = [(m, name if name in base.tensors else whole) for m, name in pairs]
-    known = {name: base.tensors[name] for _, name in pairs if name in base.tensors}
-    if norms:
-        base.fetch(known)
-    if not all(info.file.is_file() for info in known.values()):
-        return False
-    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        squares = pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, known.values())
-        lengths = {name: math.sqrt(square) for name, square in zip(known, squares, strict=True)}
-    for module, name in pairs:
-        length = lengths.get(name)
+        report.warnings = [n for n in report.warnings if n.code != "square-conv1d"]
+    report.warnings += found.notices
+    for module in report.modules:
+        length = found.lengths.get(module.path)
         if length and module.delta_norm is not None:
             module.relative_norm = module.delta_norm / length
-    return True

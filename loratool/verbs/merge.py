@@ -19,7 +19,7 @@ from loratool.merging.provenance import describe
 from loratool.merging.undo.sidefiles import keep_base, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.sidefiles import SideFiles, side_files_of
-from loratool.notices import Notice
+from loratool.notices import Notice, document
 from loratool.publishing.target import merge_target, target_of
 from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.jsonfile import write_json
@@ -89,8 +89,7 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k != "warnings"}
-        return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
+        return document(self, "warnings")
 
 
 def merge(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
-from loratool.notices import Notice
+from loratool.notices import Notice, document
 from loratool.publishing.card_upload import README, card_upload
 from loratool.publishing.manifest import Manifest, pack
 from loratool.publishing.target import open_target, refuse_mixture
@@ -34,6 +34,9 @@ class PushedFile:
     name: str
     bytes: int
     state: Literal["new", "changed", "there"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
 
 
 @dataclass
@@ -66,15 +69,10 @@ class PushReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("warnings", "files")}
-        return {
-            "schema_version": 1,
-            **fields,
-            "files": [dict(f.__dict__) for f in self.files],
-            "bytes_to_upload": self.bytes_to_upload,
-            "bytes_there": self.bytes_there,
-            "warnings": [w.to_dict() for w in self.warnings],
-        }
+        found = document(self, "files", "warnings")
+        warnings = found.pop("warnings")
+        sizes = {"bytes_to_upload": self.bytes_to_upload, "bytes_there": self.bytes_there}
+        return {**found, **sizes, "warnings": warnings}
 
 
 def push(
@@ -119,13 +117,13 @@ def push(
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr opens a pull request against main.", "Omit one of the two.")
     with explained_os_errors():
-        parcel = pack(Path(path), include, exclude)
+        manifest = pack(Path(path), include, exclude)
     target = open_target(repo_id, private, dry_run, revision)
     there = target.files
     with explained_os_errors():
-        uploads = _hashed(parcel)
+        uploads = _hashed(manifest)
         card, made, said = card_upload(
-            parcel.folder.path, target, parcel.files, README in include, base
+            manifest.folder.path, target, manifest.files, README in include, base
         )
     uploads = [*(u for u in uploads if u.name != README), card]
     files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]
@@ -133,30 +131,30 @@ def push(
         source=str(path),
         repo=target.repo,
         revision=target.revision,
-        kind=parcel.kind,
+        kind=manifest.kind,
         dry_run=dry_run,
         private=target.private if target.exists else private,
         created=not target.exists,
         files=files,
-        left_out=parcel.left_out,
+        left_out=manifest.left_out,
         card=made,
         url=target.url,
         warnings=[
-            *parcel.notices,
-            *_note_record(parcel, target),
+            *manifest.notices,
+            *_note_record(manifest, target),
             *said,
             *refuse_mixture([u.name for u in uploads], target),
         ],
     )
     if not dry_run:
-        _send(target, parcel, uploads, files, report, message, create_pr)
+        _send(target, manifest, uploads, files, report, message, create_pr)
     report.seconds = time.perf_counter() - started
     return report
 
 
 def _send(
     target: Repository,
-    parcel: Manifest,
+    manifest: Manifest,
     uploads: list[Upload],
     files: list[PushedFile],
     report: PushReport,
@@ -165,9 +163,9 @@ def _send(
 ) -> None:
     wanted = [u for u, f in zip(uploads, files, strict=True) if f.state != "there"]
     target.create(report.private)
-    words = message or f"Upload {parcel.kind} with loratool"
+    words = message or f"Upload {manifest.kind} with loratool"
     if len(wanted) > MANY:
-        done = _send_many(target, parcel, wanted, words, create_pr)
+        done = _send_many(target, manifest, wanted, words, create_pr)
     elif wanted:
         done = target.commit(wanted, words, create_pr=create_pr)
     else:
@@ -177,14 +175,14 @@ def _send(
 
 
 def _send_many(
-    target: Repository, parcel: Manifest, wanted: list[Upload], words: str, create_pr: bool
+    target: Repository, manifest: Manifest, wanted: list[Upload], words: str, create_pr: bool
 ) -> Committed:
     """By way of a branch of their own, named after the files: so they arrive in one commit too."""
     files = {u.name: u.sha256 for u in wanted if u.path is not None}
     name = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
     branch = Repository(target.repo, f"loratool-{name}")
     branch.look()
-    branch.upload_many(parcel.folder.path, [u for u in wanted if u.path is not None], words)
+    branch.upload_many(manifest.folder.path, [u for u in wanted if u.path is not None], words)
     hashes = {name: branch.files[name] for name in files}
     rest = [u for u in wanted if u.path is None]
     done = target.commit(rest, words, create_pr=create_pr, copied=hashes, source=branch.head)
@@ -193,25 +191,25 @@ def _send_many(
     return done
 
 
-def _note_record(parcel: Manifest, target: Repository) -> list[Notice]:
+def _note_record(manifest: Manifest, target: Repository) -> list[Notice]:
     """A warning where the repository keeps a record of weights that this push replaces."""
-    if PROVENANCE not in target.files or PROVENANCE in parcel.files:
+    if PROVENANCE not in target.files or PROVENANCE in manifest.files:
         return []
     text = f"The repository keeps a {PROVENANCE} that tells of other weights; delete it there."
     return [Notice("stale-record", text, PROVENANCE)]
 
 
-def _hashed(parcel: Manifest) -> list[Upload]:
+def _hashed(manifest: Manifest) -> list[Upload]:
     """Every file with its hash. Raises PushError where loratool.json has another one."""
     with ThreadPoolExecutor(few(None)) as pool:
-        make = partial(_upload, parcel.folder.path)
-        uploads = list(pool.map(make, parcel.files))
-    recorded = parcel.recorded
+        make = partial(_upload, manifest.folder.path)
+        uploads = list(pool.map(make, manifest.files))
+    recorded = manifest.recorded
     changed = [u.name for u in uploads if recorded.get(u.name, u.sha256) != u.sha256]
     if changed:
         raise PushError(
-            f"{parcel.folder.path}: {counted(len(changed), 'file', 'is')} not as {PROVENANCE} says "
-            f"written:\n{listed(changed)}",
+            f"{manifest.folder.path}: {counted(len(changed), 'file', 'is')} not as {PROVENANCE} "
+            f"says they were written:\n{listed(changed)}",
             f"Make the output again; or remove {PROVENANCE} if they were changed on purpose.",
         )
     return uploads

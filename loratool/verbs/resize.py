@@ -48,7 +48,7 @@ class ResizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return document(self)
+        return document(self, "modules", "warnings")
 
 
 def resize(

@@ -27,7 +27,7 @@ from loratool.merging.undo.file import Undo, read_undo
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import side_files_of
-from loratool.notices import Notice
+from loratool.notices import Notice, document
 from loratool.storage.filenames import INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import (
@@ -72,8 +72,7 @@ class UnmergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k != "warnings"}
-        return {"schema_version": 1, **fields, "warnings": [w.to_dict() for w in self.warnings]}
+        return document(self, "warnings")
 
 
 @dataclass(frozen=True)

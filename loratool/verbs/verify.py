@@ -19,7 +19,7 @@ from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
-from loratool.notices import Notice
+from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import Source, as_list, check_paths, check_weights
@@ -56,13 +56,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        fields = {k: v for k, v in self.__dict__.items() if k not in ("warnings", "findings")}
-        return {
-            "schema_version": 1,
-            **fields,
-            "findings": [f.to_dict() for f in self.findings],
-            "warnings": [w.to_dict() for w in self.warnings],
-        }
+        return document(self, "findings", "warnings")
 
 
 def verify(

@@ -84,6 +84,31 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         below = {name: others for name, others in below.items() if name not in free}
 
 
+def test_only_adapters_know_a_dialect_by_name() -> None:
+    """What a dialect alone knows is filled into the adapter, and asked nowhere else."""
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in others
+        if other.startswith("adapters.dialects.peft") and room(name) != "adapters"
+    ]
+    assert not wrong
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    """The first line of a module is a sentence that `docs/modules.py` can print."""
+    for name, tree in MODULES.items():
+        first = (ast.get_docstring(tree) or "").partition("\n")[0]
+        assert len(first) > 10, name
+        assert first.endswith((".", "?", ":")), name
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    """A module reads from top to bottom in one sitting."""
+    long = {p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 350}
+    assert not long
+
+
 def test_each_command_has_one_word_everywhere() -> None:
     """Every verb has a function, a command, a module in `cli`, `verbs` and `rendering`."""
     for verb in loratool.VERBS:

@@ -23,7 +23,7 @@ from loratool.dtypes import FLOAT_FORMATS
 from loratool.merging.arithmetic import RunningJob
 from loratool.merging.plan import Job
 from loratool.merging.proof.findings import BINS, Stats
-from loratool.merging.proof.rounding_paths import Ways
+from loratool.merging.proof.rounding_paths import RoundingPaths
 from loratool.merging.rounding import TORCH, magnitudes_of, narrowed, ulp
 from loratool.merging.undo.residual import ordered
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks
@@ -107,7 +107,7 @@ class _Comparing(RunningJob):
         #: The half-precision dtypes in play, that another tool may have rounded to on the way.
         seen = {d.factors.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
         self.halves = sorted(seen & {"F16", "BF16"})
-        self._ways = Ways(self)
+        self._ways = RoundingPaths(self)
 
     def task(self, low: int, high: int) -> tuple[str, int, Stats]:
         stats = Stats()

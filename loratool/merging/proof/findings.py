@@ -1,4 +1,4 @@
-"""What a comparison counts of a tensor, what that means, and how to say it."""
+"""What a comparison counts of a tensor, and what that means."""
 
 from __future__ import annotations
 

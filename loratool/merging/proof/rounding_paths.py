@@ -22,7 +22,7 @@ _HOPELESS = 0.05
 _NEVER = 1 << 60
 
 
-class Ways:
+class RoundingPaths:
     """All ways for one tensor; those that fail a block are not tried again."""
 
     def __init__(self, job: RunningJob) -> None:

@@ -10,7 +10,7 @@ from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged
 from loratool.words import agreeing, counted
 
-#: Ways of rounding more than once, in words; see `ways`.
+#: Ways of rounding more than once, in words; see `rounding_paths`.
 _WAYS = {
     "delta": "the delta was rounded to {} before it was added, as PEFT's safe_merge, PEFT's "
     "embeddings and mlx-lm do",

@@ -1,4 +1,4 @@
-"""Record, in the merge's own pass, what gives the base back: see `checkpoint.undo`.
+"""Record, in the merge's own pass, what gives the base back: see `undo.file`.
 
 For every block that was merged or cast, the base is predicted from the output as it will be when it
 is restored, and compared with the bytes that were read. The sha256 of each base tensor is taken

@@ -1,0 +1,107 @@
+"""What an adapter covers of a base: which of its weights, and how large these are."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.adapters.adapter import Adapter
+from loratool.errors import listed
+from loratool.merging.matching import Delta, match
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.layouts.layout import Layout
+from loratool.notices import Notice
+from loratool.storage.tensors import FilePool
+from loratool.storage.values import squared_norm
+from loratool.words import agreeing, counted
+
+
+@dataclass
+class Coverage:
+    """How many base weights of one sort (`name` with `*` for numbers) are adapted."""
+
+    name: str
+    adapted: int
+    total: int
+
+
+@dataclass
+class BaseReport:
+    """What an adapter covers of a base. Shares and counts are of parameters."""
+
+    source: str
+    model_type: str
+    parameters: int
+    trainable_share: float
+    coverage: list[Coverage]
+    unmatched: list[str]
+    #: Whether its weights were read, for ‖ΔW‖/‖W‖.
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Covered:
+    """The report, what a user should know, and ‖W‖ of the weight of each module, by its path."""
+
+    report: BaseReport
+    notices: list[Notice]
+    lengths: dict[str, float]
+
+
+def cover(adapter: Adapter, paths: Collection[str], base: str | Path, norms: bool) -> Covered:
+    """Place an adapter in a base. The weights that the modules at `paths` adapt are measured if
+    they are on this disk, or may be downloaded (`norms`)."""
+    checkpoint = open_checkpoint(base)
+    layout = Layout(checkpoint)
+    found = match(adapter, layout)
+    lengths = _lengths(checkpoint, layout, found.deltas, paths, norms)
+    notices = []
+    if found.unmatched:
+        lost = [f"{what}: {reason}" for what, reason in found.unmatched]
+        does = agreeing(len(lost), "does")
+        text = f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n"
+        notices.append(Notice("unmatched", text + listed(lost), str(base)))
+    adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
+    adapted |= {name for name, _ in found.rows}
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, info in checkpoint.tensors.items():
+        if len(info.shape) >= 2:
+            entry = counts[re.sub(r"\b\d+\b", "*", name)]
+            entry[0] += name in adapted
+            entry[1] += 1
+    report = BaseReport(
+        source=checkpoint.label,
+        model_type=checkpoint.model_type,
+        parameters=checkpoint.parameters,
+        trainable_share=adapter.parameters / checkpoint.parameters,
+        coverage=[Coverage(name, *entry) for name, entry in counts.items()],
+        unmatched=[what for what, _ in found.unmatched],
+        measured=lengths is not None,
+    )
+    return Covered(report, notices, lengths or {})
+
+
+def _lengths(
+    base: Checkpoint, layout: Layout, deltas: list[Delta], paths: Collection[str], norms: bool
+) -> dict[str, float] | None:
+    """‖W‖ by path of module; None where the weights are not on this disk."""
+    pairs = {d.factors.path: d.tensor for d in deltas if d.factors.path in paths}
+    if layout.tied is not None:
+        # A head that is the embedding's matrix has no tensor of its own.
+        whole = layout.tied.embedding
+        pairs = {p: name if name in base.tensors else whole for p, name in pairs.items()}
+    known = {name: base.tensors[name] for name in pairs.values() if name in base.tensors}
+    if norms:
+        base.fetch(known)
+    if not all(info.file.is_file() for info in known.values()):
+        return None
+    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        squares = pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, known.values())
+        lengths = {name: math.sqrt(square) for name, square in zip(known, squares, strict=True)}
+    return {path: lengths[name] for path, name in pairs.items() if name in lengths}

@@ -10,6 +10,7 @@ Decided from headers alone, by these rules:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,8 @@ from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.extracting.kinds import Group, group_of
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
-from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary, is_vocabulary_bias
+from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary
+from loratool.models.layouts.place import Place
 from loratool.notices import Notice
 from loratool.paths import matches, pattern
 from loratool.storage.tensors import TensorInfo
@@ -33,19 +35,18 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 class Counterpart:
     """One tensor of the tuned model, `name` as a model in memory has it, and the base's.
 
-    `target` is what the base calls it. `base` is None for a tensor that only the tuned model has.
-    `fate` is "factors", "whole", or "left" where the user said so. `twin` is the head that is the
-    same matrix in both models, for an embedding that has one. `shared` is set for the matrix that
-    encoder, decoder and head have together, for which no adapter has a place.
+    `place` is where in the base its factors go. `base` is None for a tensor that only the tuned
+    model has. `fate` is "factors", "whole", or "left" where the user said so. `twin` is the head
+    that is the same matrix in both models, for an embedding that has one. `shared` is set for the
+    matrix that encoder, decoder and head have together, for which no adapter has a place.
     """
 
     name: str
-    target: str
+    place: Place
     base: TensorInfo | None
     tuned: TensorInfo
     group: Group
     fate: Literal["factors", "whole", "left"]
-    transposed: bool = False
     twin: str = ""
     shared: bool = False
 
@@ -68,7 +69,7 @@ class Counterpart:
         """Where its factors go. An embedding's product is `(B·A)ᵀ`, and so is a Conv1D's."""
         rows, *inner = self.tuned.shape
         kind: Kind = {"embeddings": "embedding", "convs": "conv"}.get(self.group, "linear")  # type: ignore[assignment]
-        if self.transposed:
+        if self.place.transposed:
             return ModuleShape(self.module, kind, inner[0], (rows,))
         return ModuleShape(self.module, kind, rows, tuple(inner))
 
@@ -159,7 +160,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Selection) -> Counterparts
         if both_tied and own.tied is not None and name == own.tied.head:
             continue  # the embedding stands for it
         path = named(max(name, base_name, key=len))
-        found = replace(_counterpart(path, source, info, tuned, own, choice), target=base_name,
+        found = _counterpart(path, source, info, tuned, own, choice)
+        found = replace(found, place=replace(found.place, tensor=base_name),
                         shared=layout.shared_alias(base_name))  # fmt: skip
         if both_tied and own.tied is not None and name == own.tied.embedding:
             twin = named(own.tied.head)
@@ -175,7 +177,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Selection) -> Counterparts
     _refuse(base, tuned, lost, misfits)
     _check_names(result, tuned)
     result.found = _by_layer(result.found)
-    result.fan_in_fan_out = any(c.transposed and c.group == "linears" for c in result.found)
+    result.fan_in_fan_out = any(c.place.transposed and c.group == "linears" for c in result.found)
     choice.check({*result.modules, *(name.rpartition(".")[0] for name in base.tensors)})
     return result
 
@@ -232,7 +234,6 @@ def _counterpart(
     layout: Layout,
     choice: Selection,
 ) -> Counterpart:
-    path = info.name.rpartition(".")[0]
     group = group_of(name, info, tuned)
     module = name.rpartition(".")[0]
     fate = choice.fate(module, group)
@@ -240,11 +241,10 @@ def _counterpart(
         fate = "whole"  # position embeddings do not look up what they are given
     if source is None or source.shape != info.shape or not (source.is_float and info.is_float):
         fate = "left" if fate == "left" else "whole"
-    square = len(info.shape) == 2 and info.shape[0] == info.shape[1]
-    transposed = group == "embeddings" or (
-        group == "linears" and layout.is_transposed(path, False, square)
-    )
-    return Counterpart(name, name, source, info, group, fate, transposed)
+    kind = {"embeddings": "embedding", "linears": "linear"}.get(group, "")
+    shape = info.shape[0] if info.shape else 1, math.prod(info.shape[1:])
+    place = replace(layout.place(info.name, kind, False, shape), tensor=name)
+    return Counterpart(name, place, source, info, group, fate)
 
 
 def _is_new_head(name: str, base: Checkpoint) -> bool:
@@ -268,11 +268,9 @@ def _fits(found: Counterpart, source: TensorInfo) -> bool:
     """
     if found.is_comparable or found.fate == "left":
         return True
-    resizable = (
-        is_vocabulary(found.name)
-        or is_vocabulary_bias(found.name)
-        or HEAD.search(found.name) is not None
-    )
+    # The bias of a masked-language head has no place in an adapter: PEFT does not load it.
+    tokens = is_vocabulary(found.name) and not found.name.endswith(".bias")
+    resizable = tokens or HEAD.search(found.name) is not None
     one_axis = bool(source.shape) and len(source.shape) == len(found.tuned.shape)
     return resizable and one_axis and source.shape[1:] == found.tuned.shape[1:]
 

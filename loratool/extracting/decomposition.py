@@ -257,7 +257,7 @@ class Extraction:
             self.exact, criterion.rank or min(_FIRST, criterion.max_rank or _FIRST),
         )  # fmt: skip
         left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
-        b, a = (right, left.T) if part.transposed else (left, right.T)
+        b, a = (right, left.T) if part.place.transposed else (left, right.T)
         data = [encode(part.module, b, a, self.dtype)]
         if part.twin:
             data.append(encode(part.twin, a.T, b.T, self.dtype))

@@ -70,7 +70,7 @@ def _goals(jobs: Sequence[Job], parts: Sequence[Counterpart]) -> list[tuple[Job,
     """The tensors of the merge and what each should be."""
     by_tensor: dict[str, Counterpart] = {}
     for part in parts:
-        by_tensor |= {part.target: part, part.twin: part, part.name: part}
+        by_tensor |= {part.place.tensor: part, part.twin: part, part.name: part}
     found = [(job, by_tensor[job.name]) for job in jobs if job.name in by_tensor]
     # One of another shape that was left out cannot be compared.
     return [(job, part) for job, part in found if job.source.shape == part.tuned.shape]

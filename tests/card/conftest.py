@@ -11,7 +11,7 @@ from helpers.cards import ADAPTER, BASE, HTML, ID, KINDS, TUNED
 import loratool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("made")
     found = {kind: folder / kind for kind in KINDS}

@@ -185,6 +185,7 @@ def test_whatever_a_person_wrote_stays(
             assert own[key] == value
 
 
+@pytest.mark.process
 def test_a_card_needs_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from pathlib import Path; "

@@ -11,6 +11,7 @@ from helpers.places import FIXTURES
 from helpers.processes import start_python, wait_for
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts_exit_130_and_leave_nothing(
     number: signal.Signals, adapter: Path, base: Path, tmp_path: Path
@@ -32,6 +33,7 @@ def test_interrupts_exit_130_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> None:
     """Ctrl-C pressed again and again leaves nothing behind, as the message says."""
     base, lora, out = FIXTURES / "base", FIXTURES / "adapter", tmp_path / "out"

@@ -13,6 +13,7 @@ from helpers.cli import run_cli
 from helpers.places import FIXTURES
 
 
+@pytest.mark.process
 def test_a_closed_pipe_is_no_error(adapter: Path) -> None:
     """`loratool inspect … | head -1` ends quietly."""
     done = subprocess.run(
@@ -46,6 +47,7 @@ def test_warnings_go_to_stderr_and_quiet_silences_them(tmp_path: Path) -> None:
     assert run_cli("inspect", str(folder), "-q").stderr == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["inspect", "merge"])
 def test_full_disk_behind_stdout(command: str, tmp_path: Path) -> None:
     """An answer that cannot be printed is one line on stderr."""
@@ -63,6 +65,7 @@ def test_full_disk_behind_stdout(command: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_a_reader_that_goes_away_does_not_change_the_answer(tmp_path: Path) -> None:
     """`verify … | true` still exits with 3 for no, and a merge that is done with 0."""
     base, lora = FIXTURES / "base", FIXTURES / "adapter"

@@ -22,6 +22,7 @@ def test_output_fits_the_terminal(width: str, adapter: Path, base: Path) -> None
         assert re.search(r"^\s+self_attn\.k_proj .*\d", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_no_colour_in_a_pipe(adapter: Path) -> None:
     """A pipe gets plain text, and so does a terminal with NO_COLOR."""
     assert "\x1b" not in run_cli("inspect", adapter).stdout
@@ -34,6 +35,7 @@ def test_no_colour_in_a_pipe(adapter: Path) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", done.stdout)
 
 
+@pytest.mark.process
 def test_an_ascii_terminal_gets_question_marks_not_a_crash(adapter: Path) -> None:
     """A locale that cannot show ‖ΔW‖ still gets the table."""
     done = subprocess.run(
@@ -44,6 +46,7 @@ def test_an_ascii_terminal_gets_question_marks_not_a_crash(adapter: Path) -> Non
     assert b"q_proj" in done.stdout
 
 
+@pytest.mark.process
 def test_progress_shows_bytes_on_a_terminal(base: Path, adapter: Path, tmp_path: Path) -> None:
     """On a terminal a bar with bytes and a rate is drawn; in a pipe there is none."""
     command = f"{sys.executable} -m loratool merge {base} {adapter} -o {tmp_path / 'out'}"

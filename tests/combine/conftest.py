@@ -20,7 +20,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
     """Two adapters of different ranks, scales and modules, and what was made of them."""
     folder = tmp_path_factory.mktemp("mixed")

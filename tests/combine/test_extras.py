@@ -179,6 +179,7 @@ def test_a_weight_does_not_apply_to_what_is_saved_whole(tmp_path: Path, out: Pat
     assert codes(loratool.combine([source], tmp_path / "other", weights=[1.0])) == []
 
 
+@pytest.mark.process
 @pytest.mark.skipif(
     sys.platform != "linux",
     reason="only /proc tells a process's own peak; ru_maxrss starts at that of its parent",

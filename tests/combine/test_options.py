@@ -26,7 +26,7 @@ from loratool.linalg.methods import METHODS
         ({"energy": math.nan}, "--energy nan"),
         ({"method": "Sum"}, "Unknown method 'Sum'"),
         ({"dtype": "float8"}, "Unknown dtype 'float8'"),
-        ({"threads": 0}, "0 threads"),
+        ({"threads": 0}, "--threads must be at least 1"),
         ({"saved": "both"}, "'both'"),
     ],
 )

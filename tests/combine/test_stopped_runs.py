@@ -43,6 +43,7 @@ def start(sources: list[Path], output: Path, where: str) -> subprocess.Popen[str
     return process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["computing", "flushing"])
 def test_a_killed_run_leaves_what_the_next_one_removes(
     layers: list[Path], out: Path, where: str
@@ -58,6 +59,7 @@ def test_a_killed_run_leaves_what_the_next_one_removes(
     assert set(sha256s(out)) == {WEIGHTS, "adapter_config.json", "loratool.json"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["computing", "flushing"])
 def test_an_interrupted_run_leaves_nothing(layers: list[Path], out: Path, where: str) -> None:
     """Ctrl-C, while it computes or while it flushes, leaves neither output nor leftovers."""
@@ -68,6 +70,7 @@ def test_an_interrupted_run_leaves_nothing(layers: list[Path], out: Path, where:
     assert_clean(out)
 
 
+@pytest.mark.process
 def test_the_command_says_that_it_was_interrupted(layers: list[Path], out: Path) -> None:
     """Ctrl-C ends the command with code 130, one line and nothing on the disk."""
     slow = (

@@ -95,6 +95,7 @@ def test_words_in_brackets_are_no_markup(tmp_path: Path) -> None:
     assert "[bold]a" in "".join(done.stdout.split())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("option", ["--json", "--full"])
 @pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 3)])
 def test_a_closed_pipe_keeps_the_exit_code(

@@ -40,7 +40,7 @@ def test_help_has_examples_and_every_option() -> None:
         (["{base}", "{fine}", "--rank", "2", "--dtype", "flaot16"], 2, "float16"),
         (["{base}", "{fine}", "--rank", "2", "--skip", "norm"], 2, "norm"),
         (["{base}", "{fine}", "--rank", "2", "--seed", "-1"], 2, "-1"),
-        (["{base}", "{fine}", "--budget", "lots"], 2, "'lots' is no size"),
+        (["{base}", "{fine}", "--budget", "lots"], 2, "'lots' is not a size"),
         (["{base}", "{fine}", "--rnk", "2"], 2, "--rank"),
         (["{base}", "--rank", "2"], 2, "TUNED"),
         (["{base}", "{base}", "--rank", "2"], 2, "the same files"),
@@ -135,6 +135,7 @@ def test_lines_fit_the_terminal(tmp_path: Path, width: int, options: list[str]) 
         assert {len(row.split()) for row in rows} == {columns}
 
 
+@pytest.mark.process
 def test_a_closed_pipe_is_no_error(tiny: Pair) -> None:
     """A reader that leaves early gets no traceback, and the output is whole."""
     done = subprocess.run(

@@ -21,6 +21,7 @@ from loratool.extracting.counterparts import Counterpart
 from loratool.extracting.decomposition import Decomposed, Policy
 from loratool.extracting.difference import Size
 from loratool.linalg.ranks import Criterion
+from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 
 
@@ -77,7 +78,7 @@ def policy(criterion: Criterion, budget: int | None = None, uniform: bool = Fals
 
 def part_of(number: int, width: int) -> Counterpart:
     info = TensorInfo(f"{number}.weight", "F32", (width, width), Path("x"), 0)
-    return Counterpart(info.name, info.name, info, info, "linears", "factors")
+    return Counterpart(info.name, Place(info.name), info, info, "linears", "factors")
 
 
 @settings(deadline=None, max_examples=60)

@@ -52,7 +52,7 @@ def test_nothing_to_hold_is_refused(tmp_path: Path, dry_run: bool) -> None:
         ({"dtype": "base"}, ["'base'"]),
         ({"skip": ["norm"]}, ["'norm'"]),
         ({"skip": ["linears"]}, ["'linears'"]),
-        ({"threads": 0}, ["0 threads"]),
+        ({"threads": 0}, ["--threads must be at least 1", "got 0"]),
         ({"device": "gpu"}, ["'gpu'"]),
         ({"device": "mps"}, ["mps"]),
         ({"device": "cuda:99"}, ["cuda:99"]),

@@ -48,6 +48,7 @@ def start(pair: Pair, where: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["computing", "flushing"])
 def test_an_interrupted_run_leaves_nothing(tiny: Pair, where: str) -> None:
     """Ctrl-C in the middle ends the run with code 130 and a word, and nothing stays."""
@@ -61,6 +62,7 @@ def test_an_interrupted_run_leaves_nothing(tiny: Pair, where: str) -> None:
     assert_clean(tiny.out)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["computing", "flushing"])
 def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tiny: Pair, where: str) -> None:
     """SIGKILL in the middle: no output, inputs unharmed; the next run removes what was left."""

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 #: What loratool and huggingface_hub import; some go by one of several names.
 _SLOW = (
     "numpy", "torch", "rich.console", "rich.progress", "rich.table", "click", "yaml", "tqdm",
-    "fsspec", "httpx2", "httpx", "packaging.version",
+    "fsspec", "httpx2", "httpx", "httpcore2", "httpcore", "anyio.to_thread", "h11", "filelock",
+    "truststore", "tqdm.auto", "packaging.version",
 )  # fmt: skip
 
 _server: subprocess.Popen[str] | None = None

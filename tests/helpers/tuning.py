@@ -234,7 +234,10 @@ FUSED = tuple(
 TYING = ("You have requested `ensure_weight_tying`, but no tied modules are added",)
 WARNINGS: dict[str, tuple[str, ...]] = {
     # Harmless: lm_head is a Linear among modules that store their weights [in, out].
-    "gpt2": ("fan_in_fan_out is set to True but the target module is `torch.nn.Linear`",),
+    **dict.fromkeys(
+        ("gpt2", "openai-gpt"),
+        ("fan_in_fan_out is set to True but the target module is `torch.nn.Linear`",),
+    ),
     **dict.fromkeys(("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v3", "phi-moe"),
                     FUSED),
     **dict.fromkeys(("bert-masked", "bert-pretraining", "roberta-masked", "deberta-masked",

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from helpers.truncating import Blocks, directed, known, matrix
-from threadpoolctl import threadpool_limits
 
 from loratool.linalg.krylov import BlockKrylov
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """As the workers compute; and tests that run beside each other do not slow each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1, "blas"):
-        yield
-    torch.set_num_threads(before)
-
 
 SPACES = {
     "gaussian": lambda: matrix("gaussian", (300, 300)),

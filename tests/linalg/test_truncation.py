@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,7 +24,6 @@ from helpers.truncating import (
     matrix,
     true_cut,
 )
-from threadpoolctl import threadpool_limits
 
 from loratool.linalg import truncation
 from loratool.linalg.krylov import through
@@ -34,16 +33,6 @@ from loratool.linalg.truncation import ChooseRank, truncated
 RANKS = (4, 16, 64)
 
 KINDS = [*SPECTRA, *OVER_NOISE]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """As the workers compute; and tests that run beside each other do not slow each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1, "blas"):
-        yield
-    torch.set_num_threads(before)
 
 
 each_matrix = pytest.mark.parametrize(

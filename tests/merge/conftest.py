@@ -11,7 +11,7 @@ from helpers.merging import ADAPTER, BASE
 import loratool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fixture_merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained fixtures, merged."""
     output = tmp_path_factory.mktemp("merged") / "out"

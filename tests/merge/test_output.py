@@ -41,6 +41,7 @@ def lora(tmp_path: Path) -> Path:
     return small_lora(tmp_path / "in" / "lora")
 
 
+@pytest.mark.process
 def test_the_result_does_not_depend_on_threads_or_on_the_run(tmp_path: Path) -> None:
     """Two processes, and 1, 2 and 4 threads, write the same bytes, loratool.json included."""
     base, lora = tmp_path / "base", large_lora(tmp_path / "lora")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from helpers.hub import HubServer, User
-from helpers.hub_runs import run
 from helpers.places import FIXTURES
 from helpers.pushing import lora
+
+import loratool
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,12 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def output(stock: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merged model of three shards, as loratool wrote it."""
-    place = tmp_path_factory.mktemp("output")
-    command = ["merge", FIXTURES / "base", FIXTURES / "adapter", "-o", place / "merged"]
-    run(stock, place / "home", *command)
-    return place / "merged"
+    place = tmp_path_factory.mktemp("output") / "merged"
+    loratool.merge(FIXTURES / "base", FIXTURES / "adapter", place)
+    return place
 
 
 @pytest.fixture

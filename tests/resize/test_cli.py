@@ -84,6 +84,7 @@ def test_lines_fit_the_terminal(width: int, tmp_path: Path) -> None:
             assert [len(x.split()) for x in table if "_proj" in x] == [7] * 7
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("option", ["--json", "--full"])
 def test_a_closed_pipe_is_no_error(tmp_path: Path, out: Path, option: str) -> None:
     """A reader that leaves early gets no traceback, the output is whole and the code is 0."""

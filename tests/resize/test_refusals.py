@@ -44,7 +44,7 @@ from loratool.errors import (
         ({"sv_fro": 0.5, "sv_cumulative": 0.5}, ["--sv-fro and --sv-cumulative"]),
         ({"rank": 4, "max_rank": 8}, ["--rank and --max-rank"]),
         ({"rank": 4, "dtype": "int8"}, ["'int8'"]),
-        ({"rank": 4, "threads": 0}, ["0 threads"]),
+        ({"rank": 4, "threads": 0}, ["--threads must be at least 1"]),
         ({}, ["No rank given"]),
     ],
     ids=str,

@@ -32,6 +32,7 @@ loratool.resize(source, output, rank=3, progress=progress, threads=1)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("where", ["computing", "flushing"])
 def test_a_run_that_is_stopped_leaves_no_output(

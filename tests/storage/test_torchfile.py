@@ -383,6 +383,7 @@ def test_a_table_nested_without_end_is_refused(tmp_path: Path) -> None:
     file_error(read_pickled, path)
 
 
+@pytest.mark.process
 def test_lists_that_double_do_not_take_for_ever(tmp_path: Path) -> None:
     """Forty lists, each holding the one before twice, stand for 10¹² entries: refused or quick."""
     pickle_bytes = (

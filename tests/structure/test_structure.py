@@ -128,6 +128,7 @@ def test_only_the_console_and_the_command_line_print() -> None:
     assert not printers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("code", "absent"),
     [

@@ -7,7 +7,7 @@ from helpers.models import lora
 from helpers.peft_live import KINDS, Live, live
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Live]:
     """For each kind of layer three adapters of one rank, with different alphas and targets."""
     made = {}

@@ -12,7 +12,7 @@ from helpers.places import FIXTURES
 from helpers.shard_pushes import INPUTS, split
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return split(FIXTURES / "base", tmp_path_factory.mktemp("base") / "base")
 

@@ -48,6 +48,7 @@ def stopped(
     return child[0].returncode, errors
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_and_run_again(
     hub: HubServer, home: Path, repo: str, local: dict[str, bytes], number: signal.Signals
@@ -74,6 +75,7 @@ def test_stopped_and_run_again(
     assert len(weights_in(home)) <= before <= 2
 
 
+@pytest.mark.process
 def test_stopped_and_run_again_on_another_machine(
     hub: HubServer, home: Path, repo: str, local: dict[str, bytes], tmp_path: Path
 ) -> None:

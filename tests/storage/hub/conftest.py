@@ -12,7 +12,7 @@ from helpers.hub_runs import CLUTTER, SIDE, TASKS, downloads, paths, run
 from helpers.places import FIXTURES
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base` and `adapter` with the clutter that repositories have, as folders on the disk."""
     place = tmp_path_factory.mktemp("places")

@@ -91,6 +91,7 @@ def test_a_disk_without_room_for_the_first_file_leaves_nothing(
     assert open_files(place) == []
 
 
+@pytest.mark.process
 def test_a_limit_on_file_size_is_named(tmp_path: Path) -> None:
     """RLIMIT_FSIZE (ulimit -f), which stops writing everywhere, ends the run in words."""
     base, lora = large_base(tmp_path / "base", 4), large_lora(tmp_path / "lora")

@@ -39,6 +39,7 @@ def size_of_partials(output: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in found)
 
 
+@pytest.mark.process
 def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     """SIGKILL in mid-write: no output, inputs unharmed; the next run removes what was left."""
     base = large_base(tmp_path / "base", 64, shards=4)
@@ -72,6 +73,7 @@ SLOW = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("phase", SLOW)
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, phase: str) -> None:
     """SIGINT (Ctrl-C), while it writes or while it finishes, ends a run soon with nothing left."""
@@ -88,6 +90,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, phase: str) -> None:
     assert_clean(output)
 
 
+@pytest.mark.process
 def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
     """A second run for the same output finishes while the first one's files stay; the first then
     finds the output taken, and does not replace it."""

@@ -1,8 +1,8 @@
 """The values of a tensor by range, however they lie in its file.
 
 Everything that goes through a tensor block by block asks here: where the elements lie one after the
-other they are read by position; where a torch file has them strided they are gathered once. A
-quantised tensor will be a third kind, whose values are computed from its packed ones.
+other they are read by position; where a torch file has them strided they are gathered once. What
+is stored in yet another way registers its own kind of values with `values_of`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import singledispatch
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +103,13 @@ class _Grown(Values):
         raw[known:] = 0
 
 
+@singledispatch
 def values_of(info: TensorInfo, files: FilePool) -> Values:
-    """The values of a tensor, read through `files` when they are asked for."""
+    """The values of a tensor, read through `files` when they are asked for.
+
+    A tensor that is stored otherwise has a subclass of TensorInfo, with the dtype and the shape of
+    its values, and registers here how to read them: `@values_of.register`.
+    """
     values = _Dense(info, files) if info.strides is None else _Strided(info, files)
     return _Grown(info, values) if info.zeros else values
 

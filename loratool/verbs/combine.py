@@ -14,13 +14,14 @@ import numpy as np
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
-from loratool.combining.extras import CLASHES, settle
+from loratool.combining.extras import settle
+from loratool.combining.options import CombineOptions
 from loratool.combining.output import output_dtype, write_adapter
 from loratool.combining.rank_change import ModuleChange, NewFactors, RankPolicy, shrink
 from loratool.dtypes import dtype_name
-from loratool.errors import UsageError, explained_os_errors, unknown
+from loratool.errors import UsageError, explained_os_errors
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
-from loratool.linalg.methods import METHODS, Combined, Method, Settings, Term
+from loratool.linalg.methods import Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
@@ -30,8 +31,6 @@ from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
 from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
-
-SIGNS = ("total", "frequency")
 
 _ANY_RANK = 1 << 30
 
@@ -122,11 +121,10 @@ def combine(
     run = Run(threads, progress, overwrite, dry_run, seed=seed)
     factors = check_weights(weights, sources)
     check_sizes(factors)
-    criterion = Criterion(rank=rank, energy=energy)
-    criterion.check()
-    chosen = _check_method(method, density, majority_sign_method, saved)
-    if seed < 0:
-        raise UsageError(f"--seed {seed} is negative.", "Give 0 or more.")
+    options = CombineOptions(
+        method, rank, energy, density, majority_sign_method, seed, saved, keep_patterns, dtype
+    )
+    chosen, criterion = options.check(), options.criterion
     target = Path(output)
     with explained_os_errors():
         check_output(target, [Path(s) for s in sources], overwrite)
@@ -138,11 +136,7 @@ def combine(
         settle(joined, saved)
         _note_copies(joined)
         code = output_dtype(joined, dtype)
-        options = {
-            "method": method, "rank": rank, "energy": energy, "density": density,
-            "majority_sign_method": majority_sign_method, "seed": seed, "saved": saved,
-            "keep_patterns": keep_patterns, "dtype": dtype_name(code),
-        }  # fmt: skip
+        options = replace(options, dtype=dtype_name(code))
         if chosen.cuts and not criterion.given:
             criterion = Criterion(rank=_largest_rank(joined))
         settings = Settings(
@@ -156,7 +150,7 @@ def combine(
             )
             done, nbytes = write_adapter(
                 joined, work, target, code,
-                {"command": "combine", "options": options}, RankPolicy(recipe.uniform),
+                {"command": "combine", "options": options.to_dict()}, RankPolicy(recipe.uniform),
                 replace(run, threads=few(threads)) if chosen.is_dense else run,
                 _why_zero(chosen, settings.density),
             )  # fmt: skip
@@ -168,7 +162,7 @@ def combine(
         adapters=[a.label for a in loras],
         weights=factors,
         method=method,
-        options=options,
+        options=options.to_dict(),
         output=str(target),
         dtype=dtype_name(code),
         dry_run=dry_run,
@@ -183,30 +177,6 @@ def combine(
         warnings=notices,
         seconds=time.perf_counter() - started,
     )
-
-
-def _check_method(name: str, density: float | None, sign: str, saved: str) -> Method:
-    method = METHODS.get(name)
-    if method is None:
-        raise unknown("method", name, METHODS)
-    if method.prunes and density is None:
-        raise UsageError(
-            f"--method {name} prunes, so it needs a density.",
-            "Give --density, the share of values to keep, e.g. --density 0.5.",
-        )
-    if density is not None:
-        if not method.prunes:
-            raise UsageError(f"--method {name} does not prune.", "Omit --density.")
-        if not 0 < density <= 1:
-            raise UsageError(
-                f"--density {density:g} is not a share: it must be above 0 and at most 1.",
-                "0.5 keeps half of the values.",
-            )
-    if sign not in SIGNS:
-        raise unknown("majority sign method", sign, SIGNS)
-    if saved not in CLASHES:
-        raise unknown("choice of saved tensors", saved, CLASHES)
-    return method
 
 
 def _why_zero(method: Method, density: float) -> tuple[str, str]:

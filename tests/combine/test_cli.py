@@ -17,7 +17,7 @@ from helpers.places import FIXTURES
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["{one}", "{two}", "--weight", "1"], 2, "1 weights for 2 adapters"),
+        (["{one}", "{two}", "--weight", "1"], 2, "1 weight was given for 2 adapters"),
         (["{one}", "--weight", "inf"], 2, "finite"),
         (["{one}", "{two}", "--rank", "0"], 2, "--rank 0"),
         (["{one}", "{two}", "--rank", "2", "--energy", "0.9"], 2, "different ranks"),

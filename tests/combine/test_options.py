@@ -16,7 +16,7 @@ from loratool.linalg.methods import METHODS
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"weights": [1.0, 2.0, 3.0]}, "3 weights for 2 adapters"),
+        ({"weights": [1.0, 2.0, 3.0]}, "3 weights were given for 2 adapters"),
         ({"weights": [1.0, math.nan]}, "nan"),
         ({"weights": [-math.inf, 1.0]}, "inf"),
         ({"weights": [0.0, 0.0]}, "All weights are 0"),

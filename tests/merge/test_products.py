@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from loratool.adapters.factors import Kind, LowRank, Matrix, ModuleShape, Part
+from loratool.extracting.difference import Difference
 from loratool.merging.executor import execute
 from loratool.merging.matching import Delta
 from loratool.merging.plan import Plan
@@ -30,8 +31,8 @@ from loratool.merging.undo.sidefiles import Kept
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.place import Place
 from loratool.storage.header import read_header
-from loratool.storage.tensors import FilePool, TensorInfo
-from loratool.storage.values import read_float32
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
+from loratool.storage.values import Values, read_float32, values_of
 from loratool.streams.run import Run
 
 #: Places and the shape of the tensor they are in. Every way has a square matrix among them.
@@ -252,3 +253,60 @@ def test_a_shard_can_be_made_by_another_process(tmp_path: Path) -> None:
     assert done.stdout.decode().strip() == here.shards[shard.name]
     made = [(tmp_path / where / shard.name).read_bytes() for where in ("here", "there")]
     assert made[0] == made[1]
+
+
+@dataclass(frozen=True)
+class Packed(TensorInfo):
+    """A tensor of a kind that loratool has never heard of: bytes that stand for multiples of ⅛."""
+
+    @property
+    def itemsize(self) -> int:
+        return 4
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.numel
+
+
+class Eighths(Values):
+    """What the bytes stand for, as float32."""
+
+    def __init__(self, info: Packed, files: FilePool) -> None:
+        super().__init__(info)
+        self._files = files
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        packed = np.empty(high - low, np.uint8)
+        self._files.read_into(self.info.file, self.info.start + low, packed.data)
+        raw.view(np.float32)[:] = packed.view(np.int8) / np.float32(8)
+
+
+@values_of.register
+def _(info: Packed, files: FilePool) -> Values:
+    return Eighths(info, files)
+
+
+def test_a_tensor_that_is_stored_otherwise_is_merged_proven_and_compared(tmp_path: Path) -> None:
+    """Whatever gives its values by range is read by merge, verify and extract alike."""
+    rng = np.random.default_rng(2)
+    stored = rng.integers(-100, 100, (24, 10), dtype=np.int8)
+    (tmp_path / "packed").write_bytes(b"head" + stored.tobytes())
+    info = Packed("w", "F32", (24, 10), tmp_path / "packed", 4)
+    factors = factors_at(tmp_path, (24, 10))
+    plan = plan_of(tmp_path, Place("w"), (24, 10), Delta(Place("w"), factors))
+    (shard,) = plan.shards
+    job = replace(plan.jobs[0], source=info, dtype="F32")
+    plan.shards[shard] = [job]
+    (tmp_path / "out").mkdir()
+    execute(plan.outputs, tmp_path / "out", Run())
+    got = load_file(tmp_path / "out" / shard)["w"]
+    b, a = factors.left_right()
+    assert np.allclose(got, stored / 8 + 1.5 * b @ a, rtol=0, atol=1e-5)
+
+    merged = read_header(tmp_path / "out" / shard)[0]["w"]
+    stats = compare([Pair(job, merged)], Run())
+    assert judge(job, stats["w"]).code == "once"
+    with FilePool() as files:
+        size = Difference(info, merged, files, torch.device("cpu")).measure()
+    assert np.isclose(size.energy, np.sum((1.5 * b @ a) ** 2), rtol=1e-5)
+    assert np.array_equal(read_float32(info), stored / np.float32(8))

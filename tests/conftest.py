@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers.places import FIXTURES
+
+pytest.register_assert_rewrite("helpers")
+
+from helpers.places import FIXTURES  # noqa: E402
 
 if TYPE_CHECKING:
     from helpers.hub import HubServer

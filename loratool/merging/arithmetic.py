@@ -30,7 +30,7 @@ from loratool.words import counted
 class RunningJob:
     """A job with what its blocks share: loaded factors, and column norms where DoRA needs them.
 
-    The tensor is seen as a matrix `[rows, columns]`, all axes but the first flattened.
+    The tensor is seen as a matrix `[stored rows, columns]`, see `Job.columns`.
     """
 
     def __init__(self, job: Job, files: FilePool) -> None:

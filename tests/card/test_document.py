@@ -187,6 +187,7 @@ def test_whatever_a_person_wrote_stays(
 
 @pytest.mark.process
 def test_a_card_needs_no_torch() -> None:
+    """A card is written without importing torch, transformers or rich."""
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from pathlib import Path; "
          "import loratool.publishing.cards.document as c; "

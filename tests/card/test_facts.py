@@ -47,6 +47,7 @@ from loratool.words import percent
     ],
 )
 def test_hub_ids(name: object, wanted: str | None) -> None:
+    """Only what can be an id on the Hub is taken for one: no path, no file, no odd characters."""
     assert hub_id(name) == wanted
 
 
@@ -97,6 +98,7 @@ def test_odd_names(made: dict[str, Path], tmp_path: Path, name: str) -> None:
 
 
 def test_odd_modules(tmp_path: Path) -> None:
+    """Modules with bars and backticks in their names stay in one cell of the table."""
     folder = write_adapter(tmp_path / "odd", pair("model.a|b.0.q`x", 12, 10), {})
     text = make_card(folder, None)
     (row,) = [line for line in text.splitlines() if "linear" in line]
@@ -105,6 +107,7 @@ def test_odd_modules(tmp_path: Path) -> None:
 
 
 def test_words() -> None:
+    """Code, shares and spans are written so that Markdown and rounding change nothing in them."""
     assert code("a`b") == "``a`b``"
     assert code("`") == "`` ` ``"
     assert [percent(x) for x in (1, 0.9999, 0.986, 0.5, 0.01234, 0)] == [

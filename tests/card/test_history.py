@@ -179,6 +179,7 @@ def test_what_extract_left_out_and_overall_errors(made: dict[str, Path], tmp_pat
 
 
 def test_nothing_cut(tmp_path: Path) -> None:
+    """Where nothing was lost the card says so, and names no module that lost most."""
     loratool.combine([ADAPTER, HTML], tmp_path / "exact")
     text = make_card(tmp_path / "exact", None)
     assert "Nothing of ‖ΔW‖² was cut." in text
@@ -228,6 +229,7 @@ def test_folders_in_repositories(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_base_known_from_the_record_only(made: dict[str, Path], tmp_path: Path) -> None:
+    """The record names the base where the config has none that others can load."""
     folder = changed_record(made["extracted"], tmp_path / "ex", {"base": {"repo": "org/base"}})
     config = json.loads((folder / "adapter_config.json").read_text())
     for name, wanted in [("base", "org/base"), ("/home/me/base", "org/base"), (ID, ID)]:

@@ -19,7 +19,7 @@ from helpers.places import FIXTURES
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--dtype", "flaot16"], 2, "float16?"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--wieght", "1"], 2, "--weight"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "1", "--weight", "2"], 2,
-         "2 weights for 1 adapters"),
+         "2 weights were given for 1 adapter"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "nan"], 2, "finite"),
         (["merge", "{adapter}", "{base}", "-o", "{out}"], 1, "Models come first"),
         (["merge", "{base}", "{base}/config.json", "-o", "{out}"], 1, "not a safetensors file"),

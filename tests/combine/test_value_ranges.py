@@ -53,7 +53,7 @@ def test_the_file_with_a_bad_saved_tensor_is_named(tmp_path: Path, out: Path) ->
 def test_absurd_weights_are_an_error_in_words(two: list[Path], out: Path, weight: float) -> None:
     """A weight whose product leaves the range of numbers is named as that: no traceback, and no
     word of weights that cancel."""
-    error = fails(UsageError, two, out, "weight", weights=[weight, 1.0], dtype="float32")
+    error = fails(UsageError, two, out, "Weight", weights=[weight, 1.0], dtype="float32")
     assert "cancel" not in error.message
 
 

@@ -20,7 +20,7 @@ import loratool
     [
         (["{one}"], 2, "Give two or more"),
         (["{one}", "{two}", "--tolerance", "-1"], 2, "--tolerance -1"),
-        (["{one}", "{two}", "--weight", "1"], 2, "1 weights for 2 adapters"),
+        (["{one}", "{two}", "--weight", "1"], 2, "1 weight was given for 2 adapters"),
         (["{one}", "{two}", "--layer", "x"], 2, "Not a range of layers"),
         (["{one}", "{two}x", "--equal"], 1, "Did you mean"),
         (["{one}", "{two}", "--equl"], 2, "--equal"),

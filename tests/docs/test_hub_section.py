@@ -50,6 +50,7 @@ def test_every_command_of_the_section_works(followed: dict[str, str]) -> None:
 
 
 def test_the_session_shown_is_what_is_printed(followed: dict[str, str]) -> None:
+    """Times and commits aside, the session is what the command prints."""
     shown = SECTION.split("```console\n$ ")[1].split("```")[0]
     command, _, text = shown.partition("\n")
     found = "\n".join(line.rstrip() for line in followed[command].splitlines())

@@ -211,6 +211,7 @@ say([
 
 
 def test_listings_come_in_pages(hub: HubServer, home: Path) -> None:
+    """The client follows the pages of files, folders and commits to their end."""
     names = [f"layers/{i}/w.bin" for i in range(4)] + ["config.json", "README.md"]
     for number in range(4):
         hub.add("org/model", {n: f"{number} {n}" for n in names})
@@ -499,6 +500,8 @@ def test_servers_are_quick_and_silent(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_servers_own_mistakes_are_told() -> None:
+    """A mistake in the server answers 500 and is raised when its block ends."""
+
     def fault() -> None:
         raise ZeroDivisionError
 

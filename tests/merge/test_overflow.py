@@ -56,7 +56,7 @@ def test_values_that_round_beyond_float16_are_refused(
     state = small_state()
     state[tensor] = put(state[tensor], 65519.99, value, 65504.0)
     base = write_base(tmp_path / "base", state)
-    words = (tensor, " 1 values overflow")
+    words = (tensor, " 1 value overflows")
     refused(ValueRangeError, base, nothing(tmp_path / "zero"), tmp_path / "out", *words)
 
 
@@ -102,5 +102,5 @@ def test_values_too_large_for_bfloat16_or_float32_are_refused(tmp_path: Path) ->
     base = write_base(tmp_path / "base", {**small_state(), NORM: large})
     for dtype in ("bfloat16", "float32"):
         zero = nothing(tmp_path / dtype)
-        words = (NORM, " 1 values overflow")
+        words = (NORM, " 1 value overflows")
         refused(ValueRangeError, base, zero, tmp_path / "out", *words, dtype=dtype)

@@ -49,7 +49,7 @@ def test_a_file_that_shrinks_while_in_use_is_a_file_error(tmp_path: Path) -> Non
     path = header_file(tmp_path / "x.safetensors", entry(), DATA)
     info = read_header(path)[0]["blocks.w"]
     path.write_bytes(path.read_bytes()[:-1])
-    file_error(lambda _: read_raw(info), path, "ended 1 bytes early")
+    file_error(lambda _: read_raw(info), path, "ended 1 byte early")
 
 
 def test_a_file_that_vanishes_while_in_use_is_a_file_error(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def library(call: str) -> list[str]:
     """A call of the library timed inside a process that has imported everything."""
     code = (
         "import sys, time, loratool; loratool.combine, loratool.compare, loratool.resize\n"
-        "from loratool import combining, comparing, resizing\n"
+        "from loratool.verbs import combine, compare, resize\n"
         f"start = time.perf_counter(); {call}; print(time.perf_counter() - start)"
     )
     return [sys.executable, "-c", code]

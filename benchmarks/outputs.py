@@ -58,11 +58,8 @@ def run(name: str, arguments: list[str]) -> dict[str, Any]:
             os.dup2(os.open(f".{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         code = 1
         try:
-            # `loratool.cli.main` is a package or a module; its group lies in either.
-            try:
-                from loratool.cli.main.main import main as entry
-            except ImportError:
-                from loratool.cli.main import main as entry
+            from loratool.cli.main import main as entry
+
             entry(arguments)
         except SystemExit as stop:
             code = int(stop.code or 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub import HubServer  # noqa: E402
+from helpers.hub import HubServer  # noqa: E402
 
 HIDDEN, INTERMEDIATE, NARROW, VOCABULARY, LAYERS, SHARDS = 8192, 28672, 1024, 128256, 80, 30
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -107,6 +108,13 @@ def test_no_module_is_too_long_to_read() -> None:
     """A module reads from top to bottom in one sitting."""
     long = {p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 350}
     assert not long
+
+
+def test_scripts_beside_the_package_import_what_is_there() -> None:
+    """Benchmarks and the scripts of fixtures and docs name modules that exist, also in snippets."""
+    for path in sorted(ROOT.glob("[bdf]*/*.py")):
+        for home in re.findall(r"(?:from|import) loratool\.([\w.]+)", path.read_text()):
+            assert home in MODULES, f"{path.name}: loratool.{home}"
 
 
 def test_each_command_has_one_word_everywhere() -> None:

@@ -43,6 +43,7 @@ def on_terminal(command: list[str], env: dict[str, str], cwd: Path) -> tuple[int
     return child.returncode, seen.decode(errors="replace")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("options", ["", "-q", "--json"])
 def test_bars_are_for_terminals_and_not_for_the_quiet(
     hub: HubServer, home: Path, tmp_path: Path, options: str

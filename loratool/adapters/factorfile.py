@@ -68,7 +68,7 @@ def checked_bytes(name: str, values: npt.NDArray[Any], dtype: str) -> Bytes:
     return as_bytes(values, dtype)
 
 
-def encode(path: str, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> Bytes:
+def factor_bytes(path: str, b: npt.NDArray[Any], a: npt.NDArray[Any], dtype: str) -> Bytes:
     """The bytes of `a [k, in]` and of `bᵀ [k, out]`, so that ranks are runs of rows in both.
 
     Raises ValueRangeError if a value is too large for the dtype.
@@ -114,7 +114,7 @@ class AdapterWriter:
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
     def add(self, outline: ModuleShape, rank: int, data: Bytes) -> None:
-        """Keep the `encode`d factors of a module; a second time replaces the first."""
+        """Keep the `factor_bytes` of a module; a second time replaces the first."""
         if data.nbytes != rank * sum(outline.shape) * DTYPE_BITS[self.dtype] // 8:
             raise ValueError(f"{outline.path}: {data.nbytes} bytes are not factors of rank {rank}")
         self._kept[outline.path] = _Kept(outline, rank, self._position)
@@ -175,7 +175,7 @@ def note_ranks(ranks: list[int]) -> Notice:
 
 
 def rounding_loss(b: Factor, a: Factor, data: Bytes, dtype: str) -> float:
-    """‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `encode` made it.
+    """‖B'A' − BA‖/‖BA‖ of the rounded factors in `data`, as `factor_bytes` made it.
 
     The difference is [δB B']·[A; δA], whose Gram matrices have nothing to cancel.
     """

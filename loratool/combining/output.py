@@ -17,14 +17,20 @@ from loratool.adapters.factorfile import (
     AdapterWriter,
     Extra,
     checked_bytes,
-    encode,
+    factor_bytes,
     file_size,
     note_ranks,
     rounding_loss,
     tensors_of,
 )
 from loratool.combining.alignment import Contribution, Joined, Saved
-from loratool.combining.rank_change import Changes, NewFactors, RankPolicy, measure, refuse_nothing
+from loratool.combining.rank_change import (
+    Changes,
+    NewFactors,
+    RankPolicy,
+    changes_at,
+    refuse_nothing,
+)
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
@@ -80,7 +86,7 @@ def write_adapter(
                 run.progress(done, len(joined.modules), module.path)
         refuse_nothing(shrunk, *zero)
         ranks = policy.ranks(shrunk)
-        changes = measure(joined, shrunk, ranks)
+        changes = changes_at(joined, shrunk, ranks)
         if len(set(ranks)) > 1:
             changes.notices.append(note_ranks(ranks))
         return changes, file_size(tensors_of(outlines, ranks, dtype, extras), metadata)
@@ -106,7 +112,7 @@ def _encoded(compute: Callable[[], NewFactors], dtype: str) -> tuple[NewFactors,
     """A module without its factors, their rank, and their bytes."""
     with explained_os_errors():
         module = compute()
-    data = encode(module.path, module.b, module.a, dtype)
+    data = factor_bytes(module.path, module.b, module.a, dtype)
     lost = None if dtype == "F32" else rounding_loss(module.b, module.a, data, dtype)
     nothing = np.zeros((0, 0))
     return replace(module, b=nothing, a=nothing, rounding=lost), len(module.a), data

@@ -126,7 +126,7 @@ class Changes:
     notices: list[Notice]
 
 
-def measure(joined: Joined, shrunk: list[NewFactors], ranks: list[int]) -> Changes:
+def changes_at(joined: Joined, shrunk: list[NewFactors], ranks: list[int]) -> Changes:
     """What the modules keep at these ranks."""
     changes = _changes(joined, shrunk, ranks)
     energies = [change.norm**2 for change in changes]

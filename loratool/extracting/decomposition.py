@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from loratool.adapters.factorfile import AdapterWriter, encode, rounding_loss
+from loratool.adapters.factorfile import AdapterWriter, factor_bytes, rounding_loss
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import UsageError, ValueRangeError
 from loratool.extracting.counterparts import Counterpart
@@ -258,9 +258,9 @@ class Extraction:
         )  # fmt: skip
         left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
         b, a = (right, left.T) if part.place.transposed else (left, right.T)
-        data = [encode(part.module, b, a, self.dtype)]
+        data = [factor_bytes(part.module, b, a, self.dtype)]
         if part.twin:
-            data.append(encode(part.twin, a.T, b.T, self.dtype))
+            data.append(factor_bytes(part.twin, a.T, b.T, self.dtype))
         lost = None if self.dtype == "F32" else rounding_loss(b, a, data[0], self.dtype)
         following = result.following[result.following > NEGLIGIBLE * result.values[0]]
         return Decomposed(

@@ -59,7 +59,7 @@ def _originals(
     base: str | Path, merged: Checkpoint, forward: Plan, exact: bool, run: Run
 ) -> dict[str, TensorInfo]:
     """The tensors of `base` that `merged` was made from, checked by merging them again."""
-    from loratool.merging.proof.checking import Pair, compare  # torch: about two seconds to import
+    from loratool.merging.proof.checking import Pair, measure  # torch: about two seconds to import
 
     model = open_checkpoint(base, partial=True)
     model.fetch()
@@ -72,7 +72,7 @@ def _originals(
             source = job.source if held else original
             again = replace(job, source=source, dtype=now.dtype, checked=False)
             pairs.append(Pair(again, now))
-    stats = compare(pairs, run.silent())
+    stats = measure(pairs, run.silent())
     findings = [judge(pair.job, stats[pair.job.name]) for pair in pairs]
     # What loratool merged comes out the same again; other tools round otherwise.
     wrong = [f.tensor for f in findings if not f.sound or (exact and f.equal < 1)]

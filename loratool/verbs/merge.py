@@ -224,9 +224,9 @@ def _write(
             shipment = Shipment(plan, staged.path, repository, report.kept, run)
             stack.enter_context(shipment)
         if report.reversible:
-            from loratool.merging.undo.recording import Recorder
+            from loratool.merging.undo.recording import UndoRecorder
 
-            recorder = Recorder(plan, keep_base(plan.base, staged.path, side_files))
+            recorder = UndoRecorder(plan, keep_base(plan.base, staged.path, side_files))
         with recorder or nullcontext():
             written = write_model(plan, staged.path, side_files, run, recorder, shipment)
         report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed

@@ -82,7 +82,7 @@ def verify(
     ------
     FileError, AdapterError, BaseError, MatchError: it cannot be decided.
     """
-    from loratool.merging.proof.checking import compare  # torch: about two seconds to import
+    from loratool.merging.proof.checking import measure  # torch: about two seconds to import
     from loratool.merging.proof.pairing import pair_up
 
     started = time.perf_counter()
@@ -107,7 +107,7 @@ def verify(
             refuse_quantised(model, "model to verify", _QUANTISED)
             found = pair_up(plan, model)
             report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
-            stats = compare(found.pairs, run)
+            stats = measure(found.pairs, run)
             findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
             findings = look_for_base(findings, found.pairs, plan, run)
             findings = look_for_adapters(findings, found.pairs, stats, plan, run)

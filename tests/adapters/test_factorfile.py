@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.matrices import draw
 
-from loratool.adapters.factorfile import encode
+from loratool.adapters.factorfile import factor_bytes
 from loratool.errors import ValueRangeError
 from loratool.storage.tensors import as_bytes
 
@@ -59,9 +59,9 @@ def test_encoded_factors_are_rows(dtype: str) -> None:
     """`a` and then `b` transposed, so that each rank is a run of both."""
     b, a = draw(7, 5, 3, dtype=np.float64)
     wanted = [torch.from_numpy(x).to(TORCH[dtype]).flatten() for x in (a, b.T.copy())]
-    found = encode("layer.q", b, a, dtype)
+    found = factor_bytes("layer.q", b, a, dtype)
     assert np.array_equal(found, torch.cat(wanted).view(torch.uint8).numpy())
-    assert encode("layer.q", b[:, :0], a[:0], dtype).size == 0
+    assert factor_bytes("layer.q", b[:, :0], a[:0], dtype).size == 0
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_overflow_is_refused_where_it_would_round_to_infinity(
         b, a = draw(7, 5, 3, dtype=np.float64)
         (a if half == "A" else b)[1, 2] = value
         if fits:
-            raw = torch.from_numpy(encode("layer.q", b, a, dtype)).view(TORCH[dtype])
+            raw = torch.from_numpy(factor_bytes("layer.q", b, a, dtype)).view(TORCH[dtype])
             assert torch.isfinite(raw).all()
         else:
             with pytest.raises(ValueRangeError, match=rf"layer\.q: lora_{half} has values up to"):
-                encode("layer.q", b, a, dtype)
+                factor_bytes("layer.q", b, a, dtype)
     b[:], a[:] = 1, 1
     (a if half == "A" else b)[0, 0] = np.nan
     with pytest.raises(ValueRangeError):
-        encode("layer.q", b, a, dtype)
+        factor_bytes("layer.q", b, a, dtype)

@@ -22,10 +22,10 @@ from loratool.merging.matching import Delta
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.products import ExactProduct, LoadedDelta, Placement
-from loratool.merging.proof.checking import Pair, compare
+from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import judge
 from loratool.merging.undo.file import read_undo
-from loratool.merging.undo.recording import Recorder
+from loratool.merging.undo.recording import UndoRecorder
 from loratool.merging.undo.restoring import restore
 from loratool.merging.undo.sidefiles import Kept
 from loratool.models.checkpoint import open_checkpoint
@@ -180,7 +180,7 @@ def plan_of(folder: Path, place: Place, stored: tuple[int, ...], *deltas: Delta)
 
 def merged_in(plan: Plan, folder: Path) -> np.ndarray:
     folder.mkdir()
-    with Recorder(plan, Kept(folder / "undo.safetensors", {}, {})) as recorder:
+    with UndoRecorder(plan, Kept(folder / "undo.safetensors", {}, {})) as recorder:
         execute(plan.outputs, folder, Run(threads=2), recorder)
     return load_file(folder / "model.safetensors")["w"]
 
@@ -216,7 +216,7 @@ def test_a_delta_at_any_place_is_merged_proven_and_taken_back(
     assert np.array_equal(got[untouched], w.astype(np.float16)[untouched])
 
     merged = open_checkpoint(tmp_path / "out" / "model.safetensors")
-    stats = compare([Pair(plan.jobs[0], merged.tensors["w"])], Run())
+    stats = measure([Pair(plan.jobs[0], merged.tensors["w"])], Run())
     assert judge(plan.jobs[0], stats["w"]).code == "once"
     assert stats["w"].equal == w.size
 
@@ -304,7 +304,7 @@ def test_a_tensor_that_is_stored_otherwise_is_merged_proven_and_compared(tmp_pat
     assert np.allclose(got, stored / 8 + 1.5 * b @ a, rtol=0, atol=1e-5)
 
     merged = read_header(tmp_path / "out" / shard)[0]["w"]
-    stats = compare([Pair(job, merged)], Run())
+    stats = measure([Pair(job, merged)], Run())
     assert judge(job, stats["w"]).code == "once"
     with FilePool() as files:
         size = Difference(info, merged, files, torch.device("cpu")).measure()

@@ -117,6 +117,16 @@ def test_scripts_beside_the_package_import_what_is_there() -> None:
             assert home in MODULES, f"{path.name}: loratool.{home}"
 
 
+def test_a_public_name_is_defined_once() -> None:
+    """The name of a class or a function means one thing in the whole package."""
+    homes: dict[str, list[str]] = {}
+    for module, tree in MODULES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
 def test_each_command_has_one_word_everywhere() -> None:
     """Every verb has a function, a command, a module in `cli`, `verbs` and `rendering`."""
     for verb in loratool.VERBS:

@@ -49,7 +49,7 @@ class Pair:
     merged: TensorInfo
 
 
-def compare(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
+def measure(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
     """The statistics of every pair, by the job's name."""
     found: dict[str, Stats] = {}
     advance = run.counted(sum(pair.merged.nbytes for pair in pairs))

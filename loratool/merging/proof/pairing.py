@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loratool.errors import VerifyError, listed
 from loratool.merging.plan import Job, OutputShard, Plan
-from loratool.merging.proof.checking import Pair, compare
+from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, is_legacy_buffer
@@ -69,7 +69,7 @@ def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None
     for shard in shards:
         written, _ = read_header(folder / shard.name)
         pairs += [Pair(job, written[job.name]) for job in shard.jobs]
-    stats = compare(pairs, run)
+    stats = measure(pairs, run)
     wrong = [
         f"{n}: {s.elements - s.equal} values" for n, s in stats.items() if s.equal < s.elements
     ]

@@ -15,7 +15,7 @@ def look_for_base(
     findings: list[Finding], pairs: Sequence[Pair], plan: Plan, run: Run
 ) -> list[Finding]:
     """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
-    from loratool.merging.proof.checking import Pair, compare
+    from loratool.merging.proof.checking import Pair, measure
 
     unlike = {f.tensor for f in findings if f.code == "other"}
     again = []
@@ -28,7 +28,7 @@ def look_for_base(
             again.append(Pair(plain, pair.merged))
     still = {
         name
-        for name, stats in compare(again, run.silent()).items()
+        for name, stats in measure(again, run.silent()).items()
         if stats.equal == stats.elements
     }
     return [replace(f, code="not-merged") if f.tensor in still else f for f in findings]

@@ -90,7 +90,7 @@ class RecordedTask(MergeTask):
             self._found.clear()
 
 
-class Recorder:
+class UndoRecorder:
     """Fills an undo file while a plan is carried out. Use as a context manager.
 
     `kept` is what goes into it beside the weights.
@@ -111,7 +111,7 @@ class Recorder:
         self._headers = dict(_headers(plan.base))
         self._writer = UndoWriter(kept.path, self._entries())
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> UndoRecorder:
         self._hasher = ThreadPoolExecutor(1)
         self._hashing: deque[Future[None]] = deque()
         return self

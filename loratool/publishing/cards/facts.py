@@ -14,7 +14,7 @@ from loratool.adapters.reading import read_adapter
 from loratool.dtypes import dtype_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import tokenizer_files
-from loratool.publishing.cards.markdown import HUB, code, link, listed, one_line
+from loratool.publishing.cards.markdown import HUB, code, enumerated, link, one_line
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -236,4 +236,4 @@ def dtype_names(tensors: Iterable[TensorInfo]) -> str:
     every = list(tensors)
     floats = [info.dtype for info in every if info.is_float] or [info.dtype for info in every]
     found = Counter(floats).most_common()
-    return listed([dtype_name(dtype) for dtype, _ in found])
+    return enumerated([dtype_name(dtype) for dtype, _ in found])

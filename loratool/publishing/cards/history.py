@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from loratool.publishing.cards.facts import Facts, dicts, linked, number, part, reference, texts
-from loratool.publishing.cards.markdown import code, listed, one_line, table
+from loratool.publishing.cards.markdown import code, enumerated, one_line, table
 from loratool.words import counted
 
 #: Options that a command has by itself; they are left out of it.
@@ -138,7 +138,7 @@ def _points(facts: Facts) -> list[str]:
     record, name = facts.record, facts.command
     result = part(record, "result")
     options = [
-        f"{code(key)} {listed([code(_value(v)) for v in value])}"
+        f"{code(key)} {enumerated([code(_value(v)) for v in value])}"
         if isinstance(value, list)
         else code(key)
         if value is True
@@ -157,7 +157,9 @@ def _points(facts: Facts) -> list[str]:
         points.append(f"The undo file {text}")
     warned = _warnings(result)
     if warned:
-        points.append(f"{counted(len(warned), 'warning')}: {listed([code(w) for w in warned])}.")
+        points.append(
+            f"{counted(len(warned), 'warning')}: {enumerated([code(w) for w in warned])}."
+        )
     return points
 
 

@@ -37,7 +37,7 @@ def link(repo: str) -> str:
     return f"[{code(repo)}]({HUB}/{repo})"
 
 
-def listed(items: Sequence[str], shown: int = 8) -> str:
+def enumerated(items: Sequence[str], shown: int = 8) -> str:
     """ "a, b and c", or the first ones and how many there are beside them."""
     if len(items) > shown:
         return ", ".join(items[:shown]) + f" and {len(items) - shown} more"

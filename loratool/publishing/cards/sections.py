@@ -24,7 +24,7 @@ from loratool.publishing.cards.facts import (
     texts,
 )
 from loratool.publishing.cards.history import how_made
-from loratool.publishing.cards.markdown import code, link, listed, span, table
+from loratool.publishing.cards.markdown import code, enumerated, link, span, table
 from loratool.publishing.cards.usage import how_to_use
 from loratool.words import counted, format_bytes, percent
 
@@ -73,7 +73,7 @@ def _what_adapter(facts: Facts, adapter: Adapter) -> str:
             first += " The Hub id of the base is not recorded here."
     elif facts.command == "combine" and inputs:
         method = code(str(part(facts.record, "options").get("method") or "sum"))
-        first = f"A LoRA adapter for {base}, combined from {listed(inputs)} by {method}."
+        first = f"A LoRA adapter for {base}, combined from {enumerated(inputs)} by {method}."
     elif facts.command == "resize" and inputs:
         first = f"A LoRA adapter for {base}: {inputs[0]} resized{_old_ranks(facts)}."
     else:
@@ -120,16 +120,16 @@ def _what_model(facts: Facts, model: Checkpoint) -> str:
     named = link(facts.base) if facts.base else linked(base)
     if facts.command == "merge" and inputs:
         what = "a LoRA adapter" if len(inputs) == 1 else f"{len(inputs)} LoRA adapters"
-        first = f"{named} with {what} merged into its weights: {listed(inputs)}. "
+        first = f"{named} with {what} merged into its weights: {enumerated(inputs)}. "
         first += _said_bases(facts)
     elif facts.command == "unmerge":
-        removed = listed([linked(entry) for entry in dicts(facts.record.get("removed"))])
+        removed = enumerated([linked(entry) for entry in dicts(facts.record.get("removed"))])
         first = f"{linked(base)} without {removed}, whose deltas were subtracted and the result "
         first += "rounded once: near the model they were merged into, not the same bit for bit. "
     elif facts.base:
         first = f"The base model is {link(facts.base)}. "
     classes = texts(model.config.get("architectures"))
-    kind = listed([code(name) for name in [*classes[:1], model.model_type][:1] if name])
+    kind = enumerated([code(name) for name in [*classes[:1], model.model_type][:1] if name])
     size = f"{counted(model.parameters, 'parameter')} in {dtype_names(model.tensors.values())}"
     what = f"The model ({kind})" if kind else "The model"
     return f"{first}{what} has {counted(len(model.tensors), 'tensor')}, {size}, {_bytes(model)}."
@@ -145,7 +145,7 @@ def _said_bases(facts: Facts) -> str:
         return ""
     if facts.base:
         return "That this is the base is what the adapters say. "
-    named = listed(list(map(link, bases_named(facts.record))))
+    named = enumerated(list(map(link, bases_named(facts.record))))
     return f"The Hub id of the base is not recorded; the adapters name {named}. " if named else ""
 
 
@@ -172,10 +172,10 @@ def _modules(facts: Facts) -> str:
         f"{int(count):,} {words[key]}" for key in words if (count := number(tensors.get(key)))
     ]
     if others:
-        text += f" Of the other tensors: {listed(others)}."
+        text += f" Of the other tensors: {enumerated(others)}."
     changes = part(result, "config_changes")
     if changes:
-        text += f" In `config.json` changed: {listed(list(map(code, changes)))}."
+        text += f" In `config.json` changed: {enumerated(list(map(code, changes)))}."
     inputs = _input_table(facts)
     return f"{text}\n\n{inputs}" if inputs else text
 
@@ -226,7 +226,7 @@ def _whole(adapter: Adapter) -> str:
     """What the adapter holds beside factors."""
     lines = []
     if adapter.replaced:
-        lines.append(f"Saved whole: {listed(list(map(code, folded(adapter.replaced))))}.")
+        lines.append(f"Saved whole: {enumerated(list(map(code, folded(adapter.replaced))))}.")
     for path, rows in list(adapter.token_rows.items())[:_WORST]:
         lines.append(f"Trained rows of {code(path)}: {len(rows.indices):,}.")
     return "\n\n".join(lines)
@@ -268,7 +268,7 @@ def _kept(facts: Facts) -> str:
     left = texts(result.get("left"))
     if left:
         text = f"Changed in the fine-tune and left out of the adapter: {len(left):,}, "
-        parts.append(text + f"{listed(list(map(code, folded(left))))}.")
+        parts.append(text + f"{enumerated(list(map(code, folded(left))))}.")
     return "\n\n".join(parts)
 
 

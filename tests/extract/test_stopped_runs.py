@@ -22,15 +22,18 @@ from helpers.processes import start_python
 import loratool
 from loratool.errors import FileError, OutputError
 
+# The halt is many short ones: a signal that comes just before a sleep begins does not shorten it.
 _CHILD = """
 import json, sys, time
 import loratool.storage.staging as writer
 import loratool.adapters.factorfile as peft_writer
 from loratool.cli.main import main
 arguments, where = json.loads(sys.argv[1])
+def halt(*_):
+    for _ in range(600): time.sleep(0.1)
 def wait(*_):
     print("there", flush=True)
-    time.sleep(60)
+    halt()
 if where == "flushing":
     writer.sync = wait
 else:

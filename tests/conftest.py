@@ -14,6 +14,11 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers.places import FIXTURES  # noqa: E402
 
+# Two processes of tests share the cores: BLAS threads of each would only wait for the other's. Set
+# before NumPy and torch are imported, and inherited by the processes that xdist starts.
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+
 if TYPE_CHECKING:
     from helpers.hub import HubServer
 

@@ -32,7 +32,8 @@ class TokenRows:
 class Declared:
     """What the config beside an adapter declares, in the words of the house.
 
-    The dialect fills it in; nobody else reads the config. `base_name` and `base_revision` are those
+    A dialect fills it in; nobody else reads the config. `peft_type` is PEFT's name for the kind of
+    adapter. `base_name` and `base_revision` are those
     of the base it was trained on, `task` is a task type (see `models.tasks`), `model_class` the
     class in memory and `model_library` where that is from. `saved_modules` are the ends of the
     names of modules that were trained whole, `heads` those and the heads that belong to the task.
@@ -41,6 +42,7 @@ class Declared:
     nothing), and `settings` are lines for people: what, and its value.
     """
 
+    peft_type: str | None = None
     base_name: str | None = None
     base_revision: str | None = None
     task: str | None = None
@@ -104,8 +106,7 @@ class Adapter:
     @property
     def peft_type(self) -> str | None:
         """PEFT's name for the kind of adapter, where its config has one or is understood so."""
-        found = self.config.get("peft_type")
-        return str(found) if found else ("LORA" if self.is_read else None)
+        return self.declared.peft_type or ("LORA" if self.is_read else None)
 
     @property
     def parameters(self) -> int:

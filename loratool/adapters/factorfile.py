@@ -110,6 +110,9 @@ class AdapterWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._scratch.close()
         (self._folder / _SCRATCH).unlink(missing_ok=True)
 
@@ -130,7 +133,8 @@ class AdapterWriter:
         extras: Sequence[Extra],
         threads: int | None,
     ) -> None:
-        """Write the file, each module with its rank: cut, or filled up with zeros."""
+        """Write the file, each module with its rank: cut, or filled up with zeros. Nothing can be
+        added afterwards, and the scratch file is gone."""
         producers: list[Callable[[], Bytes]] = [
             partial(self._read, self._kept[outline.path], half, rank)
             for outline, rank in zip(outlines, ranks, strict=True)
@@ -146,6 +150,7 @@ class AdapterWriter:
                 position += data.nbytes
         finally:
             file.close()
+        self._close()
 
     def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""

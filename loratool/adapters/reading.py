@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects import claimed_by
+from loratool.adapters.adapter import Adapter, Declared
+from loratool.adapters.dialects import WRITTEN, claimed_by
 from loratool.adapters.recognise import recognise
 from loratool.errors import AdapterError, FileError
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, INDEX, TORCH_SUFFIXES
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.hub.folder import locate, not_there
+from loratool.storage.jsonfile import read_json
 from loratool.storage.weights import read_contents
 
 
@@ -29,14 +30,23 @@ def read_adapter(source: str | Path) -> Adapter:
     weights = folder.path / name
     tensors, metadata, top = read_contents(folder, name)
     claim = claimed_by(tensors, config, top)
-    if claim is None:
-        code, words = recognise(tensors, config, top)
-        return Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
-    dialect, words = claim
-    adapter = Adapter(place.path, weights, folder, dialect.name, words, tensors, config, metadata)
-    adapter.is_read = True
-    dialect.read(adapter)
+    code, words = (claim[0].name, claim[1]) if claim else recognise(tensors, config, top)
+    adapter = Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
+    # Adapters that are no LoRA have a config of PEFT's all the same.
+    adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
+    if claim:
+        adapter.is_read = True
+        claim[0].read(adapter)
     return adapter
+
+
+def declared_in(folder: Path) -> Declared:
+    """What the config in a folder of this disk declares, whatever lies beside it.
+
+    Raises FileError for one that is no JSON.
+    """
+    path = folder / ADAPTER_CONFIG
+    return WRITTEN.declared(read_json(path)) if path.is_file() else Declared()
 
 
 def read_lora(source: str | Path) -> Adapter:

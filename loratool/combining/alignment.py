@@ -49,7 +49,11 @@ class Contribution:
         Raises ValueRangeError for NaN and infinity.
         """
         pair = self.module.left_right(files)
-        assert pair is not None  # others were refused
+        if pair is None:
+            raise AdapterError(
+                f"{self.module.path}: what the adapter has for it is not a product of two factors.",
+                "`loratool merge BASE ADAPTER ADAPTER` merges it together with others.",
+            )
         b, a = pair
         if not (np.isfinite(b).all() and np.isfinite(a).all()):
             broken = {info: count_not_finite(info, files) for info in self.module.parts.values()}

@@ -179,11 +179,11 @@ def _refuse_incomplete(manifest: Manifest) -> None:
 
 def _note_local_base(adapter: Adapter) -> list[Notice]:
     base = adapter.declared.base_name
-    if not isinstance(base, str) or not re.match(r"[/\\~.]|[A-Za-z]:[/\\]", base):
+    if not base or not re.match(r"[/\\~.]|[A-Za-z]:[/\\]", base):
         return []
     text = (
-        f"{CONFIG} names the base by a path, {base!r}: nobody else can load it. Write the id that "
-        "it has on the Hub."
+        f"{ADAPTER_CONFIG} names the base by a path, {base!r}: nobody else can load it. "
+        "Write the id that it has on the Hub."
     )
     return [Notice("local-base", text, ADAPTER_CONFIG)]
 

@@ -12,8 +12,8 @@ from loratool.streams.progress import Advance, Progress
 class Run:
     """The options that verbs share and hand down unchanged.
 
-    `threads` None takes the cores, `device` and `seed` are those of randomised decompositions. A
-    dry run reports and writes nothing; `overwrite` replaces an output that exists.
+    `threads` None takes the cores. A dry run reports and writes nothing; `overwrite` replaces an
+    output that exists. `device` is where torch computes: "cpu" or "cuda".
     """
 
     threads: int | None = None
@@ -21,7 +21,6 @@ class Run:
     overwrite: bool = False
     dry_run: bool = False
     device: str = "cpu"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

@@ -118,12 +118,14 @@ def combine(
     started = time.perf_counter()
     sources = as_list(adapters)
     check_paths([output], sources, "loratool combine ADAPTER ADAPTER -o OUT")
-    run = Run(threads, progress, overwrite, dry_run, seed=seed)
+    run = Run(threads, progress, overwrite, dry_run)
     factors = check_weights(weights, sources)
     check_sizes(factors)
     options = CombineOptions(
-        method, rank, energy, density, majority_sign_method, seed, saved, keep_patterns, dtype
-    )
+        method=method, rank=rank, energy=energy, density=density,
+        majority_sign_method=majority_sign_method, seed=seed, saved=saved,
+        keep_patterns=keep_patterns, dtype=dtype,
+    )  # fmt: skip
     chosen, criterion = options.check(), options.criterion
     target = Path(output)
     with explained_os_errors():

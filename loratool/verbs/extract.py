@@ -81,13 +81,14 @@ def extract(
     changed. OutputError. VerifyError.
     """
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run, device, seed)
+    run = Run(threads, progress, overwrite, dry_run, device)
     check_paths([base, tuned], [tuned], "loratool extract BASE TUNED --rank 8 -o OUT")
     if not (dry_run or output):
         raise UsageError("No output given.", "Say where to write: -o OUT.")
     options = ExtractOptions(
-        rank, energy, None if budget is None else parse_bytes(budget), max_rank, uniform,
-        tuple(include), tuple(exclude), tuple(skip), tuple(save), dtype, exact, seed,
+        rank=rank, energy=energy, budget=None if budget is None else parse_bytes(budget),
+        max_rank=max_rank, uniform=uniform, include=tuple(include), exclude=tuple(exclude),
+        skip=tuple(skip), save=tuple(save), dtype=dtype, exact=exact, seed=seed,
     )  # fmt: skip
     options.check(dry_run)
     target = Path(output) if output else None
@@ -116,7 +117,7 @@ def extract(
     if verify and not dry_run:
         total += sum(part.tuned.nbytes for part in pairs.found)
     advance = run.counted(total)
-    where = as_device(device)
+    where = as_device(run.device)
     # Full decompositions hold several dense matrices, and a GPU's memory is one.
     count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}

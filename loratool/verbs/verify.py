@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
@@ -23,9 +23,6 @@ from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import Source, as_list, check_paths, check_weights
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.adapters.adapter import Adapter
+from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.factors import ModuleShape
 from loratool.storage.tensors import TensorInfo
 
@@ -62,11 +62,15 @@ class Dialect(ABC):
         """
 
     @abstractmethod
+    def declared(self, config: dict[str, Any]) -> Declared:
+        """What a config declares, whatever is in its fields; nobody else reads the config."""
+
+    @abstractmethod
     def read(self, adapter: Adapter) -> None:
         """Sort the adapter's tensors into modules, replaced tensors and token rows, in place.
 
         What cannot be merged becomes a notice with `refused` set, so that everything else can be
-        shown. What the config declares goes into `adapter.declared`; nobody else reads the config.
+        shown. Raises AdapterError for a config with which nothing can be said of the tensors.
         """
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loratool.merging.plan import Job, Plan
-from loratool.merging.proof.checking import Pair
 from loratool.merging.proof.findings import Finding, Stats, split_by_adapter
 from loratool.streams.run import Run
+
+if TYPE_CHECKING:
+    from loratool.merging.proof.checking import Pair
 
 
 def look_for_base(
     findings: list[Finding], pairs: Sequence[Pair], plan: Plan, run: Run
 ) -> list[Finding]:
     """Where an adapter's saved tensor or rows are not there, ask whether the base's still are."""
-    from loratool.merging.proof.checking import Pair, measure
+    from loratool.merging.proof.checking import Pair, measure  # torch: two seconds to import
 
     unlike = {f.tensor for f in findings if f.code == "other"}
     again = []

@@ -146,7 +146,12 @@ PRETRAINING = re.compile(
 _VOCABULARY = re.compile(
     rf"(^|\.)({'|'.join((*_TOKENS, _SHARED_TOKENS, *_LANGUAGE_HEADS))})\.(weight|bias)$"
 )
-_LOOKUP = re.compile(rf"(.*_)?embeddings?|{'|'.join((*_TOKENS, _SHARED_TOKENS, *_OTHER_LOOKUPS))}")
+_TOKEN_MATRIX = re.compile(rf"(^|\.)({'|'.join((*_TOKENS, _SHARED_TOKENS))})\.weight$")
+#: Also with something before it: decoder_embed_tokens, position_embedding.
+_LOOKUP = re.compile(
+    r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
+    rf"|{'|'.join((*_TOKENS, _SHARED_TOKENS, *_OTHER_LOOKUPS))}"
+)
 
 
 def is_vocabulary(name: str) -> bool:
@@ -163,9 +168,7 @@ def is_vocabulary_bias(name: str) -> bool:
 
 def is_token_embedding(name: str) -> bool:
     """Whether a tensor is the token embedding's matrix, the shared one of two sides included."""
-    return TOKEN_EMBEDDING.search(name) is not None or name.endswith(
-        (f".{_SHARED_TOKENS}.weight", f"{_SHARED_TOKENS}.weight")
-    )
+    return _TOKEN_MATRIX.search(name) is not None
 
 
 def is_label_head(name: str) -> bool:

@@ -95,10 +95,10 @@ def _metadata(facts: Facts, licence: Licence | None) -> dict[str, Any]:
     use = use_of(facts)
     tags = ["loratool"]
     if facts.adapter is not None:
-        peft = facts.adapter.declared.library == "peft"
-        tags = ["lora"] * (facts.adapter.peft_type == "LORA") + tags + ["peft"] * peft
-        if peft:
-            found["library_name"] = "peft"
+        library = facts.adapter.declared.library
+        tags = ["lora"] * (facts.adapter.peft_type == "LORA") + tags + [library] * bool(library)
+        if library:
+            found["library_name"] = library
     else:
         tags = ["lora", *tags, "merge"] if facts.is_merged else tags
         if use is not None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter
-from loratool.adapters.reading import read_adapter
+from loratool.adapters.adapter import Adapter, Declared
+from loratool.adapters.reading import declared_in, read_adapter
 from loratool.dtypes import dtype_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import tokenizer_files
@@ -88,12 +88,12 @@ def read_facts(folder: Path, base_model: str | None = None) -> Facts:
     stale = bool(record) and not _fits(record, adapter, model)
     if stale:
         record = {}
-    config = adapter.config if adapter else {}
-    base = hub_id(base_model) if base_model is not None else _base(config, record)
+    declared = adapter.declared if adapter else Declared()
+    base = hub_id(base_model) if base_model is not None else _base(declared, record)
     used = part(record, "base")
     if not base or base != hub_id(used.get("repo")):
-        named = base is not None and base == hub_id(config.get("base_model_name_or_path"))
-        used = {"revision": config.get("revision")} if named else {}
+        named = base is not None and base == hub_id(declared.base_name)
+        used = {"revision": declared.base_revision} if named else {}
     undo = part(record, "undo").get("file")
     return Facts(
         name=one_line(folder.resolve().name) or "model",
@@ -114,13 +114,12 @@ def base_of(folder: Path) -> str | None:
 
     Raises FileError for a config or a record that is no JSON.
     """
-    config = folder / ADAPTER_CONFIG
-    return _base(read_json(config) if config.is_file() else {}, _record(folder))
+    return _base(declared_in(folder), _record(folder))
 
 
-def _base(config: dict[str, Any], record: dict[str, Any]) -> str | None:
+def _base(declared: Declared, record: dict[str, Any]) -> str | None:
     used = part(record, "base")
-    known = hub_id(config.get("base_model_name_or_path")) or hub_id(used.get("repo"))
+    known = hub_id(declared.base_name) or hub_id(used.get("repo"))
     # A base that held adapters already is another model than the one they name.
     named = [] if used.get("adapters") else bases_named(record)
     return known or (named[0] if len(named) == 1 else None)

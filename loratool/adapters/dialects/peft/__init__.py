@@ -39,8 +39,11 @@ class Peft(WritableDialect):
         plain = kind == "LORA" and lora and not is_foreign(tensors)
         return "a PEFT LoRA adapter" if plain else None
 
+    def declared(self, config: dict[str, Any]) -> Declared:
+        return _declared(config)
+
     def read(self, adapter: Adapter) -> None:
-        adapter.declared = _declared(adapter.config)
+        string_list(adapter.config, "modules_to_save")  # raises for anything else
         fill_adapter(adapter)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
@@ -73,12 +76,13 @@ class Peft(WritableDialect):
 def _declared(config: dict[str, Any]) -> Declared:
     mapping = config.get("auto_mapping")
     mapping = mapping if isinstance(mapping, dict) else {}
-    saved = string_list(config, "modules_to_save")
-    task = config.get("task_type")
+    task = _text(config, "task_type")
+    saved = _names(config.get("modules_to_save"))
     return Declared(
-        base_name=config.get("base_model_name_or_path"),
-        base_revision=config.get("revision"),
-        task=None if task is None else str(task),
+        peft_type=_text(config, "peft_type"),
+        base_name=_text(config, "base_model_name_or_path"),
+        base_revision=_text(config, "revision"),
+        task=task,
         model_class=str(mapping.get("base_model_class") or ""),
         model_library=str(mapping.get("parent_library") or ""),
         saved_modules=tuple(saved),
@@ -90,13 +94,30 @@ def _declared(config: dict[str, Any]) -> Declared:
     )
 
 
+def _text(config: dict[str, Any], field: str) -> str | None:
+    """A field that should be a text, whatever it is; None where there is none."""
+    return str(config[field]) if config.get(field) else None
+
+
+def _names(value: Any) -> list[str]:
+    """The texts in a list, or the only one."""
+    found = value if isinstance(value, list) else [value]
+    return [name for name in found if isinstance(name, str)]
+
+
 def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """What the config says, for people."""
     if not config:
         return
-    said = f"r {config.get('r', 8)}, alpha {config.get('lora_alpha', 8)}"
-    flags = [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
+    # LoRA's are 8 where the config leaves them out; other kinds of adapters may have none.
+    usual = {"r": 8, "lora_alpha": 8} if (config.get("peft_type") or "LORA") == "LORA" else {}
+    said = {"r": "r", "lora_alpha": "alpha"}
+    values = usual | config
+    flags = [f"{word} {values[field]}" for field, word in said.items() if field in values]
+    flags += [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
     flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
-    yield "configured", ", ".join([said, *flags])
+    if flags:
+        yield "configured", ", ".join(flags)
     chosen = config.get("target_modules")
-    yield "targets", ", ".join(sorted(chosen)) if isinstance(chosen, list) else str(chosen)
+    named = ", ".join(sorted(map(str, chosen))) if isinstance(chosen, list) else str(chosen)
+    yield "targets", named

@@ -16,6 +16,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.layout import Layout, Naming
 from loratool.models.layouts.names import is_vocabulary, is_vocabulary_bias
 from loratool.models.layouts.place import Place
+from loratool.models.tasks import CLASSIFYING
 from loratool.storage.tensors import TensorInfo
 
 
@@ -163,6 +164,8 @@ def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: T
     if is_vocabulary(name) or is_vocabulary_bias(name):
         if info.shape[0] * 10 >= target.shape[0] * 9:
             return ""
+        if _is_saved_head(adapter, name) and adapter.declared.task in CLASSIFYING:
+            return ""  # a classifier that is called like a language model's head
         return (
             f"it has {info.shape[0]} rows, {target.name} has {target.shape[0]}: perhaps only the "
             "added tokens were saved. Save the whole embedding (modules_to_save)"

@@ -168,13 +168,13 @@ def _resize_biases(plan: Plan, edits: dict[str, Edits]) -> None:
     resizes a model whose head is its embedding (`resize_token_embeddings`).
     """
     tensors = plan.base.tensors
-    sizes = {
-        (tensors[name].shape[0], found.replacement.shape[0])
+    resized = {
+        name: (tensors[name].shape[0], found.replacement.shape[0])
         for name, found in edits.items()
         if found.replacement is not None and name in tensors and is_vocabulary(name)
         and len(found.replacement.shape) == 2
     }  # fmt: skip
-    for old, new in sizes:
+    for old, new in set(resized.values()):
         for name, info in tensors.items():
             if old == new:
                 continue
@@ -185,6 +185,9 @@ def _resize_biases(plan: Plan, edits: dict[str, Edits]) -> None:
                     "Save it too when training: modules_to_save.",
                 )
             if info.shape != (old,) or not is_vocabulary_bias(name):
+                continue
+            weight = name.removesuffix("bias") + "weight"
+            if weight in tensors and weight not in resized:  # of another part, which stays
                 continue
             found = edits.setdefault(name, Edits())
             if found.replacement is None:

@@ -95,6 +95,8 @@ class StagedDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Said while the files are there: afterwards a full disk has room again.
+        said = explain(error, self.output) if isinstance(error, OSError) else None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -104,8 +106,8 @@ class StagedDirectory:
             for parent in self._made:
                 with suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
-        if isinstance(error, OSError):
-            raise explain(error, self.output) from error
+        if said is not None:
+            raise said from error
 
     def _make_and_lock(self) -> bool:
         """Make the directory and lock it; False if another run took it for abandoned meanwhile.

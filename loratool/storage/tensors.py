@@ -77,6 +77,13 @@ class TensorInfo:
         more = max(0, rows - self.shape[0]) * math.prod(self.shape[1:])
         return replace(self, shape=(rows, *self.shape[1:]), zeros=more)
 
+    @property
+    def stored(self) -> TensorInfo:
+        """What the file has of it, without the zeros of `resized`."""
+        row = math.prod(self.shape[1:])
+        rows = (self.numel - self.zeros) // row if row else self.shape[0]
+        return replace(self, shape=(rows, *self.shape[1:]), zeros=0)
+
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 

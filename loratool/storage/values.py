@@ -95,6 +95,7 @@ class _Grown(Values):
         super().__init__(info)
         self._stored = stored
         self._count = info.numel - info.zeros
+        self.whole = stored.whole
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         known = max(0, min(high, self._count) - low) * self.info.itemsize
@@ -110,8 +111,9 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
     A tensor that is stored otherwise has a subclass of TensorInfo, with the dtype and the shape of
     its values, and registers here how to read them: `@values_of.register`.
     """
-    values = _Dense(info, files) if info.strides is None else _Strided(info, files)
-    return _Grown(info, values) if info.zeros else values
+    if info.zeros:
+        return _Grown(info, values_of(info.stored, files))
+    return _Dense(info, files) if info.strides is None else _Strided(info, files)
 
 
 def _gather(info: TensorInfo, files: FilePool) -> Bytes:

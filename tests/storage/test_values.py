@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from helpers.outcomes import file_error
 from loratool.errors import FileError
 from loratool.storage.header import read_header
 from loratool.storage.tensors import as_float32
-from loratool.storage.values import read_raw
+from loratool.storage.torchfile import read_pickled
+from loratool.storage.values import read_float32, read_raw
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -58,3 +60,13 @@ def test_a_file_that_vanishes_while_in_use_is_a_file_error(tmp_path: Path) -> No
     info = read_header(path)[0]["blocks.w"]
     path.unlink()
     file_error(lambda _: read_raw(info), path)
+
+
+def test_a_view_in_a_torch_file_grows_by_zeros(tmp_path: Path) -> None:
+    """A strided tensor that gets more rows reads its own ones, though the file ends after them."""
+    view = torch.arange(12, dtype=torch.float32).reshape(3, 4).T
+    torch.save({"x": view}, tmp_path / "x.bin")
+    info = read_pickled(tmp_path / "x.bin")[0]["x"].resized(6)
+    os.truncate(tmp_path / "x.bin", info.start + 12 * 4)  # as if it were the last in the file
+    wanted = torch.cat([view, torch.zeros(2, 3)]).numpy()
+    assert np.array_equal(read_float32(info), wanted)

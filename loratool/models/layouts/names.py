@@ -95,9 +95,12 @@ ROOTS = {
 
 #: Modules with a row for every token: the last part of their path.
 _TOKENS = (
-    "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings",
-    "tokens_embed", "embeddings",
+    "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed",
+    "embeddings",
 )  # fmt: skip
+
+#: The same of XLNet, whose head (`lm_loss`) is never called by a name of `_LANGUAGE_HEADS`.
+_APART = "word_embedding"
 
 #: The one matrix that encoder-decoder models use for both sides and the head.
 _SHARED_TOKENS = "shared"
@@ -112,7 +115,7 @@ TOKEN_EMBEDDING = re.compile(rf"(^|\.)({'|'.join(_TOKENS)})\.weight$")
 
 #: Heads with a row for every token, by path.
 _LANGUAGE_HEADS = (
-    "lm_head", "embed_out", "proj_out", r"cls\.predictions\.decoder", r"lm_head\.decoder",
+    "lm_head", "embed_out", "proj_out", r"cls\.predictions\.decoder", r"lm_head\.(decoder|linear)",
     "vocab_projector", "generator_lm_head", r"predictions\.decoder",
 )  # fmt: skip
 LANGUAGE_HEAD = re.compile(rf"(^|\.)({'|'.join(_LANGUAGE_HEADS)})\.weight$")
@@ -144,13 +147,15 @@ PRETRAINING = re.compile(
 )
 
 _VOCABULARY = re.compile(
-    rf"(^|\.)({'|'.join((*_TOKENS, _SHARED_TOKENS, *_LANGUAGE_HEADS))})\.(weight|bias)$"
+    # Models with several codebooks number their embeddings and heads: embed_tokens.3, lm_head.3.
+    rf"(^|\.)({'|'.join((*_TOKENS, _APART, _SHARED_TOKENS, *_LANGUAGE_HEADS))})"
+    r"(\.\d+)?\.(weight|bias)$"
 )
-_TOKEN_MATRIX = re.compile(rf"(^|\.)({'|'.join((*_TOKENS, _SHARED_TOKENS))})\.weight$")
+_TOKEN_MATRIX = re.compile(rf"(^|\.)({'|'.join((*_TOKENS, _APART, _SHARED_TOKENS))})\.weight$")
 #: Also with something before it: decoder_embed_tokens, position_embedding.
 _LOOKUP = re.compile(
     r"(.*_)?(embeddings?|embed_tokens|embed_positions|tok_embeddings|tokens_embed|positions_embed)"
-    rf"|{'|'.join((*_TOKENS, _SHARED_TOKENS, *_OTHER_LOOKUPS))}"
+    rf"|{'|'.join((*_TOKENS, _APART, _SHARED_TOKENS, *_OTHER_LOOKUPS))}"
 )
 
 

@@ -61,7 +61,7 @@ def cover(adapter: Adapter, paths: Collection[str], base: str | Path, norms: boo
     layout = Layout(checkpoint)
     found = match(adapter, layout)
     lengths = _lengths(checkpoint, layout, found.deltas, paths, norms)
-    notices = []
+    notices = checkpoint.notices
     if found.unmatched:
         lost = [f"{what}: {reason}" for what, reason in found.unmatched]
         does = agreeing(len(lost), "does")

@@ -46,7 +46,7 @@ def build_plan(
     """
     refuse_quantised(base)
     plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched)
-    plan.notices += [Notice("base-note", note, base.label) for note in base.notes]
+    plan.notices += base.notices
     layout = Layout(base)
     matches = []
     for adapter in adapters:

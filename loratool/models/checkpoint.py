@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError, FileError, shown
+from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.folder import Folder, origin_of
 from loratool.storage.hub.folder import locate, not_there
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.weights import entry_of, read_folder, read_one
+from loratool.storage.weights import entry_of, read_folder, read_one, refuse_part
 
 _ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
 
@@ -70,6 +71,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         return sorted({t.file for t in self.tensors.values()})
 
+    @property
+    def notices(self) -> list[Notice]:
+        """What is odd about its files."""
+        return [Notice("base-note", note, self.label) for note in self.notes]
+
     def fetch(self, tensors: Iterable[str] | None = None) -> None:
         """See to it that the files of these tensors, or of all, are on this disk."""
         names = self.tensors if tensors is None else tensors
@@ -96,6 +102,7 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
                 f"{place.path}: this describes a model and holds no weights.",
                 f"Give the directory: {folder.path}.",
             )
+        refuse_part(folder, place.file)
         weights = read_one(folder, place.file)
     elif folder.is_there():
         if entry_of(folder) is None and folder.has(ADAPTER_CONFIG):

@@ -168,6 +168,7 @@ def _refuse_incomplete(manifest: Manifest) -> None:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
         indices = {name for name in manifest.files if name.endswith(".index.json")}
         manifest.needed = {*(file.name for file in model.files), CONFIG, *indices}
+        manifest.notices += model.notices
     gone = [name for name in manifest.recorded if not manifest.folder.has(name)]
     if gone:
         raise PushError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 #: The config of a model, and the file that says which tensor lies in which shard.
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -9,13 +11,17 @@ INDEX = "model.safetensors.index.json"
 #: A model in one file.
 MODEL = "model.safetensors"
 
-#: What a model directory is looked for, in this order: an index or the only file.
-MODEL_ENTRIES = (INDEX, MODEL, "pytorch_model.bin.index.json", "pytorch_model.bin")
+#: What a model directory is looked for: the first that is there is what transformers loads
+#: (modeling_utils.py, `_get_resolved_checkpoint_files`).
+MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors")
+
+#: The name of one of several files that hold a model or an adapter together.
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 
 #: Endings of files that torch pickles.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool.errors import BaseError, FileError, listed
-from loratool.storage.filenames import MODEL, MODEL_ENTRIES, TORCH_SUFFIXES
+from loratool.errors import BaseError, FileError, LoraToolError, listed
+from loratool.storage.filenames import MODEL, MODEL_ENTRIES, SHARD, TORCH_SUFFIXES
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.header import parse_header
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import read_pickled
+from loratool.storage.values import same_sample
 from loratool.words import agreeing, counted
 
 
@@ -62,10 +63,59 @@ def read_folder(folder: Folder, partial: bool = False) -> Weights:
     With `partial` it may lack some of the shards in its index, but not all. Raises FileError for
     what is missing or damaged.
     """
-    entry = entry_of(folder) or _only_weights_file(folder)
+    entry = entry_of(folder)
+    if entry is None:
+        return read_one(folder, _only_weights_file(folder))
+    found = _read_entry(folder, entry, partial)
+    for other in MODEL_ENTRIES[MODEL_ENTRIES.index(entry) + 1 :]:
+        if folder.has(other):
+            found.notes += _compared(folder, entry, found, other)
+    return found
+
+
+def _read_entry(folder: Folder, entry: str, partial: bool) -> Weights:
     return (
         _read_index(folder, entry, partial) if entry.endswith(".json") else read_one(folder, entry)
     )
+
+
+def _compared(folder: Folder, entry: str, taken: Weights, other: str) -> list[str]:
+    """What to say of a second set of weights in the folder; nothing where it holds the same."""
+    if other.endswith(".json"):
+        weight_map = folder.json(other).get("weight_map")
+        if not isinstance(weight_map, dict):
+            return []
+        files = {name for name in weight_map.values() if isinstance(name, str)}
+        if entry in files and len(files) > 1:
+            raise FileError(
+                f"{folder.path / other}: it names {entry} as one of {len(files)} shards, and "
+                f"transformers would load {entry} alone.",
+                "Rename that shard, in the index too.",
+            )
+        if files == {entry} or not any(folder.has(name) for name in files):
+            return []
+    elif folder.missing([other]):
+        return []  # nothing is downloaded for a comparison
+    try:
+        rest = _read_entry(folder, other, partial=True).tensors
+    except LoraToolError:
+        return []  # it cannot be what anybody loads
+    near = taken.tensors
+    odd = next((name for name in near if name not in rest), None) or next(
+        (name for name in rest if name not in near or not _alike(near[name], rest[name])), None
+    )
+    if odd is None:
+        return []
+    return [
+        f"the folder also holds {other}, whose weights differ ({odd!a} for one); {entry} was "
+        "taken, as transformers does"
+    ]
+
+
+def _alike(one: TensorInfo, other: TensorInfo) -> bool:
+    if not (one.file.is_file() and other.file.is_file()):  # on the Hub: headers tell all there is
+        return (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same_sample(one, other)
 
 
 def read_one(folder: Folder, name: str) -> Weights:
@@ -74,9 +124,21 @@ def read_one(folder: Folder, name: str) -> Weights:
     return Weights(tensors, {MODEL: list(tensors)}, metadata)
 
 
+def refuse_part(folder: Folder, name: str) -> None:
+    """Raise FileError for one shard of several, by its name."""
+    shard = SHARD.fullmatch(name)
+    if shard and int(shard["count"]) > 1:
+        raise FileError(
+            f"{folder.path / name}: this is shard {int(shard['number'])} of "
+            f"{int(shard['count'])}, a part of the weights.",
+            f"Give the directory, with all shards in it: {folder.path}.",
+        )
+
+
 def _only_weights_file(folder: Folder) -> str:
     found = [n for n in folder.names(depth=0) if n.endswith(".safetensors")]
     if len(found) == 1:
+        refuse_part(folder, found[0])
         return found[0]
     if found:
         raise FileError(

@@ -109,7 +109,7 @@ def verify(
             findings = look_for_base(findings, found.pairs, plan, run)
             findings = look_for_adapters(findings, found.pairs, stats, plan, run)
             _conclude(report, [*findings, *found.findings], stats)
-            report.warnings += found.notices
+            report.warnings += model.notices + found.notices
     report.seconds = time.perf_counter() - started
     return report
 

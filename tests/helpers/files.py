@@ -85,12 +85,12 @@ def write_index(folder: Path, weight_map: Any) -> Path:
     return path
 
 
-def small_state(size: int = 8, dtype: torch.dtype = torch.float32) -> State:
+def small_state(size: int = 8, dtype: torch.dtype = torch.float32, seed: int = 1) -> State:
     """The tensors of a small base; the first is the one that `lora_on` adapts."""
     return {
-        ADAPTED: random_of(dtype, size, size, seed=1),
-        OTHER: random_of(dtype, size, size, seed=2),
-        NORM: random_of(dtype, size, seed=3),
+        ADAPTED: random_of(dtype, size, size, seed=seed),
+        OTHER: random_of(dtype, size, size, seed=seed + 1),
+        NORM: random_of(dtype, size, seed=seed + 2),
     }
 
 

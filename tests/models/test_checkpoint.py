@@ -1,4 +1,4 @@
-"""Which files of a folder are the model: the index decides, in every format and layout."""
+"""Which files of a folder are the model: those that transformers loads, in every format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from helpers.places import FIXTURES
 from safetensors.torch import save_file
 
 import loratool
+from loratool.errors import FileError
 from loratool.models.checkpoint import open_checkpoint
+from loratool.storage.filenames import INDEX
 from loratool.storage.values import read_raw
 
 
@@ -85,10 +87,69 @@ def test_files_that_the_index_does_not_name_are_left_alone(two: Path) -> None:
     assert holds(two, {**halves()[0], **halves()[1]})
 
 
-def test_an_index_comes_before_a_single_file(two: Path) -> None:
-    """Where index and model.safetensors are both there, the index decides, as in transformers."""
-    save_file({"old": torch.zeros(1)}, two / "model.safetensors")
-    assert holds(two, {**halves()[0], **halves()[1]})
+def test_a_single_file_comes_before_an_index(two: Path) -> None:
+    """Where index and model.safetensors are both there, the file is read, as by transformers, and
+    that the shards hold something else is said."""
+    save_file(small_state(seed=7), two / "model.safetensors")
+    assert holds(two, small_state(seed=7))
+    (note,) = open_checkpoint(two).notes
+    assert "model.safetensors was taken" in note
+    assert INDEX in note
+
+
+def test_a_second_copy_of_the_same_weights_is_not_worth_a_word(two: Path) -> None:
+    """One file, shards and a torch file of the same values: nobody need choose."""
+    state = {**halves()[0], **halves()[1]}
+    save_file(state, two / "model.safetensors")
+    torch.save(state, two / "pytorch_model.bin")
+    assert open_checkpoint(two).notes == []
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "fewer", "more"])
+def test_a_torch_file_that_differs_is_said(tmp_path: Path, change: str) -> None:
+    """safetensors come before .bin; a .bin of other values, dtypes or tensors is named."""
+    state = small_state()
+    base = write_base(tmp_path / "base", state)
+    if change == "value":
+        state[OTHER] = state[OTHER] + 1
+    elif change == "dtype":
+        state[OTHER] = state[OTHER].half()
+    elif change == "fewer":
+        del state[OTHER]
+    else:
+        state["more.weight"] = torch.ones(1)
+    torch.save(state, base / "pytorch_model.bin")
+    (note,) = open_checkpoint(base).notes
+    assert "pytorch_model.bin" in note
+    assert ("more.weight" if change == "more" else OTHER) in note
+
+
+def test_an_index_whose_shards_are_gone_is_not_worth_a_word(two: Path) -> None:
+    """What an older save left of itself, an index without shards, is nothing to load."""
+    save_file(small_state(), two / "model.safetensors")
+    for name in NAMES:
+        (two / name).unlink()
+    assert open_checkpoint(two).notes == []
+
+
+def test_a_single_file_that_is_a_shard_is_refused(two: Path) -> None:
+    """transformers would load model.safetensors alone, though the index says it is a part."""
+    (two / NAMES[0]).rename(two / "model.safetensors")
+    first, second = halves()
+    places = dict.fromkeys(first, "model.safetensors")
+    write_index(two, {**places, **dict.fromkeys(second, NAMES[1])})
+    with pytest.raises(FileError, match="one of 2 shards"):
+        open_checkpoint(two)
+
+
+def test_one_shard_of_several_is_a_part(two: Path) -> None:
+    """A shard that is named alone, or lies there alone, is not taken for a model."""
+    with pytest.raises(FileError, match="shard 1 of 2"):
+        open_checkpoint(two / NAMES[0])
+    (two / INDEX).unlink()
+    (two / NAMES[0]).unlink()
+    with pytest.raises(FileError, match="shard 2 of 2"):
+        open_checkpoint(two)
 
 
 def test_safetensors_come_before_torch_files(tmp_path: Path) -> None:

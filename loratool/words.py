@@ -60,3 +60,10 @@ def _plural(noun: str) -> str:
 
 def shape_text(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
+
+
+def enumerated(items: Sequence[str], shown: int = 8) -> str:
+    """ "a, b and c", or the first ones and how many there are beside them."""
+    if len(items) > shown:
+        return ", ".join(items[:shown]) + f" and {len(items) - shown} more"
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))

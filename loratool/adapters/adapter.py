@@ -63,7 +63,8 @@ class Adapter:
     `format` names the dialect, or what the file is instead, and `description` says it in words;
     `is_read` tells the two apart: only where a dialect claims the file are there modules. `modules`
     and `replaced` are keyed by module path and by tensor name, both without training-time prefixes.
-    `inert` names tensors that have no effect at inference, `unknown` those nobody can place.
+    `weights` is the file people know it by. `inert` names tensors that have no effect at inference,
+    `unknown` those nobody can place.
     """
 
     source: Path
@@ -82,6 +83,10 @@ class Adapter:
     notices: list[Notice] = field(default_factory=list)
     declared: Declared = Declared()
     is_read: bool = False
+    #: Shards, where there are several; `weights` is then their index.
+    shards: tuple[Path, ...] = ()
+    #: Files beside the factors whose tensors are parts of the adapter.
+    companions: tuple[Path, ...] = ()
 
     @property
     def label(self) -> str:
@@ -95,13 +100,18 @@ class Adapter:
         return origin.name if origin else self.source.resolve().name
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that hold its tensors."""
+        return (*(self.shards or (self.weights,)), *self.companions)
+
+    @property
     def is_here(self) -> bool:
         """Whether the weights are on this disk; `fetch` sees to it."""
-        return self.weights.is_file()
+        return all(path.is_file() for path in self.files)
 
     def fetch(self) -> None:
         """See to it that the weights are on this disk."""
-        self.folder.fetch([str(self.weights.relative_to(self.folder.path))])
+        self.folder.fetch(str(path.relative_to(self.folder.path)) for path in self.files)
 
     @property
     def peft_type(self) -> str | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter, Declared
+from loratool.adapters.companions import read_companions
 from loratool.adapters.dialects import WRITTEN, claimed_by
+from loratool.adapters.files import Held, read_held
 from loratool.adapters.recognise import recognise
-from loratool.errors import AdapterError, FileError
-from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, INDEX, TORCH_SUFFIXES
-from loratool.storage.folder import CachedFolder, Folder
-from loratool.storage.hub.folder import locate, not_there
+from loratool.errors import AdapterError
+from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG, SHARD
+from loratool.storage.hub.folder import locate
 from loratool.storage.jsonfile import read_json
-from loratool.storage.weights import read_contents
 
 
 def read_adapter(source: str | Path) -> Adapter:
@@ -23,21 +23,45 @@ def read_adapter(source: str | Path) -> Adapter:
     `format` and `description`. Raises FileError for what is damaged or not there.
     """
     place = locate(source)
-    folder, name = place.folder, place.file or _find_weights(place.folder, source)
-    beside = name.rpartition("/")[0]
+    folder = place.folder
+    held = read_held(folder, place.file, source)
+    beside = held.entry.rpartition("/")[0]
     config_file = f"{beside}/{ADAPTER_CONFIG}" if beside else ADAPTER_CONFIG
     config = folder.json(config_file) if folder.has(config_file) else {}
-    weights = folder.path / name
-    tensors, metadata, top = read_contents(folder, name)
-    claim = claimed_by(tensors, config, top)
-    code, words = (claim[0].name, claim[1]) if claim else recognise(tensors, config, top)
-    adapter = Adapter(place.path, weights, folder, code, words, tensors, config, metadata)
+    tensors = held.tensors
+    claim = claimed_by(tensors, config, held.top)
+    code, words = (claim[0].name, claim[1]) if claim else recognise(tensors, config, held.top)
+    adapter = Adapter(
+        place.path, folder.path / held.entry, folder, code, words, dict(tensors), config,
+        held.metadata,
+    )  # fmt: skip
+    adapter.shards = tuple(folder.path / name for name in held.names if name != held.entry)
     # Adapters that are no LoRA have a config of PEFT's all the same.
     adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
     if claim:
         adapter.is_read = True
+        _add_companions(adapter, beside, held)
         claim[0].read(adapter)
+        _note_part(adapter, place.file)
     return adapter
+
+
+def _add_companions(adapter: Adapter, beside: str, held: Held) -> None:
+    """Make what training scripts saved beside the factors a part of the adapter."""
+    found = read_companions(adapter.folder, beside, held.entry, adapter.tensors, held.names)
+    adapter.tensors |= found.tensors
+    adapter.companions = tuple(adapter.folder.path / name for name in found.names)
+    adapter.notices += found.notices
+
+
+def _note_part(adapter: Adapter, file: str) -> None:
+    shard = SHARD.fullmatch(file.rpartition("/")[2])
+    if shard and int(shard["count"]) > 1:
+        text = (
+            f"This is shard {int(shard['number'])} of {int(shard['count'])}, a part of an adapter. "
+            f"Give its directory, with all shards in it: {adapter.folder.path}."
+        )
+        adapter.notices.append(Notice("one-shard", text, file, refused=True))
 
 
 def declared_in(folder: Path) -> Declared:
@@ -62,41 +86,3 @@ def read_lora(source: str | Path) -> Adapter:
         )
     adapter.fetch()
     return adapter
-
-
-def _find_weights(folder: Folder, source: str | Path) -> str:
-    path = folder.path
-    if not folder.is_there():
-        if re.fullmatch(r"-?\d*\.?\d+", str(source)):
-            raise FileError(
-                f"{source}: taken for a path, and there is no such file.",
-                "Options take one value each: --weight 0.5 --weight 0.7.",
-            )
-        raise not_there(source, path)
-    for name in ADAPTER_ENTRIES:
-        if folder.has(name):
-            return name
-    if folder.has(INDEX):
-        raise FileError(
-            f"{path}: this is a base model (sharded weights), not an adapter.",
-            "Name the adapter, or one of the shards to look into it.",
-        )
-    inside = [
-        name
-        for name in folder.names(depth=1)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
-        and ("/" not in name or re.fullmatch(r"[^/]+/adapter_model\.[^/]+", name))
-    ]
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        raise FileError(
-            f"{path}: no {ADAPTER_ENTRIES[0]} in this directory.",
-            f"Name one of the files in it: {', '.join(str(path / name) for name in inside[:5])}"
-            + (", …" if len(inside) > 5 else "."),
-        )
-    wanted = f"Expected {ADAPTER_ENTRIES[0]} beside {ADAPTER_CONFIG}."
-    raise FileError(
-        f"{path}: no adapter weights in this directory.",
-        folder.remedy if isinstance(folder, CachedFolder) else wanted,
-    )

@@ -6,6 +6,7 @@ import click
 
 from loratool.cli.options import (
     base_option,
+    components_option,
     full_option,
     include_option,
     json_option,
@@ -18,6 +19,7 @@ from loratool.cli.options import (
 @click.command("inspect", short_help="Show what is in an adapter.")
 @click.argument("source")
 @base_option("Base model: adds coverage and ‖ΔW‖/‖W‖.")
+@components_option()
 @full_option("One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
 @spectrum_option("Show each module's singular values.")
@@ -29,6 +31,7 @@ from loratool.cli.options import (
 def inspect_command(
     source: str,
     base: str | None,
+    components: tuple[str, ...],
     full: bool,
     tensors: bool,
     spectrum: bool,
@@ -58,7 +61,10 @@ def inspect_command(
     from loratool.rendering.inspect import show_inspect
     from loratool.verbs.inspect import inspect as run
 
-    report = run(source, base=base, spectrum=spectrum, norms=norms, layers=layers, include=include)
+    report = run(
+        source, base=base, components=components, spectrum=spectrum, norms=norms, layers=layers,
+        include=include,
+    )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())
         return

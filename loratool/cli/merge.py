@@ -6,6 +6,7 @@ import click
 
 from loratool.cli.options import (
     allow_unmatched_option,
+    components_option,
     dry_run_option,
     json_option,
     model_dtype_option,
@@ -23,8 +24,17 @@ from loratool.cli.options import (
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @output_option()
 @weight_option()
-@model_dtype_option(default="float16", show_default=True)
+@model_dtype_option(
+    "Dtype of all floating tensors of the output; base keeps each tensor's own. [default: float16; "
+    "bfloat16 for architectures that exceed it]"
+)
 @allow_unmatched_option()
+@components_option()
+@click.option(
+    "--tokenizer", type=click.Choice(["base", "adapter"]),
+    help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
+)  # fmt: skip
+@click.option("--again", is_flag=True, help="Merge an adapter that BASE holds already.")
 @overwrite_option("Replace OUT, or the weights in REPO, if there.")
 @click.option(
     "--reversible", is_flag=True,
@@ -50,8 +60,11 @@ def merge_command(
     adapters: tuple[str, ...],
     output: str | None,
     weights: tuple[float, ...],
-    dtype: str,
+    dtype: str | None,
     allow_unmatched: bool,
+    components: tuple[str, ...],
+    tokenizer: str | None,
+    again: bool,
     overwrite: bool,
     reversible: bool,
     verify: bool,
@@ -90,7 +103,8 @@ def merge_command(
     with common.progress_bar(not (quiet or as_json or dry_run), "merging") as progress:
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
-            allow_unmatched=allow_unmatched, overwrite=overwrite, dry_run=dry_run,
+            allow_unmatched=allow_unmatched, components=components, tokenizer=tokenizer,
+            again=again, overwrite=overwrite, dry_run=dry_run,
             reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
             threads=threads, progress=progress,
         )  # fmt: skip

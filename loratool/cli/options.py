@@ -80,6 +80,10 @@ allow_unmatched_option = _shared(
     "--allow-unmatched", is_flag=True,
     help="Merge what fits when parts of an adapter do not, and record the rest.",
 )  # fmt: skip
+components_option = _shared(
+    "--components", multiple=True, metavar="NAME",
+    help="Only this part of the base, e.g. text_model, where an adapter fits several; repeatable.",
+)  # fmt: skip
 layer_option = _shared(
     "--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers."
 )

@@ -7,6 +7,7 @@ import click
 from loratool.cli.options import (
     allow_unmatched_option,
     base_option,
+    components_option,
     full_option,
     json_option,
     quiet_option,
@@ -21,6 +22,7 @@ from loratool.cli.options import (
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
+@components_option()
 @full_option("One line per module; do not fold layers.")
 @threads_option()
 @json_option()
@@ -33,6 +35,7 @@ def verify_command(
     adapters: tuple[str, ...],
     weights: tuple[float, ...],
     allow_unmatched: bool,
+    components: tuple[str, ...],
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -57,6 +60,7 @@ def verify_command(
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
+            components=components,
             threads=threads, progress=progress,
         )  # fmt: skip
     try:

@@ -34,7 +34,7 @@ from loratool.combining.rank_change import (
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
-from loratool.models.sidefiles import tokenizer_files
+from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.hashing import file_sha256
 from loratool.storage.tensors import Bytes

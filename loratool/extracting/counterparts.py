@@ -20,6 +20,7 @@ from loratool.adapters.factors import Kind, ModuleShape
 from loratool.errors import MatchError, UsageError, listed, nearest
 from loratool.extracting.kinds import Group, group_of
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary
 from loratool.models.layouts.place import Place
@@ -145,7 +146,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Selection) -> Counterparts
             "Give a base and a model that was fine-tuned from it.",
         )
     layout, own = Layout(base), Layout(tuned)
-    naming = layout.choose_naming(tuned.tensors)
+    naming = layout.choose_naming(
+        [Wanted(name, info.shape, whole=True) for name, info in tuned.tensors.items()]
+    )
     named = in_memory(tuned)
     result = Counterparts()
     taken: set[str] = set()

@@ -21,8 +21,8 @@ from loratool.extracting.outcome import Outcome, gather, note, with_siblings
 from loratool.extracting.readback import distance
 from loratool.merging.provenance import describe_model, versions
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.sidefiles import tokenizer_files
 from loratool.models.tasks import CLASSIFYING, TASK_BY_END, TEXT_TO_TEXT
+from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.hashing import file_sha256
 from loratool.storage.values import raw_blocks

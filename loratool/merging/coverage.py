@@ -6,16 +6,19 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.errors import listed
+from loratool.merging.identity import note_other_base
 from loratool.merging.matching import Delta, match
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import is_token_embedding
+from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import squared_norm
@@ -54,14 +57,24 @@ class Covered:
     lengths: dict[str, float]
 
 
-def cover(adapter: Adapter, paths: Collection[str], base: str | Path, norms: bool) -> Covered:
-    """Place an adapter in a base. The weights that the modules at `paths` adapt are measured if
-    they are on this disk, or may be downloaded (`norms`)."""
+def cover(
+    adapter: Adapter,
+    paths: Collection[str],
+    base: str | Path,
+    norms: bool,
+    components: Sequence[str] = (),
+) -> Covered:
+    """Place an adapter in a base, or in some `components` of it.
+
+    The weights that the modules at `paths` adapt are measured if they are on this disk, or may be
+    downloaded (`norms`).
+    """
     checkpoint = open_checkpoint(base)
-    layout = Layout(checkpoint)
+    layout = Layout(checkpoint, components)
     found = match(adapter, layout)
     lengths = _lengths(checkpoint, layout, found.deltas, paths, norms)
-    notices = checkpoint.notices
+    notices = [*checkpoint.notices, *layout.notices, *note_other_base(checkpoint, [adapter])]
+    notices += _ids_without_rows(checkpoint, adapter)
     if found.unmatched:
         lost = [f"{what}: {reason}" for what, reason in found.unmatched]
         does = agreeing(len(lost), "does")
@@ -85,6 +98,14 @@ def cover(adapter: Adapter, paths: Collection[str], base: str | Path, norms: boo
         measured=lengths is not None,
     )
     return Covered(report, notices, lengths or {})
+
+
+def _ids_without_rows(base: Checkpoint, adapter: Adapter) -> list[Notice]:
+    """A warning for ids of the tokenizer that a merge would take which the model has no row for."""
+    held = {**base.tensors, **adapter.replaced}
+    rows = {n: i.shape[0] for n, i in held.items() if is_token_embedding(n) and i.shape}
+    files = tokenizer_files(adapter.folder) or tokenizer_files(base.folder)
+    return note_ids_without_rows(files, rows)
 
 
 def _lengths(

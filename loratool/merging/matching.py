@@ -13,6 +13,7 @@ from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.components import Hint, Wanted
 from loratool.models.layouts.layout import Layout, Naming
 from loratool.models.layouts.names import is_vocabulary, is_vocabulary_bias
 from loratool.models.layouts.place import Place
@@ -66,10 +67,23 @@ class Match:
 
 def match(adapter: Adapter, layout: Layout) -> Match:
     """Place the parts of `adapter` in the base of `layout`."""
-    names = [m.weight_name for m in adapter.modules.values()]
-    names += [f"{path}.weight" for path in adapter.token_rows]
-    names += adapter.replaced
-    found = Match(adapter, layout.choose_naming(names))
+    wanted = [Wanted(m.weight_name, m.shape) for m in adapter.modules.values()]
+    wanted += [
+        Wanted(f"{path}.weight", rows.rows.shape, whole=True)
+        for path, rows in adapter.token_rows.items()
+    ]
+    wanted += [Wanted(name, info.shape, whole=True) for name, info in adapter.replaced.items()]
+    declared = adapter.declared
+    hints = [
+        Hint(field, value)
+        for field, value in (
+            ("base_model_class", declared.model_class),
+            ("task_type", declared.task),
+            ("base_model_name_or_path", declared.base_name),
+        )
+        if value
+    ]
+    found = Match(adapter, layout.choose_naming(wanted, hints))
     _match_replaced(found, layout)
     for module in adapter.modules.values():
         _match_module(found, layout, module)

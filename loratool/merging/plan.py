@@ -114,6 +114,7 @@ class Plan:
     weights: list[float]
     dtype: str
     allow_unmatched: bool = False
+    components: tuple[str, ...] = ()
     shards: dict[str, list[Job]] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)

@@ -16,7 +16,7 @@ from loratool.errors import AdapterError, MatchError, listed
 from loratool.merging.matching import Match, match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
-from loratool.models.checkpoint import Checkpoint
+from loratool.models.checkpoint import Checkpoint, refuse_placeholders
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import (
     LABEL_HEAD,
@@ -38,20 +38,24 @@ def build_plan(
     weights: Sequence[float],
     dtype: str = "float16",
     allow_unmatched: bool = False,
+    components: Sequence[str] = (),
 ) -> Plan:
     """Plan `W + Σ weight·scale·B·A` for every tensor of `base`.
 
-    Raises BaseError for a quantised base, AdapterError for an adapter that has no merged form, and
-    MatchError where a part of an adapter finds no place (unless `allow_unmatched`).
+    `components` are the only parts of the base that adapters may go into, by the beginnings of
+    names. Raises BaseError for a quantised base, AdapterError for an adapter that has no merged
+    form, and MatchError where a part of an adapter finds no place (unless `allow_unmatched`).
     """
     refuse_quantised(base)
-    plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched)
+    refuse_placeholders(base)
+    plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched, tuple(components))
     plan.notices += base.notices
-    layout = Layout(base)
+    layout = Layout(base, components)
     matches = []
     for adapter in adapters:
         _refuse_unmergeable(plan, adapter)
         matches.append(match(adapter, layout))
+    plan.notices += layout.notices
     _refuse_unmatched(plan, matches)
     edits, added = _collect(plan, matches, layout)
     new_head = settle_tied(plan, layout, edits)

@@ -5,6 +5,7 @@ It holds no date and no path, so that equal inputs give equal files.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,8 +25,15 @@ from loratool.storage.jsonfile import read_json
 from loratool.version import __version__
 
 
-def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str, Any]) -> Any:
-    """The document for an output made by `plan`. `shards` maps file names to their sha256."""
+def describe(
+    plan: Plan,
+    command: str,
+    shards: dict[str, str],
+    result: dict[str, Any],
+    held: Sequence[Merged] = (),
+) -> Any:
+    """The document for an output made by `plan`. `shards` maps file names to their sha256, `held`
+    are the adapters that the base held already."""
     return {
         "schema_version": 1,
         "command": command,
@@ -34,8 +42,9 @@ def describe(plan: Plan, command: str, shards: dict[str, str], result: dict[str,
             "dtype": plan.dtype,
             "weights": plan.weights,
             "allow_unmatched": plan.allow_unmatched,
+            **({"components": list(plan.components)} if plan.components else {}),
         },
-        "base": {**describe_model(plan.base), "adapters": _held_by(plan.base)},
+        "base": {**describe_model(plan.base), "adapters": [entry.document for entry in held]},
         "adapters": [
             describe_adapter(adapter, weight)
             for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
@@ -78,15 +87,6 @@ def versions(*libraries: str) -> dict[str, str]:
     return {"loratool": __version__, **{name: version(name) for name in libraries}}
 
 
-def _held_by(base: Checkpoint) -> list[dict[str, Any]]:
-    """What the base itself was merged from, by its own record, the oldest first."""
-    if not base.is_directory or not base.folder.has(PROVENANCE):
-        return []
-    base.folder.fetch([PROVENANCE])
-    held = [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
-    return [entry.document for entry in held]
-
-
 def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
     return {
         "name": adapter.name,
@@ -112,17 +112,34 @@ def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:
-    """sha256 of the adapter's weights and of its config, by file name."""
+    """sha256 of the files that hold the adapter and of its config, by file name."""
     config = adapter.weights.with_name(ADAPTER_CONFIG)
-    paths = [adapter.weights, *([config] if config.is_file() else [])]
+    paths = [*adapter.files, *([config] if config.is_file() else [])]
     return {path.name: file_sha256(path) for path in paths}
+
+
+def weights_sha256(adapter: Adapter) -> str:
+    """One hash for all files that hold the weights of an adapter."""
+    return _hashes(adapter)[0]
 
 
 def _hashes(adapter: Adapter) -> tuple[str, str]:
     """sha256 of the adapter's weights and of its config ("" without one)."""
-    files = adapter_files(adapter)
-    config = files.pop(ADAPTER_CONFIG, "")
-    return next(iter(files.values())), config
+    return _split(adapter_files(adapter))
+
+
+def _split(files: dict[str, Any]) -> tuple[str, str]:
+    """The hashes in `files`: one for all that hold the weights, and that of the config."""
+    config = str(files.get(ADAPTER_CONFIG, ""))
+    weights = sorted(
+        (name, str(digest)) for name, digest in files.items() if name != ADAPTER_CONFIG
+    )
+    if len(weights) == 1:
+        return weights[0][1], config
+    if not weights:
+        raise ValueError("an adapter without weights")
+    lines = "\n".join(f"{digest} {name}" for name, digest in weights)
+    return hashlib.sha256(lines.encode()).hexdigest(), config
 
 
 @dataclass(frozen=True)
@@ -184,10 +201,8 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
 
 
 def _merged(entry: dict[str, Any]) -> Merged:
-    files = dict(entry["files"])
-    config = str(files.pop(ADAPTER_CONFIG, ""))
-    (weights,) = files.values()
-    return Merged(str(entry["name"]), float(entry["weight"]), str(weights), config, entry)
+    weights, config = _split(dict(entry["files"]))
+    return Merged(str(entry["name"]), float(entry["weight"]), weights, config, entry)
 
 
 def identify(

@@ -40,9 +40,10 @@ def plan_subtraction(
     run: Run,
 ) -> Subtraction:
     """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
-    unmatched = bool(record.get("options", {}).get("allow_unmatched"))
-    plan = build_plan(merged, adapters, [-w for w in weights], dtype, unmatched)
-    forward = build_plan(merged, adapters, weights, dtype, unmatched)
+    options = record.get("options", {})
+    how = bool(options.get("allow_unmatched")), options.get("components") or ()
+    plan = build_plan(merged, adapters, [-w for w in weights], dtype, *how)
+    forward = build_plan(merged, adapters, weights, dtype, *how)
     originals = {}
     if base is not None:
         originals = _originals(base, merged, forward, bool(record), run)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import BaseError, FileError, shown
+from loratool.errors import BaseError, FileError, listed, shown
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.folder import Folder, origin_of
 from loratool.storage.hub.folder import locate, not_there
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import entry_of, read_folder, read_one, refuse_part
+from loratool.words import counted
 
 _ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
 
@@ -122,3 +123,20 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )
+
+
+def refuse_placeholders(model: Checkpoint) -> None:
+    """Raise BaseError for weights without values: ZeRO-3 leaves them of shape [0], and a model with
+    them loads nowhere."""
+    empty = [
+        name
+        for name, info in model.tensors.items()
+        if info.shape == (0,) and info.is_float and name.endswith((".weight", ".bias"))
+    ]
+    if empty:
+        raise BaseError(
+            f"{model.label}: {counted(len(empty), 'weight', 'is')} empty, a placeholder as "
+            "DeepSpeed ZeRO-3 leaves it when shards were not gathered before saving:\n"
+            + listed(empty),
+            "Save the model again from the training run (zero_to_fp32.py, or gather first).",
+        )

@@ -1,8 +1,8 @@
 """What a model directory holds beside its weights: config, tokenizer, everything else.
 
-The base's files are copied, the adapter's tokenizer files lie on top, and config.json is changed
-where the weights changed. Left out, and said so: weights in other formats (they are of the unmerged
-model), hidden files, and the model card, which describes the base.
+The base's files are copied, an adapter's tokenizer takes the place of the base's, and config.json
+is changed where the weights changed. Left out, and said so: weights in other formats (they are of
+the unmerged model), hidden files, and the model card, which describes the base.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import explained_os_errors
+from loratool.errors import UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE
+from loratool.models.tokenizers import (
+    Tokenizer,
+    files_beside,
+    is_beside_tokenizer,
+    is_part_of_tokenizer,
+    same_tokenizers,
+    stray_parts,
+    tokenizer_files,
+)
+from loratool.notices import Notice
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, VALUE_HEAD
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_json
 
-_TOKENIZER = re.compile(
-    r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|"
-    r"vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model|"
-    r"chat_template\.(jinja|json))$"
-)
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|tflite|mlmodel|ot|npz)$"
     r"|\.(safetensors|bin)\.index(\.[^.]+)?\.json$"
@@ -33,6 +38,14 @@ _WEIGHTS = re.compile(
 #: Folders that hold the unmerged model in other formats.
 _FOREIGN_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "tflite", "metal"}
 _LEFT_AT_TOP = {"README.md", ADAPTER_CONFIG, PROVENANCE}
+#: What must go along with a model wherever it goes.
+_LEGAL = re.compile(
+    r"(licen[cs]e|notice|copying|copyright|(acceptable[-_ ]?)?use[-_ ]?policy|"
+    r"prohibited[-_ ]?uses?|terms)\b.*",
+    re.IGNORECASE,
+)
+#: Of a sentence-transformers model: what its parts are, and how they are used.
+_SENTENCE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 @dataclass
@@ -42,6 +55,8 @@ class SideFiles:
     folder: Folder
     copied: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    notices: list[Notice] = field(default_factory=list)
 
     @property
     def _coming(self) -> dict[str, int]:
@@ -67,59 +82,120 @@ class SideFiles:
         self.folder.fetch(self._coming)
 
 
-def side_files_of(checkpoint: Checkpoint, adapters: Sequence[Folder] = ()) -> SideFiles:
-    """What lies beside the weights of `checkpoint`, with the tokenizers of adapters on top.
+def side_files_of(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[str, Folder]] = (),
+    tokenizer: str | None = None,
+) -> SideFiles:
+    """What lies beside the weights of `checkpoint`, and what adapters (name, folder) bring.
 
-    Raises FileError for a file that cannot be read.
+    `tokenizer` says whose to take, "base" or "adapter"; without it an adapter's where one has one.
+    Raises FileError for a file that cannot be read, UsageError for a tokenizer that is not there.
     """
     names = {path.name for path in checkpoint.files}
     names |= {name for name in checkpoint.folder.names(depth=0) if name.endswith(".index.json")}
     with explained_os_errors():
-        found = collect(checkpoint.folder, names, adapters, checkpoint.is_directory)
+        found = collect(checkpoint.folder, names, checkpoint.is_directory)
+        present = [(name, folder) for name, folder in adapters if folder.is_there()]
+        _settle_tokenizer(found, present, tokenizer)
+        for _, folder in present:
+            _carry(found, folder)
         found.check_readable()
     return found
 
 
-def collect(
-    folder: Folder, weights: set[str], adapters: Sequence[Folder], whole_directory: bool
-) -> SideFiles:
-    """The side files of the base in `folder`, and the tokenizers of adapter directories.
+def collect(folder: Folder, weights: set[str], whole_directory: bool) -> SideFiles:
+    """The side files of the base in `folder`.
 
     `weights` names the files the base consists of. Folders with weights of their own (checkpoints
     of a training run, adapters) are left out, but for those that modules.json names: they are parts
     of a sentence-transformers model.
 
     With `whole_directory` False (the base was given as one file, whose neighbours may be anything)
-    only config and tokenizer are taken.
+    only config, tokenizer and licence are taken.
     """
     found = SideFiles(folder)
     names = folder.names() if whole_directory else _plain_files(folder)
-    parts = _sentence_modules(folder)
+    parts = sentence_parts(folder)
     heavy = {parent for name in names if _WEIGHTS.search(name) for parent in _parents(name)}
     taken = []
     for name in names:
         shut = next((p for p in _parents(name) if _is_foreign(p, parts, heavy)), None)
         at_top, leaf = "/" not in name, name.rpartition("/")[2]
-        known = _TOKENIZER.match(leaf) or leaf in (CONFIG, "generation_config.json")
+        known = is_part_of_tokenizer(name) or is_beside_tokenizer(name) or leaf == CONFIG
         if name == ".gitattributes":  # every repository of the Hub has one
             continue
         if shut is not None:
             if f"{shut}/" not in found.left_out:
                 found.left_out.append(f"{shut}/")
-        elif at_top and _WEIGHTS.search(name):
+        elif at_top and _WEIGHTS.search(name) and not VALUE_HEAD.fullmatch(name):
             if name not in weights:
                 found.left_out.append(name)
         elif not folder.has(name):
             found.left_out.append(name if name.endswith("/") else f"{name} (a broken link)")
         elif leaf.startswith(".") or (at_top and name in _LEFT_AT_TOP):
             found.left_out.append(name)
-        elif whole_directory or known:
+        elif whole_directory or known or _LEGAL.fullmatch(name):
             taken.append(name)
     found.copied = {name: folder.path / name for name in taken}
-    for adapter in adapters:
-        if adapter.is_there():
-            found.copied |= tokenizer_files(adapter)
     return found
+
+
+def _settle_tokenizer(
+    found: SideFiles, adapters: Sequence[tuple[str, Folder]], choice: str | None
+) -> None:
+    """Decide whose tokenizer goes along, and take all of it."""
+    brought = [(name, files) for name, folder in adapters if (files := tokenizer_files(folder))]
+    if choice == "adapter" and not brought:
+        raise UsageError(
+            "No adapter brings a tokenizer (a folder with tokenizer.json or the like).",
+            "Omit --tokenizer.",
+        )
+    for name, folder in adapters:
+        if stray := stray_parts(folder):
+            text = (
+                f"{name} has {', '.join(stray)} but no vocabulary, so no tokenizer; "
+                "the base's goes along, and these do not."
+            )
+            found.notices.append(Notice("tokenizer-part", text, str(folder.path)))
+    own = {name: path for name, path in found.copied.items() if is_part_of_tokenizer(name)}
+    if choice == "base" or not brought:
+        if own:
+            found.folder.fetch(own)
+            found.tokenizer = Tokenizer("the base", own)
+        return
+    owner, files = brought[-1]
+    if not same_tokenizers(brought):
+        text = (
+            f"The adapters bring different tokenizers; that of {owner}, the last one, goes along. "
+            "--tokenizer base keeps the base's."
+        )
+        found.notices.append(Notice("tokenizers-differ", text))
+    beside = files_beside(dict(adapters)[owner])
+    found.tokenizer = Tokenizer(owner, files, beside)
+    replaced = [name for name in found.copied if found.tokenizer.replaces(name)]
+    for name in replaced:
+        del found.copied[name]
+        if name not in files and name not in beside:
+            found.left_out.append(f"{name} (the tokenizer is {owner}'s)")
+    found.copied |= files | beside
+
+
+def _carry(found: SideFiles, folder: Folder) -> None:
+    """What an adapter brings that belongs beside the output: a value head, the modules around a
+    sentence encoder (its dense layers were trained with it; its prompts and pooling fit them)."""
+    names = [name for name in folder.names(depth=0) if VALUE_HEAD.fullmatch(name)]
+    names = [name for name in names if folder.has(name)]
+    if parts := sentence_parts(folder):
+        old = sentence_parts(found.folder)
+        for name in list(found.copied):
+            if name in _SENTENCE or any(name.startswith(f"{part}/") for part in old if part):
+                del found.copied[name]
+        names += [name for name in _SENTENCE if folder.has(name)]
+        inside = [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
+        names += [name for name in inside if folder.has(name)]
+    folder.fetch(names)
+    found.copied |= {name: folder.path / name for name in names}
 
 
 def _plain_files(folder: Folder) -> list[str]:
@@ -139,14 +215,8 @@ def _is_foreign(place: str, parts: set[str], heavy: set[str]) -> bool:
     return other or (place in heavy and place not in parts)
 
 
-def tokenizer_files(folder: Folder) -> dict[str, Path]:
-    """The files of a tokenizer in a folder, by name, fetched."""
-    names = [name for name in folder.names(depth=0) if _TOKENIZER.match(name) and folder.has(name)]
-    folder.fetch(names)
-    return {name: folder.path / name for name in names}
-
-
-def _sentence_modules(folder: Folder) -> set[str]:
+def sentence_parts(folder: Folder) -> set[str]:
+    """The folders of a sentence-transformers model's modules ("" is the folder itself)."""
     if not folder.has("modules.json"):
         return set()
     folder.fetch(["modules.json"])

@@ -159,7 +159,8 @@ def _refuse_incomplete(manifest: Manifest) -> None:
             )
         if adapter.is_read:
             refuse_not_finite(adapter)
-        manifest.needed = {str(adapter.weights.relative_to(path)), ADAPTER_CONFIG}
+        held = {str(file.relative_to(path)) for file in (adapter.weights, *adapter.files)}
+        manifest.needed = {*held, ADAPTER_CONFIG}
         manifest.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:

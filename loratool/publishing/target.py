@@ -112,3 +112,10 @@ def merge_target(
             )
         plan.notices.append(Notice("private-input", f"{text}is public.", target.repo))
     return target
+
+
+def workplace(repo: str) -> Path:
+    """Where shards are made that are not kept: beside the download cache, where there is room."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).parent / "loratool" / target_of(repo).replace("/", "--")

@@ -15,8 +15,11 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
     facts.add_row("base", escape(report.base))
-    for adapter, weight in zip(report.adapters, report.weights, strict=True):
-        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+    given = zip(report.adapters, report.trained_on, report.weights, strict=True)
+    for adapter, trained_on, weight in given:
+        times = f"  × {weight:g}" if weight != 1 else ""
+        named = f"  (trained on {trained_on})" if trained_on else ""
+        facts.add_row("adapter", escape(adapter + times + named))
     kept = "each tensor's own" if report.dtype == "base" else report.dtype
     facts.add_row("dtype", kept)
     facts.add_row("modules", f"{report.modules} merged")
@@ -35,6 +38,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
         facts.add_row(CONFIG, escape(changed))
+    if report.tokenizer:
+        facts.add_row("tokenizer", escape(report.tokenizer))
     if report.left_out:
         facts.add_row("left out", escape(", ".join(report.left_out)))
     if report.dry_run:
@@ -42,6 +47,15 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         free = format_bytes(report.bytes_free)
         room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
         facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
+        if report.range_loss is not None:
+            lost = report.range_loss
+            text = (
+                f"about {percent(lost.subnormal)} of the values lose digits in float16, "
+                f"{percent(lost.zeroed)} become zero (from {lost.sampled:,} of them)"
+            )
+            if lost.overflowing:
+                text += f"; [red]{percent(lost.overflowing)} overflow, which stops the merge[/]"
+            facts.add_row("small values", text)
         if report.reversible:
             share = report.undo_bytes / max(1, report.bytes_written)
             undo = f"about {format_bytes(report.undo_bytes)} more ({share:.1%}), from a sample"

@@ -19,9 +19,15 @@ MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.jso
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors")
+#: The indexes of adapters in shards.
+ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
 #: The name of one of several files that hold a model or an adapter together.
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
+
+#: The value head of reinforcement learning (TRL, LLaMA-Factory), beside an adapter or a model: no
+#: part of the language model, but read by those who train on.
+VALUE_HEAD = re.compile(r"(value_head|v_head)\.(bin|pt|pth|safetensors)")
 
 #: Endings of files that torch pickles.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})

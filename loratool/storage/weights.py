@@ -75,7 +75,7 @@ def read_folder(folder: Folder, partial: bool = False) -> Weights:
 
 def _read_entry(folder: Folder, entry: str, partial: bool) -> Weights:
     return (
-        _read_index(folder, entry, partial) if entry.endswith(".json") else read_one(folder, entry)
+        read_index(folder, entry, partial) if entry.endswith(".json") else read_one(folder, entry)
     )
 
 
@@ -152,7 +152,8 @@ def _only_weights_file(folder: Folder) -> str:
     )
 
 
-def _read_index(folder: Folder, entry: str, partial: bool) -> Weights:
+def read_index(folder: Folder, entry: str, partial: bool = False) -> Weights:
+    """The weights that an index puts together. Raises FileError where the two do not fit."""
     index = folder.path / entry
     weight_map = folder.json(entry).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -131,7 +131,7 @@ def combine(
     with explained_os_errors():
         check_output(target, [Path(s) for s in sources], overwrite)
         loras = [read_lora(source) for source in sources]
-        check_output(target, [a.weights.resolve() for a in loras], overwrite)
+        check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
         if not any(factors):
             raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
         joined = join(loras, factors, "combined")

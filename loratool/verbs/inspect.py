@@ -130,6 +130,7 @@ def inspect(
     source: str | Path,
     *,
     base: str | Path | None = None,
+    components: Sequence[str] = (),
     spectrum: bool = False,
     norms: bool = False,
     layers: str | None = None,
@@ -143,6 +144,7 @@ def inspect(
         adapter are named in `format` and `description`; damaged ones raise FileError.
     base: base model directory or file, or a Hub id; adds coverage and, where its weights are on
         this disk, ‖ΔW‖/‖W‖.
+    components: the only parts of the base that the adapter may go into.
     spectrum: keep each module's singular values, largest first.
     norms: download what norms need. Without it, headers are all that is read of a base on the Hub,
         and of an adapter there with more than `SMALL` bytes.
@@ -193,7 +195,7 @@ def inspect(
                 "Omit --base.",
             )
         with explained_os_errors():
-            _add_base(report, adapter, base, norms)
+            _add_base(report, adapter, base, norms, components)
     return report
 
 
@@ -265,9 +267,15 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
         notices.append(Notice("not-finite", text, broken[0]))
 
 
-def _add_base(report: InspectReport, adapter: Adapter, base: str | Path, norms: bool) -> None:
+def _add_base(
+    report: InspectReport,
+    adapter: Adapter,
+    base: str | Path,
+    norms: bool,
+    components: Sequence[str],
+) -> None:
     """What the adapter covers of the base, and ‖ΔW‖/‖W‖ of its modules."""
-    found = cover(adapter, [m.path for m in report.modules], base, norms)
+    found = cover(adapter, [m.path for m in report.modules], base, norms, components)
     report.base = found.report
     if found.report.model_type:
         # The base's config.json settles what the adapter alone leaves open.

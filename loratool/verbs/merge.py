@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
-from loratool.errors import HubError, UsageError, explained_os_errors
+from loratool.errors import HubError, explained_os_errors
+from loratool.merging.identity import held_by, note_other_base, note_slips, refuse_held
+from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import describe
+from loratool.merging.range_loss import RangeLoss, sample_range_loss
 from loratool.merging.undo.sidefiles import keep_base, previous
 from loratool.models.checkpoint import open_checkpoint
+from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import SideFiles, side_files_of
+from loratool.models.tokenizers import note_ids_without_rows
 from loratool.notices import Notice, document
-from loratool.publishing.target import merge_target, target_of
+from loratool.publishing.target import merge_target, workplace
 from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import (
@@ -34,7 +39,6 @@ from loratool.streams.run import Run
 from loratool.verbs.inputs import (
     Source,
     as_list,
-    check_dtype,
     check_paths,
     check_weights,
 )
@@ -54,6 +58,8 @@ class MergeReport:
 
     base: str
     adapters: list[str]
+    #: What each adapter says it was trained on; "" where it does not.
+    trained_on: list[str]
     weights: list[float]
     output: str
     dtype: str
@@ -72,10 +78,14 @@ class MergeReport:
     config_changes: dict[str, Any]
     side_files: list[str]
     left_out: list[str]
+    #: Whose tokenizer goes along, in words; "" if there is none.
+    tokenizer: str
     warnings: list[Notice] = field(default_factory=list)
     subnormal: int = 0
     zeroed: int = 0
     lost: float | None = None
+    #: In a dry run: what float16 would lose of the base's range, from a sample.
+    range_loss: RangeLoss | None = None
     verified: bool = False
     #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
     pushed: str = ""
@@ -89,7 +99,10 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return document(self, "warnings")
+        found = document(self, "warnings")
+        if self.range_loss is not None:
+            found["range_loss"] = dict(self.range_loss.__dict__)
+        return found
 
 
 def merge(
@@ -98,8 +111,11 @@ def merge(
     output: str | Path | None,
     *,
     weights: Sequence[float] | None = None,
-    dtype: str = "float16",
+    dtype: str | None = None,
     allow_unmatched: bool = False,
+    components: Sequence[str] = (),
+    tokenizer: str | None = None,
+    again: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     reversible: bool = False,
@@ -120,8 +136,12 @@ def merge(
     output: directory to make; it appears complete or not at all. None with `keep=False`.
     weights: one factor per adapter, of any sign; 1.0 each if not given.
     dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" to keep each
-        tensor's own. Arithmetic is float32 (float64 for float64 tensors), rounded once.
+        tensor's own; float16 if not given, and bfloat16 for architectures whose activations exceed
+        that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
+    components: the only parts of the base that adapters may go into, by the beginnings of names.
+    tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
+    again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists.
     dry_run: plan and report only; nothing is written.
     reversible: also write what `unmerge` needs to give the base back bit for bit.
@@ -143,19 +163,21 @@ def merge(
     started = time.perf_counter()
     run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
-    _check_output_options(output, push, keep, private, reversible)
-    output = output if output is not None else _workplace(str(push))
+    options = MergeOptions(
+        dtype, allow_unmatched, tuple(components), tokenizer, again, reversible, verify, push, keep,
+        private,
+    )  # fmt: skip
+    options.check(output)
+    output = output if output is not None else workplace(str(push))
     check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
-    check_dtype(dtype)
     factors = check_weights(weights, sources)
-    plan = _planned(base, sources, factors, dtype, allow_unmatched, target, overwrite)
+    plan = _planned(base, sources, factors, options, target, overwrite)
     repository = None
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
-    side_files = side_files_of(plan.base, [a.folder for a in plan.adapters])
-    report = _report(plan, target, side_files, dry_run, reversible)
-    report.kept, report.output = keep, str(target) if keep else ""
+    side_files = side_files_of(plan.base, [(a.name, a.folder) for a in plan.adapters], tokenizer)
+    report = _report(plan, target, side_files, dry_run, options)
     if repository is not None:
         report.pushed = repository.url
         if not keep:
@@ -165,7 +187,11 @@ def merge(
     with explained_os_errors():
         for adapter in plan.adapters:
             refuse_not_finite(adapter)
+        report.warnings += note_slips(plan.adapters, factors)
+        if not again:
+            refuse_held(plan.base, plan.adapters)
     if dry_run:
+        report.range_loss = sample_range_loss(plan)
         if reversible:
             from loratool.merging.undo.sampling import undo_bytes
 
@@ -181,7 +207,7 @@ def merge(
     if keep:
         plan.base.fetch()
         refuse_full_disk(report.bytes_needed, target)
-    _write(plan, target, side_files, report, run, repository, verify)
+    _write(plan, target, side_files, report, run, repository, options)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -190,8 +216,7 @@ def _planned(
     base: Source,
     adapters: Sequence[Source],
     weights: list[float],
-    dtype: str,
-    allow_unmatched: bool,
+    options: MergeOptions,
     target: Path,
     overwrite: bool,
 ) -> Plan:
@@ -201,9 +226,16 @@ def _planned(
         checkpoint = open_checkpoint(base)
         loras = [read_lora(source) for source in adapters]
     # What the inputs link to (as files in a download cache do) must not be written to either.
-    files = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
+    files = [
+        path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
+    ]
     check_output(target, files, overwrite)
-    return build_plan(checkpoint, loras, weights, dtype, allow_unmatched)
+    dtype, notices = options.dtype_for(checkpoint)
+    plan = build_plan(
+        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components
+    )  # fmt: skip
+    plan.notices += notices + note_other_base(checkpoint, loras)
+    return plan
 
 
 def _write(
@@ -213,7 +245,7 @@ def _write(
     report: MergeReport,
     run: Run,
     repository: Repository | None,
-    verify: bool,
+    options: MergeOptions,
 ) -> None:
     """Write the model, here and on the Hub, and fill in what came of it."""
     with StagedDirectory(target, run.overwrite) as staged, ExitStack() as stack:
@@ -231,13 +263,13 @@ def _write(
             written = write_model(plan, staged.path, side_files, run, recorder, shipment)
         report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
         report.lost = written.counts.share_lost
-        if verify and shipment is None:
+        if options.verify and shipment is None:
             from loratool.merging.proof.pairing import check_written
 
             check_written(plan.outputs, staged.path, run)
-        report.verified = verify or shipment is not None
+        report.verified = options.verify or shipment is not None
         result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
-        record = describe(plan, "merge", written.shards, result)
+        record = describe(plan, "merge", written.shards, result, held_by(plan.base))
         if recorder is not None:
             _note_undo(report, plan, recorder.nbytes)
             record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": recorder.nbytes}
@@ -264,33 +296,6 @@ def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
     report.warnings += notices
 
 
-def _check_output_options(
-    output: str | Path | None, push: str | None, keep: bool, private: bool, reversible: bool
-) -> None:
-    if push is None and not keep:
-        raise UsageError("--no-keep without --push would leave nothing.", "Add --push REPO.")
-    if push is None and private:
-        raise UsageError("--private goes with --push.", "Omit it, or add --push REPO.")
-    if output is None and keep:
-        hint = "Say where to write: --output OUT, or -o OUT"
-        more = "; or keep nothing here: --no-keep." if push is not None else "."
-        raise UsageError("No output given.", hint + more)
-    if output is not None and not keep:
-        raise UsageError("--no-keep leaves nothing here.", "Omit -o, or --no-keep.")
-    if reversible and not keep:
-        raise UsageError(
-            "--reversible reads the base to its end, and --no-keep deletes base shards as it goes.",
-            "Omit one of the two.",
-        )
-
-
-def _workplace(repo: str) -> Path:
-    """Where shards are made that are not kept: beside the download cache, where there is room."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).parent / "loratool" / target_of(repo).replace("/", "--")
-
-
 def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
     report.undo_bytes = nbytes
     if nbytes > 5_000 + plan.base.nbytes // 4:  # of which some thousand are there anyway
@@ -305,18 +310,21 @@ def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
 
 
 def _report(
-    plan: Plan, target: Path, files: SideFiles, dry_run: bool, reversible: bool
+    plan: Plan, target: Path, files: SideFiles, dry_run: bool, options: MergeOptions
 ) -> MergeReport:
-    carried = {path.name for path in previous(plan.base)} if reversible else set()
+    carried = {path.name for path in previous(plan.base)} if options.reversible else set()
     changes: dict[str, list[str]] = {"merge": [], "replace": [], "add": []}
     for job in plan.jobs:
         if job.action in changes:
             changes[job.action].append(job.name)
+    rows = {job.name: job.source.shape[0] for job in plan.jobs if is_token_embedding(job.name)}
+    rowless = note_ids_without_rows(files.tokenizer.files, rows)
     return MergeReport(
         base=plan.base.label,
         adapters=[a.label for a in plan.adapters],
+        trained_on=[a.declared.base_name or "" for a in plan.adapters],
         weights=plan.weights,
-        output=str(target),
+        output=str(target) if options.keep else "",
         dtype=plan.dtype,
         dry_run=dry_run,
         shards=list(plan.shards),
@@ -327,11 +335,13 @@ def _report(
         bytes_written=plan.bytes_to_write,
         bytes_needed=plan.bytes_to_write + files.nbytes,
         bytes_free=free_bytes(target),
-        reversible=reversible,
+        reversible=options.reversible,
         undo_bytes=0,
         changes=changes,
         config_changes=plan.config_changes,
         side_files=sorted(files.copied),
         left_out=[n for n in files.left_out if n.rstrip("/") not in carried],
-        warnings=list(plan.notices),
+        tokenizer=files.tokenizer.summary(),
+        warnings=[*plan.notices, *files.notices, *rowless],
+        kept=options.keep,
     )

@@ -110,7 +110,7 @@ def resize(
     with explained_os_errors():
         check_output(target, [Path(adapter)], overwrite)
         lora = read_lora(adapter)
-        check_output(target, [lora.weights.resolve()], overwrite)
+        check_output(target, [path.resolve() for path in lora.files], overwrite)
         joined = join([lora], [1.0], "resized", with_dora=True)
         settle(joined, "refuse")
         code = output_dtype(joined, dtype)
@@ -146,7 +146,7 @@ def resize(
         kept=done.kept,
         error=done.error,
         rounding=done.rounding,
-        bytes_before=lora.weights.stat().st_size,
+        bytes_before=sum(path.stat().st_size for path in lora.files),
         bytes_written=nbytes,
         warnings=notices,
         seconds=time.perf_counter() - started,

@@ -147,7 +147,10 @@ def unmerge(
         fetch_undo(checkpoint.folder)
         record = read_record(checkpoint.directory) if checkpoint.is_directory else None
         undo = None if subtract else _open_undo(checkpoint, record)
-        inputs = [path.resolve() for path in (*checkpoint.files, *(a.weights for a in loras))]
+        inputs = [
+            path.resolve()
+            for path in (*checkpoint.files, *(path for a in loras for path in a.files))
+        ]
         check_output(target, inputs, overwrite)
         for lora in loras:
             refuse_not_finite(lora)
@@ -232,6 +235,7 @@ def _restore(
         request.weights,
         options["dtype"],
         bool(options.get("allow_unmatched")),
+        options.get("components") or (),
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)

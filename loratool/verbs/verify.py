@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import TruncatedError, explained_os_errors
+from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.proof.findings import Finding, Stats, judge
@@ -63,6 +64,7 @@ def verify(
     *,
     weights: Sequence[float] | None = None,
     allow_unmatched: bool = False,
+    components: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -71,7 +73,7 @@ def verify(
     Parameters
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
-    base, adapters, weights, allow_unmatched: as for `merge`.
+    base, adapters, weights, allow_unmatched, components: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
 
@@ -90,7 +92,8 @@ def verify(
     with explained_os_errors():
         original = open_checkpoint(base)
         loras = [read_lora(source) for source in sources]
-        plan = build_plan(original, loras, factors, "base", allow_unmatched)
+        plan = build_plan(original, loras, factors, "base", allow_unmatched, components)
+        plan.notices += note_other_base(original, loras)
         for lora in loras:
             refuse_not_finite(lora)
         report = _report(plan, merged)

@@ -15,6 +15,7 @@ from loratool.merging.plan import Job, OutputShard, Plan
 from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.layout import Layout, is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.header import read_header
@@ -36,7 +37,13 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     found = Pairing()
     jobs = {job.name: job for job in plan.jobs}
     layout = Layout(merged)
-    naming = layout.choose_naming([name for name in jobs if name in plan.base.tensors])
+    naming = layout.choose_naming(
+        [
+            Wanted(name, job.source.shape, whole=True)
+            for name, job in jobs.items()
+            if name in plan.base.tensors
+        ]
+    )
     _settle_heads(found, plan, jobs, merged, layout)
     taken = set()
     for job in jobs.values():

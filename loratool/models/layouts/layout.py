@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 
-from loratool.errors import BaseError
+from loratool.errors import BaseError, MatchError, unknown
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.components import Hint, Wanted, choose_part, is_within, parts_of
 from loratool.models.layouts.names import (
     CONV1D,
     IN_MEMORY,
@@ -27,8 +28,13 @@ from loratool.models.layouts.names import (
 )
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.tying import find_tied
+from loratool.notices import Notice
+from loratool.words import enumerated
 
 Naming = Callable[[str], str]
+
+#: Prefixes that are tried; models have fewer parts.
+_PREFIXES = 12
 
 
 def is_legacy_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -44,8 +50,15 @@ def is_legacy_buffer(name: str, shape: tuple[int, ...]) -> bool:
 class Layout:
     """The names and orientations of one base, as seen from the adapters given to it."""
 
-    def __init__(self, base: Checkpoint) -> None:
+    def __init__(self, base: Checkpoint, components: Sequence[str] = ()) -> None:
         self.base = base
+        #: The only parts of the base that an adapter may go into, by the beginnings of names.
+        self.components = tuple(part.rstrip(".") for part in components)
+        #: What was decided.
+        self.notices: list[Notice] = []
+        for part in self.components:
+            if not any(is_within(name, (part,)) for name in base.tensors):
+                raise unknown("component", part, parts_of(base.tensors))
         self.tied = find_tied(base)
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
@@ -54,42 +67,94 @@ class Layout:
             if isinstance(value, dict)
         ]
 
-    def choose_naming(self, names: Iterable[str]) -> Naming:
-        """The renaming from adapter names to base names that places the most of `names`.
+    def choose_naming(self, wanted: Sequence[Wanted], hints: Sequence[Hint] = ()) -> Naming:
+        """The renaming from adapter names to base names that places the most of `wanted`.
 
         Candidates, in this order: as they are; the architecture's renames; each of these with a
-        leading component taken off or put before. The first that places all of them wins, else the
-        one that places most.
+        leading component taken off, or with a prefix put before. The one that places most with
+        fitting shapes wins, and among equals the first. Where several prefixes do equally well
+        `hints` decide, and MatchError is raised if they do not.
         """
-        wanted = list(names)
         best: Naming = _identity
-        most = -1
-        for naming in self._candidates(wanted):
-            placed = sum(self.has(naming(name)) for name in wanted)
-            if placed > most:
-                best, most = naming, placed
-            if placed == len(wanted):
-                break
+        most = (-1, -1)
+        for naming in self._namings(wanted):
+            score = self._score(naming, wanted)
+            if score > most:
+                best, most = naming, score
+            if score == (len(wanted), len(wanted)):
+                return best
+        rooted: dict[str, Naming] = {}
+        for prefix, naming in self._prefixed(wanted):
+            score = self._score(naming, wanted)
+            if score > most:
+                best, most, rooted = naming, score, {prefix: naming}
+            elif score == most and rooted:
+                rooted.setdefault(prefix, naming)
+        if len(rooted) > 1 and 2 * most[0] >= len(wanted):  # less is another model's adapter
+            return rooted[self._chosen(list(rooted), hints)]
         return best
+
+    def _chosen(self, prefixes: list[str], hints: Sequence[Hint]) -> str:
+        """One of the parts of the base that take the whole adapter, by what its config says."""
+        parts = [prefix.rstrip(".") for prefix in prefixes]
+        chosen, hint = choose_part(parts, hints)
+        if chosen is None:
+            raise MatchError(
+                f"{self.base.label}: {enumerated(parts)} would each take the whole adapter, and "
+                "its config does not say for which part of the model it was trained.",
+                f"Choose with --components, for instance --components {parts[0]}.",
+            )
+        text = (
+            f"{enumerated(parts)} would each take the whole adapter; {hint.field} of its config, "
+            f"{hint.value}, is for {chosen}."
+        )
+        self.notices.append(Notice("component", text, self.base.label))
+        return f"{chosen}."
+
+    def _score(self, naming: Naming, wanted: Sequence[Wanted]) -> tuple[int, int]:
+        """How many of `wanted` find a tensor that fits, and how many find one at all."""
+        fitting = there = 0
+        for one in wanted:
+            name = naming(one.name)
+            if self.components and not is_within(name, self.components):
+                continue
+            if self.has(name):
+                there += 1
+                info = self.base.tensors.get(name)
+                if info is None and self.tied is not None:
+                    info = self.base.tensors[self.tied.embedding]
+                fitting += info is not None and one.fits(info)
+        return fitting, there
 
     def has(self, name: str) -> bool:
         """True if the base holds `name`, or ties it to a tensor it holds."""
         return name in self.base.tensors or (self.tied is not None and name == self.tied.head)
 
-    def _candidates(self, names: list[str]) -> Iterable[Naming]:
-        renames: list[Naming] = [_identity]
-        for key in (self.base.model_type, ""):
-            if key in ON_DISK:
-                renames.append(_substitute(ON_DISK[key]))
-        heads = {name.partition(".")[0] for name in names}
-        roots = Counter(name.partition(".")[0] for name in self.base.tensors)
-        yield from renames
-        for root in sorted(heads - roots.keys()):
-            for rename in renames:
+    @property
+    def _renames(self) -> list[Naming]:
+        keys = [key for key in (self.base.model_type, "") if key in ON_DISK]
+        return [_identity, *(_substitute(ON_DISK[key]) for key in keys)]
+
+    def _namings(self, wanted: Sequence[Wanted]) -> Iterator[Naming]:
+        heads = {one.name.partition(".")[0] for one in wanted}
+        roots = {name.partition(".")[0] for name in self.base.tensors}
+        yield from self._renames
+        for root in sorted(heads - roots):
+            for rename in self._renames:
                 yield _strip(root + ".", rename)
-        for root, _count in roots.most_common(3):
-            for rename in renames:
-                yield _add(root + ".", rename)
+
+    def _prefixed(self, wanted: Sequence[Wanted]) -> Iterator[tuple[str, Naming]]:
+        """The prefixes that make names of the base out of the most of `wanted`."""
+        for rename in self._renames:
+            renamed = {rename(one.name) for one in wanted}
+            counts = Counter(
+                name[: -len(end)]
+                for name in self.base.tensors
+                for end in _ends(name)
+                if end in renamed
+            )
+            for prefix, _ in counts.most_common(_PREFIXES):
+                yield prefix, _add(prefix, rename)
 
     def place(self, tensor: str, kind: str, fan_in_fan_out: bool, shape: tuple[int, int]) -> Place:
         """Where a delta of this `(out, in)` goes: `tensor`, in the orientation it is stored in.
@@ -161,6 +226,13 @@ def has_unknown_names(model: Checkpoint) -> bool:
 
 def _identity(name: str) -> str:
     return name
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The dotted ends of a name, without itself: "b.c" and "c" of "a.b.c"."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 def _substitute(rules: list[tuple[str, str]]) -> Naming:

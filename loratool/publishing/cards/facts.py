@@ -13,8 +13,8 @@ from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.reading import declared_in, read_adapter
 from loratool.dtypes import dtype_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.sidefiles import tokenizer_files
-from loratool.publishing.cards.markdown import HUB, code, enumerated, link, one_line
+from loratool.models.tokenizers import tokenizer_files
+from loratool.publishing.cards.markdown import HUB, code, link, one_line
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -27,6 +27,7 @@ from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_json
 from loratool.storage.tensors import TensorInfo
+from loratool.words import enumerated
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: The Hub's first models have ids without an owner; any other single word is a folder's name.

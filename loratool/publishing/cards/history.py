@@ -7,8 +7,8 @@ import shlex
 from typing import Any
 
 from loratool.publishing.cards.facts import Facts, dicts, linked, number, part, reference, texts
-from loratool.publishing.cards.markdown import code, enumerated, one_line, table
-from loratool.words import counted
+from loratool.publishing.cards.markdown import code, one_line, table
+from loratool.words import counted, enumerated
 
 #: Options that a command has by itself; they are left out of it.
 _DEFAULTS: dict[str, dict[str, object]] = {

@@ -37,13 +37,6 @@ def link(repo: str) -> str:
     return f"[{code(repo)}]({HUB}/{repo})"
 
 
-def enumerated(items: Sequence[str], shown: int = 8) -> str:
-    """ "a, b and c", or the first ones and how many there are beside them."""
-    if len(items) > shown:
-        return ", ".join(items[:shown]) + f" and {len(items) - shown} more"
-    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
-
-
 def span(values: Iterable[float | None]) -> str:
     """ "8" for one value, "5–7" for several."""
     known = sorted({value for value in values if value is not None})

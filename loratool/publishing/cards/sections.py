@@ -24,9 +24,9 @@ from loratool.publishing.cards.facts import (
     texts,
 )
 from loratool.publishing.cards.history import how_made
-from loratool.publishing.cards.markdown import code, enumerated, link, span, table
+from loratool.publishing.cards.markdown import code, link, span, table
 from loratool.publishing.cards.usage import how_to_use
-from loratool.words import counted, format_bytes, percent
+from loratool.words import counted, enumerated, format_bytes, percent
 
 #: Lines of a table beyond which a card would be a listing.
 _MOST = 50

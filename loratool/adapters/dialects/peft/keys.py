@@ -90,6 +90,7 @@ def fill_adapter(adapter: Adapter) -> None:
     halves = _build_modules(adapter, parts)
     if not adapter.config.get("enable_lora"):  # refused by its config already
         _check_shapes(adapter)
+    _check_placeholders(adapter)
     note_expectations(adapter, halves)
 
 
@@ -249,6 +250,22 @@ _SHAPE_TROUBLES = {
     "save the adapter in float16, bfloat16 or float32",
     "pair-mismatch": "has factors of different ranks",
 }
+
+
+def _check_placeholders(adapter: Adapter) -> None:
+    """Refuse what is not a factor and holds no values: heads, embeddings, biases, magnitudes."""
+    others = dict(adapter.replaced)
+    others |= {path: rows.rows for path, rows in adapter.token_rows.items()}
+    for module in adapter.modules.values():
+        others |= {t.name: t for t in (module.magnitude, module.bias) if t is not None}
+    empty = [name for name, info in others.items() if 0 in info.shape]
+    if empty:
+        text = (
+            f"{counted(len(empty), 'tensor', 'is')} empty, a placeholder as DeepSpeed ZeRO-3 or "
+            "FSDP leave it when shards were not gathered before saving; the values are not in this "
+            f"file. Save again from the training run:\n{listed(empty)}"
+        )
+        adapter.notices.append(Notice("zero3-placeholder", text, empty[0], refused=True))
 
 
 def _check_shapes(adapter: Adapter) -> None:

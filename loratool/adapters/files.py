@@ -1,0 +1,144 @@
+"""Which files of a folder hold an adapter: one, or the shards of a set that is whole."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loratool.errors import FileError, listed
+from loratool.storage.filenames import (
+    ADAPTER_CONFIG,
+    ADAPTER_ENTRIES,
+    ADAPTER_INDICES,
+    INDEX,
+    SHARD,
+    TORCH_SUFFIXES,
+)
+from loratool.storage.folder import CachedFolder, Folder
+from loratool.storage.hub.folder import not_there
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.weights import read_contents, read_index
+from loratool.words import counted
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the weights files of an adapter hold.
+
+    `entry` is the name people know it by: the file, the index of its shards, or the first of shards
+    that have no index; `names` are all of the files, in `folder`.
+    """
+
+    entry: str
+    names: tuple[str, ...]
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    top: str = "dict"
+
+
+def read_held(folder: Folder, file: str, source: str | Path) -> Held:
+    """The headers of the adapter in `folder`, or of its `file` if that is not "".
+
+    Raises FileError for what is damaged, not there, or only a part.
+    """
+    entry = file or _find(folder, source)
+    if entry.endswith(".index.json"):
+        return _indexed(folder, entry)
+    shard = SHARD.fullmatch(entry)
+    if shard and not file and int(shard["count"]) > 1:
+        return _numbered(folder, entry)
+    contents = read_contents(folder, entry)
+    return Held(entry, (entry,), contents.tensors, contents.metadata, contents.top)
+
+
+def _indexed(folder: Folder, entry: str) -> Held:
+    found = read_index(folder, entry)
+    names = sorted({info.file.name for info in found.tensors.values()})
+    return Held(entry, tuple(names), found.tensors, found.metadata)
+
+
+def _numbered(folder: Folder, entry: str) -> Held:
+    """Shards that say in their names how many they are, without an index."""
+    names = _companions_of(entry)
+    missing = [name for name in names if not folder.has(name)]
+    if missing:
+        raise FileError(
+            f"{folder.path}: {len(missing)} of {counted(len(names), 'shard')} of the adapter "
+            f"{'is' if len(missing) == 1 else 'are'} missing:\n{listed(missing)}",
+            folder.remedy,
+        )
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name in names:
+        contents = read_contents(folder, name)
+        twice = next((key for key in contents.tensors if key in tensors), None)
+        if twice is not None:
+            raise FileError(
+                f"{folder.path / name}: tensor {twice!a} is in another shard too.",
+                "Save the adapter again, or fetch its index.",
+            )
+        tensors |= contents.tensors
+        metadata = metadata or contents.metadata
+    return Held(entry, tuple(names), tensors, metadata)
+
+
+def _companions_of(shard: str) -> list[str]:
+    """The names of all the shards that one of them belongs to."""
+    found = SHARD.fullmatch(shard)
+    assert found is not None
+    count, suffix = int(found["count"]), Path(shard).suffix
+    return [f"{found['stem']}-{i:05d}-of-{found['count']}{suffix}" for i in range(1, count + 1)]
+
+
+def _find(folder: Folder, source: str | Path) -> str:
+    """The entry of the adapter in a folder."""
+    path = folder.path
+    if not folder.is_there():
+        if re.fullmatch(r"-?\d*\.?\d+", str(source)):
+            raise FileError(
+                f"{source}: taken for a path, and there is no such file.",
+                "Options take one value each: --weight 0.5 --weight 0.7.",
+            )
+        raise not_there(source, path)
+    for name in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
+        if folder.has(name):
+            return name
+    inside = [
+        name
+        for name in folder.names(depth=1)
+        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
+        and ("/" not in name or re.fullmatch(r"[^/]+/adapter_model\.[^/]+", name))
+    ]
+    sets = _sets(inside)
+    if len(sets) == 1:
+        return sets[0]
+    if folder.has(INDEX):
+        raise FileError(
+            f"{path}: this is a base model (sharded weights), not an adapter.",
+            "Name the adapter, or one of the shards to look into it.",
+        )
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        raise FileError(
+            f"{path}: no {ADAPTER_ENTRIES[0]} in this directory.",
+            f"Name one of the files in it: {', '.join(str(path / name) for name in inside[:5])}"
+            + (", …" if len(inside) > 5 else "."),
+        )
+    wanted = f"Expected {ADAPTER_ENTRIES[0]} beside {ADAPTER_CONFIG}."
+    raise FileError(
+        f"{path}: no adapter weights in this directory.",
+        folder.remedy if isinstance(folder, CachedFolder) else wanted,
+    )
+
+
+def _sets(names: list[str]) -> list[str]:
+    """The first name of every set of numbered shards of an adapter."""
+    sets = defaultdict(list)
+    for name in names:
+        shard = SHARD.fullmatch(name)
+        if shard and shard["stem"].startswith("adapter") and int(shard["count"]) > 1:
+            sets[shard["stem"], shard["count"], Path(name).suffix].append(name)
+    return [min(found) for found in sets.values()]

@@ -1,0 +1,157 @@
+"""Is this the base that an adapter was trained on, and does it hold the adapter already?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.effect import idle_modules, same_adapter
+from loratool.errors import MatchError, listed
+from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
+from loratool.models.checkpoint import Checkpoint
+from loratool.notices import Notice
+from loratool.storage.filenames import PROVENANCE
+from loratool.storage.folder import origin_of
+from loratool.words import counted
+
+#: What repackaging adds to the name of a model: formats and widths of quantised copies.
+_REPACKED = re.compile(
+    r"[-_.]+((unsloth|dynamic|bnb|nf4|fp4|fp8|fp16|bf16|f16|f32|int[48]|[248]bits?|gptq|awq|gguf|hqq|"
+    r"exl[23]|eetq|aqlm|mlx|marlin|quantized|w\da\d+|q\d(_\w)*|\d+g|hf|sym|float16|bfloat16)"
+    r"([-_]?(int)?[248](bits?)?)?)$"
+)
+#: Names of folders that say nothing about what is in them.
+_NO_NAME = re.compile(
+    r"(base|tuned|adapter|lora|model|merged|output|out|result|weight|checkpoint|ckpt|final|best|last|"
+    r"tmp|temp|snapshot|hf|main|test|untitled)s?([-_]?(model|\d+))*|[0-9a-f]{7,}|\W*|step.*|epoch.*"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+#: Weights beyond this are mostly a slip: 70 for 0.70.
+_LARGE = 100
+
+
+def note_other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Notice]:
+    """A warning for each adapter that names another base than what is known of this one's name."""
+    known = _names_of(base)
+    own = {_plain(name) for name, _ in known} | {_plain(base.name)}
+    notices = []
+    for adapter in adapters:
+        name = adapter.declared.base_name
+        if not name or not _plain(name):
+            continue
+        said = [(given, where) for given, where in known if _plain(given)]
+        if said and _plain(name) not in own:
+            given, where = said[0]
+            notices.append(_differs(base, adapter, name, f"this one is {given} by {where}"))
+        else:
+            notices += _other_revision(base, adapter, name)
+    return notices
+
+
+def _differs(base: Checkpoint, adapter: Adapter, name: str, instead: str) -> Notice:
+    text = (
+        f"{adapter.name} was trained on {name}, and {instead}. Equal shapes do not make it the "
+        "same model: check that this is the base."
+    )
+    return Notice("base-differs", text, base.label)
+
+
+def _other_revision(base: Checkpoint, adapter: Adapter, name: str) -> list[Notice]:
+    origin, revision = origin_of(base.source), adapter.declared.base_revision
+    commits = [str(r) for r in (origin and origin.revision, revision) if r]
+    if len(commits) < 2 or not all(map(_COMMIT.fullmatch, commits)) or commits[0] == commits[1]:
+        return []
+    instead = f"at revision {commits[1][:12]}, and this is revision {commits[0][:12]}"
+    return [_differs(base, adapter, name, instead)]
+
+
+def _names_of(base: Checkpoint) -> list[tuple[str, str]]:
+    """What a base is called, and by what; the Hub alone where it is from there."""
+    origin = origin_of(base.source)
+    if origin is not None:
+        return [(origin.repo, "its place on the Hub")]
+    found = []
+    record = read_record(base.directory) if base.folder.has(PROVENANCE) else None
+    if record is not None:
+        model = record["base"]
+        found += [(str(model[k]), PROVENANCE) for k in ("repo", "name") if model.get(k)]
+    name = base.config.get("_name_or_path")
+    if isinstance(name, str) and name:
+        found.append((name, "_name_or_path of its config.json"))
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name of a model without owner, folder, and what quantised copies add to it; "" for a
+    name that says nothing."""
+    cached = re.search(r"models--[^/]*--([^/]+)", name)
+    last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    last = last.lower()
+    while _REPACKED.search(last):
+        last = _REPACKED.sub("", last)
+    last = re.sub(r"^meta-", "", last)
+    return "" if _NO_NAME.fullmatch(last) else last
+
+
+def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Raise MatchError where the record of the base says that it holds one of these already."""
+    held = held_by(base)
+    digests = {entry.weights_sha256: entry for entry in held}
+    for adapter in adapters:
+        entry = digests.get(weights_sha256(adapter)) if held else None
+        if entry is not None:
+            raise MatchError(
+                f"{base.label} holds {adapter.label} already, by its {PROVENANCE}: {entry}.",
+                "--again merges it once more; `loratool unmerge` takes it out.",
+            )
+
+
+def held_by(base: Checkpoint) -> list[Merged]:
+    """What a base was merged from, by the record beside it, the oldest first."""
+    if not base.folder.has(PROVENANCE):
+        return []
+    base.folder.fetch([PROVENANCE])
+    record = read_record(base.directory)
+    shards = record.get("shards") if record else None
+    if not isinstance(shards, dict) or not {p.name for p in base.files} <= shards.keys():
+        return []  # of other weights
+    return [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
+
+
+def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+    """What may be meant, and may be a slip: an adapter twice, weights of 0 or beyond 100, adapters
+    that change nothing."""
+    notices = []
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        twin = next((a for a in adapters[:number] if same_adapter(adapter, a)), None)
+        if twin is not None:
+            text = f"{adapter.label} is the same adapter as {twin.label}: its delta is added twice."
+            notices.append(Notice("same-adapter", text, adapter.label))
+        if weight == 0:
+            text = f"{adapter.label} has weight 0: its delta is not added."
+            notices.append(Notice("zero-weight", text, adapter.label))
+        elif abs(weight) > _LARGE:
+            text = f"{adapter.label} has weight {weight:g}; weights are mostly between -2 and 2."
+            notices.append(Notice("large-weight", text, adapter.label))
+        notices += _note_idle(adapter)
+    return notices
+
+
+def _note_idle(adapter: Adapter) -> list[Notice]:
+    idle = idle_modules(adapter)
+    if not idle:
+        return []
+    if len(idle) == len(adapter.modules) and not (adapter.replaced or adapter.token_rows):
+        text = (
+            f"{adapter.label} does nothing: in all {counted(len(idle), 'module')} alpha or a "
+            "factor is zero, as before training."
+        )
+    else:
+        text = (
+            f"{counted(len(idle), 'module')} of {adapter.label} "
+            f"{'has' if len(idle) == 1 else 'have'} no effect: alpha or a factor is zero:\n"
+            + listed(idle)
+        )
+    return [Notice("zero-delta", text, adapter.label)]

@@ -1,0 +1,184 @@
+"""Whose tokenizer a model gets, as a whole: vocabulary, added and special tokens, chat templates.
+
+Its files lie in a folder of a base or of an adapter. Those of two folders are never mixed: a chat
+template of the one would win over that of the other, and ids would mean other tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.notices import Notice
+from loratool.storage.folder import Folder
+from loratool.storage.hashing import file_sha256
+from loratool.words import counted
+
+#: Files with the vocabulary: a folder with one of them brings a tokenizer.
+VOCABULARY = re.compile(
+    r"tokenizer\.json|tokenizer\.model(\.v\d+)?|vocab\.(json|txt|bpe)|(spiece|sentencepiece\.bpe|"
+    r"spm|source|target)\.(model|spm)|tekken\.json|.+\.tiktoken|tiktoken\.model"
+)
+#: All files of a tokenizer.
+_TOKENIZER = re.compile(
+    rf"({VOCABULARY.pattern}|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|"
+    r"merges\.txt|bpe\.codes|normalizer\.json|chat_template\.(jinja|json)|"
+    r"additional_chat_templates/[^/]+\.jinja)$"
+)
+#: What belongs to it, and goes along with it where its folder has some of its own.
+_PROCESSOR = re.compile(
+    r"((image_|video_|feature_)?(pre)?processor_config|video_preprocessor_config|"
+    r"(image_processor|feature_extractor)_config)\.json$"
+)
+_GENERATION = re.compile(r"generation_config\.json$")
+#: What a summary says of each sort.
+_SORTS = (("processor", _PROCESSOR), ("generation config", _GENERATION))
+
+#: Longer files are no vocabulary.
+_LONGEST = 200_000_000
+
+
+def is_part_of_tokenizer(name: str) -> bool:
+    """Whether a file by this relative path belongs to the tokenizer of the folder."""
+    return _TOKENIZER.match(name) is not None
+
+
+def is_beside_tokenizer(name: str) -> bool:
+    """Whether it says how the tokenizer's model is used: processors, how text is generated."""
+    return any(pattern.match(name) for _, pattern in _SORTS)
+
+
+def tokenizer_files(folder: Folder) -> dict[str, Path]:
+    """The files of a tokenizer in a folder, by name, fetched; {} where it has no vocabulary."""
+    names = [name for name in folder.names(depth=1) if is_part_of_tokenizer(name)]
+    names = [name for name in names if folder.has(name)]
+    if not any(VOCABULARY.fullmatch(name) for name in names):
+        return {}
+    folder.fetch(names)
+    return {name: folder.path / name for name in names}
+
+
+def files_beside(folder: Folder) -> dict[str, Path]:
+    """Processor and generation configs of a folder, by name, fetched."""
+    names = [n for n in folder.names(depth=0) if is_beside_tokenizer(n) and folder.has(n)]
+    folder.fetch(names)
+    return {name: folder.path / name for name in names}
+
+
+def stray_parts(folder: Folder) -> list[str]:
+    """Files of a tokenizer in a folder that has no vocabulary, and so no tokenizer."""
+    names = [name for name in folder.names(depth=1) if is_part_of_tokenizer(name)]
+    return [] if any(VOCABULARY.fullmatch(name) for name in names) else names
+
+
+@dataclass
+class Tokenizer:
+    """The tokenizer that goes along: `files` by name, and `owner`, whose they are ("base", the name
+    of an adapter, or "" where there is none). `beside` are its processor and generation configs.
+    """
+
+    owner: str = ""
+    files: dict[str, Path] = field(default_factory=dict)
+    beside: dict[str, Path] = field(default_factory=dict)
+    notices: list[Notice] = field(default_factory=list)
+
+    def replaces(self, name: str) -> bool:
+        """Whether a file of the base is of the sort that comes from an adapter instead."""
+        sorts = [_TOKENIZER, *(p for _, p in _SORTS if any(map(p.match, self.beside)))]
+        return any(pattern.match(name) for pattern in sorts)
+
+    def summary(self) -> str:
+        """Whose is what, in a line; "" without a tokenizer."""
+        if not self.owner:
+            return ""
+        own = [words for words, pattern in _SORTS if any(map(pattern.match, self.beside))]
+        template = " with its chat template" if self.has_template else ""
+        more = f", {' and '.join(own)} too" if own else ""
+        return f"that of {self.owner}, all of it{template}{more}"
+
+    @property
+    def has_template(self) -> bool:
+        if any("chat_template" in name for name in self.files):
+            return True
+        return bool(_object(self.files.get("tokenizer_config.json")).get("chat_template"))
+
+
+def same_tokenizers(tokenizers: Sequence[tuple[str, dict[str, Path]]]) -> bool:
+    """Whether these tokenizers, each with its owner, have the same files with the same bytes."""
+    hashes = [{name: file_sha256(path) for name, path in files.items()} for _, files in tokenizers]
+    return all(found == hashes[0] for found in hashes)
+
+
+def largest_ids(files: dict[str, Path]) -> dict[int, str]:
+    """The ids that a tokenizer gives, with their tokens, from its files.
+
+    Files that are no JSON or no vocabulary of a known form are passed over.
+    """
+    found: dict[int, str] = {}
+    for name, path in files.items():
+        if path.stat().st_size <= _LONGEST:
+            for token, number in _ids(name, path):
+                if isinstance(number, int) and not isinstance(number, bool):
+                    found[number] = str(token)
+    return found
+
+
+def note_ids_without_rows(files: dict[str, Path], embeddings: dict[str, int]) -> list[Notice]:
+    """A warning for ids of a tokenizer that the largest of these embeddings (name, rows) has no row
+    for; nothing where there is none."""
+    if not embeddings:
+        return []
+    where = max(embeddings, key=lambda name: embeddings[name])
+    rows = embeddings[where]
+    over = {number: token for number, token in largest_ids(files).items() if number >= rows}
+    if not over:
+        return []
+    shown = [f"{over[number]} ({number})" for number in sorted(over)[:5]]
+    more = f" and {len(over) - 5} more" if len(over) > 5 else ""
+    text = (
+        f"The tokenizer has {counted(len(over), 'id')} without a row in {where}, which has "
+        f"{rows:,} rows: {', '.join(shown)}{more}. A text with such a token cannot be run."
+    )
+    if len(over) == 1:
+        text += " For a padding token that is mostly harmless, since it is masked."
+    return [Notice("tokens-without-rows", text, where)]
+
+
+def _ids(name: str, path: Path) -> Iterator[tuple[Any, Any]]:
+    leaf = name.rpartition("/")[2]
+    if leaf == "tokenizer.json":
+        document = _object(path)
+        model = document.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            yield from vocabulary.items()
+        elif isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
+            pieces = (piece[0] for piece in vocabulary if isinstance(piece, list) and piece)
+            yield from ((piece, number) for number, piece in enumerate(pieces))
+        added = document.get("added_tokens")
+        for entry in added if isinstance(added, list) else []:
+            if isinstance(entry, dict):
+                yield entry.get("content"), entry.get("id")
+    elif leaf == "tokenizer_config.json":
+        decoder = _object(path).get("added_tokens_decoder")
+        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            yield content, int(number) if str(number).isdecimal() else None
+    elif leaf in ("added_tokens.json", "vocab.json"):
+        yield from _object(path).items()
+    elif leaf == "vocab.txt":
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        yield from ((line, number) for number, line in enumerate(lines))
+
+
+def _object(path: Path | None) -> dict[str, Any]:
+    """The JSON object in a file, {} for anything else: a vocabulary is not what loratool is for."""
+    try:
+        found = json.loads(path.read_bytes()) if path is not None else None
+    except (ValueError, OSError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

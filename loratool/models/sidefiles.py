@@ -182,20 +182,28 @@ def _settle_tokenizer(
 
 
 def _carry(found: SideFiles, folder: Folder) -> None:
-    """What an adapter brings that belongs beside the output: a value head, the modules around a
-    sentence encoder (its dense layers were trained with it; its prompts and pooling fit them)."""
-    names = [name for name in folder.names(depth=0) if VALUE_HEAD.fullmatch(name)]
-    names = [name for name in names if folder.has(name)]
-    if parts := sentence_parts(folder):
+    """Take what an adapter brings beside its weights; its sentence modules replace the base's."""
+    if sentence_parts(folder):
         old = sentence_parts(found.folder)
         for name in list(found.copied):
             if name in _SENTENCE or any(name.startswith(f"{part}/") for part in old if part):
                 del found.copied[name]
-        names += [name for name in _SENTENCE if folder.has(name)]
-        inside = [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
-        names += [name for name in inside if folder.has(name)]
+    found.copied |= carried_files(folder)
+
+
+def carried_files(folder: Folder) -> dict[str, Path]:
+    """What an adapter brings that belongs beside the output, by name, fetched.
+
+    That is a value head, and the modules around a sentence encoder: its dense layers were trained
+    with it, its prompts and pooling fit them.
+    """
+    names = [name for name in folder.names(depth=0) if VALUE_HEAD.fullmatch(name)]
+    if parts := sentence_parts(folder):
+        names += _SENTENCE
+        names += [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
+    names = [name for name in names if folder.has(name)]
     folder.fetch(names)
-    found.copied |= {name: folder.path / name for name in names}
+    return {name: folder.path / name for name in names}
 
 
 def _plain_files(folder: Folder) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -16,10 +16,14 @@ from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.models.checkpoint import open_checkpoint
+from loratool.models.layouts.names import is_token_embedding
+from loratool.models.sidefiles import carried_files
+from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
+from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted
 
 #: Files that stay here: what tools, editors and systems leave behind.
@@ -110,7 +114,7 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     _refuse_left_behind(manifest)
     asked = [name for name in files if not _matches(name, include)]
     _refuse_secrets(folder, asked)
-    _refuse_strays(folder, asked, files)
+    _refuse_strays(manifest, asked)
     return manifest
 
 
@@ -160,7 +164,10 @@ def _refuse_incomplete(manifest: Manifest) -> None:
         if adapter.is_read:
             refuse_not_finite(adapter)
         held = {str(file.relative_to(path)) for file in (adapter.weights, *adapter.files)}
-        manifest.needed = {*held, ADAPTER_CONFIG}
+        manifest.needed = {*held, ADAPTER_CONFIG, *carried_files(manifest.folder)}
+        manifest.notices += note_ids_without_rows(
+            tokenizer_files(manifest.folder), _embeddings(adapter.replaced)
+        )
         manifest.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:
@@ -170,6 +177,9 @@ def _refuse_incomplete(manifest: Manifest) -> None:
         indices = {name for name in manifest.files if name.endswith(".index.json")}
         manifest.needed = {*(file.name for file in model.files), CONFIG, *indices}
         manifest.notices += model.notices
+        manifest.notices += note_ids_without_rows(
+            tokenizer_files(manifest.folder), _embeddings(model.tensors)
+        )
     gone = [name for name in manifest.recorded if not manifest.folder.has(name)]
     if gone:
         raise PushError(
@@ -177,6 +187,11 @@ def _refuse_incomplete(manifest: Manifest) -> None:
             f"{agreeing(len(gone), 'is')} not there:\n{listed(gone)}",
             "Make the output again.",
         )
+
+
+def _embeddings(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Rows of the token embeddings among these, by name."""
+    return {n: t.shape[0] for n, t in tensors.items() if is_token_embedding(n) and t.shape}
 
 
 def _note_local_base(adapter: Adapter) -> list[Notice]:
@@ -223,20 +238,42 @@ def _holds_secret(path: Path, name: str) -> bool:
     return b"\0" not in data[:_BEGINNING] and _SECRET_TEXT.search(data) is not None
 
 
-def _refuse_strays(folder: Folder, names: Sequence[str], files: Sequence[str]) -> None:
+def _refuse_strays(manifest: Manifest, names: Sequence[str]) -> None:
+    """Raise for files of a training run, and for pickles beside safetensors.
+
+    What the adapter needs is neither; of other weights beside it somebody must say what they are.
+    """
+    files = manifest.files
     tops = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
-    found = {}
+    found, unknown = {}, {}
     for name in names:
+        if name in manifest.needed:
+            continue
         if _TRAINING.search(name):
             found[name] = "of a training run"
         elif _PICKLE.search(name) and name.rpartition("/")[0] in tops:
-            found[name] = "a pickle beside safetensors"
-    if found:
+            second = name in ADAPTER_ENTRIES or name.startswith("pytorch_model")
+            if manifest.kind == "model" or second or "/" in name:
+                found[name] = "a pickle beside safetensors"
+            else:
+                unknown[name] = "perhaps weights that were trained with the adapter"
+    if found or unknown:
+        every = found | unknown
+        hint = f"Leave them out: {_options('--exclude', found)}. " if found else ""
+        if unknown:
+            hint += (
+                f"Push what belongs to the adapter: {_options('--include', unknown)}; leave out "
+                "what does not with --exclude."
+            )
+        else:
+            hint += "To push them all the same, name them with --include."
         raise PushError(
-            f"{folder.path}: {counted(len(found), 'file', 'does')} not belong to what is pushed:\n"
-            f"{_reasons(found)}",
-            f"Leave them out: {_options('--exclude', found)}. "
-            "To push them all the same, name them with --include.",
+            f"{manifest.folder.path}: {counted(len(every), 'file', 'does')} not belong to what is "
+            f"pushed, or may not:\n{_reasons(every)}"
+            if unknown
+            else f"{manifest.folder.path}: {counted(len(every), 'file', 'does')} not belong to "
+            f"what is pushed:\n{_reasons(every)}",
+            hint,
         )
 
 

@@ -1,0 +1,217 @@
+"""Trained weights beside the factors are merged where their meaning is known, carried, or named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.adapters import PREFIX, Q, codes, pair, write_adapter
+from helpers.files import State, load, random_of, same, write_base
+from helpers.outcomes import assert_clear, refused
+from safetensors.torch import save_file
+
+import loratool
+from loratool.errors import FileError, MatchError, PushError
+from loratool.publishing.manifest import pack
+
+PROJECTOR = "model.mm_projector.0.weight"
+
+
+def base_state() -> State:
+    return {
+        f"{Q}.weight": random_of(torch.float32, 12, 10),
+        PROJECTOR: random_of(torch.float32, 6, 5, seed=1),
+        "model.norm.weight": torch.ones(12),
+    }
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base", base_state())
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", pair(Q, 12, 10), {"target_modules": ["q_proj"]})
+
+
+NEW = random_of(torch.float32, 6, 5, seed=9)
+NORM = random_of(torch.float32, 12, seed=8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["non_lora_trainables.bin", "mm_projector.bin", "trainable_params.bin",
+     "modules_to_save.safetensors", "non_lora_trainables.safetensors", "modules_to_save.pt"],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", [PREFIX, ""])
+def test_whole_tensors_in_a_file_of_their_own_are_merged(
+    tmp_path: Path, base: Path, adapter: Path, name: str, prefix: str
+) -> None:
+    """LLaVA's projector, LongLoRA's norms: merged, proven and taken back with the factors."""
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save({prefix + PROJECTOR: NEW, prefix + "model.norm.weight": NORM}, adapter / name)
+    out = tmp_path / "out"
+    report = loratool.merge(base, adapter, out, dtype="base", reversible=True)
+    merged = load(out)
+    assert torch.equal(merged[PROJECTOR], NEW)
+    assert torch.equal(merged["model.norm.weight"], NORM)
+    assert codes(report).count("weights-read") == 1
+    assert loratool.verify(out, base, adapter).verdict == "yes"
+    assert PROJECTOR in loratool.inspect(adapter).saved
+    (adapter / name).rename(tmp_path / "aside")
+    assert loratool.verify(out, base, adapter).verdict == "no"
+    with pytest.raises(loratool.LoraToolError):
+        loratool.unmerge(out, adapter, tmp_path / "back")
+    (tmp_path / "aside").rename(adapter / name)
+    loratool.unmerge(out, adapter, tmp_path / "back")
+    assert same(load(tmp_path / "back"), base_state())
+
+
+def test_a_projector_that_the_base_lacks_is_refused(tmp_path: Path, adapter: Path) -> None:
+    """What finds no place is named, not dropped."""
+    state = base_state()
+    del state[PROJECTOR]
+    base = write_base(tmp_path / "plain", state)
+    torch.save({PREFIX + PROJECTOR: NEW}, adapter / "non_lora_trainables.bin")
+    refused(MatchError, base, adapter, tmp_path / "out", PROJECTOR)
+
+
+def test_a_second_value_of_one_tensor_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Two files that disagree about a factor are nobody's adapter; equal copies are fine."""
+    factors = {name: torch.from_numpy(value) for name, value in pair(Q, 12, 10).items()}
+    torch.save(factors, adapter / "non_lora_trainables.bin")
+    loratool.merge(base, adapter, tmp_path / "out")
+    torch.save({n: t + 1 for n, t in factors.items()}, adapter / "non_lora_trainables.bin")
+    with pytest.raises(FileError) as caught:
+        loratool.merge(base, adapter, tmp_path / "none")
+    assert_clear(caught.value, "non_lora_trainables.bin", "lora_A")
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "v_head.bin"])
+def test_a_value_head_is_carried(tmp_path: Path, base: Path, adapter: Path, name: str) -> None:
+    """The value head of reinforcement learning lies beside the merged model, and is named."""
+    save = save_file if name.endswith(".safetensors") else torch.save
+    save({"v_head.summary.weight": torch.ones(1, 12)}, adapter / name)
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
+    assert "value-head" in codes(report)
+    again = loratool.merge(tmp_path / "out", adapter, tmp_path / "again", again=True)
+    assert name not in again.left_out
+
+
+@pytest.mark.parametrize(
+    "name", ["new_embeddings.safetensors", "classifier.pt", "embeddings.npz", "pytorch_model.bin"]
+)
+def test_other_weights_are_named(tmp_path: Path, base: Path, adapter: Path, name: str) -> None:
+    """What nobody knows the meaning of is no part of the merge, and the user hears of it."""
+    (adapter / name).write_bytes(b"whatever")
+    for report in (loratool.merge(base, adapter, tmp_path / "out"), loratool.inspect(adapter)):
+        (notice,) = [n for n in report.warnings if n.code == "weights-beside"]
+        assert name in notice.message
+
+
+def test_files_of_a_run_are_no_weights(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Optimizer states and the like of a checkpoint of the Trainer are not worth a word."""
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt",
+                 "training_args.bin"):  # fmt: skip
+        (adapter / name).write_bytes(b"x")
+    assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_the_adapter_in_a_second_format(
+    tmp_path: Path, base: Path, adapter: Path, change: bool
+) -> None:
+    """adapter_model.bin beside adapter_model.safetensors: said only where it differs."""
+    factors = {n: torch.from_numpy(v + change) for n, v in pair(Q, 12, 10).items()}
+    torch.save(factors, adapter / "adapter_model.bin")
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert ("weights-differ" in codes(report)) == change
+
+
+def sentence(folder: Path, part: str, fill: float) -> None:
+    """What sentence-transformers writes around an encoder."""
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": part}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"q": part}}))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"mode": part}))
+    (folder / part).mkdir()
+    (folder / part / "config.json").write_text("{}")
+    save_file({"linear.weight": torch.full((4, 12), fill)}, folder / part / "model.safetensors")
+
+
+def test_the_modules_around_a_sentence_encoder_are_the_adapters(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Dense layer, pooling and prompts come from the adapter as a set; none of the base's stay."""
+    sentence(base, "2_Normalize", 0)
+    sentence(adapter, "2_Dense", 1)
+    loratool.merge(base, adapter, tmp_path / "out")
+    out = tmp_path / "out"
+    for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+                 "2_Dense/config.json", "2_Dense/model.safetensors"):  # fmt: skip
+        assert (out / name).read_bytes() == (adapter / name).read_bytes(), name
+    assert not (out / "2_Normalize").exists()
+
+
+def test_a_sentence_base_keeps_its_modules(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """An adapter without modules of its own changes nothing around the encoder."""
+    sentence(base, "2_Dense", 0)
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
+
+
+def test_push_takes_what_belongs_to_the_adapter(adapter: Path) -> None:
+    """Trained weights in a pickle go up without being asked for, and cannot be left out."""
+    torch.save({PREFIX + PROJECTOR: NEW}, adapter / "non_lora_trainables.bin")
+    torch.save({"v_head.summary.weight": torch.ones(1, 12)}, adapter / "value_head.bin")
+    assert {"non_lora_trainables.bin", "value_head.bin"} <= set(pack(adapter).files)
+    with pytest.raises(loratool.LoraToolError, match="cannot be loaded"):
+        pack(adapter, exclude=["non_lora_trainables.bin"])
+
+
+def test_push_does_not_advise_to_leave_unknown_weights_out(adapter: Path) -> None:
+    """Of a pickle that may be trained weights the user says whether it belongs; both ways work."""
+    torch.save({"x": torch.ones(1)}, adapter / "classifier.pt")
+    with pytest.raises(PushError) as caught:
+        pack(adapter)
+    assert "Push what belongs to the adapter: --include classifier.pt" in caught.value.hint
+    assert "Leave them out" not in caught.value.hint
+    assert "classifier.pt" in pack(adapter, include=["classifier.pt"]).files
+    assert "classifier.pt" in pack(adapter, exclude=["classifier.pt"]).left_out
+
+
+PLACEHOLDERS = {
+    "head": f"{PREFIX}score.weight",
+    "embedding": f"{PREFIX}model.embed_tokens.weight",
+    "bias": f"{PREFIX}{Q}.bias",
+    "lora-bias": f"{PREFIX}{Q}.lora_B.bias",
+    "magnitude": f"{PREFIX}{Q}.lora_magnitude_vector",
+    "rows": f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
+}
+
+
+@pytest.mark.parametrize("place", PLACEHOLDERS)
+def test_placeholders_are_refused_wherever_they_stand(
+    tmp_path: Path, base: Path, place: str
+) -> None:
+    """ZeRO-3 leaves shape [0]; no such tensor is written as a weight, and the error names it."""
+    tensors = {**pair(Q, 12, 10), PLACEHOLDERS[place]: np.zeros(0, np.float32)}
+    adapter = write_adapter(
+        tmp_path / "adapter", tensors, {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    )
+    refused(loratool.errors.AdapterError, base, adapter, tmp_path / "out", "zero3-placeholder")
+    assert "zero3-placeholder" in codes(loratool.inspect(adapter))
+    with pytest.raises(PushError, match="placeholder"):
+        pack(adapter)
+
+
+def test_placeholders_in_the_base_are_refused(tmp_path: Path, adapter: Path) -> None:
+    """A base whose weights were never gathered is no base."""
+    base = write_base(tmp_path / "empty", {**base_state(), "lm_head.weight": torch.zeros(0)})
+    refused(loratool.errors.BaseError, base, adapter, tmp_path / "out", "lm_head.weight")

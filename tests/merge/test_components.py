@@ -1,0 +1,169 @@
+"""The delta lands in the part of a composite model that the adapter was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.adapters import codes, pair, write_adapter
+from helpers.cli import run_cli
+from helpers.files import State, load, random_of, write_base
+from helpers.outcomes import refused
+
+import loratool
+from loratool.errors import MatchError, UsageError
+
+Q = "encoder.layers.0.self_attn.q_proj"
+
+
+def tower(root: str, width: int = 8, seed: int = 0) -> State:
+    names = [
+        f"{root}.encoder.layers.{n}.self_attn.{m}.weight"
+        for n in (0, 1)
+        for m in ("q_proj", "k_proj")
+    ]
+    return {n: random_of(torch.float32, width, width, seed=seed + i) for i, n in enumerate(names)}
+
+
+def towers(
+    folder: Path, text: int = 8, vision: int = 8, roots: str = "text_model vision_model"
+) -> tuple[Path, State]:
+    first, second = roots.split()
+    state = {**tower(first, text), **tower(second, vision, 10)}
+    return write_base(folder, state, config={"model_type": "siglip", "architectures": []}), state
+
+
+def lora(folder: Path, width: int = 8, path: str = Q, **config: object) -> Path:
+    return write_adapter(folder, pair(path, width, width), {"task_type": None, **config})
+
+
+def changed(base: State, merged: State) -> set[str]:
+    return {name for name in base if not torch.equal(base[name], merged[name])}
+
+
+@pytest.mark.parametrize(
+    ("config", "root"),
+    [
+        ({"auto_mapping": {"base_model_class": "SiglipTextModel"}}, "text_model"),
+        ({"auto_mapping": {"base_model_class": "SiglipVisionModel"}}, "vision_model"),
+        ({"auto_mapping": {"base_model_class": "CLIPTextModelWithProjection"}}, "text_model"),
+        ({"task_type": "CAUSAL_LM"}, "text_model"),
+        ({"task_type": "SEQ_CLS"}, "text_model"),
+        ({"base_model_name_or_path": "textual/siglip-vision"}, "vision_model"),
+        # A class says more than a task, and a task more than a name.
+        ({"auto_mapping": {"base_model_class": "SiglipVisionModel"}, "task_type": "SEQ_CLS"},
+         "vision_model"),
+        ({"task_type": "SEQ_CLS", "base_model_name_or_path": "a/vision"}, "text_model"),
+    ],
+)  # fmt: skip
+def test_the_config_says_which_of_two_towers(
+    tmp_path: Path, config: dict[str, object], root: str
+) -> None:
+    """Where both take every tensor, class, task or name of the base decide, and it is said."""
+    base, state = towers(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", **config)
+    report = loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    name = f"{root}.{Q}.weight"
+    merged = load(tmp_path / "out")
+    assert changed(state, merged) == {name}
+    factors = pair(Q, 8, 8)
+    a, b = (factors[f"base_model.model.{Q}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+    assert np.allclose(merged[name].double().numpy(), state[name].double().numpy() + 2 * b @ a)
+    assert codes(report).count("component") == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"task_type": "FEATURE_EXTRACTION"},
+        {"auto_mapping": {"base_model_class": "SiglipModel"}},
+        {"base_model_name_or_path": "vision-team/text-to-image"},
+    ],
+)
+def test_two_towers_are_refused_where_nothing_decides(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    """A config that names no tower, or both, leaves it open; both are named, with the option."""
+    base, _ = towers(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", **config)
+    error = refused(MatchError, base, adapter, tmp_path / "out", "text_model", "vision_model")
+    assert "--components" in error.hint
+
+
+def test_the_option_chooses(tmp_path: Path) -> None:
+    """--components takes one, in merge, verify, inspect and unmerge alike."""
+    base, state = towers(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter")
+    out = tmp_path / "out"
+    options = {"components": ["vision_model"]}
+    loratool.merge(base, adapter, out, dtype="base", reversible=True, **options)
+    assert changed(state, load(out)) == {f"vision_model.{Q}.weight"}
+    assert loratool.verify(out, base, adapter, **options).verdict == "yes"
+    assert loratool.verify(out, base, adapter, components=["text_model"]).verdict == "no"
+    assert loratool.inspect(adapter, base=base, **options).base.unmatched == []
+    loratool.unmerge(out, adapter, tmp_path / "back")
+    assert changed(state, load(tmp_path / "back")) == set()
+    record = json.loads((out / "loratool.json").read_text())
+    assert record["options"]["components"] == ["vision_model"]
+    chosen = ["--components", "text_model", "--dtype", "base"]
+    done = run_cli("merge", base, adapter, "-o", tmp_path / "cli", *chosen)
+    assert done.exit_code == 0, done.stderr
+    assert changed(state, load(tmp_path / "cli")) == {f"text_model.{Q}.weight"}
+
+
+def test_a_component_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """A misspelt part is refused with the parts there are."""
+    base, _ = towers(tmp_path / "base")
+    error = refused(
+        UsageError, base, lora(tmp_path / "a"), tmp_path / "out", "text", components=["text"]
+    )
+    assert "text_model" in error.hint
+
+
+@pytest.mark.parametrize(("text", "vision", "root"), [(8, 6, "text_model"), (6, 8, "vision_model")])
+def test_only_one_tower_fits_by_shape(tmp_path: Path, text: int, vision: int, root: str) -> None:
+    """With other widths there is nothing to choose, whatever tower comes first."""
+    base, state = towers(tmp_path / "base", text, vision)
+    report = loratool.merge(base, lora(tmp_path / "adapter"), tmp_path / "out", dtype="base")
+    assert changed(state, load(tmp_path / "out")) == {f"{root}.{Q}.weight"}
+    assert "component" not in codes(report)
+
+
+def test_parts_that_lie_deeper(tmp_path: Path) -> None:
+    """A vision tower inside a vision tower, a language model beside it: prefixes of any depth."""
+    base, state = towers(
+        tmp_path / "base", roots="model.language_model model.vision_tower.vision_model"
+    )
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "SiglipVisionModel"})
+    loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    name = f"model.vision_tower.vision_model.{Q}.weight"
+    assert changed(state, load(tmp_path / "out")) == {name}
+
+
+def test_copies_of_a_model_in_one_file_are_ambiguous(tmp_path: Path) -> None:
+    """Weights and their moving average are two parts like any others."""
+    base, _ = towers(tmp_path / "base", roots="model model_ema")
+    adapter = lora(tmp_path / "adapter", task_type="CAUSAL_LM")
+    refused(MatchError, base, adapter, tmp_path / "out", "model_ema")
+
+
+def test_names_with_their_tower_are_taken_as_they_are(tmp_path: Path) -> None:
+    """An adapter of the whole model names the tower itself; nothing is in doubt."""
+    base, state = towers(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", path=f"vision_model.{Q}", task_type="CAUSAL_LM")
+    report = loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    assert changed(state, load(tmp_path / "out")) == {f"vision_model.{Q}.weight"}
+    assert "component" not in codes(report)
+
+
+def test_a_part_that_does_not_fit_is_no_way_round(tmp_path: Path) -> None:
+    """With one tensor that fits neither tower, --allow-unmatched still does not guess a tower."""
+    base, _ = towers(tmp_path / "base")
+    adapter = write_adapter(
+        tmp_path / "adapter", {**pair(Q, 8, 8), **pair("projection", 8, 8)}, {"task_type": None}
+    )
+    refused(MatchError, base, adapter, tmp_path / "out", "vision_model", allow_unmatched=True)

@@ -32,17 +32,17 @@ def test_other_weights_are_left_out_and_said_so(tmp_path: Path) -> None:
 
 
 def test_the_adapters_tokenizer_wins_and_its_config_stays(tmp_path: Path) -> None:
-    """Tokenizer files of the adapter replace the base's; its own config never comes along."""
+    """The adapter's tokenizer takes the place of the base's, all of it; its own config never comes
+    along."""
     adapter = write_adapter(tmp_path / "adapter", pair(Q, 128, 128), {})
-    (adapter / "added_tokens.json").write_text('{"<new>": 256}')
-    (adapter / "tokenizer_config.json").write_text('{"from": "the adapter"}')
+    (adapter / "tokenizer.json").write_text('{"from": "the adapter"}')
+    (adapter / "added_tokens.json").write_text('{"<new>": 255}')
     (adapter / "README.md").write_text("of the adapter")
     loratool.merge(FIXTURES / "base", adapter, tmp_path / "out")
     out = tmp_path / "out"
-    assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "the adapter"}
+    assert json.loads((out / "tokenizer.json").read_text()) == {"from": "the adapter"}
     assert (out / "added_tokens.json").is_file()
-    assert (out / "tokenizer.json").read_bytes() == (
-        FIXTURES / "base" / "tokenizer.json"
-    ).read_bytes()
+    assert (FIXTURES / "base" / "tokenizer_config.json").is_file()
+    assert not (out / "tokenizer_config.json").exists()
     assert not (out / "adapter_config.json").exists()
     assert not (out / "README.md").exists()

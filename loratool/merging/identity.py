@@ -21,6 +21,10 @@ _REPACKED = re.compile(
     r"exl[23]|eetq|aqlm|mlx|marlin|quantized|w\da\d+|q\d(_\w)*|\d+g|hf|sym|float16|bfloat16)"
     r"([-_]?(int)?[248](bits?)?)?)$"
 )
+_QUANTISED = re.compile(
+    r"(^|[-_.])(bnb|nf4|fp4|fp8|int[48]|[248]-?bits?|gptq|awq|gguf|hqq|exl[23]|eetq|aqlm|w\da\d+)"
+    r"($|[-_.])"
+)
 #: Names of folders that say nothing about what is in them.
 _NO_NAME = re.compile(
     r"(base|tuned|adapter|lora|model|merged|output|out|result|weight|checkpoint|ckpt|final|best|last|"
@@ -35,14 +39,14 @@ _LARGE = 100
 def note_other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Notice]:
     """A warning for each adapter that names another base than what is known of this one's name."""
     known = _names_of(base)
-    own = {_plain(name) for name, _ in known} | {_plain(base.name)}
+    own = {plain_name(name) for name, _ in known} | {plain_name(base.name)}
     notices = []
     for adapter in adapters:
         name = adapter.declared.base_name
-        if not name or not _plain(name):
+        if not name or not plain_name(name):
             continue
-        said = [(given, where) for given, where in known if _plain(given)]
-        if said and _plain(name) not in own:
+        said = [(given, where) for given, where in known if plain_name(given)]
+        if said and plain_name(name) not in own:
             given, where = said[0]
             notices.append(_differs(base, adapter, name, f"this one is {given} by {where}"))
         else:
@@ -83,7 +87,12 @@ def _names_of(base: Checkpoint) -> list[tuple[str, str]]:
     return found
 
 
-def _plain(name: str) -> str:
+def is_quantised_name(name: str) -> bool:
+    """Whether the name of a model says that it is a quantised copy of another."""
+    return _QUANTISED.search(name.rpartition("/")[2].lower()) is not None
+
+
+def plain_name(name: str) -> str:
     """The name of a model without owner, folder, and what quantised copies add to it; "" for a
     name that says nothing."""
     cached = re.search(r"models--[^/]*--([^/]+)", name)

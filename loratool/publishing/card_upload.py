@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +11,11 @@ from typing import Any, Literal
 from loratool.errors import FileError, LoraToolError, PushError, UsageError
 from loratool.notices import Notice
 from loratool.publishing.cards.document import Licence, base_of, make_card
-from loratool.publishing.cards.facts import hub_id
+from loratool.publishing.cards.facts import bases_named, doubt_of_base, hub_id, read_facts
 from loratool.storage.hub.address import Address
 from loratool.storage.hub.errors import explained, progress_bars
 from loratool.storage.hub.repository import Repository, Upload
+from loratool.words import enumerated
 
 README = "README.md"
 
@@ -21,20 +23,24 @@ Fate = Literal["made", "completed", "kept"]
 
 
 def card_of(
-    folder: Path, text: str | None, repo_id: str | None, base: str | None = None
+    folder: Path,
+    text: str | None,
+    repo_id: str | None,
+    base: str | None = None,
+    patience: float | None = None,
 ) -> tuple[str, Fate, list[Notice]]:
     """The card of `folder`, what became of `text`, and what is to be said of it.
 
     `text` is the card that is there already, `base` the Hub id of the base where the folder does
-    not tell. The licence is looked up on the Hub.
+    not tell. The licence is looked up on the Hub, for `patience` seconds.
     """
     if base is not None and hub_id(base) is None:
         raise UsageError(f"{base!r} is not the id of a model on the Hub.", "Ids are org/name.")
     known = base or base_of(folder)
-    licence, why = _licence_of(known) if known else (None, "")
+    licence, why = _licence_within(known, patience) if known else (None, "")
     card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
     fate: Fate = "made" if text is None else "kept" if card == text else "completed"
-    notices = []
+    notices = _note_base(folder) if known is None else []
     if licence is None and not _names_licence(card):
         words = f"The card names no licence{f': {why}' if why else ''}. Add `license:` to its YAML"
         words += " (`loratool card` writes it here)." if repo_id else "."
@@ -82,6 +88,39 @@ def as_text(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{README} is not UTF-8 ({error}).", "Save it as UTF-8.") from None
+
+
+def _note_base(folder: Path) -> list[Notice]:
+    """Ask for the base of a merged model where the adapters name one that it need not be."""
+    record = read_facts(folder).record
+    named, doubt = bases_named(record), doubt_of_base(record)
+    if not named or not doubt:
+        return []
+    text = (
+        f"The card names no base: the adapters call it {enumerated(named)}, but {doubt}. "
+        "Say which model it is: --base ID."
+    )
+    return [Notice("base-unknown", text, README)]
+
+
+def _licence_within(base: str, patience: float | None) -> tuple[Licence | None, str]:
+    """Like `_licence_of`; without a network the library tries for longer than anybody waits."""
+    found: list[tuple[Licence | None, str]] = []
+    failed: list[BaseException] = []
+
+    def look_up() -> None:
+        try:
+            found.append(_licence_of(base))
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            failed.append(error)
+
+    seeker = threading.Thread(target=look_up, daemon=True)
+    seeker.start()
+    seeker.join(patience)
+    if failed:
+        raise failed[0]
+    late = f"the card of {base} could not be read in {patience:g} seconds" if patience else ""
+    return found[0] if found else (None, late)
 
 
 def _licence_of(base: str) -> tuple[Licence | None, str]:

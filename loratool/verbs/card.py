@@ -14,6 +14,9 @@ from loratool.publishing.target import target_of
 from loratool.storage.staging import explain
 from loratool.verbs.inputs import check_paths
 
+#: Seconds that the licence of the base is looked up for.
+_PATIENCE = 3.0
+
 
 @dataclass
 class CardReport:
@@ -45,7 +48,7 @@ def card(
 
     A card that is there is completed: YAML keys that are missing are added, and a section between
     two markers is added or renewed; what somebody wrote stays byte for byte. The licence is taken
-    from the base's card on the Hub, where that can be read.
+    from the base's card on the Hub, where that can be read within 3 seconds.
 
     Raises FileError, AdapterError and BaseError for what is neither an adapter nor a model.
     """
@@ -57,7 +60,7 @@ def card(
     with explained_os_errors():
         text = as_text(target.read_bytes()) if target.is_file() else None
         repo = target_of(repo_id) if repo_id else None
-        made, fate, notices = card_of(folder, text, repo, base)
+        made, fate, notices = card_of(folder, text, repo, base, _PATIENCE)
     if not dry_run and fate != "kept":
         # Replaced in one step: a card that somebody wrote must not be lost half-way.
         draft = target.with_name(f".{README}.loratool-{os.getpid()}")

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
-from helpers.adapters import pair, write_adapter
+from helpers.adapters import Q, pair, write_adapter
+from helpers.bases import small_base
 from helpers.cards import ADAPTER, BASE, blocks, changed_record, data, logits, run_code
+from helpers.cli import run_cli
 
+import loratool
+from loratool import card
+from loratool.publishing import card_upload
 from loratool.publishing.cards.document import END, base_of, make_card
 from loratool.publishing.cards.facts import hub_id
 from loratool.publishing.cards.markdown import code, span
@@ -113,3 +120,70 @@ def test_words() -> None:
     assert [percent(x) for x in (1, 0.9999, 0.986, 0.5, 0.01234, 0)] == [
         "100%", "<100%", "98.6%", "50%", "1.2%", "0%"]  # fmt: skip
     assert [span(x) for x in ([], [8.0], [8, 4, 6], [None, 2])] == ["unknown", "8", "4–8", "2"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "named", "wanted"),
+    [
+        ("base", ["org/Model-8B"], "org/Model-8B"),
+        ("Model-8B", ["org/Model-8B"], "org/Model-8B"),
+        ("base", ["unsloth/Model-8B-bnb-4bit"], None),
+        ("base", ["org/Model-8B-GPTQ"], None),
+        ("Model-8B-Instruct", ["org/Model-8B"], None),
+        ("base", ["org/Model-8B", "org/Model-9B"], None),
+    ],
+)
+def test_whose_word_is_taken_for_the_base_of_a_merge(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: str,
+    named: list[str],
+    wanted: str | None,
+) -> None:
+    """An adapter names the base only where nothing speaks against it; else --base is asked for."""
+    monkeypatch.setattr(card_upload, "_licence_of", lambda base: (None, "no Hub in this test"))
+    base = small_base(tmp_path / folder)
+    adapters = [
+        write_adapter(tmp_path / f"a{n}", pair(Q, 6, 5, seed=n), {"base_model_name_or_path": name})
+        for n, name in enumerate(named)
+    ]
+    out = tmp_path / "out"
+    loratool.merge(base, adapters, out)
+    assert base_of(out) == wanted
+    text = make_card(out, None)
+    assert ("base_model" in data(text)) == (wanted is not None)
+    codes = {n.code: n.message for n in card(out, dry_run=True, base=None).warnings}
+    assert ("base-unknown" in codes) == (wanted is None)
+    if wanted is None:
+        assert "--base" in codes["base-unknown"]
+        assert named[0] in codes["base-unknown"]
+    given = card(out, dry_run=True, base="org/right")
+    assert "base-unknown" not in {n.code for n in given.warnings}
+    assert data(given.text)["base_model"] == "org/right"
+
+
+def test_a_base_of_another_name_in_its_config(tmp_path: Path) -> None:
+    """What the merge warned of (`base-differs`) the card does not forget."""
+    base = small_base(tmp_path / "base")
+    config = {"model_type": "llama", "_name_or_path": "org/Model-8B-Instruct"}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = write_adapter(
+        tmp_path / "a", pair(Q, 6, 5), {"base_model_name_or_path": "org/Model-8B"}
+    )
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert base_of(tmp_path / "out") is None
+
+
+def test_the_licence_is_not_waited_for(tmp_path: Path) -> None:
+    """Where the Hub does not answer, the card is there after some seconds and says why."""
+    adapter = write_adapter(tmp_path / "a", pair(Q, 6, 5), {"base_model_name_or_path": "org/base"})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        done = run_cli("card", adapter, HF_HUB_OFFLINE="0", **settings)
+        taken = time.monotonic() - started
+    assert done.exit_code == 0, done.stderr
+    assert "could not be read in 3 seconds" in done.stderr
+    assert taken < 30  # the library alone would go on for minutes
+    assert (adapter / "README.md").is_file()

@@ -85,7 +85,7 @@ def test_every_option_of_extract_is_repeated(tmp_path: Path) -> None:
 
 def test_a_merge_of_a_merge(made: dict[str, Path], tmp_path: Path) -> None:
     """What the base held already is in the table of inputs."""
-    loratool.merge(made["two"], HTML, tmp_path / "three", weights=[0.1])
+    loratool.merge(made["two"], HTML, tmp_path / "three", weights=[0.1], again=True)
     text = make_card(tmp_path / "three", None)
     assert "`two` with a LoRA adapter merged into its weights: `html`" in text
     assert re.search(r"\| `adapter` \| in the base before \| 0\.7 \|", text)

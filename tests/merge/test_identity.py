@@ -15,7 +15,7 @@ from helpers.outcomes import refused
 
 import loratool
 from loratool.errors import MatchError
-from loratool.merging.identity import _plain
+from loratool.merging.identity import is_quantised_name, plain_name
 
 
 def named_base(folder: Path, name: str | None) -> Path:
@@ -118,7 +118,13 @@ def test_the_hub_knows_best(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_plain_names(name: str, plain: str) -> None:
     """What quantising adds is taken off, what makes another model is not."""
-    assert _plain(name) == plain
+    assert plain_name(name) == plain
+
+
+def test_names_of_quantised_copies() -> None:
+    """Formats and widths count as words of their own, not as parts of other words."""
+    assert all(map(is_quantised_name, ["x/a-bnb-4bit", "x/a-GPTQ", "x/A-AWQ-INT4", "x/a.fp8"]))
+    assert not any(map(is_quantised_name, ["x/fp8less", "bnb/a", "x/gptqueen-7b", "x/a-8b"]))
 
 
 def test_an_adapter_that_the_base_holds(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.reading import declared_in, read_adapter
 from loratool.dtypes import dtype_name
+from loratool.merging.identity import is_quantised_name, plain_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.tokenizers import tokenizer_files
 from loratool.publishing.cards.markdown import HUB, code, link, one_line
@@ -121,9 +122,26 @@ def base_of(folder: Path) -> str | None:
 def _base(declared: Declared, record: dict[str, Any]) -> str | None:
     used = part(record, "base")
     known = hub_id(declared.base_name) or hub_id(used.get("repo"))
-    # A base that held adapters already is another model than the one they name.
-    named = [] if used.get("adapters") else bases_named(record)
-    return known or (named[0] if len(named) == 1 else None)
+    named = bases_named(record)
+    return known or (named[0] if len(named) == 1 and not doubt_of_base(record) else None)
+
+
+def doubt_of_base(record: dict[str, Any]) -> str:
+    """Why the base that the adapters of a record name need not be the one that was merged; "" if
+    nothing speaks against it."""
+    used, named = part(record, "base"), bases_named(record)
+    if used.get("adapters"):
+        return "it held adapters already"
+    if len(named) > 1:
+        return "they name several"
+    quantised = [name for name in named if is_quantised_name(name)]
+    if quantised:
+        return f"{quantised[0]} is a quantised copy"
+    warned = {w.get("code") for w in dicts(part(record, "result").get("warnings"))}
+    own = plain_name(string(used.get("name")))
+    if "base-differs" in warned or any(own and plain_name(n) not in ("", own) for n in named):
+        return "the one that was merged has another name"
+    return ""
 
 
 def bases_named(record: dict[str, Any]) -> list[str]:

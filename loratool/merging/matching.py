@@ -15,7 +15,7 @@ from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Hint, Wanted
 from loratool.models.layouts.layout import Layout, Naming
-from loratool.models.layouts.names import is_vocabulary, is_vocabulary_bias
+from loratool.models.layouts.names import is_value_head, is_vocabulary, is_vocabulary_bias
 from loratool.models.layouts.place import Place
 from loratool.models.tasks import CLASSIFYING
 from loratool.storage.tensors import TensorInfo
@@ -152,7 +152,7 @@ def _match_replaced(found: Match, layout: Layout) -> None:
         tied_head = layout.tied is not None and target_name == layout.tied.head
         if target is None and tied_head and layout.tied is not None:
             target = base.tensors[layout.tied.embedding].renamed(target_name)
-        if target is None and _is_saved_head(found.adapter, name):
+        if target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):
             found.added[name] = info
         elif target is None:
             found.unmatched.append((info.name, _not_there(found, target_name, base)))

@@ -103,6 +103,17 @@ def test_a_value_head_is_carried(tmp_path: Path, base: Path, adapter: Path, name
     assert name not in again.left_out
 
 
+def test_a_value_head_among_the_factors(tmp_path: Path, base: Path) -> None:
+    """TRL may save it in the adapter's own file: it goes where TRL reads it, and is named."""
+    head = {"v_head.summary.weight": np.ones((1, 12), np.float32)}
+    adapter = write_adapter(tmp_path / "adapter", {**pair(Q, 12, 10), **head}, {})
+    report = loratool.merge(base, adapter, tmp_path / "out", reversible=True)
+    assert load(tmp_path / "out")["v_head.summary.weight"].shape == (1, 12)
+    assert codes(report) == ["value-head"]
+    loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
+    assert same(load(tmp_path / "back"), base_state())
+
+
 @pytest.mark.parametrize(
     "name", ["new_embeddings.safetensors", "classifier.pt", "embeddings.npz", "pytorch_model.bin"]
 )

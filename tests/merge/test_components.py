@@ -133,6 +133,22 @@ def test_only_one_tower_fits_by_shape(tmp_path: Path, text: int, vision: int, ro
     assert "component" not in codes(report)
 
 
+def test_a_config_that_speaks_of_a_tower_that_does_not_fit(tmp_path: Path) -> None:
+    """The only part that takes the adapter takes it, and the contradiction is said."""
+    base, state = towers(tmp_path / "base", 6, 8)
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "SiglipTextModel"})
+    report = loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    assert changed(state, load(tmp_path / "out")) == {f"vision_model.{Q}.weight"}
+    assert codes(report) == ["component"]
+
+
+def test_encoder_and_decoder_of_one_architecture(tmp_path: Path) -> None:
+    """Two BERTs in one model have no names that a class could choose between."""
+    base, _ = towers(tmp_path / "base", roots="encoder decoder.bert")
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "BertModel"})
+    refused(MatchError, base, adapter, tmp_path / "out", "decoder.bert")
+
+
 def test_parts_that_lie_deeper(tmp_path: Path) -> None:
     """A vision tower inside a vision tower, a language model beside it: prefixes of any depth."""
     base, state = towers(

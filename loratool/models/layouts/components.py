@@ -13,7 +13,7 @@ from loratool.storage.tensors import TensorInfo
 
 #: Words in the names of parts, classes and repositories, by what the part reads.
 _KINDS = {
-    "text": ("text", "language", "llm", "lm", "bert", "decoder"),
+    "text": ("text", "language", "llm"),
     "vision": ("vision", "visual", "image", "vit", "pixel"),
     "audio": ("audio", "speech", "sound", "acoustic"),
     "prior": ("prior",),
@@ -47,6 +47,13 @@ class Hint(NamedTuple):
 
     field: str
     value: str
+
+
+def contradicts(part: str, hints: Iterable[Hint]) -> Hint | None:
+    """The hint that speaks of another kind of part than this; None if none does."""
+    kind = _kind(part)
+    said = ((hint, _kind_of(hint)) for hint in hints)
+    return next((hint for hint, other in said if kind and other and other != kind), None)
 
 
 def choose_part(parts: Sequence[str], hints: Iterable[Hint]) -> tuple[str | None, Hint]:

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from loratool.errors import BaseError, MatchError, unknown
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.components import Hint, Wanted, choose_part, is_within, parts_of
+from loratool.models.layouts.components import (
+    Hint,
+    Wanted,
+    choose_part,
+    contradicts,
+    is_within,
+    parts_of,
+)
 from loratool.models.layouts.names import (
     CONV1D,
     IN_MEMORY,
@@ -92,7 +99,18 @@ class Layout:
                 rooted.setdefault(prefix, naming)
         if len(rooted) > 1 and 2 * most[0] >= len(wanted):  # less is another model's adapter
             return rooted[self._chosen(list(rooted), hints)]
+        for prefix in rooted:
+            self._note_doubt(prefix.rstrip("."), hints)
         return best
+
+    def _note_doubt(self, part: str, hints: Sequence[Hint]) -> None:
+        hint = contradicts(part, hints)
+        if hint is not None:
+            text = (
+                f"The adapter went into {part}, the only part of the base that takes it, though "
+                f"{hint.field} of its config, {hint.value}, speaks of another part."
+            )
+            self.notices.append(Notice("component", text, self.base.label))
 
     def _chosen(self, prefixes: list[str], hints: Sequence[Hint]) -> str:
         """One of the parts of the base that take the whole adapter, by what its config says."""

@@ -181,6 +181,12 @@ def is_label_head(name: str) -> bool:
     return LABEL_HEAD.search(name) is not None
 
 
+def is_value_head(name: str) -> bool:
+    """Whether a tensor is of the value head of reinforcement learning, which no base has: TRL reads
+    it from beside the language model's own tensors."""
+    return name.startswith("v_head.")
+
+
 def is_lookup(path: str) -> bool:
     """Whether the module at a path looks rows up: of tokens, positions, kinds, distances."""
     return _LOOKUP.fullmatch(path.rpartition(".")[2]) is not None

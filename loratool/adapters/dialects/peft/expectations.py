@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.errors import listed
-from loratool.models.layouts.names import CLASSIFIERS, is_vocabulary
+from loratool.models.layouts.names import CLASSIFIERS, is_value_head, is_vocabulary
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.words import counted
@@ -28,6 +28,7 @@ def note_expectations(adapter: Adapter, halves: Collection[str]) -> None:
         *_absent_magnitudes(adapter),
         *_square_transposes(adapter),
         *_few_rows(adapter),
+        *_value_head(adapter),
         *_unknown_tensors(adapter),
     ]
 
@@ -81,6 +82,16 @@ def _square_transposes(adapter: Adapter) -> Iterator[Notice]:
             "weights are stored [in, out] cannot be seen here; the base's config.json tells."
         )
         yield Notice("square-conv1d", text, square[0])
+
+
+def _value_head(adapter: Adapter) -> Iterator[Notice]:
+    names = [name for name in adapter.replaced if is_value_head(name)]
+    if names:
+        text = (
+            "The adapter holds a value head of reinforcement learning. It is no part of the "
+            f"language model; a merge writes it beside its tensors:\n{listed(names)}"
+        )
+        yield Notice("value-head", text, names[0])
 
 
 def _few_rows(adapter: Adapter) -> Iterator[Notice]:

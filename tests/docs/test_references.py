@@ -13,6 +13,7 @@ from loratool.adapters.dialects.peft.config import REFUSED
 from loratool.adapters.dialects.peft.keys import _SHAPE_TROUBLES
 from loratool.cli.combine import combine_command
 from loratool.linalg.methods import METHODS
+from loratool.models.precision import _SOURCES
 
 
 def test_every_warning_code_is_documented() -> None:
@@ -42,11 +43,25 @@ def test_every_method_is_in_the_help_and_in_the_docs() -> None:
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == METHODS.keys()
 
 
+def test_architectures_that_exceed_float16_are_listed() -> None:
+    """docs/merging.md names those of the table in the code, each with where it is reported."""
+    text = (ROOT / "docs" / "merging.md").read_text(encoding="utf-8")
+    table = text.split("| model_type |")[1].split("\n\n")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    listed = {kind: row[2] for row in rows for kind in re.findall(r"`(\w+)`", row[1])}
+    assert listed.keys() == _SOURCES.keys()
+    for kind, source in _SOURCES.items():
+        assert source.split("#")[0].split(" ")[0] in listed[kind], kind
+
+
 @pytest.mark.parametrize(
     "path",
     [
         "README.md",
-        *(f"docs/{n}.md" for n in ("design", "warnings", "combining", "extracting", "hub")),
+        *(
+            f"docs/{n}.md"
+            for n in ("design", "warnings", "merging", "combining", "extracting", "hub")
+        ),
     ],
 )
 def test_links_and_named_modules_exist(path: str) -> None:

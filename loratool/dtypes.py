@@ -41,6 +41,11 @@ class FloatFormat:
         return 1 << self.fraction
 
     @property
+    def rounding(self) -> float:
+        """Half a unit in the last place, as a share of the number: what rounding takes at most."""
+        return 2.0 ** -(self.fraction + 1)
+
+    @property
     def overflow(self) -> float:
         """What is not below this rounds to infinity: half a unit beyond the largest number."""
         if self.bits == 64:

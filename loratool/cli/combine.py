@@ -35,7 +35,8 @@ from loratool.cli.options import (
 )  # fmt: skip
 @click.option(
     "--majority-sign-method", default="total", show_default=True, metavar="total|frequency",
-    help="How ties elects a sign: by the sum of the values, or of their signs.",
+    help="How ties elects a sign: by the sum of the values, or of their signs (ties are positive: "
+    "use it with an odd number of adapters).",
 )  # fmt: skip
 @seed_option("For dare.")
 @click.option(
@@ -88,13 +89,15 @@ def combine_command(
       ties_svd*, dare_linear_svd*, dare_ties_svd*, magnitude_prune_svd*
                   on the dense deltas, as in PEFT (slow)
       ties_core*, dare_linear_core*, dare_ties_core*
-                  in Core Space (arXiv 2509.17786)
+                  in Core Space (arXiv 2509.17786), of balanced factors
       tsv_m       task singular vectors made orthogonal (arXiv 2412.00081)
-      iso_c       the sum with equal singular values (arXiv 2502.04959)
+      iso_c       the sum, cut if asked, with equal singular values
+                  (arXiv 2502.04959)
       knots_ties* TIES in the common basis of KnOTS (arXiv 2410.19735)
 
     Weights matter as much as methods: three adapters at weight 1 each often
-    overshoot, and 0.5 each is a better start.
+    overshoot, and 0.5 each is a better start. Weight -1 is weight 1 on the
+    negated adapter, also where ties elects signs.
 
     \b
     Examples:

@@ -15,7 +15,9 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.factors import Factors
+from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
+from loratool.linalg.chance import SINGLE
 from loratool.linalg.methods import Term
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, TensorInfo
@@ -62,7 +64,8 @@ class Contribution:
                 f"{info.file}: {info.name} holds NaN or infinity ({count} of {info.numel} values).",
                 "Training diverged or the file is damaged; use an earlier checkpoint.",
             )
-        return Term(self.index, self.weight, self.scale / self.doubling, b, a)
+        rounding = max(FLOAT_FORMATS[self.module.dtype].rounding, SINGLE)
+        return Term(self.index, self.weight, self.scale / self.doubling, b, a, rounding)
 
 
 @contextmanager

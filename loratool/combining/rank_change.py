@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.combining.alignment import Contribution, Joined
+from loratool.combining.doubts import NO_DOUBTS, Doubtful, Doubts, notices_of
 from loratool.errors import ValueRangeError, listed
+from loratool.linalg.chance import SINGLE, Spectrum
 from loratool.linalg.lowrank import Factor, Float64, decompose
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice
@@ -27,6 +29,7 @@ class NewFactors:
     cut. `rank` is how many the criterion wants. `sum_parts` compares with the weighted sum Σ, for
     methods that give something else: ⟨bₖaₖ, Σ⟩ for each k, and ‖Σ‖². `rounding` is what half
     precision takes. `alive` has the adapters (by their place) in which neither A nor B is zero.
+    `share` is what the method kept of the sum's ‖·‖² before it made something else of it.
     """
 
     path: str
@@ -39,6 +42,8 @@ class NewFactors:
     sum_parts: tuple[Float64, float] | None = None
     rounding: float | None = None
     alive: frozenset[int] = frozenset()
+    share: float = 1.0
+    doubts: Doubts = NO_DOUBTS
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,20 @@ def shrink(
     criterion: Criterion,
     whole: bool,
     energy: float | None = None,
+    rounding: float = SINGLE,
 ) -> NewFactors:
     """The factors of `scale·b·a` that the criterion asks for; all if `whole`, to be cut later.
 
-    `energy` is the ‖·‖² that the product approximates, if it is not exact.
+    `energy` is the ‖·‖² that the product approximates, if it is not exact, and `rounding` that of
+    the numbers it was made of.
     """
     found = decompose(b, a, scale)
     total = found.energy if energy is None else energy
     rank = criterion.choose(found.values, total)
     new_b, new_a = found.factors(None if whole else rank)
-    return NewFactors(path, parts, new_b, new_a, found.values[: len(new_a)] ** 2, total, rank)
+    doubts = Doubts(Spectrum(found.values, rounding), rounding=rounding)
+    squares = found.values[: len(new_a)] ** 2
+    return NewFactors(path, parts, new_b, new_a, squares, total, rank, doubts=doubts)
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,13 @@ def changes_at(joined: Joined, shrunk: list[NewFactors], ranks: list[int]) -> Ch
         )
         notices.append(Notice("zero-delta", text + listed(silent), silent[0]))
     notices += _idle(joined, shrunk)
+    notices += notices_of(
+        [
+            Doubtful(m.path, min(rank, len(m.squares)), math.sqrt(m.energy), m.doubts)
+            for m, rank in zip(shrunk, ranks, strict=True)
+            if m.energy > 0
+        ]
+    )
     rounding = None
     if any(c.rounding is not None for c in changes):
         lost = sum(
@@ -189,7 +205,9 @@ def _changes(joined: Joined, shrunk: list[NewFactors], ranks: list[int]) -> list
         for part in m.parts:
             before[part.index] = part.module.rank
         module = m.parts[0].module
-        kept = min(float(m.squares[:rank].sum()) / m.energy, 1.0) if m.energy else None
+        kept = None
+        if m.energy:
+            kept = min(float(m.squares[:rank].sum()) / m.energy, 1.0) * m.share
         changes.append(
             ModuleChange(
                 m.path, module.kind, module.shape, tuple(before), rank,

@@ -13,8 +13,10 @@ from loratool.linalg.lowrank import NEGLIGIBLE, Factor, Float64
 _VISIBLE = max(NEGLIGIBLE, 1e-7)
 
 
-def truncated_svd(dense: Factor, rank: int) -> tuple[Float64, Float64, float]:
-    """`(U·√Σ [m, k], √Σ·Vᵀ [k, n], ‖dense‖²)` of the best approximation of at most this rank.
+def truncated_svd(dense: Factor, rank: int) -> tuple[Float64, Float64, float, Float64]:
+    """The best approximation of at most this rank: `(U·√Σ [m, k], √Σ·Vᵀ [k, n], ‖dense‖², σ)`.
+
+    The last are all the singular values, also those that were cut.
 
     By the eigenvectors of the smaller Gram matrix: its time does not depend on how fast the
     spectrum falls, and pruning leaves flat ones, on which a randomized SVD would need many passes.
@@ -24,11 +26,11 @@ def truncated_svd(dense: Factor, rank: int) -> tuple[Float64, Float64, float]:
     gram = matrix.T @ matrix
     energy = float(np.trace(gram))
     squares, vectors = np.linalg.eigh(gram)
-    squares, vectors = squares[::-1][:rank], vectors[:, ::-1][:, :rank]
-    values = np.sqrt(np.maximum(squares, 0.0))
+    spectrum = np.sqrt(np.maximum(squares[::-1], 0.0))
+    values, vectors = spectrum[:rank], vectors[:, ::-1][:, :rank]
     kept = values > _VISIBLE * float(values[0]) if values.size else np.zeros(0, bool)
     root = np.sqrt(values[kept])
     right = vectors[:, kept]
     left = (matrix @ right) / root
     right = (right * root).T
-    return (left, right, energy) if tall else (right.T, left.T, energy)
+    return (left, right, energy, spectrum) if tall else (right.T, left.T, energy, spectrum)

@@ -21,41 +21,48 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from loratool.linalg.bases import basis, nearest_orthogonal, signs_of, visible
+from loratool.linalg.chance import SINGLE, Spectrum
 from loratool.linalg.dense import truncated_svd
-from loratool.linalg.lowrank import (
-    NEGLIGIBLE,
-    Factor,
-    Float64,
-    decompose,
-    stacked,
-    triangle,
+from loratool.linalg.lowrank import Factor, Float64, decompose, stacked, triangle
+from loratool.linalg.ranks import EVERYTHING, Criterion
+from loratool.linalg.sparsify import (
+    agreed,
+    magnitude_pruned,
+    randomly_pruned,
+    tied_share,
+    weighted_sum,
 )
-from loratool.linalg.sparsify import agreed, magnitude_pruned, randomly_pruned, weighted_sum
 
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter's part of a module: `weight·scale·b·a`; `index` counts the adapters."""
+    """One adapter's part of a module: `weight·scale·b·a`; `index` counts the adapters.
+
+    `rounding` is that of the factors as stored: half a unit in the last place, as a share.
+    """
 
     index: int
     weight: float
     scale: float
     b: Factor
     a: Factor
+    rounding: float = SINGLE
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the methods can be told. `rank` is where the dense ones cut; `path` the module's name,
-    from which, with `seed`, its random numbers come."""
+    """What the methods can be told. `rank` is where the dense ones cut, `criterion` what of the sum
+    a method keeps that changes its singular values; `path` the module's name, from which, with
+    `seed`, its random numbers come."""
 
     path: str
     rank: int
     density: float = 1.0
     majority_sign_method: str = "total"
     seed: int = 0
+    criterion: Criterion = EVERYTHING
 
     def random(self, *what: int) -> np.random.Generator:
         """Random numbers of their own for each module and adapter, whatever the order of work."""
@@ -65,11 +72,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Combined:
-    """Factors of the combined delta. `energy` is ‖·‖² of what they approximate, None if exact."""
+    """Factors of the combined delta, and what is known of them.
+
+    `energy` is ‖·‖² of what they approximate, None if exact. Where the method itself cuts,
+    `spectrum` has all the singular values it chose from, and `share` what of their energy it kept,
+    unless that follows from `energy`. `tied` is the share of the energy that a tied vote on signs
+    decided, `basis` the singular values of the directions that the result depends on one by one.
+    """
 
     b: Factor
     a: Factor
     energy: float | None = None
+    spectrum: Float64 | None = None
+    share: float = 1.0
+    tied: float = 0.0
+    basis: tuple[Float64, ...] = ()
 
 
 #: What a rule does with the arrays of the adapters: prune each, then add them up or elect signs.
@@ -90,10 +107,17 @@ class Rule:
 
     def merged(
         self, stack: Sequence[Factor], weights: Sequence[float], settings: Settings
-    ) -> Factor:
-        if self.elect:
-            return agreed(stack, weights, settings.majority_sign_method)
-        return weighted_sum(stack, weights)
+    ) -> tuple[Factor, float]:
+        """The arrays as one, and the share of its energy that a tied vote decided."""
+        if not self.elect:
+            return weighted_sum(stack, weights), 0.0
+        how = settings.majority_sign_method
+        result = agreed(stack, weights, how)
+        return result, tied_share(result, stack, weights, how)
+
+    def turns(self, settings: Settings) -> bool:
+        """Whether the result depends on the basis that the arrays are written in."""
+        return self.elect or (bool(self.prune) and settings.density < 1)
 
 
 _SUM, _TIES = Rule(), Rule("magnitude", elect=True)
@@ -116,16 +140,16 @@ def factors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     signs = [math.copysign(1.0, t.weight * t.scale) for t in terms]
     rank = max(t.a.shape[0] for t in terms)
 
-    def side(parts: list[Factor], weights: list[float], number: int) -> Factor:
+    def side(parts: list[Factor], weights: list[float], number: int) -> tuple[Factor, float]:
         kept = [
             rule.pruned(x, settings, t.index, number) for x, t in zip(parts, terms, strict=True)
         ]
         full = [np.pad(x, [(0, rank - x.shape[0]), (0, 0)]) for x in kept]
         return rule.merged(full, weights, settings)
 
-    a = side([t.a for t in terms], [s * r for s, r in zip(signs, roots, strict=True)], 0)
-    b = side([t.b.T for t in terms], roots, 1)
-    return Combined(b.T, a)
+    a, tied_a = side([t.a for t in terms], [s * r for s, r in zip(signs, roots, strict=True)], 0)
+    b, tied_b = side([t.b.T for t in terms], roots, 1)
+    return Combined(b.T, a, tied=max(tied_a, tied_b))
 
 
 def dense(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -135,28 +159,35 @@ def dense(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     Source: peft/tuners/lora/model.py (`_svd_generalized_task_arithmetic_weighted_adapter`).
     """
     deltas = [rule.pruned(np.float32(t.scale) * (t.b @ t.a), settings, t.index, 0) for t in terms]
-    merged = rule.merged(deltas, [t.weight for t in terms], settings)
-    return Combined(*truncated_svd(merged, settings.rank))
+    merged, tied = rule.merged(deltas, [t.weight for t in terms], settings)
+    return Combined(*truncated_svd(merged, settings.rank), tied=tied)
 
 
 def core(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
-    """Core Space: the rule on `Mᵢ = U_Bᵀ·(sᵢBᵢAᵢ)·V_A`, small and without loss of information.
+    """Core Space: the rule on `Mᵢ = Uᵀ·(sᵢBᵢAᵢ)·V`, small and without loss of information.
 
-    U_B are the left singular vectors of all Bᵢ side by side, V_A the right ones of all Aᵢ one above
-    the other, factors as stored. Source: Panariello et al., "Accurate and Efficient Low-Rank Model
-    Merging in Core Space", 2025, arXiv 2509.17786.
+    U are the left singular vectors of all Bᵢ side by side, V the right ones of all Aᵢ one above the
+    other. The paper takes the factors as stored, so that other factors of the same deltas give
+    another result. Here each Δᵢ = sᵢBᵢAᵢ is first written as `Uᵢ√Σᵢ·√ΣᵢVᵢᵀ`: then U diagonalises
+    `Σᵢ (ΔᵢΔᵢᵀ)^½`, which depends on the deltas alone, in any order. Of factors that are balanced
+    like this, with scale 1, it is what the paper takes.
+    Source: Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", 2025,
+    arXiv 2509.17786.
     """
-    all_b, all_a = stacked([(t.b, t.a) for t in terms])
-    basis_b, within_b = _basis(all_b)
-    basis_a, within_a = _basis(all_a.T)
+    parts = [decompose(t.b, t.a, t.scale).factors() for t in terms]
+    all_b, all_a = stacked(parts)
+    left, right = basis(all_b), basis(all_a.T)
     cores, start = [], 0
-    for t in terms:
-        own = slice(start, start + t.a.shape[0])
+    for t, (b, _) in zip(terms, parts, strict=True):
+        own = slice(start, start + b.shape[1])
         start = own.stop
-        small = t.scale * (within_b[:, own] @ within_a[:, own].T)
+        small = left.within[:, own] @ right.within[:, own].T
         cores.append(rule.pruned(small, settings, t.index, 0))
-    merged = rule.merged(cores, [t.weight for t in terms], settings)
-    return Combined(all_b @ (basis_b @ merged), basis_a.T @ all_a)
+    merged, tied = rule.merged(cores, [t.weight for t in terms], settings)
+    return Combined(
+        all_b @ (left.into @ merged), right.into.T @ all_a, tied=tied,
+        basis=(left.values, right.values) if rule.turns(settings) else (),
+    )  # fmt: skip
 
 
 def aligned(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -166,48 +197,26 @@ def aligned(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     Pruning is by module; the authors prune over the whole model.
     """
     all_b = np.concatenate([t.b for t in terms], axis=1)
-    basis, within = _basis(all_b)
+    left = basis(all_b)
     parts, cores, start = [], [], 0
     for t in terms:
-        own = within[:, start : start + t.a.shape[0]] * t.scale
+        own = left.within[:, start : start + t.a.shape[0]] * t.scale
         start += t.a.shape[0]
         parts.append((own, t.a))
         cores.append(own @ triangle(t.a.T).T)
     turn, values, _ = np.linalg.svd(np.concatenate(cores, axis=1), full_matrices=False)
-    turn = turn[:, _visible(values)]
-    left = all_b @ (basis @ turn)
-    signs = _signs(left)
-    turn, left = turn * signs, left * signs
+    kept = visible(values)
+    turn = turn[:, kept]
+    vectors = all_b @ (left.into @ turn)
+    signs = signs_of(vectors)
+    turn, vectors = turn * signs, vectors * signs
     rows = [
         rule.pruned(turn.T @ own @ a, settings, t.index, 0)
         for t, (own, a) in zip(terms, parts, strict=True)
     ]
-    merged = rule.merged(rows, [t.weight for t in terms], settings)
-    return Combined(left, merged)
-
-
-def _visible(values: Float64) -> npt.NDArray[np.bool_]:
-    return np.asarray(values > NEGLIGIBLE * values.max(initial=0.0))
-
-
-def _basis(wide: Factor) -> tuple[Float64, Float64]:
-    """Left singular vectors of `wide [n, r]`, as `(C [r, k], W [k, r])`: U = wide·C, wide = U·W.
-
-    The entry of each that is largest in magnitude is positive: a vote among signs that ends in a
-    tie must not depend on the sign that LAPACK happened to choose.
-    """
-    _, values, rows = np.linalg.svd(triangle(wide), full_matrices=False)
-    kept = _visible(values)
-    values, rows = values[kept], rows[kept]
-    vectors = wide @ (rows.T / values)
-    signs = _signs(vectors)
-    return rows.T * (signs / values), (signs * values)[:, None] * rows
-
-
-def _signs(columns: Float64) -> Float64:
-    """The sign of the largest entry of each column."""
-    largest = np.abs(columns).argmax(axis=0) if columns.size else np.zeros(0, int)
-    return np.asarray(np.sign(np.take_along_axis(columns, largest[None], axis=0)[0]))
+    merged, tied = rule.merged(rows, [t.weight for t in terms], settings)
+    used = (values[kept],) if rule.turns(settings) else ()
+    return Combined(vectors, merged, tied=tied, basis=used)
 
 
 def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
@@ -219,38 +228,40 @@ def singular_vectors(terms: Sequence[Term], rule: Rule, settings: Settings) -> C
     """
     shape = terms[0].b.shape[0], terms[0].a.shape[1]
     share = max(1, min(shape) // len(terms))
-    columns, rows, sizes = [], [], []
+    columns, rows, sizes, parted = [], [], [], []
     for t in terms:
         found = decompose(t.b, t.a, t.weight * t.scale)
+        if Spectrum(found.values, t.rounding).is_chance_at(share):
+            parted.append(found.values)
         b, a = found.factors(share)
         root = np.sqrt(found.values[:share])
         columns.append(b / root)
         rows.append(a.T / root)
         sizes.append(found.values[:share])
-    left = _nearest_orthogonal(np.concatenate(columns, axis=1))
-    right = _nearest_orthogonal(np.concatenate(rows, axis=1))
-    return Combined(left * np.concatenate(sizes), right.T)
-
-
-def _nearest_orthogonal(columns: Float64) -> Float64:
-    """The polar factor `X·(XᵀX)^-½ = X·W·S⁻¹·Wᵀ`; a direction that is there twice counts once."""
-    _, values, rows = np.linalg.svd(triangle(columns), full_matrices=False)
-    kept = _visible(values)
-    return np.asarray(columns @ (rows[kept].T / values[kept]) @ rows[kept])
+    left = nearest_orthogonal(np.concatenate(columns, axis=1))
+    right = nearest_orthogonal(np.concatenate(rows, axis=1))
+    return Combined(left * np.concatenate(sizes), right.T, basis=tuple(parted))
 
 
 def isotropic(terms: Sequence[Term], rule: Rule, settings: Settings) -> Combined:
     """Iso-C: the sum, with every singular value replaced by their mean.
 
     The mean is over the singular values that the sum has. A full matrix's other ones are zero, and
-    their directions are arbitrary. Source: Marczak et al., "No Task Left Behind: Isotropic Model
-    Merging with Common and Task-Specific Subspaces", 2025, arXiv 2502.04959.
+    their directions are arbitrary. A cut comes first, by the singular values of the sum, because
+    among equal ones it would be chance; the mean is then over those that stay, so that it is the
+    same as to cut the sum and flatten the result. Source: Marczak et al., "No Task Left Behind:
+    Isotropic Model Merging with Common and Task-Specific Subspaces", 2025, arXiv 2502.04959.
     """
     total = stack(terms, rule, settings)
     found = decompose(total.b, total.a)
-    b, a = found.factors()
-    scale = np.sqrt(found.values.mean() / found.values) if found.values.size else 1.0
-    return Combined(b * scale, (a.T * scale).T)
+    rank = settings.criterion.choose(found.values, found.energy)
+    b, a = found.factors(rank)
+    values = found.values[:rank]
+    scale = np.sqrt(values.mean() / values) if values.size else 1.0
+    share = 1.0
+    if values.size < found.values.size:
+        share = float(np.sum(values**2)) / found.energy
+    return Combined(b * scale, (a.T * scale).T, spectrum=found.values, share=share)
 
 
 Space = Callable[[Sequence[Term], Rule, Settings], Combined]
@@ -259,12 +270,17 @@ Space = Callable[[Sequence[Term], Rule, Settings], Combined]
 @dataclass(frozen=True)
 class Method:
     """`keeps_factors`: the factors are the result as PEFT would have it, unless a rank is asked.
-    `cuts`: the rank is that of the largest adapter where none is given, as in PEFT."""
+    `cuts`: the rank is that of the largest adapter where none is given, as in PEFT. `selects`: it
+    has kept what the criterion asks for itself."""
 
     space: Space
     rule: Rule = _SUM
     keeps_factors: bool = False
     cuts: bool = False
+
+    @property
+    def selects(self) -> bool:
+        return self.space is isotropic
 
     def __call__(self, terms: Sequence[Term], settings: Settings) -> Combined:
         return self.space(terms, self.rule, settings)

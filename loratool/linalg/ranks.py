@@ -100,6 +100,10 @@ class Criterion:
         return max(1, min(kept, len(values)))
 
 
+#: Cuts nothing.
+EVERYTHING = Criterion()
+
+
 def spread(values: Sequence[Float64], costs: Sequence[int], budget: int) -> list[int]:
     """The rank of each matrix that keeps the most energy for at most `budget` bytes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from loratool.combining.output import output_dtype, write_adapter
 from loratool.combining.rank_change import ModuleChange, NewFactors, RankPolicy, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
+from loratool.linalg.chance import Spectrum
 from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, stacked
 from loratool.linalg.methods import Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
@@ -33,6 +35,10 @@ from loratool.streams.threads import few
 from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
 
 _ANY_RANK = 1 << 30
+
+#: A result below this share of the adapters' norms is what float64 leaves of weights that cancel:
+#: float32 factors that differ in one value differ by more.
+_NOTHING = 1e-13
 
 #: A result that is zero is blamed on pruning below this density, on the weights above it.
 _SPARSE = 0.01
@@ -142,7 +148,7 @@ def combine(
         if chosen.cuts and not criterion.given:
             criterion = Criterion(rank=_largest_rank(joined))
         settings = Settings(
-            "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed
+            "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed, criterion
         )
         recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
         with FilePool() as files:
@@ -235,14 +241,39 @@ class _Recipe:
             result = _as_they_are(path, parts, combined)
         else:
             # Columns beyond the rank of this module may fit into that of the largest.
-            whole = self.uniform and self.criterion.rank is None
+            whole = self.uniform and self.criterion.rank is None and not method.selects
+            criterion = Criterion() if method.selects else self.criterion
             result = shrink(
-                path, parts, combined.b, combined.a, 1.0, self.criterion, whole, combined.energy
+                path, parts, combined.b, combined.a, 1.0, criterion, whole, combined.energy
             )
-        result = replace(result, alive=frozenset(t.index for t in alive))
-        if method.exact_sum:
-            return result
-        return replace(result, sum_parts=_against_sum(result.b, result.a, alive))
+        result = replace(result, alive=frozenset(t.index for t in alive), share=combined.share)
+        if not method.exact_sum:
+            result = replace(result, sum_parts=_against_sum(result.b, result.a, alive))
+        return self._doubted(result, combined, alive)
+
+    def _doubted(self, result: NewFactors, combined: Combined, alive: Sequence[Term]) -> NewFactors:
+        """The result with what is doubtful about it; zero where it is only noise of float64."""
+        size = sum(
+            abs(t.weight * t.scale) * math.sqrt(inner((t.b, t.a), (t.b, t.a))) for t in alive
+        )
+        if result.sum_parts is not None and 0 < result.energy <= (_NOTHING * size) ** 2:
+            return replace(
+                result, b=result.b[:, :0], a=result.a[:0], squares=np.zeros(0), energy=0.0, rank=1
+            )
+        rounding = max(t.rounding for t in alive)
+        sum_energy = result.energy if result.sum_parts is None else result.sum_parts[1]
+        spectrum = Spectrum(combined.spectrum, rounding) if combined.spectrum is not None else None
+        doubts = replace(
+            result.doubts,
+            spectrum=spectrum or result.doubts.spectrum,
+            tied=combined.tied,
+            elects=self.method.rule.elect,
+            turns=any(Spectrum(values, rounding).has_equals for values in combined.basis),
+            total=math.sqrt(max(0.0, sum_energy)),
+            size=size if len(alive) > 1 else 0.0,
+            rounding=rounding,
+        )
+        return replace(result, doubts=doubts)
 
 
 def _as_they_are(path: str, parts: list[Contribution], combined: Combined) -> NewFactors:

@@ -159,5 +159,7 @@ def _resize(
     (part,) = parts
     term = part.read(files)
     with explained_overflow(path):
-        result = shrink(path, [part], term.b, term.a, term.scale, criterion, whole)
+        result = shrink(
+            path, [part], term.b, term.a, term.scale, criterion, whole, rounding=term.rounding
+        )
     return replace(result, alive=frozenset({0} if result.energy > 0 else ()))

@@ -75,12 +75,12 @@ def largest(x: np.ndarray, density: float) -> np.ndarray:
 
 
 def elected(xs: Sequence[np.ndarray], weights: Sequence[float], how: str) -> np.ndarray:
-    """TIES, entry by entry."""
+    """TIES, entry by entry, of the adapters as they are added: a subtracted one is negated."""
     result = np.zeros_like(xs[0])
     for place in np.ndindex(xs[0].shape):
-        entries = [x[place] for x in xs]
+        entries = [np.sign(w) * x[place] for w, x in zip(weights, xs, strict=True)]
         vote = sum(entries) if how == "total" else sum(np.sign(e) for e in entries)
         sign = 1 if vote >= 0 else -1
-        agreeing = [(w, e) for w, e in zip(weights, entries, strict=True) if e * sign > 0]
+        agreeing = [(abs(w), e) for w, e in zip(weights, entries, strict=True) if e * sign > 0]
         result[place] = sum(w * e for w, e in agreeing) / max(1, len(agreeing))
     return result

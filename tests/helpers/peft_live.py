@@ -94,8 +94,18 @@ class Live:
         return [self.folder / name for name in names]
 
     def peft(self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any) -> Any:
-        """The tensors of what `add_weighted_adapter` makes, and its config."""
-        self.model.add_weighted_adapter(list(names), list(weights), "new", how, **options)
+        """The tensors of what `add_weighted_adapter` makes, and its config.
+
+        PEFT elects signs as if every weight were positive. So where signs are elected, what is
+        subtracted is given to it negated, to be added.
+        """
+        below = [n for n, w in zip(names, weights, strict=True) if w < 0 and "ties" in how]
+        used = [abs(w) if n in below else w for n, w in zip(names, weights, strict=True)]
+        self.negate(below)
+        try:
+            self.model.add_weighted_adapter(list(names), used, "new", how, **options)
+        finally:
+            self.negate(below)
         try:
             state = get_peft_model_state_dict(
                 self.model, adapter_name="new", save_embedding_layers=False
@@ -104,6 +114,13 @@ class Live:
             return cloned, self.model.peft_config["new"]
         finally:
             self.model.delete_adapter("new")
+
+    def negate(self, names: Sequence[str]) -> None:
+        """Change the sign of these adapters' A in memory."""
+        for _, module in self.modules():
+            for name in names:
+                if name in module.scaling:
+                    factors_of(module, name)[1].neg_()
 
     def modules(self) -> Iterator[tuple[str, LoraLayer]]:
         for name, module in self.model.named_modules():
@@ -243,8 +260,8 @@ def drawn_alike(scene: Live, names: str, method: str, density: float, seed: int)
 
 
 #: PEFT cuts by a float32 SVD. Its rounding, about 2⁻²³ of σ₁, is enlarged in a cut delta by
-#: σₖ/(σₖ-σₖ₊₁), which for these matrices is up to a few dozen.
-SVD32 = 1e-5
+#: σₖ/(σₖ-σₖ₊₁), which for these matrices is up to 144.
+SVD32 = 2e-5
 
 
 def truncated(delta: torch.Tensor, rank: int) -> torch.Tensor:

@@ -65,8 +65,11 @@ def left_basis(matrix: np.ndarray) -> np.ndarray:
 
 
 def core_oracle(name: str, terms: Sequence[Term], chosen: Settings) -> np.ndarray:
-    u = left_basis(np.hstack([t.b for t in terms]).astype(np.float64))
-    v = left_basis(np.vstack([t.a for t in terms]).T.astype(np.float64))
+    parts = [np.linalg.svd(delta(t), full_matrices=False) for t in terms]
+    # Balanced factors U·√Σ and √Σ·Vᵀ of each delta, without what it does not have.
+    parts = [(u, np.where(s > NEGLIGIBLE * s[0], s, 0.0), v) for u, s, v in parts]
+    u = left_basis(np.hstack([u * np.sqrt(s) for u, s, _ in parts]))
+    v = left_basis(np.hstack([v.T * np.sqrt(s) for _, s, v in parts]))
     cores = [u.T @ delta(t) @ v for t in terms]
     return u @ ruled(name, cores, [t.weight for t in terms], terms, chosen) @ v.T
 

@@ -126,7 +126,7 @@ SMALL = st.lists(
 @settings(deadline=None)
 @given(SMALL, st.lists(st.sampled_from([1.0, -1.0, 0.5, 2.0]), min_size=5, max_size=5))
 def test_election_with_ties_and_zeros(numbers: list[list[int]], weights: list[float]) -> None:
-    """Entry by entry: a tie is positive, zeros do not count, weights have no vote."""
+    """Entry by entry: a tie is positive, zeros do not count, of weights only the sign counts."""
     stack = [np.array(row, np.float64).reshape(2, 2) for row in numbers]
     weights = weights[: len(stack)]
     for how in ("total", "frequency"):
@@ -138,8 +138,10 @@ def test_election_by_hand() -> None:
     """One large negative outweighs two small positives in total, but not in number."""
     stack = [np.array([x], np.float32) for x in (1.0, 2.0, -9.0)]
     weights = [1.0, 0.5, -2.0]
-    assert agreed(stack, weights, "total") == 18.0
-    assert agreed(stack, weights, "frequency") == 1.0  # (1 + 1) / 2
+    assert agreed(stack, [1.0, 0.5, 2.0], "total") == -18.0
+    assert agreed(stack, [1.0, 0.5, 2.0], "frequency") == 1.0  # (1 + 1) / 2
+    # Subtracted, the -9 is a 9 among others, and agrees.
+    assert agreed(stack, weights, "total") == agreed(stack, weights, "frequency") == 20 / 3
     tied = [np.array([x], np.float32) for x in (3.0, -3.0)]
     assert agreed(tied, [1.0, 5.0], "total") == agreed(tied, [1.0, 5.0], "frequency") == 3.0
 

@@ -91,7 +91,8 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     """Read the headers of a base model: a directory, or one weights file.
 
-    With `partial` a directory may lack some of the shards in its index, but not all.
+    With `partial` a directory may lack some of the shards in its index, but not all, and a file may
+    be one shard of several.
 
     Raises FileError for what is missing or damaged, BaseError for what is no base model.
     """
@@ -103,7 +104,8 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
                 f"{place.path}: this describes a model and holds no weights.",
                 f"Give the directory: {folder.path}.",
             )
-        refuse_part(folder, place.file)
+        if not partial:
+            refuse_part(folder, place.file)
         weights = read_one(folder, place.file)
     elif folder.is_there():
         if entry_of(folder) is None and folder.has(ADAPTER_CONFIG):

@@ -42,6 +42,7 @@ def test_a_merge_on_top_of_a_merge_is_taken_back_step_by_step(tmp_path: Path) ->
         loratool.merge(
             steps[-1], lora_dir, tmp_path / f"m{i}", weights=[0.5 + i],
             dtype=["float16", "bfloat16", "float16"][i], reversible=True,
+            again=True,  # the third is the first, once more
         )  # fmt: skip
         steps.append(tmp_path / f"m{i}")
     no_unmerge(RestoreError, steps[2], one, tmp_path / "no", "merged earlier")

@@ -17,6 +17,7 @@ def with_side_files(folder: Path) -> tuple[Path, Path]:
     (base / "config.json").write_text('{"model_type":"llama",   "note": "ö", "torch_dtype": null}')
     (base / "tokenizer.json").write_text('{"of": "base"}')
     (base / "merges.txt").write_bytes(b"a b\r\n")
+    (base / "notes.txt").write_bytes(b"notes\r\n")
     (base / "generation_config.json").write_text("{}")
     (base / "1_Pooling").mkdir()
     (base / "1_Pooling" / "config.json").write_text("[]")
@@ -33,7 +34,7 @@ def test_files_beside_the_weights_come_back(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "added_tokens.json").is_file()
     assert "side-file-changed" not in codes(report)
     assert set(report.side_files) == {
-        "config.json", "tokenizer.json", "merges.txt", "generation_config.json",
+        "config.json", "tokenizer.json", "merges.txt", "notes.txt", "generation_config.json",
         str(Path("1_Pooling") / "config.json"),
     }  # fmt: skip
 
@@ -46,14 +47,14 @@ def test_a_side_file_changed_after_the_merge_is_kept_and_said(tmp_path: Path) ->
     loratool.merge(base, lora_dir, out, reversible=True)
     for name in ("generation_config.json", "tokenizer.json", "config.json"):
         (out / name).write_text('{"changed": true}')
-    (out / "merges.txt").unlink()
+    (out / "notes.txt").unlink()
     (out / "new.txt").write_text("new")
     report = loratool.unmerge(out, lora_dir, back)
     (notice,) = [n for n in report.warnings if n.code == "side-file-changed"]
     assert "generation_config.json (changed)" in notice.message
-    assert "merges.txt (missing)" in notice.message
+    assert "notes.txt (missing)" in notice.message
     assert "tokenizer" not in notice.message
     found, wanted = sha256s(back), sha256s(base)
-    assert wanted.keys() - found.keys() == {"merges.txt"}
+    assert wanted.keys() - found.keys() == {"notes.txt"}
     assert [n for n in found if found[n] != wanted[n]] == ["generation_config.json"]
     assert (back / "generation_config.json").read_text() == '{"changed": true}'

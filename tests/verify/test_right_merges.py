@@ -89,7 +89,9 @@ def test_adapters_merged_one_after_the_other_are_named(tmp_path: Path) -> None:
     """Two merges in a row round twice, and that is what verify calls it."""
     base, one = FIXTURES / "base", FIXTURES / "adapter"
     loratool.merge(base, one, tmp_path / "first", dtype="base")
-    loratool.merge(tmp_path / "first", one, tmp_path / "both", dtype="base", weights=[0.5])
+    loratool.merge(
+        tmp_path / "first", one, tmp_path / "both", dtype="base", weights=[0.5], again=True
+    )
     report = loratool.verify(tmp_path / "both", base, [one, one], weights=[1, 0.5])
     assert report.verdict == "yes"
     assert any("one after the other" in sentence for sentence in report.summary)

@@ -26,6 +26,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("README.md", "checkpoint-10/optimizer.pt", "onnx/model.onnx"):
         (place / "adapter" / name).parent.mkdir(exist_ok=True)
         (place / "adapter" / name).write_bytes(CLUTTER[name])
+    shutil.copy(FIXTURES / "base" / "tokenizer.json", place / "adapter")
     (place / "adapter" / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
     return place
 

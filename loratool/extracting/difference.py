@@ -93,11 +93,9 @@ class Difference:
             before, after = self._both(low, high)
             test.take(before, after)
             block = after.sub_(before).float()
-            own = _squared(before)
-            weight += own
+            weight += _squared(before)
             energy += _squared(block)
-            same = block == 0
-            moved += _squared(before.masked_fill(same, 0.0)) if bool(same.any()) else own
+            moved += _squared(before.mul_(block.sign()))  # masks of bools take three times as long
             if held is not None:
                 held[low:high] = block
         if not energy < _LARGEST:

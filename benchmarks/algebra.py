@@ -106,7 +106,10 @@ def contenders(a: Path, b: Path, big: Path, out: Path) -> list[Contender]:
         *entries,
         Contender("`compare A B`", [*LORATOOL, "compare", *pair, "-q"]),
         Contender("`resize --rank 64`, r256 of an 8B", [*resize, "--rank", "64"]),
-        Contender("`resize --energy 0.9`, r256 of an 8B", [*resize, "--energy", "0.9"]),
+        Contender(
+            "`resize --energy 0.9 --patterns`, r256 of an 8B",
+            [*resize, "--energy", "0.9", "--patterns"],
+        ),
     ]
 
 

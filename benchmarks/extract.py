@@ -57,9 +57,10 @@ def make_tuned(folder: Path, base: Path) -> None:
 def contenders(rank: int, mergekit: Path | None) -> list[Contender]:
     entries = [
         Contender(f"`extract --rank {rank}`", [*LORATOOL, "-q", "--rank", str(rank)]),
-        Contender("`extract --energy 0.7 --max-rank 64`",
-                  [*LORATOOL, "-q", "--energy", "0.7", "--max-rank", "64"]),
-        Contender("`extract --budget 50MB`", [*LORATOOL, "-q", "--budget", "50MB"]),
+        Contender("`extract --energy 0.7 --max-rank 64 --patterns`",
+                  [*LORATOOL, "-q", "--energy", "0.7", "--max-rank", "64", "--patterns"]),
+        Contender("`extract --budget 50MB --patterns`",
+                  [*LORATOOL, "-q", "--budget", "50MB", "--patterns"]),
         Contender("`extract --rank 16 --verify`", [*LORATOOL, "-q", "--rank", "16", "--verify"]),
         Contender("`extract --dry-run`", [*LORATOOL, "-q", "--dry-run"]),
     ]  # fmt: skip

@@ -28,9 +28,11 @@ WAYS: dict[str, dict[str, Any]] = {
     **{f"`--rank {rank}`": {"rank": rank} for rank in (1, 2, 4, 8, 16, 32, 64, 128)},
     "`--energy 0.5`": {"energy": 0.5},
     "`--energy 0.9`": {"energy": 0.9},
+    "`--energy 0.9 --patterns`": {"energy": 0.9, "patterns": True},
     "`--budget 167kB`": {"budget": "167kB"},
-    "`--budget 322kB`": {"budget": "322kB"},
-    "`--rank 16 --skip norms`": {"rank": 16, "skip": ["norms"]},
+    "`--budget 167kB --patterns`": {"budget": "167kB", "patterns": True},
+    "`--budget 322kB --patterns`": {"budget": "322kB", "patterns": True},
+    "`--rank 16 --save norms`": {"rank": 16, "save": ["norms"]},
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from loratool.errors import UsageError
 
@@ -20,6 +20,14 @@ def ranged(paths: Sequence[str]) -> str:
     parts = pattern(paths[0]).split("#")
     named = [_ranges(sorted(set(numbers))) for numbers in columns]
     return parts[0] + "".join(r + part for r, part in zip(named, parts[1:], strict=True))
+
+
+def ranged_names(paths: Iterable[str]) -> list[str]:
+    """Paths that are alike but for their numbers as one name each, in the order of the first."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(pattern(path), []).append(path)
+    return [ranged(group) for group in groups.values()]
 
 
 def _numbers(path: str) -> list[str]:

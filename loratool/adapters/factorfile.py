@@ -172,9 +172,11 @@ class AdapterWriter:
 
 
 def note_ranks(ranks: list[int]) -> Notice:
+    """What programs make of different ranks. llama.cpp divides the config's alpha by each one."""
     text = (
-        f"The modules have different ranks, {min(ranks)} to {max(ranks)}. PEFT and vLLM load that; "
-        "llama.cpp and older engines want one rank for all."
+        f"The modules have different ranks, {min(ranks)} to {max(ranks)}. llama.cpp and Ollama "
+        "compute them with a wrong scale, without a word; SGLang, LoRAX, TGI and PEFT's hotswap "
+        "refuse the adapter; PEFT and vLLM load it. Make it without patterns for one rank."
     )
     return Notice("ranks-differ", text)
 

@@ -44,7 +44,7 @@ from loratool.cli.options import (
     help="What to take where adapters hold the same tensor whole, with different values.",
 )  # fmt: skip
 @click.option(
-    "--keep-patterns", is_flag=True,
+    "--patterns", "--keep-patterns", "keep_patterns", is_flag=True,
     help="Each module with its own rank (rank_pattern), not all with the largest.",
 )  # fmt: skip
 @factor_dtype_option()

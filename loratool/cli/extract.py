@@ -15,11 +15,13 @@ from loratool.cli.options import (
     max_rank_option,
     output_option,
     overwrite_option,
+    patterns_option,
     quiet_option,
     rank_option,
     seed_option,
     spectrum_option,
     threads_option,
+    uniform_option,
 )
 from loratool.paths import GROUPS
 
@@ -31,14 +33,15 @@ from loratool.paths import GROUPS
 @rank_option("This rank for every module.")
 @energy_option()
 @click.option(
-    "--budget", metavar="SIZE",
-    help="Ranks such that the file is no larger and the total error is smallest.",
-)  # fmt: skip
+    "--budget", metavar="SIZE", help="The largest rank for which the file is no larger than this."
+)
 @max_rank_option("No module gets more than this, with --energy or --budget.")
-@click.option(
-    "--uniform", is_flag=True,
-    help="One rank for all modules: the largest that --energy asks for or --budget allows.",
-)  # fmt: skip
+@patterns_option(
+    "Each module with a rank of its own (rank_pattern): the smallest by --energy, or those "
+    "with the smallest total error by --budget. PEFT and vLLM read that; llama.cpp and Ollama "
+    "compute it wrongly, SGLang, LoRAX and TGI refuse it."
+)
+@uniform_option()
 @include_option("Only modules whose path, or a dotted end of it, matches; may be repeated.")
 @exclude_option()
 @click.option(
@@ -47,12 +50,17 @@ from loratool.paths import GROUPS
 )  # fmt: skip
 @click.option(
     "--save", multiple=True, metavar="GLOB",
-    help="Save these modules whole instead of as factors; may be repeated.",
+    help="Save these modules whole instead of as factors; norms or biases for all of these, "
+         "which are left out otherwise. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--keep-noise", is_flag=True,
+    help="Keep tensors that differ by no more than what their dtypes round off.",
 )  # fmt: skip
 @factor_dtype_option("Dtype of the factors.", default="float16", show_default=True)
 @click.option(
     "--base-name", metavar="NAME",
-    help="base_model_name_or_path for the config. [default: what the base is called]",
+    help="base_model_name_or_path for the config. [default: the base's Hub id, or its path]",
 )  # fmt: skip
 @click.option("--exact", is_flag=True, help="Full decompositions; slow for large matrices.")
 @seed_option()
@@ -75,11 +83,13 @@ def extract_command(
     energy: float | None,
     budget: str | None,
     max_rank: int | None,
+    patterns: bool,
     uniform: bool,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     skip: tuple[str, ...],
     save: tuple[str, ...],
+    keep_noise: bool,
     dtype: str,
     base_name: str | None,
     exact: bool,
@@ -97,9 +107,10 @@ def extract_command(
     """Make a LoRA adapter of a fine-tuned model minus its base.
 
     Linear layers, convolutions and embeddings become low-rank factors, the best ones of
-    their rank; norms, biases and the rest are saved whole. What is left out is listed
-    with its share of the change. PEFT loads the result, and merge merges it. One of
-    --rank, --energy and --budget is needed.
+    their rank, with one rank for all. Norms and biases are left out unless --save asks
+    for them, because servers refuse or drop them; the rest is saved whole. What differs by
+    rounding alone is left out. All of it is listed with its share of the change. PEFT
+    loads the result, and merge merges it. One of --rank, --energy and --budget is needed.
 
     The report: kept and held are shares of ‖ΔW‖², the squared change, and error is
     √(1 - kept). noise is what TUNED's dtype rounded off, which no rank brings back.
@@ -110,6 +121,7 @@ def extract_command(
       loratool extract base/ tuned/ --rank 16 -o adapter/
       loratool extract base/ tuned/ --energy 0.9 --max-rank 128 -o adapter/
       loratool extract base/ tuned/ --budget 50MB --verify -o adapter/
+      loratool extract base/ tuned/ --rank 16 --save norms -o adapter/
       loratool extract base/ tuned/ --dry-run
     """
     from loratool.rendering import terminal as common
@@ -119,9 +131,10 @@ def extract_command(
     with common.progress_bar(not (quiet or as_json), "extracting") as progress:
         report = extract(
             base, tuned, output, rank=rank, energy=energy, budget=budget, max_rank=max_rank,
-            uniform=uniform, include=include, exclude=exclude, skip=skip, save=save, dtype=dtype,
-            base_name=base_name, exact=exact, seed=seed, verify=verify, device=device,
-            overwrite=overwrite, dry_run=dry_run, threads=threads, progress=progress,
+            uniform=uniform, patterns=patterns, include=include, exclude=exclude, skip=skip,
+            save=save, keep_noise=keep_noise, dtype=dtype, base_name=base_name, exact=exact,
+            seed=seed, verify=verify, device=device, overwrite=overwrite, dry_run=dry_run,
+            threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         document = report.to_dict()

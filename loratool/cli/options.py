@@ -97,7 +97,15 @@ exclude_option = _shared(
 rank_option = _shared("--rank", type=int, metavar="K", help="This rank for every module.")
 energy_option = _shared(
     "--energy", type=float, metavar="SHARE",
-    help="Per module the smallest rank that keeps this share of ‖ΔW‖².",
+    help="The smallest rank that keeps this share of ‖ΔW‖² in every module.",
+)  # fmt: skip
+uniform_option = _shared(
+    "--uniform", is_flag=True, help="One rank for all modules: what there is without --patterns."
+)
+patterns_option = _shared(
+    "--patterns", is_flag=True,
+    help="Each module with the rank that it needs itself (rank_pattern). PEFT and vLLM read that; "
+         "llama.cpp and Ollama compute it wrongly, SGLang, LoRAX and TGI refuse it.",
 )  # fmt: skip
 max_rank_option = _shared(
     "--max-rank", type=int, metavar="K", help="No module gets more than this."

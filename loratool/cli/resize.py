@@ -13,9 +13,11 @@ from loratool.cli.options import (
     max_rank_option,
     output_option,
     overwrite_option,
+    patterns_option,
     quiet_option,
     rank_option,
     threads_option,
+    uniform_option,
 )
 
 
@@ -23,23 +25,26 @@ from loratool.cli.options import (
 @click.argument("adapter")
 @output_option(required=True)
 @rank_option("This rank for every module, up or down.")
-@energy_option("Per module the smallest rank with this share of Σσ².")
+@energy_option()
 @click.option(
-    "--sv-ratio", type=float, metavar="R", help="Per module the singular values above σ₁/R (kohya)."
-)
+    "--sv-ratio", type=float, metavar="R",
+    help="The smallest rank that has every module's singular values above σ₁/R (kohya).",
+)  # fmt: skip
 @click.option(
     "--sv-fro", type=float, metavar="SHARE",
-    help="Per module the smallest rank with this share of √Σσ² (kohya); 0.9 is energy 0.81.",
+    help="The smallest rank with this share of √Σσ² in every module (kohya); 0.9 is energy 0.81.",
 )  # fmt: skip
 @click.option(
     "--sv-cumulative", type=float, metavar="SHARE",
-    help="Per module the smallest rank with this share of Σσ (kohya).",
+    help="The smallest rank with this share of Σσ in every module (kohya).",
 )  # fmt: skip
 @max_rank_option()
 @click.option(
     "--pad-to", type=int, metavar="N",
-    help="One rank for all modules, the next multiple of N; filled up with zeros at the end.",
+    help="Raise the rank to the next multiple of N; filled up with zeros at the end.",
 )  # fmt: skip
+@patterns_option()
+@uniform_option()
 @factor_dtype_option()
 @overwrite_option()
 @dry_run_option()
@@ -57,6 +62,8 @@ def resize_command(
     sv_cumulative: float | None,
     max_rank: int | None,
     pad_to: int | None,
+    patterns: bool,
+    uniform: bool,
     dtype: str | None,
     overwrite: bool,
     dry_run: bool,
@@ -67,14 +74,19 @@ def resize_command(
 ) -> None:
     """Change the rank of an adapter, keeping the largest singular values.
 
-    No other adapter of the new rank is nearer to the old one. The table shows, per
-    module, the old and the new rank and the share of ‖ΔW‖² kept.
+    No other adapter of the new rank is nearer to the old one. All modules get one rank,
+    the largest that a module needs. The table shows, per module, the old and the new
+    rank and the share of ‖ΔW‖² kept.
+
+    The scale goes into the factors: alpha is the rank, and use_rslora is false. So resize
+    to the same rank makes an rsLoRA adapter fit for llama.cpp, Ollama and SGLang, which
+    compute rsLoRA with a wrong scale.
 
     \b
     Examples:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool resize adapter/ --energy 0.99 --max-rank 32 -o smaller/
-      loratool resize adapter/ --energy 0.95 --pad-to 16 -o one-rank/
+      loratool resize adapter/ --energy 0.95 --pad-to 16 -o padded/
       loratool resize adapter/ --sv-ratio 10 --dry-run -o smaller/
     """
     from loratool.rendering import terminal as common
@@ -84,8 +96,9 @@ def resize_command(
     with common.progress_bar(not (quiet or as_json), "resizing", counted=True) as progress:
         report = resize(
             adapter, output, rank=rank, energy=energy, sv_ratio=sv_ratio, sv_fro=sv_fro,
-            sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to, dtype=dtype,
-            overwrite=overwrite, dry_run=dry_run, threads=threads, progress=progress,
+            sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to,
+            uniform=uniform, patterns=patterns, dtype=dtype, overwrite=overwrite,
+            dry_run=dry_run, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

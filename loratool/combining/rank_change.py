@@ -81,7 +81,8 @@ def shrink(
     energy: float | None = None,
     rounding: float = SINGLE,
 ) -> NewFactors:
-    """The factors of `scale·b·a` that the criterion asks for; all if `whole`, to be cut later.
+    """The factors of `scale·b·a` that the criterion asks for; all that its cap allows if `whole`,
+    to be cut later.
 
     `energy` is the ‖·‖² that the product approximates, if it is not exact, and `rounding` that of
     the numbers it was made of.
@@ -89,7 +90,7 @@ def shrink(
     found = decompose(b, a, scale)
     total = found.energy if energy is None else energy
     rank = criterion.choose(found.values, total)
-    new_b, new_a = found.factors(None if whole else rank)
+    new_b, new_a = found.factors(criterion.max_rank if whole else rank)
     doubts = Doubts(Spectrum(found.values, rounding), rounding=rounding)
     squares = found.values[: len(new_a)] ** 2
     return NewFactors(path, parts, new_b, new_a, squares, total, rank, doubts=doubts)
@@ -99,8 +100,8 @@ def shrink(
 class RankPolicy:
     """Which rank a module is written with, given those that the criterion wants.
 
-    With `uniform` the largest of them for all, at least `least` and raised to a multiple of
-    `multiple`; modules with fewer singular values are filled up with zeros.
+    With `uniform` the largest of them for all, at least `least` if a module is that wide, and
+    raised to a multiple of `multiple`; modules with fewer singular values are filled up with zeros.
     """
 
     uniform: bool
@@ -109,7 +110,8 @@ class RankPolicy:
 
     def ranks(self, shrunk: list[NewFactors]) -> list[int]:
         if self.uniform:
-            largest = max(self.least, *(m.rank for m in shrunk))
+            widest = max(min(m.parts[0].module.shape) for m in shrunk)
+            largest = max(min(self.least, widest), *(m.rank for m in shrunk))
             return [-(-largest // self.multiple) * self.multiple] * len(shrunk)
         # The two parts of an attention module share one rank.
         shared: dict[str, int] = {}

@@ -3,8 +3,9 @@
 Decided from headers alone, by these rules:
 
 - 2-D weights and convolutions become factors, embeddings of tokens too.
-- Norms, biases, routers, classifiers, other embeddings, bare parameters and everything else are
-  saved whole; so is a vocabulary that grew or shrank, and a head of another shape or a new one.
+- Routers, classifiers, other embeddings, bare parameters and everything else are saved whole; so
+  is a vocabulary that grew or shrank, and a head of another shape or a new one.
+- Norms and biases are saved whole on request; those of a module that is saved, with it.
 - What the two do not share otherwise is refused: they are not of one architecture.
 """
 
@@ -12,20 +13,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from loratool.adapters.factors import Kind, ModuleShape
-from loratool.errors import MatchError, UsageError, listed, nearest
+from loratool.errors import MatchError, listed
 from loratool.extracting.kinds import Group, group_of
+from loratool.extracting.selection import Fate, Selection
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
 from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
-from loratool.paths import matches, pattern
+from loratool.paths import pattern
 from loratool.storage.tensors import TensorInfo
 
 #: The file name of one shard of several.
@@ -37,7 +38,7 @@ class Counterpart:
     """One tensor of the tuned model, `name` as a model in memory has it, and the base's.
 
     `place` is where in the base its factors go. `base` is None for a tensor that only the tuned
-    model has. `fate` is "factors", "whole", or "left" where the user said so. `twin` is the head
+    model has. `fate` is what becomes of it if it has changed. `twin` is the head
     that is the same matrix in both models, for an embedding that has one. `shared` is set for the
     matrix that encoder, decoder and head have together, for which no adapter has a place.
     """
@@ -47,7 +48,7 @@ class Counterpart:
     base: TensorInfo | None
     tuned: TensorInfo
     group: Group
-    fate: Literal["factors", "whole", "left"]
+    fate: Fate
     twin: str = ""
     shared: bool = False
 
@@ -98,40 +99,6 @@ class Counterparts:
     @property
     def modules(self) -> set[str]:
         return {name.rpartition(".")[0] for c in self.found for name in c.names}
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What the user wants: `include` and `exclude` are globs on module paths, `save` too."""
-
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    skip: Sequence[str] = ()
-    save: Sequence[str] = ()
-
-    def fate(self, path: str, group: Group) -> Literal["factors", "whole", "left"]:
-        """What the user wants for a module of this path and group."""
-        chosen = (not self.include or matches(path, self.include)) and not matches(
-            path, self.exclude
-        )
-        head = "heads" in self.skip and HEAD.search(path) is not None
-        if not chosen or head or group in self.skip:
-            return "left"
-        factored = group in ("linears", "convs", "embeddings") and not matches(path, self.save)
-        return "factors" if factored else "whole"
-
-    def check(self, modules: Iterable[str]) -> None:
-        """Raise UsageError for a glob that fits no module."""
-        paths = sorted(modules)
-        for option in ("include", "exclude", "save"):
-            for glob in getattr(self, option):
-                if not any(matches(path, [glob]) for path in paths):
-                    near = nearest(glob, {path.rpartition(".")[2] for path in paths})
-                    raise UsageError(
-                        f"--{option} {glob!r} matches no module.",
-                        (f"Did you mean {near}? " if near else "")
-                        + f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
-                    )
 
 
 def pair(base: Checkpoint, tuned: Checkpoint, choice: Selection) -> Counterparts:
@@ -242,8 +209,10 @@ def _counterpart(
     fate = choice.fate(module, group)
     if fate == "factors" and group == "embeddings" and not is_vocabulary(f"{module}.weight"):
         fate = "whole"  # position embeddings do not look up what they are given
-    if source is None or source.shape != info.shape or not (source.is_float and info.is_float):
+    if source is None or source.shape != info.shape:
         fate = "left" if fate == "left" else "whole"
+    elif fate == "factors" and not (source.is_float and info.is_float):
+        fate = "whole"
     kind = {"embeddings": "embedding", "linears": "linear"}.get(group, "")
     shape = info.shape[0] if info.shape else 1, math.prod(info.shape[1:])
     place = replace(layout.place(info.name, kind, False, shape), tensor=name)

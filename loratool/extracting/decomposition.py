@@ -45,7 +45,8 @@ class Decomposed:
 
     `values` are the singular values of the factors that were put away, `following` those known
     beyond. `cut` is ‖Δ - B·A‖² at that rank, and `least` what any factors of that rank have at
-    least. `rounding` is what the factors' dtype takes of B·A.
+    least. `rounding` is what the factors' dtype takes of B·A. With `noise` the change is rounding
+    alone, and is to be left out.
     """
 
     part: Counterpart
@@ -56,10 +57,12 @@ class Decomposed:
     least: float = 0.0
     rounding: float | None = None
     passes: int = 0
+    noise: bool = False
 
     @property
     def changed(self) -> bool:
-        return self.size.changed
+        """Whether there is something to hold."""
+        return self.size.changed and not self.noise
 
     def at(self, rank: int) -> tuple[float, float]:
         """`cut` and `least` for the first `rank` of the factors."""
@@ -71,8 +74,8 @@ class Decomposed:
 class Policy:
     """How the ranks are chosen: by `criterion`, or such that the file is no larger than `budget`.
 
-    With `uniform` all modules get the same. `cost(part)` are the bytes of one rank of a module, and
-    `size(parts, ranks)` those of the file.
+    With `uniform` all modules get the same. No rank is above what the widest matrix has.
+    `cost(part)` are the bytes of one rank of a module, and `size(parts, ranks)` those of the file.
     """
 
     criterion: Criterion
@@ -84,7 +87,8 @@ class Policy:
     def ranks(self, found: Sequence[Decomposed]) -> list[int]:
         """The rank of each module, which may be higher than what was computed of it."""
         if self.criterion.rank is not None:
-            return [self.criterion.rank] * len(found)
+            widest = widest_of([f.part for f in found])
+            return [min(self.criterion.rank, widest)] * len(found)
         if self.budget is not None and self.uniform:
             return [self.even([f.part for f in found])] * len(found)
         if self.budget is not None:
@@ -101,7 +105,7 @@ class Policy:
         budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
         if self.size(parts, [1] * len(parts)) > budget:
             raise _too_small(budget, costs, "all modules")
-        largest = max(min(part.outline.shape) for part in parts)
+        largest = widest_of(parts)
         rank = min(budget // costs, self.criterion.max_rank or largest, largest)
         while self.size(parts, [rank] * len(parts)) > budget:
             rank -= 1
@@ -126,8 +130,13 @@ def _too_small(budget: int, least: int, what: str) -> UsageError:
     return UsageError(
         f"--budget {format_bytes(budget)} is too small: one rank of {what} takes "
         f"{format_bytes(least)}, beside the header and what is saved whole.",
-        "Give more, or leave parts out: --skip norms, --skip biases.",
+        "Give more, or leave parts out with --exclude or --skip.",
     )
+
+
+def widest_of(parts: Sequence[Counterpart]) -> int:
+    """The largest rank that one of these modules can have."""
+    return max(min(part.outline.shape) for part in parts)
 
 
 def cost(part: Counterpart, dtype: str) -> int:
@@ -139,7 +148,8 @@ def cost(part: Counterpart, dtype: str) -> int:
 class Extraction:
     """Reads counterparts and takes their differences apart. Use within its two pools.
 
-    `advance(bytes, name)` is told of every tensor that is done.
+    `advance(bytes, name)` is told of every tensor that is done. With `keep_noise` differences that
+    are rounding alone are changes like others.
     """
 
     files: FilePool
@@ -148,6 +158,7 @@ class Extraction:
     device: torch.device
     seed: int
     exact: bool
+    keep_noise: bool
     advance: Callable[[int, str], None]
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -229,7 +240,11 @@ class Extraction:
         if not (part.tuned.is_float and part.base.is_float):
             changed = not same_values(part.base, part.tuned)
             return Decomposed(part, replace(_NOTHING, changed=changed))
-        return Decomposed(part, self._difference(part).measure())
+        size = self._difference(part).measure()
+        return Decomposed(part, size, noise=self._is_noise(size) and part.fate != "left")
+
+    def _is_noise(self, size: Size) -> bool:
+        return size.rounding and not self.keep_noise
 
     def _difference(self, part: Counterpart) -> Difference:
         assert part.base is not None
@@ -249,8 +264,8 @@ class Extraction:
     def _factors(self, part: Counterpart, criterion: Criterion) -> tuple[Decomposed, list[Bytes]]:
         difference = self._difference(part)
         size = difference.measure(hold=True)
-        if not size.changed:
-            return Decomposed(part, size), []
+        if not size.changed or self._is_noise(size):
+            return Decomposed(part, size, noise=self._is_noise(size)), []
         result = truncated(
             difference, size.energy, partial(_choose, criterion),
             criterion.rank or criterion.max_rank, zlib.crc32(f"{self.seed} {part.name}".encode()),

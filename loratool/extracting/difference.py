@@ -16,6 +16,7 @@ import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
+from loratool.extracting.rounding import RoundingTest
 from loratool.merging.rounding import TORCH
 from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo
 from loratool.storage.values import values_of
@@ -35,13 +36,15 @@ _GPU_BLOCK = 1 << 24
 class Size:
     """`energy` is ‖tuned - base‖² and `weight` ‖base‖²; `changed` is False where all are equal.
 
-    `noise` estimates ‖·‖² of what storing the tuned values in their dtype rounded off.
+    `noise` estimates ‖·‖² of what storing the tuned values in their dtype rounded off, of those
+    that differ. With `rounding` the whole difference is of that kind, and `noise` is all of it.
     """
 
     energy: float
     weight: float
     changed: bool
     noise: float
+    rounding: bool = False
 
 
 class Stopped(Exception):
@@ -84,17 +87,23 @@ class Difference:
         held = None
         if hold and self.rows * self.columns <= _HELD[self.device.type]:
             held = self._buffer()
-        energy = weight = 0.0
+        energy = weight = moved = 0.0
+        test = RoundingTest(self.base.dtype, self.tuned.dtype)
         for low, high in self._ranges():
-            block, before = self._subtracted(low, high)
+            before, after = self._both(low, high)
+            test.take(before, after)
+            block = after.sub_(before).float()
             weight += _squared(before)
             energy += _squared(block)
+            moved += _squared(before.mul_(block.sign()))  # masks of bools take three times as long
             if held is not None:
                 held[low:high] = block
         if not energy < _LARGEST:
             self._explain()
         self.held = held
-        return Size(energy, weight, energy > 0, weight * _rounded_off(self.tuned.dtype))
+        rounding = energy > 0 and test.passed
+        noise = energy if rounding else min(moved * _rounded_off(self.tuned.dtype), energy)
+        return Size(energy, weight, energy > 0, noise, rounding)
 
     def _buffer(self) -> torch.Tensor:
         """Room for the whole matrix. On the CPU each thread has one, and uses it again."""
@@ -109,12 +118,12 @@ class Difference:
             if self.held is not None:
                 yield low, self.held[low:high]
             else:
-                yield low, self._subtracted(low, high)[0]
+                before, after = self._both(low, high)
+                yield low, after.sub_(before).float()
 
-    def _subtracted(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the difference, and those of the base."""
-        before = self._read(self.base, low, high)
-        return self._read(self.tuned, low, high).sub_(before).float(), before
+    def _both(self, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the base and of the tuned model."""
+        return self._read(self.base, low, high), self._read(self.tuned, low, high)
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         for low in range(0, self.rows if self.columns else 0, self._block_rows):

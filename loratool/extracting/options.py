@@ -7,7 +7,8 @@ from typing import Any
 
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, unknown
-from loratool.linalg.ranks import Criterion
+from loratool.extracting.selection import ON_REQUEST, Selection
+from loratool.linalg.ranks import Criterion, check_patterns
 from loratool.paths import GROUPS
 
 
@@ -20,17 +21,23 @@ class ExtractOptions:
     budget: int | None = None
     max_rank: int | None = None
     uniform: bool = False
+    patterns: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     save: tuple[str, ...] = ()
     dtype: str = "float16"
     exact: bool = False
+    keep_noise: bool = False
     seed: int = 0
 
     @property
     def criterion(self) -> Criterion:
         return Criterion(rank=self.rank, energy=self.energy, max_rank=self.max_rank)
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.include, self.exclude, self.skip, self.save)
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -43,6 +50,11 @@ class ExtractOptions:
         for group in self.skip:
             if group not in GROUPS:
                 raise unknown("group", group, GROUPS)
+            if group in self.save and group in ON_REQUEST:
+                raise UsageError(
+                    f"--skip {group} and --save {group} contradict each other.", "Omit one of them."
+                )
+        check_patterns(self.uniform, self.patterns, "--rank" if self.rank is not None else "")
         given = [*self.criterion.given, *(["budget"] if self.budget is not None else [])]
         if len(given) > 1:
             raise UsageError(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.factorfile import note_ranks
 from loratool.adapters.factors import ModuleShape
+from loratool.dtypes import dtype_name
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposition import Decomposed, Policy
+from loratool.extracting.selection import ON_REQUEST
+from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
 from loratool.notices import Notice
-from loratool.words import format_bytes
+from loratool.paths import ranged_names
+from loratool.words import agreeing, counted, format_bytes, percent
 
 #: Modules of which models in memory have one tensor for all.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -34,8 +38,9 @@ _LARGE = 10_000_000
 class Outcome:
     """What became of every tensor that changed: factors, saved whole, or left out.
 
-    `factors` have their `ranks` (none in a dry run). `total` is ‖tuned - base‖² over the tensors
-    that both models have.
+    `factors` have their `ranks` (none in a dry run). `left` are those that the user does not want,
+    norms and biases that nobody asked for, and changes that are rounding alone. `total` is
+    ‖tuned - base‖² over the tensors that both models have.
     """
 
     factors: list[Decomposed]
@@ -48,18 +53,23 @@ class Outcome:
     verified: float | None = None
 
     @property
-    def changed(self) -> list[Decomposed]:
-        return [*self.factors, *self.whole, *self.left]
+    def total(self) -> float:
+        return energy_of([*self.factors, *self.whole, *self.left])
 
     @property
-    def total(self) -> float:
-        return math.fsum(f.size.energy for f in self.changed)
+    def noise(self) -> list[Decomposed]:
+        """What is left out because its change is rounding alone."""
+        return [f for f in self.left if f.noise]
+
+    @property
+    def unasked(self) -> list[Decomposed]:
+        """The norms and biases that changed, and are left out because nobody asked for them."""
+        return [f for f in self.left if f.part.fate == "unasked" and not f.noise]
 
     @property
     def lost(self) -> tuple[float, float]:
         """‖tuned - base - adapter‖² before rounding, and what no adapter of these ranks beats."""
-        cut, least = 0.0, math.fsum(f.size.energy for f in self.left)
-        cut += least
+        cut = least = energy_of(self.left)
         for found, rank in zip(self.factors, self.ranks, strict=True):
             more = found.at(rank)
             cut, least = cut + more[0], least + more[1]
@@ -72,6 +82,11 @@ class Outcome:
         return [(outline, rank) for f, rank in pairs if rank for outline in f.part.outlines]
 
 
+def energy_of(found: Sequence[Decomposed]) -> float:
+    """Σ‖Δ‖² of these."""
+    return math.fsum(f.size.energy for f in found)
+
+
 def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     """Sort what was found, in the order of the tuned model.
 
@@ -80,10 +95,11 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     by_name = {f.part.name: f for f in found}
     ordered = [by_name[part.name] for part in pairs.found]
     changed = [f for f in ordered if f.changed]
-    fates = {
-        fate: [f for f in changed if f.part.fate == fate] for fate in ("factors", "whole", "left")
+    fates: dict[str, list[Decomposed]] = {
+        fate: [f for f in changed if f.part.fate == fate]
+        for fate in ("factors", "whole", "unasked", "left")
     }
-    _refuse_nothing(len(ordered), changed, fates)
+    _refuse_nothing(len(ordered), [f for f in ordered if f.noise], fates)
     shared = [f.part.name for f in changed if f.part.shared and f.part.fate != "left"]
     if shared:
         raise MatchError(
@@ -92,32 +108,44 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
             f"Leave it out: --exclude {shared[0].rpartition('.')[0]}.",
         )
     whole = with_siblings(fates["whole"], ordered, [f.part for f in fates["factors"]], pairs)
-    kept = {id(f) for f in (*whole, *fates["left"], *fates["factors"])}
-    unchanged = sum(id(f) not in kept for f in ordered)
-    return Outcome(fates["factors"], whole, fates["left"], unchanged, list(pairs.notices))
+    held = {f.part.name for f in (*whole, *fates["factors"])}
+    left = [f for f in ordered if f.size.changed and f.part.name not in held]
+    unchanged = len(ordered) - len(held) - len(left)
+    outcome = Outcome(fates["factors"], whole, left, unchanged, list(pairs.notices))
+    _note_unasked(outcome)
+    _note_noise(outcome)
+    return outcome
 
 
 def _refuse_nothing(
-    count: int, changed: list[Decomposed], fates: dict[str, list[Decomposed]]
+    count: int, noise: list[Decomposed], fates: dict[str, list[Decomposed]]
 ) -> None:
-    if not changed:
-        raise ValueRangeError(
-            f"The two models are the same: none of {count} tensors differs.",
-            "Give the fine-tuned model, not a copy of the base.",
-        )
     if fates["factors"]:
         return
-    selected = "in what was selected " if fates["left"] else ""
-    if fates["whole"]:
-        names = listed(f.part.name for f in fates["whole"])
+    beyond = " beyond rounding" if noise else ""
+    keep = "; --keep-noise makes an adapter of the rounding all the same" if noise else ""
+    if not any(fates.values()):
+        which = f"{len(noise):,}" if noise else "none"
+        verb = agreeing(len(noise) or count, "differs")
         raise ValueRangeError(
-            f"No weight that could become factors differs {selected}but only these:\n{names}",
-            "PEFT has no adapter without factors. Select a linear layer too, or copy the tensors.",
+            f"The two models are the same{beyond}: {which} of {counted(count, 'tensor')} {verb}"
+            + (", by no more than storing in another dtype rounds off." if noise else "."),
+            f"Give the fine-tuned model, not a copy of the base{keep}.",
+        )
+    selected = " in what was selected" if fates["left"] else ""
+    others = [*fates["whole"], *fates["unasked"]]
+    if others:
+        names = listed(f.part.name for f in others)
+        raise ValueRangeError(
+            f"No weight that could become factors differs{beyond}{selected} but only these:\n"
+            f"{names}",
+            "PEFT has no adapter without factors. Select a linear layer too, or copy the tensors"
+            f"{keep}.",
         )
     raise ValueRangeError(
-        f"Nothing differs {selected.strip()}. These tensors do:\n"
+        f"Nothing differs{beyond}{selected}. These tensors do:\n"
         + listed(f.part.name for f in fates["left"]),
-        "Check --include, --exclude and --skip.",
+        f"Check --include, --exclude and --skip{keep}.",
     )
 
 
@@ -127,15 +155,15 @@ def with_siblings(
     adapted: list[Counterpart],
     pairs: Counterparts,
 ) -> list[Decomposed]:
-    """`whole`, and what else PEFT saves with it: all tensors of a saved module."""
+    """`whole`, and what else PEFT saves with it: all tensors of a saved module, its bias too."""
     names = [f.part.name for f in whole]
     saved = set(WRITTEN.saved_modules(names, pairs.modules, {part.module for part in adapted}))
     chosen = set(names)
     return [
-        f
+        replace(f, noise=False)
         for f in found
         if f.part.name in chosen
-        or (WRITTEN.saved_unit(f.part.module) in saved and f.part.fate == "whole")
+        or (WRITTEN.saved_unit(f.part.module) in saved and f.part.fate in ("whole", "unasked"))
     ]
 
 
@@ -161,19 +189,53 @@ def _note_ranks(outcome: Outcome, asked: int) -> None:
     if len(set(ranks)) > 1:
         outcome.notices.append(note_ranks(ranks))
     needed = max(len(f.values) for f in outcome.factors)
-    if needed < asked:
+    if asked and needed < max(ranks):
         text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
         outcome.notices.append(Notice("rank-not-needed", text))
-    small = [f.part.module for f in outcome.factors if asked > min(f.part.outline.shape)]
-    if small:
-        text = f"Rank {asked} is more than these matrices have; zeros fill it up:\n{listed(small)}"
-        outcome.notices.append(Notice("rank-too-large", text, small[0]))
+    if asked:
+        shapes = {f.part.module: f.part.outline.shape for f in outcome.factors}
+        outcome.notices += note_too_wide(asked, shapes)
     dropped = [
         f.part.module for f, rank in zip(outcome.factors, outcome.ranks, strict=True) if not rank
     ]
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
         outcome.notices.append(Notice("no-budget", text, dropped[0]))
+
+
+_WITH = {
+    "norms": "vLLM refuses adapters with norms, and llama.cpp drops them without a word",
+    "biases": "vLLM refuses adapters with biases, and llama.cpp does not convert them",
+}
+
+
+def _note_unasked(outcome: Outcome) -> None:
+    """Norms and biases that changed and are left out, with what that costs and how to save them."""
+    for group in ON_REQUEST:
+        found = [f for f in outcome.unasked if f.part.group == group]
+        if not found:
+            continue
+        share = percent(energy_of(found) / (outcome.total or 1.0))
+        text = (
+            f"The {group} changed and are not in the adapter: "
+            f"{counted(len(found), 'tensor')}, {share} of ‖ΔW‖²:\n"
+            f"{listed(ranged_names(f.part.name for f in found))}\n"
+            f"--save {group} saves them whole; {_WITH[group]}."
+        )
+        outcome.notices.append(Notice("not-saved", text, found[0].part.name))
+
+
+def _note_noise(outcome: Outcome) -> None:
+    noise = outcome.noise
+    if not noise:
+        return
+    dtypes = {dtype_name(info.dtype) for f in noise for info in (f.part.base, f.part.tuned) if info}
+    text = (
+        f"{counted(len(noise), 'tensor', 'differs')} by rounding alone "
+        f"({', '.join(sorted(dtypes))}) and {agreeing(len(noise), 'is')} left out:\n"
+        f"{listed(ranged_names(f.part.name for f in noise))}\n--keep-noise keeps them."
+    )
+    outcome.notices.append(Notice("rounding-only", text, noise[0].part.name))
 
 
 def _note_saved(outcome: Outcome) -> None:
@@ -200,7 +262,10 @@ def _note_saved(outcome: Outcome) -> None:
         f.part for f in outcome.whole if ".experts" in f.part.name and f.part.group == "others"
     ]
     if stacks:
-        text = f"Stacks of experts have no factors and are saved whole ({len(stacks)} tensors)."
+        text = (
+            "Stacks of experts have no factors and are saved whole "
+            f"({counted(len(stacks), 'tensor')})."
+        )
         outcome.notices.append(Notice("experts-whole", text, stacks[0].name))
 
 
@@ -216,6 +281,6 @@ def _note_experts(outcome: Outcome, kind: str) -> None:
     elif experts and len(set(ranks)) > 1:
         text = (
             "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
-            "one rank: add --uniform to load this adapter with it."
+            "one rank: leave out --patterns to load this adapter with it."
         )
         outcome.notices.append(Notice("ranks-of-experts", text, experts[0]))

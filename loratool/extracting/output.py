@@ -15,7 +15,13 @@ from loratool.adapters.directory import adapter_directory
 from loratool.adapters.factorfile import Extra, file_size, tensors_of
 from loratool.errors import VerifyError
 from loratool.extracting.counterparts import Counterpart, Counterparts
-from loratool.extracting.decomposition import Decomposed, Extraction, Policy, cost
+from loratool.extracting.decomposition import (
+    Decomposed,
+    Extraction,
+    Policy,
+    cost,
+    widest_of,
+)
 from loratool.extracting.options import ExtractOptions
 from loratool.extracting.outcome import Outcome, gather, note, with_siblings
 from loratool.extracting.readback import distance
@@ -41,10 +47,10 @@ def propose(
     """Bytes of the weights file by rank; with a budget, of the one rank that it allows."""
     parts = [f.part for f in outcome.factors]
     policy = replace(choosing(options, outcome.whole, pairs, dtype), uniform=True)
-    largest = max(min(part.outline.shape) for part in parts)
+    largest = widest_of(parts)
     ranks = [rank for rank in _PROPOSED if rank <= largest]
     if policy.criterion.rank is not None:
-        ranks = [policy.criterion.rank]
+        ranks = [min(policy.criterion.rank, largest)]
     elif policy.budget is not None:
         ranks = [policy.even(parts)]
     elif policy.criterion.energy is not None:
@@ -62,7 +68,7 @@ def write(
     options: ExtractOptions,
     run: Run,
     *,
-    base_name: str,
+    base_name: str | None,
     verify: bool,
 ) -> Outcome:
     """Decompose everything and write the adapter to `output`, all or nothing."""
@@ -106,7 +112,7 @@ def choosing(
         return file_size(_tensors(outcome, dtype), _METADATA)
 
     by_bytes = partial(cost, dtype=dtype)
-    return Policy(options.criterion, by_bytes, size, options.budget, options.uniform)
+    return Policy(options.criterion, by_bytes, size, options.budget, not options.patterns)
 
 
 def _tensors(outcome: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -165,8 +171,7 @@ def _verified(
     """The error of base + adapter, which must be what the singular values say."""
     saved = [f.part.name for f in outcome.whole]
     off, size = distance(base, folder, pairs.found, saved, work.advance, threads)
-    cut = sum(f.at(rank)[0] for f, rank in zip(outcome.factors, outcome.ranks, strict=True))
-    cut += math.fsum(f.size.energy for f in outcome.left)
+    cut, _ = outcome.lost
     rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in outcome.factors)
     if off > 1.02 * math.sqrt(cut + rounded) + 1e-5 * size:
         raise VerifyError(

@@ -56,7 +56,7 @@ def distance(
                 advance(nbytes, part.name)
                 if part.tuned.is_float:
                     off, size = off + own_off, size + own_size
-            if own_off and part.fate == "whole":
+            if own_off and part.name in saved:
                 wrong.add(part.name)
     if wrong:
         raise VerifyError(

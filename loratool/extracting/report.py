@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratool.extracting.selection import ON_REQUEST
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice, document
 
@@ -52,15 +53,40 @@ class ExtractedModule:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that changed and is no pair of factors: saved whole, or left out."""
+    """A tensor that changed and is no pair of factors: saved whole, or left out.
+
+    `why` it was left out: "excluded" by the user, "unasked" for norms and biases that nobody asked
+    for, "rounding" where the change is nothing else; "" for what is saved.
+    """
 
     name: str
     shape: tuple[int, ...]
     nbytes: int
     norm: float | None
+    why: str
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class GroupShare:
+    """The norms or the biases that changed: how many, their bytes, their share of ‖tuned - base‖².
+
+    `saved` of them are in the adapter. With all of them the error is `error_with`, with none
+    `error_without`; a dry run does not know them.
+    """
+
+    group: str
+    tensors: int
+    saved: int
+    nbytes: int
+    share: float
+    error_with: float | None
+    error_without: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
 
 
 @dataclass
@@ -70,8 +96,9 @@ class ExtractReport:
     `held` is the share of ‖tuned - base‖² over all tensors that both models have, in factors or
     whole; `error` is √(1 - held), and no adapter of these ranks is below `best_error`. `noise` is
     what storing the tuned weights rounded off, over ‖tuned - base‖, and `rounding` what the
-    factors' dtype adds. `verified` is the error of base + adapter as read back. `proposals` are the
-    sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for all would hold.
+    factors' dtype adds. `groups` are the norms and the biases that changed. `verified` is the error
+    of base + adapter as read back. `proposals` are the sizes of the file by rank, of a dry run;
+    `held_by_rank` is what one rank for all would hold.
     """
 
     base: str
@@ -84,6 +111,7 @@ class ExtractReport:
     modules: list[ExtractedModule]
     saved: list[OtherTensor]
     left: list[OtherTensor]
+    groups: list[GroupShare]
     unchanged: int
     norm: float
     held: float | None
@@ -101,7 +129,8 @@ class ExtractReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        others = {name: [t.to_dict() for t in getattr(self, name)] for name in ("saved", "left")}
+        lists = ("saved", "left", "groups")
+        others = {name: [t.to_dict() for t in getattr(self, name)] for name in lists}
         return {**document(self, "modules", "warnings"), **others}
 
 
@@ -134,7 +163,8 @@ def report_of(
         uniform=len(set(held.ranks)) == 1 or uniform,
         modules=modules,
         saved=[_other(f) for f in held.whole],
-        left=[_other(f) for f in held.left],
+        left=[_other(f, _why(f)) for f in held.left],
+        groups=_groups(held, known),
         unchanged=held.unchanged,
         norm=math.sqrt(energy),
         held=max(0.0, 1 - cut / energy) if known else None,
@@ -162,7 +192,8 @@ def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
             "this the right base?"
         )
         notices.append(Notice("unrelated", text))
-    if report.held is not None and report.held < _LITTLE and not report.left:
+    asked = any(tensor.why == "excluded" for tensor in report.left)
+    if report.held is not None and report.held < _LITTLE and not asked:
         text = (
             f"The adapter holds {report.held:.1%} of the change, which is far from low-rank. Try a "
             "higher --rank, or --energy 0.9 --max-rank 256."
@@ -174,8 +205,7 @@ def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
 
 
 def _noise(factors: Sequence[Decomposed]) -> float:
-    energy = math.fsum(f.size.energy for f in factors)
-    return math.sqrt(math.fsum(f.size.noise for f in factors) / energy)
+    return math.sqrt(math.fsum(f.size.noise for f in factors) / _energy(factors))
 
 
 def _held_by_rank(held: Outcome) -> dict[int, float]:
@@ -183,7 +213,7 @@ def _held_by_rank(held: Outcome) -> dict[int, float]:
 
     Where a spectrum is known in part, its last values are a little too small.
     """
-    lost = math.fsum(f.size.energy for f in held.left)
+    lost = _energy(held.left)
     spectra = [(f, np.concatenate([f.values, f.following]) ** 2) for f in held.factors]
     longest = max(len(squares) for _, squares in spectra)
     known = min((len(squares) for f, squares in spectra if f.passes), default=longest)
@@ -220,8 +250,39 @@ def _module(found: Decomposed, rank: int | None) -> ExtractedModule:
     )
 
 
-def _other(found: Decomposed) -> OtherTensor:
+def _other(found: Decomposed, why: str = "") -> OtherTensor:
     info = found.part.tuned
     numbers = found.part.is_comparable and info.is_float
     norm = math.sqrt(found.size.energy) if numbers else None
-    return OtherTensor(found.part.name, info.shape, info.nbytes, norm)
+    return OtherTensor(found.part.name, info.shape, info.nbytes, norm, why)
+
+
+def _why(found: Decomposed) -> str:
+    if found.noise:
+        return "rounding"
+    return "unasked" if found.part.fate == "unasked" else "excluded"
+
+
+def _energy(found: Sequence[Decomposed]) -> float:
+    return math.fsum(f.size.energy for f in found)
+
+
+def _groups(held: Outcome, known: bool) -> list[GroupShare]:
+    """The norms and the biases that changed by more than rounding."""
+    lost, total = held.lost[0] if known else 0.0, held.total or 1.0
+    groups = []
+    for group in ON_REQUEST:
+        whole = [f for f in held.whole if f.part.group == group and f.size.changed]
+        left = [f for f in held.left if f.part.group == group and not f.noise]
+        if not whole and not left:
+            continue
+        inside, outside = _energy(whole), _energy(left)
+        groups.append(
+            GroupShare(
+                group, len(whole) + len(left), len(whole),
+                sum(f.part.tuned.nbytes for f in (*whole, *left)), (inside + outside) / total,
+                math.sqrt(max(0.0, lost - outside) / total) if known else None,
+                math.sqrt((lost + inside) / total) if known else None,
+            )
+        )  # fmt: skip
+    return groups

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from loratool.errors import UsageError
+from loratool.errors import UsageError, listed
 from loratool.linalg.lowrank import Float64
+from loratool.notices import Notice
 
 #: More than the width of any layer.
 LARGEST_RANK = 1 << 20
@@ -22,6 +23,43 @@ def check_rank(option: str, rank: int) -> None:
             f"{option} {rank}: a rank is a whole number from 1 to {LARGEST_RANK:,}.",
             "Most adapters have 4 to 256.",
         )
+
+
+def check_patterns(uniform: bool, patterns: bool, single: str) -> None:
+    """Raise UsageError where ranks per module and one rank for all are asked for.
+
+    `single` is an option that was given and means one rank, "" if there is none.
+    """
+    if patterns and uniform:
+        raise UsageError(
+            "--uniform and --patterns ask for different ranks.",
+            "--patterns gives each module its own; without it all have one.",
+        )
+    if patterns and single:
+        raise UsageError(
+            f"{single} gives all modules one rank, and --patterns each its own.",
+            "Omit --patterns, or say with --energy how much each module keeps.",
+        )
+
+
+def note_too_wide(rank: int, shapes: Mapping[str, tuple[int, int]]) -> list[Notice]:
+    """A warning for a rank that is above what matrices `[out, in]` have, by module path.
+
+    One rank for all is never above what the widest matrix has; the others get zeros.
+    """
+    widths = {path: min(shape) for path, shape in shapes.items()}
+    given = min(rank, max(widths.values()))
+    narrow = [f"{path}: {width}" for path, width in widths.items() if width < given]
+    lines = []
+    if given < rank:
+        lines.append(f"No matrix has as much as rank {rank}; all get {given}.")
+    if narrow:
+        lines.append(f"Rank {given} is more than these have, and zeros fill it up:")
+        lines.append(listed(narrow))
+    if not lines:
+        return []
+    first = next(path for path, width in widths.items() if width < rank)
+    return [Notice("rank-too-large", "\n".join(lines), first)]
 
 
 @dataclass(frozen=True)

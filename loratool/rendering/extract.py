@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from loratool.extracting.report import ExtractedModule, ExtractReport, OtherTensor
-from loratool.paths import pattern, ranged
+from loratool.extracting.report import ExtractedModule, ExtractReport, GroupShare, OtherTensor
+from loratool.paths import ranged_names
 from loratool.rendering.ranks import rank_text
 from loratool.rendering.terminal import fact_grid, folded_table, out, spectrum_table
 from loratool.words import counted, format_bytes, percent, shape_text, span_text
@@ -23,8 +23,12 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     facts.add_row("modules", _modules_text(report))
     if report.saved:
         facts.add_row("saved whole", _others_text(report.saved))
-    if report.left:
-        facts.add_row("left out", f"[yellow]{_left_text(report)}[/]")
+    for group in report.groups:
+        facts.add_row(group.group, _group_text(group))
+    for label, why in (("left out", "excluded"), ("rounding only", "rounding")):
+        left = [tensor for tensor in report.left if tensor.why == why]
+        if left:
+            facts.add_row(label, f"[yellow]{_left_text(left, report)}[/]")
     if report.unchanged:
         facts.add_row("unchanged", counted(report.unchanged, "tensor"))
     if report.held is not None and report.error is not None:
@@ -73,19 +77,31 @@ def _modules_text(report: ExtractReport) -> str:
 
 
 def _others_text(tensors: Sequence[OtherTensor]) -> str:
-    groups: dict[str, list[str]] = {}
-    for tensor in tensors:
-        groups.setdefault(pattern(tensor.name), []).append(tensor.name)
-    names = [ranged(group) for group in groups.values()]
+    names = ranged_names(tensor.name for tensor in tensors)
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     total = format_bytes(sum(t.nbytes for t in tensors))
     return escape(f"{counted(len(tensors), 'tensor')}, {total}: {', '.join(names[:4])}{more}")
 
 
-def _left_text(report: ExtractReport) -> str:
+def _group_text(group: GroupShare) -> str:
+    """How much of the change norms or biases are, and what leaving them out costs."""
+    size = f"{counted(group.tensors, 'tensor')}, {percent(group.share)} of ‖ΔW‖²"
+    if not group.saved:
+        size += f", left out (--save {group.group})"
+    elif group.saved < group.tensors:
+        size += f", {group.saved} saved"
+    if group.error_with is None or group.error_without is None:
+        return size
+    ends = percent(group.error_with), percent(group.error_without)
+    if ends[0] == ends[1]:
+        return f"{size}; the error is {ends[0]} with them and without"
+    return f"{size}; the error is {ends[0]} with them, {ends[1]} without"
+
+
+def _left_text(left: Sequence[OtherTensor], report: ExtractReport) -> str:
     """What is left out, the largest changes first."""
     energy = report.norm**2 or 1.0
-    shares = sorted(((t.norm or 0.0) ** 2 / energy, t.name) for t in report.left)[::-1]
+    shares = sorted(((t.norm or 0.0) ** 2 / energy, t.name) for t in left)[::-1]
     names = [f"{name} {percent(share)}" for share, name in shares[:3]]
     more = f" and {len(shares) - 3} more" if len(shares) > 3 else ""
     total = percent(sum(share for share, _ in shares))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors
-from loratool.extracting.counterparts import Selection, pair
+from loratool.extracting.counterparts import pair
 from loratool.extracting.options import ExtractOptions
 from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +19,7 @@ from loratool.notices import Notice
 from loratool.storage.folder import origin_of
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
+from loratool.storage.weights import entry_of
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
@@ -34,6 +36,7 @@ def extract(
     budget: int | str | None = None,
     max_rank: int | None = None,
     uniform: bool = False,
+    patterns: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -41,6 +44,7 @@ def extract(
     dtype: str = "float16",
     base_name: str | None = None,
     exact: bool = False,
+    keep_noise: bool = False,
     seed: int = 0,
     verify: bool = False,
     device: str = "cpu",
@@ -59,16 +63,21 @@ def extract(
     ----------
     base, tuned: model directories or weights files, in any dtypes and any split into shards.
     output: directory to make; it appears complete or not at all. None only for a dry run.
-    rank: this rank for every module. energy: per module the smallest rank with this share of
-        ‖Δ‖². budget: bytes of the weights file ("50MB"), spread over the modules so that the total
-        error is smallest. max_rank: no module gets more.
-    uniform: one rank for all modules, the largest that energy asks for or that the budget allows.
+    rank: this rank for every module. energy: the smallest rank with this share of ‖Δ‖² in every
+        module. budget: bytes of the weights file ("50MB"), for the largest rank that fits.
+        max_rank: no module gets more. No rank is above what the widest matrix has.
+    patterns: each module gets a rank of its own, which not all programs read: the smallest by
+        energy, or ranks for which the total error within the budget is smallest. uniform: one rank
+        for all, as without either.
     include, exclude: globs on module paths; what is not chosen is left out, and said so.
     skip: groups that are left out: "norms", "biases", "embeddings", "convs", "heads", "others".
-    save: globs on module paths that are saved whole instead of as factors.
+    save: globs on module paths that are saved whole instead of as factors. "norms" and "biases" are
+        all of these, which are left out otherwise.
     dtype: of the factors. Tensors saved whole keep their own.
-    base_name: base_model_name_or_path of the config; by default the name of the base.
+    base_name: base_model_name_or_path of the config; by default the base's Hub id, or its absolute
+        path.
     exact: full decompositions. seed: of the randomised ones; equal seeds give equal bytes.
+    keep_noise: also keep tensors whose change is nothing but the rounding of their dtypes.
     verify: read the adapter back and measure base + adapter against the tuned model.
     device: "cpu", or "cuda" for the algebra.
     dry_run: measure how much changed, and decompose nothing.
@@ -87,8 +96,9 @@ def extract(
         raise UsageError("No output given.", "Say where to write: -o OUT.")
     options = ExtractOptions(
         rank=rank, energy=energy, budget=None if budget is None else parse_bytes(budget),
-        max_rank=max_rank, uniform=uniform, include=tuple(include), exclude=tuple(exclude),
-        skip=tuple(skip), save=tuple(save), dtype=dtype, exact=exact, seed=seed,
+        max_rank=max_rank, uniform=uniform, patterns=patterns, include=tuple(include),
+        exclude=tuple(exclude), skip=tuple(skip), save=tuple(save), dtype=dtype, exact=exact,
+        keep_noise=keep_noise, seed=seed,
     )  # fmt: skip
     options.check(dry_run)
     target = Path(output) if output else None
@@ -101,9 +111,7 @@ def extract(
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
-    pairs = pair(
-        before, after, Selection(options.include, options.exclude, options.skip, options.save)
-    )
+    pairs = pair(before, after, options.selection)
     pairs.notices += _note_swapped(before, after)
     before.fetch()
     after.fetch()
@@ -122,16 +130,21 @@ def extract(
     count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}
     with explained_os_errors(), FilePool() as files, Workers(count) as workers:
-        work = Extraction(files, workers, FACTOR_DTYPES[dtype], where, seed, exact, advance)
+        work = Extraction(
+            files, workers, FACTOR_DTYPES[dtype], where, seed, exact, keep_noise, advance
+        )
         if dry_run or target is None:
             held = gather(pairs, work.measure(pairs.found))
             proposals = propose(held, pairs, work.dtype, options)
         else:
+            if not base_name:
+                base_name, notices = _loadable_name(before)
+                pairs.notices += notices
             held = write(
                 before, after, pairs, work, target, options, run,
-                base_name=base_name or _published_name(before), verify=verify,
+                base_name=base_name, verify=verify,
             )  # fmt: skip
-    report = report_of(before, after, held, target, dtype, dry_run, uniform)
+    report = report_of(before, after, held, target, dtype, dry_run, not patterns)
     report.proposals = proposals
     report.seconds = time.perf_counter() - started
     return report
@@ -165,10 +178,22 @@ def _note_swapped(base: Checkpoint, tuned: Checkpoint) -> list[Notice]:
 _TUNED = re.compile(r"(^|[-_. ])(instruct|chat|it|sft|dpo|grpo|rlhf|ft|(fine-?)?tuned?)($|[-_. ])")
 
 
-def _published_name(base: Checkpoint) -> str:
-    """What people call the base: by its config, by its place in a download cache, or its folder."""
-    named = base.config.get("_name_or_path")
-    if isinstance(named, str) and named and not Path(named).is_absolute():
-        return named
-    origin = origin_of(base.directory)
-    return origin.repo if origin else base.directory.resolve().name
+def _loadable_name(base: Checkpoint) -> tuple[str | None, list[Notice]]:
+    """What `from_pretrained` loads the base by: its id on the Hub, or the path of its folder.
+
+    Not what its config.json calls it: that is the model which the base itself was made from.
+    """
+    folder = base.directory
+    origin = origin_of(folder.absolute()) or origin_of(folder.resolve())
+    entry = entry_of(base.folder)
+    whole = entry is not None and (base.is_directory or base.source.name == entry)
+    if whole and base.model_type and origin is None:
+        return os.path.abspath(folder), []
+    if whole and base.model_type and origin is not None and not origin.path:
+        return origin.repo, []
+    text = (
+        f"{base.label} can be loaded by no id and no path: it is neither a whole repository nor a "
+        "folder with config.json and weights under their usual names. So adapter_config.json "
+        "names no base; say with --base-name org/name what it is."
+    )
+    return None, [Notice("base-name", text, base.label)]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.extras import settle
@@ -16,7 +17,7 @@ from loratool.combining.output import output_dtype, write_adapter
 from loratool.combining.rank_change import ModuleChange, NewFactors, RankPolicy, shrink
 from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
-from loratool.linalg.ranks import Criterion, check_rank
+from loratool.linalg.ranks import Criterion, check_patterns, check_rank, note_too_wide
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
@@ -62,6 +63,8 @@ def resize(
     sv_cumulative: float | None = None,
     max_rank: int | None = None,
     pad_to: int | None = None,
+    uniform: bool = False,
+    patterns: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -70,16 +73,19 @@ def resize(
 ) -> ResizeReport:
     """Give every module of a LoRA adapter another rank and write it as a PEFT directory.
 
-    Each module keeps its largest singular values, which no other choice of that rank betters. With
-    `rank` all modules get that rank, filled up with zeros where they have less; the other criteria
-    (see `loratool.linalg.ranks.Criterion`) give each module its own, written as a rank_pattern.
-    One criterion is needed, or `max_rank` or `pad_to` alone.
+    Each module keeps its largest singular values, which no other choice of that rank betters. All
+    get one rank: `rank`, or the largest that a module needs by another criterion (see
+    `loratool.linalg.ranks.Criterion`). What has fewer singular values is filled up with zeros, and
+    no rank is above what the widest matrix has. One criterion is needed, or `max_rank` or `pad_to`
+    alone. Whatever the scale was (rsLoRA), it goes into the factors, and alpha is the rank.
 
     Parameters
     ----------
     adapter: PEFT adapter directory or file. With DoRA the factors are cut and the magnitudes stay.
     output: directory to make; it appears complete or not at all.
-    max_rank: no module gets more. pad_to: all modules get the same rank, a multiple of this.
+    max_rank: no module gets more. pad_to: the one rank is a multiple of this.
+    patterns: each module gets the rank that it needs itself, written as a rank_pattern, which not
+        all programs read. uniform: one rank for all, as without either.
     dtype: "float16", "bfloat16" or "float32"; the adapter's own if not given.
     threads: worker threads; the result does not depend on it.
     progress: called with (modules done, modules in all, module).
@@ -102,6 +108,8 @@ def resize(
                     f"{name} {limit} is not a multiple of --pad-to {pad_to}.",
                     "Omit one of them, or choose ranks that fit.",
                 )
+    single = "--rank" if rank is not None else "--pad-to" if pad_to is not None else ""
+    check_patterns(uniform, patterns, single)
     if not criterion.given and max_rank is None and pad_to is None:
         raise UsageError(
             "No rank given.", "Say how much to keep: --rank 8, --energy 0.99 or --sv-ratio 10."
@@ -114,13 +122,13 @@ def resize(
         joined = join([lora], [1.0], "resized", with_dora=True)
         settle(joined, "refuse")
         code = output_dtype(joined, dtype)
+        shapes = {m.path: m.shape for m in lora.modules.values()}
         options = {
             "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
             "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
-            "dtype": dtype_name(code),
+            "patterns": patterns, "dtype": dtype_name(code),
         }  # fmt: skip
-        uniform = rank is not None or pad_to is not None
-        whole = pad_to is not None and rank is None and max_rank is None
+        whole = not patterns and rank is None
         with FilePool() as files:
             work = (
                 partial(_resize, path, parts, files, criterion, whole)
@@ -129,9 +137,12 @@ def resize(
             done, nbytes = write_adapter(
                 joined, work, target, code,
                 {"command": "resize", "options": options},
-                RankPolicy(uniform, least=rank or 1, multiple=pad_to or 1), run,
+                RankPolicy(not patterns, least=rank or 1, multiple=pad_to or 1), run,
             )  # fmt: skip
     notices = [*joined.notices, *done.notices]
+    if rank is not None:
+        notices += note_too_wide(rank, shapes) or _note_zeros(lora, done.rank)
+    notices += _note_padding(pad_to or 1, max(map(min, shapes.values())))
     if not all(m.adds for m in lora.modules.values()):
         text = "DoRA: the magnitudes are kept as they are; energies are of scale·B·A alone."
         notices.append(Notice("dora-magnitudes-kept", text))
@@ -141,7 +152,7 @@ def resize(
         dtype=dtype_name(code),
         dry_run=dry_run,
         rank=done.rank,
-        uniform=uniform,
+        uniform=not patterns,
         modules=done.modules,
         kept=done.kept,
         error=done.error,
@@ -151,6 +162,26 @@ def resize(
         warnings=notices,
         seconds=time.perf_counter() - started,
     )
+
+
+def _note_padding(multiple: int, widest: int) -> list[Notice]:
+    """A multiple is given as asked for, however much of it is zeros."""
+    if multiple <= widest:
+        return []
+    text = f"--pad-to {multiple}: no matrix has more than rank {widest}; the rest is zeros."
+    return [Notice("rank-too-large", text)]
+
+
+def _note_zeros(lora: Adapter, rank: int) -> list[Notice]:
+    """A rank above the adapter's own adds nothing: is that meant?"""
+    before = max(m.rank for m in lora.modules.values())
+    if rank <= before:
+        return []
+    text = (
+        f"The adapter has rank {before}; up to rank {rank} there are zeros, which change nothing "
+        "but the size."
+    )
+    return [Notice("rank-not-needed", text, lora.label)]
 
 
 def _resize(

@@ -19,8 +19,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     both = [ADAPTER, HTML]
     loratool.merge(BASE, both, found["two"], weights=[0.7, -0.4], dtype="bfloat16", reversible=True)
     loratool.combine(both, found["combined"], weights=[0.7, 0.5], rank=8)
-    loratool.resize(ADAPTER, found["resized"], energy=0.95)
-    loratool.extract(BASE, TUNED, found["extracted"], rank=8, base_name=ID, dtype="float32")
+    loratool.resize(ADAPTER, found["resized"], energy=0.95, patterns=True)
+    loratool.extract(BASE, TUNED, found["extracted"], rank=8, save=["norms"], base_name=ID,
+                     dtype="float32")  # fmt: skip
     loratool.unmerge(found["two"], both, found["unmerged"], subtract=True)
     shutil.copytree(ADAPTER, found["plain"])
     shutil.copytree(BASE, found["base"])

@@ -20,6 +20,7 @@ from helpers.adapters import (
     pair,
     write_adapter,
 )
+from helpers.cli import run_cli
 from helpers.combining import assert_near, total
 from safetensors.numpy import load_file
 
@@ -94,6 +95,17 @@ def test_patterns_are_kept_when_asked(mixed: tuple[list[Path], Path], tmp_path: 
     assert load_file(tmp_path / "out" / WEIGHTS)[f"{PREFIX}{K}.lora_A.weight"].shape == (2, 10)
     report = loratool.compare([tmp_path / "out", mixed[1]], tolerance=1e-5)
     assert report.equal, report.differing
+
+
+@pytest.mark.parametrize("flag", ["--patterns", "--keep-patterns"])
+def test_patterns_have_two_spellings(
+    mixed: tuple[list[Path], Path], tmp_path: Path, flag: str
+) -> None:
+    """--patterns, as resize and extract have it, is --keep-patterns."""
+    done = run_cli("combine", *map(str, mixed[0]), "-o", str(tmp_path / "out"), flag)
+    assert done.exit_code == 0, done.stderr
+    assert "[ranks-differ]" in done.stderr
+    assert config_of(tmp_path / "out")["rank_pattern"] == {K: 2}
 
 
 @pytest.mark.parametrize("ranks", [(2, 3, 4), (4, 3, 2), (3, 4, 2), (2, 4, 3), (4, 2, 3)])

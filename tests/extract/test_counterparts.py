@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.adapters import codes, config_of
 from helpers.extracting import (
+    EVERYTHING,
     Q0,
     UP1,
     Pair,
@@ -55,7 +56,9 @@ def test_another_vocabulary_may_be_left_out(tmp_path: Path, rows: int, verify: b
     state, other = model(), moved(model(vocabulary=rows))
     tuned = moved(state) | {n: other[n] for n in ("model.embed_tokens.weight", "lm_head.weight")}
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(rank=16, verify=verify, exclude=["lm_head", "embed_tokens"])
+    report = pair.extract(
+        rank=16, verify=verify, exclude=["lm_head", "embed_tokens"], save=EVERYTHING
+    )
     assert_accounted(report, state, tuned)
     assert {t.name for t in report.left} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert report.verified is None or report.verified < 2e-5
@@ -133,7 +136,7 @@ def test_a_tied_head_that_is_excluded_takes_its_embedding_along(tmp_path: Path) 
     del state["lm_head.weight"]
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
     for name in ("lm_head", "embed_tokens"):
-        report = pair.extract(rank=2, exclude=[name], overwrite=True)
+        report = pair.extract(rank=2, exclude=[name], save=EVERYTHING, overwrite=True)
         assert [t.name for t in report.left] == ["model.embed_tokens.weight"]
         assert not any("embed" in m.path or "head" in m.path for m in report.modules)
 
@@ -142,7 +145,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     """Tied models: one change, counted once, in factors for both places, one the transpose."""
     state = {n: t for n, t in model().items() if n != "lm_head.weight"}
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
-    report = pair.extract(rank=16, verify=True)
+    report = pair.extract(rank=16, verify=True, save=EVERYTHING)
     have = products(pair.out)
     assert torch.allclose(
         have["lm_head.weight"], have["model.embed_tokens.weight"], rtol=0, atol=1e-9

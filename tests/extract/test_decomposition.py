@@ -109,7 +109,8 @@ def test_policies() -> None:
         for number, values in enumerate(([3, 2], [5], [1, 1, 1]))
     ]
     energy = Criterion(energy=0.9)
-    assert policy(Criterion(rank=7)).ranks(found) == [7, 7, 7]
+    assert policy(Criterion(rank=2)).ranks(found) == [2, 2, 2]
+    assert policy(Criterion(rank=7)).ranks(found) == [3, 3, 3]  # no matrix has more
     assert policy(energy).ranks(found) == [2, 1, 3]
     assert policy(energy, uniform=True).ranks(found) == [3, 3, 3]
     assert policy(energy, uniform=True).ranks([]) == []

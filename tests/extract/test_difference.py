@@ -98,11 +98,11 @@ def test_sides_of_different_dtypes(
     wanted = expected(base, tuned)
     assert np.array_equal(whole(found), wanted)
     assert size.energy == pytest.approx(square(wanted), rel=1e-6, abs=0)
-    # The noise is what the tuned side's dtype took of values as large as the base's.
+    # The noise is what the tuned side's dtype took of values as large as the base's that differ.
     bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
-    assert size.noise == pytest.approx(
-        size.weight * 4.0 ** -bits[tuned_dtype] / 24, rel=1e-9, abs=0
-    )
+    differ = square(base.float()[torch.from_numpy(wanted) != 0])
+    assert size.noise == pytest.approx(differ * 4.0 ** -bits[tuned_dtype] / 24, rel=1e-6, abs=0)
+    assert not size.rounding
 
 
 @pytest.mark.parametrize("block", [1, 50, 1000, 1 << 20])

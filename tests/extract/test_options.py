@@ -27,6 +27,20 @@ def test_nothing_to_hold_is_refused(tmp_path: Path, dry_run: bool) -> None:
     norms.fails(ValueRangeError, "No weight that could become factors", NORM, dry_run=dry_run)
 
 
+def test_errors_count_in_words_that_agree(tmp_path: Path) -> None:
+    """A model of one tensor is "1 tensor", and one of several that differ is one that differs."""
+    one = {f"{UP1}.weight": model()[f"{UP1}.weight"]}
+    copy = {n: t.double() for n, t in one.items()}
+    Pair(tmp_path / "copy", one, copy).fails(ValueRangeError, "none of 1 tensor differs.")
+    half = {n: t.half() for n, t in one.items()}
+    Pair(tmp_path / "half", one, half).fails(ValueRangeError, "1 of 1 tensor differs, by")
+    two = {**one, "b.weight": one[f"{UP1}.weight"].clone()}
+    Pair(tmp_path / "two", two, two | half).fails(ValueRangeError, "1 of 2 tensors differs, by")
+    Pair(tmp_path / "none", two, {n: t.double() for n, t in two.items()}).fails(
+        ValueRangeError, "none of 2 tensors differ."
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -37,6 +51,11 @@ def test_nothing_to_hold_is_refused(tmp_path: Path, dry_run: bool) -> None:
         ({"max_rank": 4}, ["--rank and --max-rank"]),
         ({"rank": None, "max_rank": 4}, ["No rank given"]),
         ({"rank": None, "max_rank": 4, "dry_run": True}, ["--max-rank"]),
+        ({"patterns": True}, ["--rank gives all modules one rank", "--patterns"]),
+        (
+            {"rank": None, "energy": 0.5, "uniform": True, "patterns": True},
+            ["--uniform and --patterns"],
+        ),
         ({"rank": 0}, ["--rank 0"]),
         ({"rank": -3}, ["--rank -3"]),
         ({"rank": None, "energy": 0.0}, ["--energy 0"]),

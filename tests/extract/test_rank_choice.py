@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.adapters import WEIGHTS, codes, config_of
 from helpers.extracting import (
+    EVERYTHING,
     PREFIX,
     Q0,
     Pair,
@@ -56,14 +57,69 @@ def test_a_change_of_lower_rank_is_filled_up_with_zeros(tmp_path: Path) -> None:
     assert config_of(pair.out)["r"] == 7
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_rank_above_all_widths_is_that_of_the_widest(tiny: Pair, dry_run: bool) -> None:
+    """--rank 999 of matrices that are 8 to 16 wide gives rank 16, not a file of zeros, and one
+    warning that names those with less."""
+    report = tiny.extract(rank=999, dry_run=dry_run)
+    if dry_run:
+        assert report.proposals.keys() == {16}
+        assert report.proposals[16] == tiny.extract(rank=16).bytes_written
+        return
+    assert set(ranks_of(report).values()) == {16}
+    assert config_of(tiny.out)["r"] == 16
+    (notice,) = [n for n in report.warnings if n.code.startswith("rank-")]
+    assert notice.code == "rank-too-large"
+    assert "rank 999; all get 16" in notice.message
+    assert "model.layers.0.self_attn.k_proj: 8" in notice.message
+    assert "q_proj" not in notice.message
+
+
+def test_one_rank_is_what_every_program_reads(tmp_path: Path) -> None:
+    """By energy and by budget all modules have one rank without being asked, with no pattern and no
+    warning of it; --uniform is that default; --patterns is a warning that names the programs."""
+    state = model()
+    flat = {f"{Q0}.weight": moved(state, decay=0.9)[f"{Q0}.weight"]}
+    pair = Pair(tmp_path, state, moved(state) | flat)
+    for criterion in ({"energy": 0.8}, {"budget": "15KB"}):
+        report = pair.extract(**criterion)
+        assert len(set(ranks_of(report).values())) == 1
+        assert config_of(pair.out)["rank_pattern"] == {}
+        assert "ranks-differ" not in codes(report)
+        digest = sha256s(pair.out)[WEIGHTS]
+        pair.extract(uniform=True, **criterion)
+        assert sha256s(pair.out)[WEIGHTS] == digest
+        report = pair.extract(patterns=True, **criterion)
+        assert config_of(pair.out)["rank_pattern"]
+        text = next(n.message for n in report.warnings if n.code == "ranks-differ")
+        assert all(name in text for name in ("llama.cpp", "Ollama", "SGLang", "vLLM"))
+
+
+def test_the_rest_of_one_rank_is_filled_with_real_directions(tmp_path: Path) -> None:
+    """A module that needs less for the energy than another gets its next singular values too, not
+    zeros, as far as it has some."""
+    state = {f"{n}.q_proj.weight": random_for(n, 24, 24).float() for n in ("steep", "flat")}
+    tuned = moved(state, "steep.q_proj.weight", decay=0.5)
+    tuned |= {"flat.q_proj.weight": moved(state, decay=0.95)["flat.q_proj.weight"]}
+    pair = Pair(tmp_path, state, tuned)
+    report = pair.extract(energy=0.8)
+    assert report.rank is not None
+    assert report.rank > 5
+    made = singular(products(pair.out)["steep.q_proj.weight"])
+    goal = singular(moves(state, tuned)["steep.q_proj.weight"])
+    assert made[: report.rank].tolist() == pytest.approx(goal[: report.rank].tolist(), rel=1e-3)
+    assert made[report.rank :].max() < 1e-6
+
+
 @pytest.mark.parametrize("energy", [0.3, 0.6, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("cap", [None, 5])
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("patterns", [False, True])
 def test_energy_is_the_smallest_rank_that_keeps_it(
-    tiny: Pair, energy: float, cap: int | None, uniform: bool
+    tiny: Pair, energy: float, cap: int | None, patterns: bool
 ) -> None:
-    """--energy: the smallest k with Σₖσ² ≥ share·Σσ², at most --max-rank; --uniform the largest."""
-    report = tiny.extract(energy=energy, max_rank=cap, uniform=uniform)
+    """--energy: the smallest k with Σₖσ² ≥ share·Σσ² in every module, at most --max-rank; with
+    --patterns each module its own."""
+    report = tiny.extract(energy=energy, max_rank=cap, patterns=patterns)
     wanted = {}
     for name, delta in moves(tiny.before, tiny.after).items():
         if delta.ndim == 2:
@@ -74,7 +130,7 @@ def test_energy_is_the_smallest_rank_that_keeps_it(
         if cap is None:
             assert all(m.kept is not None and m.kept >= 1 - 1e-6 for m in report.modules)
         return
-    if uniform:
+    if not patterns:
         wanted = dict.fromkeys(wanted, max(wanted.values()))
     assert ranks_of(report) == wanted
     assert products(tiny.out).keys() == {f"{path}.weight" for path in wanted}
@@ -88,20 +144,20 @@ def one_rank(report: loratool.ExtractReport, width: int = 4) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("budget", [7000, 11_111, "16KiB", "25 kB", "60KB"])
-@pytest.mark.parametrize("skip", [[], ["norms", "biases"]])
+@pytest.mark.parametrize("save", [EVERYTHING, []], ids=str)
 def test_a_budget_is_kept_and_used(
-    tiny: Pair, budget: int | str, skip: list[str], dtype: str
+    tiny: Pair, budget: int | str, save: list[str], dtype: str
 ) -> None:
-    """The weights file is not larger than the budget, there is no room for another rank of the
-    cheapest module (but for some bytes of header), and the total error is no larger than that of
-    one rank for all in the same room."""
+    """The weights file is not larger than the budget, there is no room for another rank of all
+    modules, or with --patterns of the cheapest one (but for some bytes of header); and then the
+    total error is no larger than that of one rank for all in the same room."""
     sizes = {"16KiB": 16384, "25 kB": 25_000, "60KB": 60_000}
     limit = sizes[budget] if isinstance(budget, str) else budget
-    even = tiny.extract(budget=budget, uniform=True, skip=skip, dtype=dtype)
+    even = tiny.extract(budget=budget, save=save, dtype=dtype)
     assert even.bytes_written <= limit
     width = 4 if dtype == "float32" else 2
     assert (tiny.out / WEIGHTS).stat().st_size == even.bytes_written
-    report = tiny.extract(budget=budget, skip=skip, dtype=dtype)
+    report = tiny.extract(budget=budget, save=save, dtype=dtype, patterns=True)
     size = (tiny.out / WEIGHTS).stat().st_size
     assert size == report.bytes_written <= limit
     full = all(m.rank == min(m.shape) for m in report.modules)
@@ -141,7 +197,7 @@ def test_a_budget_is_spent_as_well_as_by_brute_force(
     seen = set()
     for budget in range(700, 1500, 40):
         try:
-            report = pair.extract(budget=budget)
+            report = pair.extract(budget=budget, patterns=True)
         except UsageError:
             continue
         ranks = [m.rank or 0 for m in report.modules]
@@ -170,7 +226,7 @@ def test_a_module_that_the_budget_leaves_nothing_is_named(tmp_path: Path) -> Non
     small = tuned["b.k_proj.weight"].double() - state["b.k_proj.weight"].double()
     tuned["b.k_proj.weight"] = (state["b.k_proj.weight"].double() + 1e-3 * small).float()
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(budget=2500)
+    report = pair.extract(budget=2500, patterns=True, save=EVERYTHING)
     assert ranks_of(report)["b.k_proj"] == 0
     assert "no-budget" in codes(report)
     assert products(pair.out).keys() == {"a.q_proj.weight"}
@@ -190,38 +246,38 @@ def test_unchanged_modules_take_nothing_of_the_budget(tmp_path: Path) -> None:
     assert 3000 - report.bytes_written < one_rank(report)[0] + 16
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_a_budget_beyond_all_ranks_is_not_filled_with_zeros(tiny: Pair, uniform: bool) -> None:
+@pytest.mark.parametrize("patterns", [False, True])
+def test_a_budget_beyond_all_ranks_is_not_filled_with_zeros(tiny: Pair, patterns: bool) -> None:
     """A budget that holds everything gives no module more than the largest rank of the model."""
-    report = tiny.extract(budget="2MB", uniform=uniform)
+    report = tiny.extract(budget="2MB", patterns=patterns, save=EVERYTHING)
     assert report.rank == 16
     assert report.error is not None
     assert report.error < 1e-5
 
 
 def test_max_rank_caps_a_budget(tiny: Pair) -> None:
-    """--max-rank holds with --budget, alone and with --uniform."""
+    """--max-rank holds with --budget, alone and with --patterns."""
     assert set(ranks_of(tiny.extract(budget="1MB", max_rank=3)).values()) == {3}
-    assert set(ranks_of(tiny.extract(budget="1MB", max_rank=3, uniform=True)).values()) == {3}
+    assert set(ranks_of(tiny.extract(budget="1MB", max_rank=3, patterns=True)).values()) == {3}
 
 
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("patterns", [False, True])
 @pytest.mark.parametrize("budget", [1, 800, "2KB"])
 def test_a_budget_that_is_too_small_is_refused(
-    tiny: Pair, budget: int | str, uniform: bool
+    tiny: Pair, budget: int | str, patterns: bool
 ) -> None:
     """A budget without room for one rank is refused in words."""
-    tiny.fails(UsageError, "udget", rank=None, budget=budget, uniform=uniform)
+    tiny.fails(UsageError, "udget", rank=None, budget=budget, patterns=patterns)
 
 
 def test_budgets_may_be_written_in_many_ways(tiny: Pair) -> None:
     """ "20KB", "20 kb", "0.02MB" and 20000 are one size, "20KiB" is a larger one."""
     digests = []
     for budget in ("20KB", "20 kb", "0.02MB", 20_000, "20000", "0.00002 GB"):
-        tiny.extract(budget=budget)
+        tiny.extract(budget=budget, patterns=True)
         digests.append(sha256s(tiny.out)[WEIGHTS])
     assert len(set(digests)) == 1
-    tiny.extract(budget="20KiB")
+    tiny.extract(budget="20KiB", patterns=True)
     assert 20_000 < (tiny.out / WEIGHTS).stat().st_size <= 20_480
 
 
@@ -234,7 +290,7 @@ def test_deep_budgets_are_as_exact_as_shallow_ones(tmp_path: Path) -> None:
         tuned[name] = (0.999 * state[name].double() + 0.001 * tuned[name].double()).float()
         tuned[name] = state[name] + 1e-3 * (tuned[name] - state[name])
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(budget="45KB")
+    report = pair.extract(budget="45KB", patterns=True)
     assert ranks_of(report)["m0.q_proj"] == report.rank
     assert (ranks_of(report)["m0.q_proj"] or 0) > 40
 
@@ -246,7 +302,7 @@ def test_progress_of_a_budget_ends_at_the_total(tmp_path: Path) -> None:
     tuned["m0.q_proj.weight"] = moved(state, decay=0.97)["m0.q_proj.weight"]
     pair = Pair(tmp_path, state, tuned)
     calls: list[tuple[int, int, str]] = []
-    pair.extract(budget="45KB", progress=lambda *call: calls.append(call))
+    pair.extract(budget="45KB", patterns=True, progress=lambda *call: calls.append(call))
     done, totals = [c[0] for c in calls], {c[1] for c in calls}
     assert done == sorted(done)
     assert {max(done)} == totals

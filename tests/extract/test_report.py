@@ -12,6 +12,7 @@ import torch
 from helpers.adapters import WEIGHTS, config_of
 from helpers.extracting import (
     BF16,
+    EVERYTHING,
     F16,
     F32,
     UP1,
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 
 def test_the_report_is_what_float64_finds(tiny: Pair) -> None:
     """Norms, shares, errors and singular values of every module, and their sums, are right."""
-    report = tiny.extract(rank=4, verify=True)
+    report = tiny.extract(rank=4, verify=True, save=EVERYTHING)
     goal, have = moves(tiny.before, tiny.after), products(tiny.out)
     for m in report.modules:
         name = f"{m.path}.weight"
@@ -119,19 +120,21 @@ def test_noise_is_what_storing_the_tuned_weights_took(
 
 
 LEFT: list[dict[str, Any]] = [
-    {"skip": ["norms"]}, {"skip": ["biases"]}, {"skip": ["norms", "biases"]},
-    {"skip": ["embeddings"]}, {"include": ["q_proj"]}, {"exclude": ["q_proj", "model.norm"]},
-    {"include": ["model.layers.1.*"], "exclude": ["mlp.*"], "skip": ["biases"]},
+    {"skip": ["norms"], "save": ["biases"]}, {"skip": ["biases"], "save": ["norms"]},
+    {"skip": ["norms", "biases"], "save": []}, {"save": []}, {"skip": ["embeddings"]},
+    {"include": ["q_proj"]}, {"exclude": ["q_proj", "model.norm"]},
+    {"include": ["model.layers.1.*"], "exclude": ["mlp.*"], "skip": ["biases"], "save": ["norms"]},
     {"exclude": ["lm_head", "embed_tokens"]},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", LEFT, ids=str)
 def test_what_is_left_out_is_missing_from_what_is_held(tiny: Pair, options: Any) -> None:
-    """What --skip, --include and --exclude leave out is listed, is not in the file, and lowers
-    `held` by exactly its share of ‖Δ‖²; base + adapter is that far off."""
-    full = tiny.extract(rank=16)
-    report = tiny.extract(rank=16, verify=True, **options)
+    """What --skip, --include and --exclude leave out, and norms and biases without --save, is
+    listed, is not in the file, and lowers `held` by exactly its share of ‖Δ‖²; base + adapter is
+    that far off."""
+    full = tiny.extract(rank=16, save=EVERYTHING)
+    report = tiny.extract(rank=16, verify=True, **{"save": EVERYTHING, **options})
     goal = moves(tiny.before, tiny.after)
     gone = {t.name for t in report.left}
     assert gone
@@ -157,7 +160,9 @@ def test_saved_tensors_keep_every_bit(tmp_path: Path) -> None:
     """--save and what cannot be factors: bytes and dtype of the tuned tensors, not of factors."""
     state = model()
     pair = Pair(tmp_path, state, cast(moved(state), BF16))
-    report = pair.extract(rank=2, save=["lm_head", "layers.1.mlp.*"], dtype="float16", verify=True)
+    report = pair.extract(
+        rank=2, save=["lm_head", "layers.1.mlp.*", *EVERYTHING], dtype="float16", verify=True
+    )
     whole = saved(pair.out)
     assert {"lm_head.weight", f"{UP1}.weight", "model.norm.weight"} <= whole.keys()
     for name, value in whole.items():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.extracting import (
+    EVERYTHING,
     Q0,
     Pair,
     assert_accounted,
@@ -21,7 +22,11 @@ from helpers.extracting import (
 )
 
 
-@pytest.mark.parametrize("options", [{}, {"skip": ["norms", "others"]}, {"include": ["layers.*"]}])
+@pytest.mark.parametrize(
+    "options",
+    [{"save": EVERYTHING}, {}, {"skip": ["norms", "others"]}, {"include": ["layers.*"]}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", [*odd_model(), ""])
 def test_every_kind_of_tensor_is_accounted_for(tmp_path: Path, name: str, options: Any) -> None:
     """A change of any one tensor beside q_proj, or of all, is held, saved or listed as left out."""
@@ -32,7 +37,7 @@ def test_every_kind_of_tensor_is_accounted_for(tmp_path: Path, name: str, option
     pair = Pair(tmp_path, state, tuned)
     report = pair.extract(rank=16, verify=True, **options)
     assert_accounted(report, state, tuned)
-    if not options:
+    if options.get("save"):
         assert not report.left
         assert report.held == pytest.approx(1, abs=1e-8)
         assert distance(state, tuned, pair.out) < 2e-5
@@ -49,7 +54,7 @@ def test_each_kind_goes_where_peft_can_load_it(tmp_path: Path) -> None:
     state = odd_model()
     tuned = moved(state) | {"model.position_ids": state["model.position_ids"] + 1}
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(rank=3)
+    report = pair.extract(rank=3, save=EVERYTHING)
     kinds = {m.path: m.kind for m in report.modules if m.kind != "linear"}
     assert kinds == {
         "model.embed_tokens": "embedding", "model.vision.conv": "conv", "model.audio.conv1": "conv",
@@ -62,6 +67,8 @@ def test_each_kind_goes_where_peft_can_load_it(tmp_path: Path) -> None:
         "model.vision.conv.bias",
     }  # fmt: skip
     assert not any(f"{m.path}.weight" in whole for m in report.modules)
+    (stack,) = [n for n in report.warnings if n.code == "experts-whole"]
+    assert "saved whole (1 tensor)." in stack.message
 
 
 @pytest.mark.parametrize(
@@ -85,7 +92,7 @@ def test_norms_are_saved_with_both_tensors(tmp_path: Path) -> None:
     """PEFT saves whole modules: a norm whose weight alone changed is saved with its bias."""
     state = odd_model()
     pair = Pair(tmp_path, state, moved(state, f"{Q0}.weight", "post_norm.weight"))
-    report = pair.extract(rank=2)
+    report = pair.extract(rank=2, save=["norms"])
     at = "model.layers.0.post_norm."
     assert {t.name for t in report.saved} == {at + "weight", at + "bias"}
     assert_accounted(report, state, pair.after)

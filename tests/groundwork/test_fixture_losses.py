@@ -138,7 +138,10 @@ RANKS = {f"`--rank {rank}`": {"rank": rank} for rank in (1, 2, 4, 8, 16, 32, 64)
     [
         *RANKS.items(),
         ("`--energy 0.9`", {"energy": 0.9}),
+        ("`--energy 0.9 --patterns`", {"energy": 0.9, "patterns": True}),
         ("`--budget 167kB`", {"budget": "167kB"}),
+        ("`--budget 167kB --patterns`", {"budget": "167kB", "patterns": True}),
+        ("`--rank 16 --save norms`", {"rank": 16, "save": ["norms"]}),
     ],
 )
 def test_extracted_adapters_hold_what_the_docs_state(
@@ -149,7 +152,7 @@ def test_extracted_adapters_hold_what_the_docs_state(
     held, error, loss = row_of(FIXTURES.parent / "docs" / "extracting.md", name)
     assert report.held == pytest.approx(held / 100, abs=1e-3)
     assert report.error == pytest.approx(error / 100, abs=1e-3)
-    if name in ("`--rank 4`", "`--rank 16`", "`--budget 167kB`"):
+    if name in ("`--rank 4`", "`--rank 16`", "`--budget 167kB --patterns`"):
         model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32)
         adapted = PeftModel.from_pretrained(model, tmp_path / "out")
         assert held_out_loss(adapted) == pytest.approx(loss, abs=2e-3)

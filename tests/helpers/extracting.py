@@ -25,6 +25,10 @@ UP1 = "model.layers.1.mlp.up_proj"
 PREFIX = "base_model.model."
 
 
+#: What extract saves only on request.
+EVERYTHING = ["norms", "biases"]
+
+
 def random_for(name: str, *shape: int, seed: int = 0) -> torch.Tensor:
     made = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
     return torch.randn(shape, generator=made, dtype=torch.float64)

@@ -22,6 +22,7 @@ from helpers.places import FIXTURES
         (["{one}", "--rank", "-4"], 2, "--rank -4"),
         (["{one}", "--rank", "2.5"], 2, "'2.5'"),
         (["{one}", "--rank", "2", "--energy", "0.9"], 2, "--rank and --energy"),
+        (["{one}", "--energy", "0.9", "--uniform", "--patterns"], 2, "--uniform and --patterns"),
         (["{one}", "--rank", "2", "--dtype", "flaot32"], 2, "Did you mean float32"),
         (["{one}", "--rnk", "2"], 2, "--rank"),
         (["{one}x", "--rank", "2"], 1, "Did you mean"),
@@ -38,6 +39,13 @@ def test_mistakes_get_one_clear_error(
     assert done.stderr.lower().count("error:") == 1
     assert done.stdout == ""
     assert_clean(out)
+
+
+def test_help_says_what_becomes_of_the_scale() -> None:
+    """That resize folds rsLoRA's scale away, which cures what others compute, is in its help."""
+    text = " ".join(run_cli("resize", "--help").stdout.split())
+    assert "use_rslora is false" in text
+    assert "llama.cpp, Ollama and SGLang" in text
 
 
 def test_json_is_all_there_is_on_stdout(one: Path, out: Path) -> None:

@@ -32,26 +32,70 @@ import loratool
 
 def test_a_rank_above_what_is_there_is_filled_with_zeros(one: Path, out: Path) -> None:
     """Above the rank that is there A and B are zero, and the product is the same."""
-    report = loratool.resize(one, out, rank=16)
+    report = loratool.resize(one, out, rank=9)
     tensors = load_file(out / WEIGHTS)
     a, b = (tensors[f"{PREFIX}{Q}.lora_{half}.weight"] for half in "AB")
-    assert (a.shape, b.shape) == ((16, 10), (12, 16))
+    assert (a.shape, b.shape) == ((9, 10), (12, 9))
     assert not a[4:].any()
     assert not b[:, 4:].any()
     assert a[:4].any(1).all()
     assert_near(one, out)
-    assert (report.rank, report.error, report.kept) == (16, 0, 1)
-    assert (config_of(out)["r"], config_of(out)["lora_alpha"]) == (16, 16)
+    assert (report.rank, report.error, report.kept) == (9, 0, 1)
+    assert (config_of(out)["r"], config_of(out)["lora_alpha"]) == (9, 9)
+    (notice,) = [n for n in report.warnings if n.code == "rank-not-needed"]
+    assert "has rank 4" in notice.message
+    assert "up to rank 9 there are zeros" in notice.message
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_rank_above_the_width_is_that_of_the_widest_matrix(
+    tmp_path: Path, out: Path, dry_run: bool
+) -> None:
+    """No module gets more rows than the widest matrix has rank, and a warning says so, naming
+    those that are narrower still; their product is the same."""
+    source = lora(tmp_path / "one", Q, K, rank=2)
+    tensors = load_file(source / WEIGHTS)
+    key = f"{PREFIX}{K}.lora_B.weight"
+    tensors[key] = tensors[key][:6]
+    write_adapter(source, tensors, None)
+    report = loratool.resize(source, out, rank=999, dry_run=dry_run)
+    assert (report.rank, {m.rank for m in report.modules}) == (10, {10})
+    assert report.bytes_written < 6 * (source / WEIGHTS).stat().st_size
+    (notice,) = [n for n in report.warnings if n.code.startswith("rank-")]
+    assert notice.code == "rank-too-large"
+    assert "rank 999; all get 10" in notice.message
+    assert f"{K}: 6" in notice.message
+    assert Q not in notice.message
+    if not dry_run:
+        assert_near(source, out)
+        assert config_of(out)["r"] == 10
+    again = loratool.resize(source, tmp_path / "in-width", rank=6, dry_run=True)
+    assert codes(again) == ["rank-not-needed"]
+
+
+def test_padding_beyond_the_width_is_as_asked_for_and_named(one: Path, out: Path) -> None:
+    """--pad-to asks for zeros, so it gets them, with a warning where no matrix is so wide."""
+    report = loratool.resize(one, out, energy=0.9, pad_to=16)
+    assert (report.rank, codes(report)) == (16, ["rank-too-large"])
+    assert "no matrix has more than rank 10" in report.warnings[0].message
+    assert codes(loratool.resize(one, out, energy=0.9, pad_to=8, overwrite=True)) == []
 
 
 @pytest.mark.parametrize(
     ("options", "rank", "wanted"),
     [
-        ({"energy": 0.99}, 3, {"model.layers.1.q_proj": 1, "model.layers.2.q_proj": 2}),
+        ({"energy": 0.99}, 3, {}),
+        ({"energy": 0.99, "uniform": True}, 3, {}),
+        (
+            {"energy": 0.99, "patterns": True},
+            3,
+            {"model.layers.1.q_proj": 1, "model.layers.2.q_proj": 2},
+        ),
         ({"energy": 0.99, "pad_to": 8}, 8, {}),
         ({"energy": 0.99, "pad_to": 1}, 3, {}),
         ({"pad_to": 4}, 4, {}),
-        ({"max_rank": 2}, 2, {"model.layers.1.q_proj": 1}),
+        ({"max_rank": 2}, 2, {}),
+        ({"max_rank": 2, "patterns": True}, 2, {"model.layers.1.q_proj": 1}),
         ({"rank": 2}, 2, {}),
         ({"rank": 8, "pad_to": 4}, 8, {}),
     ],
@@ -60,8 +104,8 @@ def test_a_rank_above_what_is_there_is_filled_with_zeros(one: Path, out: Path) -
 def test_patterns_and_padding(
     tmp_path: Path, out: Path, options: dict[str, Any], rank: int, wanted: dict[str, int]
 ) -> None:
-    """Criteria give each module a rank of its own in rank_pattern; --rank and --pad-to one for
-    all; alpha is the rank everywhere."""
+    """All have one rank, the largest that one needs, and with --patterns each its own in
+    rank_pattern, with a warning; alpha is the rank everywhere."""
     source = of_spectrum(tmp_path / "one", [3, 2, 1], [5.0], [2, 2])
     report = loratool.resize(source, out, **options)
     config = config_of(out)
@@ -73,17 +117,33 @@ def test_patterns_and_padding(
         assert shapes[f"{PREFIX}{module.path}.lora_B.weight"] == (12, module.rank)
         assert module.rank == wanted.get(module.path, rank)
     assert [w for w in loratool.inspect(out).warnings if w.refused] == []
+    assert ("ranks-differ" in codes(report)) is bool(wanted)
     if "rank" not in options and "max_rank" not in options:
         assert_near(source, out)
+
+
+def test_the_warning_about_patterns_says_who_is_wrong_and_who_refuses(
+    tmp_path: Path, out: Path
+) -> None:
+    """It names the programs, each with what becomes of the adapter there, and the way out."""
+    source = of_spectrum(tmp_path / "one", [3, 2, 1], [5.0])
+    report = loratool.resize(source, out, energy=0.99, patterns=True)
+    (notice,) = [n for n in report.warnings if n.code == "ranks-differ"]
+    wrong, refused, read = notice.message.split(";")
+    assert all(name in wrong for name in ("llama.cpp", "Ollama", "wrong scale"))
+    assert all(name in refused for name in ("SGLang", "LoRAX", "TGI", "hotswap", "refuse"))
+    assert all(name in read for name in ("PEFT", "vLLM", "load"))
+    assert "without patterns" in read
 
 
 def test_padding_uses_the_room_it_makes(tmp_path: Path, out: Path) -> None:
     """What one module needs all others get: singular values that fit are kept, not zeroed."""
     source = of_spectrum(tmp_path / "one", [3, 3, 3], [5, 1, 0.5])
-    report = loratool.resize(source, out, energy=0.9, pad_to=1)
-    assert [m.rank for m in report.modules] == [3, 3]
-    assert_near(source, out)
-    assert report.kept == pytest.approx(1)
+    for options in ({}, {"pad_to": 1}, {"max_rank": 3}):
+        report = loratool.resize(source, out, energy=0.9, overwrite=True, **options)
+        assert [m.rank for m in report.modules] == [3, 3]
+        assert_near(source, out)
+        assert report.kept == pytest.approx(1)
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 3), (3, 2, 1), (2, 3, 1), (1, 3, 2)])
@@ -99,7 +159,7 @@ def test_patterns_of_paths_that_end_alike(
         a[:rank], b[:, :rank] = rng.standard_normal((rank, 10)), rng.standard_normal((12, rank))
         tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
     source = write_adapter(tmp_path / "one", tensors, {})
-    loratool.resize(source, out, energy=1.0, dtype="float32")
+    loratool.resize(source, out, energy=1.0, dtype="float32", patterns=True)
     again = loratool.inspect(out)
     assert {m.path: m.rank for m in again.modules} == dict(zip(paths, ranks, strict=True))
     assert [w.message for w in again.warnings if w.refused] == []

@@ -71,13 +71,15 @@ def loaded_output(sources: Sources, folder: Path) -> torch.Tensor:
 def test_a_larger_rank_computes_the_same(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Resized up, every module has the new rank, and PEFT computes what it did before."""
+    """Resized up, every module has the new rank, or the largest that any can have, and PEFT
+    computes what it did before."""
     sources, out = RESIZED[name], tmp_path / "out"
     (adapter,) = sources.write(tmp_path)
     report = loratool.resize(adapter, out, **options)
-    rank = options.get("rank") or 8 * -(-max(largest_ranks(adapter)) // 8)
+    widest = max(min(m.shape) for m in report.modules)
+    rank = 8 * -(-max(largest_ranks(adapter)) // 8)
     if "rank-above-width" not in name:
-        assert report.rank == rank
+        assert report.rank == (min(20, widest) if "rank" in options else rank)
     assert set(largest_ranks(out)) == {report.rank}
     found = output_of(assert_loads(sources.make, out), sources.inputs)
     expected = loaded_output(sources, adapter)
@@ -130,10 +132,11 @@ def test_dora_magnitudes_stay_when_the_rank_falls(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", CUT)
 def test_energy_gives_each_module_its_rank(name: str, tmp_path: Path) -> None:
-    """With `energy` each module has the fewest ranks that keep so much, and PEFT loads them."""
+    """With `energy` and `patterns` each module has the fewest ranks that keep so much, and PEFT
+    loads them."""
     sources, out, energy = RESIZED[name], tmp_path / "out", 0.8
     (adapter,) = sources.write(tmp_path)
-    loratool.resize(adapter, out, energy=energy)
+    loratool.resize(adapter, out, energy=energy, patterns=True)
     assert_loads(sources.make, out)
     after = layer_deltas(sources.make, out)
     for path, delta in layer_deltas(sources.make, adapter).items():
@@ -147,12 +150,14 @@ def test_energy_gives_each_module_its_rank(name: str, tmp_path: Path) -> None:
         assert found >= rank
 
 
-def test_energy_with_pad_to_is_one_rank(tmp_path: Path) -> None:
-    """A criterion with `pad_to` gives all modules one rank, a multiple of it."""
+@pytest.mark.parametrize("multiple", [None, 3])
+def test_energy_is_one_rank(tmp_path: Path, multiple: int | None) -> None:
+    """A criterion gives all modules one rank, with `pad_to` a multiple of it."""
     sources, out = LAYERS["linear"], tmp_path / "out"
     adapter = sources.write(tmp_path)[0]
-    report = loratool.resize(adapter, out, energy=0.5, pad_to=3)
-    assert report.rank % 3 == 0
+    report = loratool.resize(adapter, out, energy=0.5, pad_to=multiple)
+    assert report.rank % (multiple or 1) == 0
+    assert "ranks-differ" not in {n.code for n in report.warnings}
     assert set(largest_ranks(out)) == {report.rank}
     assert_loads(linears, out)
 

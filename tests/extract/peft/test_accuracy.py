@@ -47,7 +47,7 @@ def test_bases_and_tuned_models_in_other_files(
 def test_ranks_of_their_own_load(name: str, tmp_path: Path) -> None:
     """With rank_pattern each module has in PEFT the rank that the report states."""
     work = tune(tmp_path, MODELS[name])
-    report = work.extract(energy=0.7)
+    report = work.extract(energy=0.7, patterns=True)
     assert len({m.rank for m in report.modules}) > 1
     base = work.found.load(work.base)
     inputs = work.found.inputs()
@@ -110,7 +110,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
     result = {side: held_out_loss(load(side), text) for side in ("base", "tuned")}
     asked: dict[str, dict[str, Any]] = {str(r): {"rank": r} for r in (1, 4, 16, 64)}
-    for name, options in {**asked, "full": {"energy": 1.0}}.items():
+    for name, options in {**asked, "full": {"energy": 1.0, "save": ["norms"]}}.items():
         loratool.extract(FIXTURES / "base", FIXTURES / "tuned", folder / name, **options)
         result[name] = held_out_loss(load_peft(load("base"), folder / name), text)
     return result

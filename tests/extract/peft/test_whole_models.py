@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.adapters import codes
 from helpers.architectures import ARCHITECTURES, BART, T5, Architecture, pair_of_texts
 from helpers.models import read
 from helpers.tuning import EXACT, FUSED, MODELS, WARNINGS, Tuning, computed, load_peft, tune
@@ -25,7 +26,7 @@ WARNED = {
 def test_what_peft_may_not_load_is_said_and_merges(name: str, tmp_path: Path) -> None:
     """Where names or experts differ in memory, a warning says so, and merge gives the tuned one."""
     work = tune(tmp_path, MODELS[name])
-    report = work.extract(uniform="experts" in str(sorted(read(work.base))))
+    report = work.extract(patterns="experts" not in str(sorted(read(work.base))))
     assert WARNED[name] in [notice.code for notice in report.warnings]
     before = computed(work.found.load(work.base), work.found.inputs())
     assert work.error(work.merged(), before) < EXACT
@@ -35,7 +36,7 @@ def test_what_peft_may_not_load_is_said_and_merges(name: str, tmp_path: Path) ->
 def test_extracted_adapter_gives_the_tuned_model(name: str, tmp_path: Path) -> None:
     """Every parameter of a fine-tune is in its adapter, in a place where PEFT puts it back."""
     work = tune(tmp_path, MODELS[name])
-    report = work.extract(uniform="experts" in str(sorted(read(work.base))))
+    report = work.extract(patterns="experts" not in str(sorted(read(work.base))))
     assert report.unchanged == 0
     assert report.left == []
     work.check(None, *WARNINGS.get(name, ()))
@@ -101,9 +102,10 @@ class OtherTuned(Tuning):
 
 def test_experts_with_ranks_of_their_own_are_warned_of(tmp_path: Path) -> None:
     """PEFT needs one rank for all experts of a layer, and the report says how to get that."""
-    report = tune(tmp_path, MODELS["mixtral"]).extract(energy=0.8)
+    report = tune(tmp_path, MODELS["mixtral"]).extract(energy=0.8, patterns=True)
     notice = next(n for n in report.warnings if n.code == "ranks-of-experts")
-    assert "--uniform" in notice.message
+    assert "leave out --patterns" in notice.message
+    assert "ranks-of-experts" not in codes(tune(tmp_path / "one", MODELS["mixtral"]).extract())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])

@@ -174,7 +174,8 @@ def test_a_dry_run_of_a_merge(hub: HubServer, home: Path, places: Path, options:
         assert downloads(hub, "org/base") == []
         assert hub.sent("/cdn/org/base") < 3 * 101_000
     assert (told["base"], told["adapters"]) == ("org/base", ["org/adapter"])
-    gone = {"base", "adapters", "seconds", "bytes_free"}
+    # What float16 loses is sampled only from weights that are on this disk.
+    gone = {"base", "adapters", "seconds", "bytes_free", "range_loss"}
     assert {k: v for k, v in told.items() if k not in gone} == {
         k: v for k, v in expected.items() if k not in gone
     }

@@ -1,0 +1,62 @@
+"""What the user wants of which module: factors, the whole tensor, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loratool.errors import UsageError, nearest
+from loratool.extracting.kinds import Group
+from loratool.models.layouts.names import HEAD
+from loratool.paths import matches
+
+#: Groups that are in the adapter only on request: vLLM refuses adapters that have them, llama.cpp
+#: drops norms without a word, and in most fine-tunes they hold next to nothing of the change.
+ON_REQUEST = ("norms", "biases")
+
+#: What becomes of a tensor. "unasked" is one of `ON_REQUEST` that nobody asked for, "left" what the
+#: user does not want.
+Fate = Literal["factors", "whole", "unasked", "left"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`include` and `exclude` are globs on module paths. `save` too, or a group of `ON_REQUEST`."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    save: Sequence[str] = ()
+
+    @property
+    def _globs(self) -> list[str]:
+        return [entry for entry in self.save if entry not in ON_REQUEST]
+
+    def fate(self, path: str, group: Group) -> Fate:
+        """What the user wants for a module of this path and group."""
+        chosen = (not self.include or matches(path, self.include)) and not matches(
+            path, self.exclude
+        )
+        head = "heads" in self.skip and HEAD.search(path) is not None
+        if not chosen or head or group in self.skip:
+            return "left"
+        if matches(path, self._globs):
+            return "whole"
+        if group in ON_REQUEST:
+            return "whole" if group in self.save else "unasked"
+        return "factors" if group in ("linears", "convs", "embeddings") else "whole"
+
+    def check(self, modules: Iterable[str]) -> None:
+        """Raise UsageError for a glob that fits no module."""
+        paths = sorted(modules)
+        asked = {"include": self.include, "exclude": self.exclude, "save": self._globs}
+        for option, globs in asked.items():
+            for glob in globs:
+                if not any(matches(path, [glob]) for path in paths):
+                    near = nearest(glob, {path.rpartition(".")[2] for path in paths})
+                    raise UsageError(
+                        f"--{option} {glob!r} matches no module.",
+                        (f"Did you mean {near}? " if near else "")
+                        + f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
+                    )

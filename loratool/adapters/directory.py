@@ -52,7 +52,9 @@ class AdapterDirectory:
     def copy(self, files: Mapping[str, Path]) -> None:
         """Put these files beside the weights, by name."""
         for name, path in files.items():
-            shutil.copyfile(path, self.path / name)
+            target = self.path / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
 
     def write_record(self, document: dict[str, Any]) -> None:
         """loratool.json, which holds no path and no date, with the hashes of weights and config."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
+from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import same_values
+
+#: Weights beyond this are mostly a slip.
+_LARGE = 100
 
 
 def same_adapter(one: Adapter, other: Adapter) -> bool:
@@ -16,6 +22,21 @@ def same_adapter(one: Adapter, other: Adapter) -> bool:
         and one.tensors.keys() == other.tensors.keys()
         and all(same_values(info, other.tensors[name]) for name, info in one.tensors.items())
     )
+
+
+def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+    """What may be meant, and may be a slip: one adapter twice, weights beyond 100 (70 for 0.70)."""
+    notices = []
+    used = [(a, w) for a, w in zip(adapters, weights, strict=True) if w]
+    for number, (adapter, weight) in enumerate(used):
+        twin = next((a for a, _ in used[:number] if same_adapter(adapter, a)), None)
+        if twin is not None:
+            text = f"{adapter.label} is the same adapter as {twin.label}."
+            notices.append(Notice("same-adapter", text, adapter.label))
+        if abs(weight) > _LARGE:
+            text = f"{adapter.label} has weight {weight:g}; weights are mostly between -2 and 2."
+            notices.append(Notice("large-weight", text, adapter.label))
+    return notices
 
 
 def idle_modules(adapter: Adapter) -> list[str]:

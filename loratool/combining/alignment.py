@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -98,6 +98,8 @@ class Joined:
     modules: dict[str, list[Contribution]] = field(default_factory=dict)
     saved: dict[str, Saved] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    #: Files that go along as they are, by name: trained weights that lie beside the factors.
+    companions: dict[str, Path] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
 
     @property

@@ -14,7 +14,9 @@ import numpy as np
 from loratool.adapters.adapter import Adapter
 from loratool.combining.alignment import Joined, Saved
 from loratool.errors import MatchError, ValueRangeError, listed
+from loratool.models.sidefiles import carried_files
 from loratool.notices import Notice
+from loratool.storage.hashing import file_sha256
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import count_not_finite, float_blocks, same_values
 from loratool.words import counted
@@ -30,6 +32,7 @@ def settle(joined: Joined, clash: str) -> None:
     to take) or have parts that no one adapter can have, and ValueRangeError for NaN and infinity.
     """
     _refuse_not_finite(joined)
+    _collect_companions(joined, clash)
     _collect_saved(joined, clash)
     _collect_rows(joined, clash)
     _refuse_biased_embeddings(joined)
@@ -56,11 +59,27 @@ def _refuse_not_finite(joined: Joined) -> None:
         )
 
 
+def _collect_companions(joined: Joined, clash: str) -> None:
+    """Take the files that adapters bring beside their factors, as they are: programs that read them
+    look for them by name. Where they differ somebody has to say whose to take."""
+    for adapter in joined.used:
+        brought = {path.name: path for path in adapter.companions} | carried_files(adapter.folder)
+        for name, path in brought.items():
+            taken = joined.companions.get(name, path)
+            if clash not in ("first", "last") and file_sha256(taken) != file_sha256(path):
+                raise MatchError(
+                    f"{taken} and {path} differ, and no mean can be taken of them.",
+                    "--saved first or last says whose to take.",
+                )
+            joined.companions[name] = path if clash == "last" else taken
+
+
 def _collect_saved(joined: Joined, clash: str) -> None:
     held: dict[str, list[tuple[float, TensorInfo]]] = {}
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
         for name, info in adapter.replaced.items() if weight else ():
-            held.setdefault(name, []).append((weight, info))
+            if info.file not in adapter.companions:
+                held.setdefault(name, []).append((weight, info))
     clashing = []
     for name, sources in held.items():
         first = sources[0][1]

@@ -34,13 +34,13 @@ from loratool.combining.rank_change import (
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
-from loratool.models.tokenizers import tokenizer_files
+from loratool.models.tokenizers import common_tokenizer, tokenizer_files
 from loratool.notices import Notice
-from loratool.storage.hashing import file_sha256
 from loratool.storage.tensors import Bytes
 from loratool.storage.values import float_blocks, raw_blocks, read_float32
 from loratool.streams.run import Run
 from loratool.streams.threads import computed
+from loratool.words import enumerated
 
 
 def output_dtype(joined: Joined, dtype: str | None) -> str:
@@ -97,7 +97,7 @@ def write_adapter(
         changes, nbytes = compute(folder.writer)
         folder.finish(outlines, [m.rank for m in changes.modules], extras, run.threads)
         folder.write_config(_recipe(joined, changes, policy.uniform))
-        folder.copy(tokenizer)
+        folder.copy(tokenizer | joined.companions)
         folder.write_record(_record(joined, changes, record))
     return changes, nbytes
 
@@ -166,16 +166,18 @@ def _saved_bytes(saved: Saved) -> Iterator[Bytes]:
 
 
 def _agreed_tokenizer(joined: Joined) -> dict[str, Path]:
-    """The tokenizer files beside the adapters, if those of one name are the same for all."""
-    agreed: dict[str, Path] = {}
-    for adapter in joined.used:
-        found = tokenizer_files(adapter.folder) if adapter.source.is_dir() else {}
-        for name, path in found.items():
-            if file_sha256(agreed.setdefault(name, path)) != file_sha256(path):
-                text = f"The adapters come with different tokenizers ({name}); none was copied."
-                joined.notices.append(Notice("tokenizers-differ", text))
-                return {}
-    return agreed
+    """The tokenizer beside the adapters, whole, if it is the same for all that bring one."""
+    folders = [(a.name, a.folder) for a in joined.used if a.source.is_dir()]
+    brought = [(name, files) for name, folder in folders if (files := tokenizer_files(folder))]
+    common = common_tokenizer([files for _, files in brought])
+    if brought and common is None:
+        text = (
+            f"{enumerated([name for name, _ in brought])} come with different tokenizers; none was "
+            "copied."
+        )
+        joined.notices.append(Notice("tokenizers-differ", text))
+        return {}
+    return brought[common][1] if common is not None else {}
 
 
 def _recipe(joined: Joined, changes: Changes, uniform: bool) -> Recipe:

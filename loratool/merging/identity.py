@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.effect import idle_modules, same_adapter
+from loratool.adapters.effect import idle_modules
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
 from loratool.models.checkpoint import Checkpoint
@@ -31,9 +31,6 @@ _NO_NAME = re.compile(
     r"tmp|temp|snapshot|hf|main|test|untitled)s?([-_]?(model|\d+))*|[0-9a-f]{7,}|\W*|step.*|epoch.*"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-#: Weights beyond this are mostly a slip: 70 for 0.70.
-_LARGE = 100
 
 
 def note_other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Notice]:
@@ -129,21 +126,13 @@ def held_by(base: Checkpoint) -> list[Merged]:
     return [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
 
 
-def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
-    """What may be meant, and may be a slip: an adapter twice, weights of 0 or beyond 100, adapters
-    that change nothing."""
+def note_doing_nothing(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+    """Adapters that change nothing, in whole or in part: a weight of 0, alpha or a factor zero."""
     notices = []
-    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        twin = next((a for a in adapters[:number] if same_adapter(adapter, a)), None)
-        if twin is not None:
-            text = f"{adapter.label} is the same adapter as {twin.label}: its delta is added twice."
-            notices.append(Notice("same-adapter", text, adapter.label))
+    for adapter, weight in zip(adapters, weights, strict=True):
         if weight == 0:
             text = f"{adapter.label} has weight 0: its delta is not added."
             notices.append(Notice("zero-weight", text, adapter.label))
-        elif abs(weight) > _LARGE:
-            text = f"{adapter.label} has weight {weight:g}; weights are mostly between -2 and 2."
-            notices.append(Notice("large-weight", text, adapter.label))
         notices += _note_idle(adapter)
     return notices
 

@@ -19,10 +19,10 @@ from loratool.errors import UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.tokenizers import (
     Tokenizer,
+    common_tokenizer,
     files_beside,
     is_beside_tokenizer,
     is_part_of_tokenizer,
-    same_tokenizers,
     stray_parts,
     tokenizer_files,
 )
@@ -164,8 +164,9 @@ def _settle_tokenizer(
             found.folder.fetch(own)
             found.tokenizer = Tokenizer("the base", own)
         return
-    owner, files = brought[-1]
-    if not same_tokenizers(brought):
+    common = common_tokenizer([files for _, files in brought])
+    owner, files = brought[-1 if common is None else common]
+    if common is None:
         text = (
             f"The adapters bring different tokenizers; that of {owner}, the last one, goes along. "
             "--tokenizer base keeps the base's."

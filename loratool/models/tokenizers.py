@@ -107,10 +107,12 @@ class Tokenizer:
         return bool(_object(self.files.get("tokenizer_config.json")).get("chat_template"))
 
 
-def same_tokenizers(tokenizers: Sequence[tuple[str, dict[str, Path]]]) -> bool:
-    """Whether these tokenizers, each with its owner, have the same files with the same bytes."""
-    hashes = [{name: file_sha256(path) for name, path in files.items()} for _, files in tokenizers]
-    return all(found == hashes[0] for found in hashes)
+def common_tokenizer(brought: Sequence[dict[str, Path]]) -> int | None:
+    """Which of these tokenizers has the files of all the others, with the same bytes; None where
+    they differ."""
+    hashes = [{name: file_sha256(path) for name, path in files.items()} for files in brought]
+    whole = [i for i, own in enumerate(hashes) if all(h.items() <= own.items() for h in hashes)]
+    return whole[-1] if whole else None
 
 
 def largest_ids(files: dict[str, Path]) -> dict[int, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapters.adapter import Adapter
+from loratool.adapters.effect import note_slips
 from loratool.adapters.reading import read_lora
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
 from loratool.combining.extras import settle
@@ -28,7 +28,6 @@ from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
 from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
-from loratool.storage.values import same_values
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
@@ -142,7 +141,7 @@ def combine(
             raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
         joined = join(loras, factors, "combined")
         settle(joined, saved)
-        _note_copies(joined)
+        joined.notices += note_slips(loras, factors)
         code = output_dtype(joined, dtype)
         options = replace(options, dtype=dtype_name(code))
         if chosen.cuts and not criterion.given:
@@ -195,24 +194,6 @@ def _why_zero(method: Method, density: float) -> tuple[str, str]:
 
 def _largest_rank(joined: Joined) -> int:
     return max(m.rank for adapter in joined.used for m in adapter.modules.values())
-
-
-def _note_copies(joined: Joined) -> None:
-    """Say so where one adapter is given twice: it may be meant, and it may be a slip."""
-    for number, adapter in enumerate(joined.used):
-        twin = next((other for other in joined.used[:number] if _same(adapter, other)), None)
-        if twin is not None:
-            text = f"{adapter.label} is the same adapter as {twin.label}."
-            joined.notices.append(Notice("same-adapter", text, adapter.label))
-
-
-def _same(one: Adapter, other: Adapter) -> bool:
-    """Whether two adapters hold the same; different ones differ in the first block read."""
-    return (
-        one.config == other.config
-        and one.tensors.keys() == other.tensors.keys()
-        and all(same_values(info, other.tensors[name]) for name, info in one.tensors.items())
-    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from loratool.errors import UsageError, explained_os_errors
 from loratool.extracting.counterparts import pair
 from loratool.extracting.options import ExtractOptions
 from loratool.extracting.report import ExtractReport, report_of
-from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
 from loratool.storage.folder import origin_of
@@ -111,8 +111,10 @@ def extract(
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
+    for model in (before, after):
+        refuse_placeholders(model)
     pairs = pair(before, after, options.selection)
-    pairs.notices += _note_swapped(before, after)
+    pairs.notices += [*before.notices, *after.notices, *_note_swapped(before, after)]
     before.fetch()
     after.fetch()
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.effect import note_slips
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, explained_os_errors
-from loratool.merging.identity import held_by, note_other_base, note_slips, refuse_held
+from loratool.merging.identity import held_by, note_doing_nothing, note_other_base, refuse_held
 from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
@@ -188,6 +189,7 @@ def merge(
         for adapter in plan.adapters:
             refuse_not_finite(adapter)
         report.warnings += note_slips(plan.adapters, factors)
+        report.warnings += note_doing_nothing(plan.adapters, factors)
         if not again:
             refuse_held(plan.base, plan.adapters)
     if dry_run:

@@ -226,3 +226,39 @@ def test_placeholders_in_the_base_are_refused(tmp_path: Path, adapter: Path) -> 
     """A base whose weights were never gathered is no base."""
     base = write_base(tmp_path / "empty", {**base_state(), "lm_head.weight": torch.zeros(0)})
     refused(loratool.errors.BaseError, base, adapter, tmp_path / "out", "lm_head.weight")
+
+
+def test_resize_and_combine_take_the_companions_along(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """As the files that they are, for programs that look for them by name; merged as before."""
+    torch.save({PREFIX + PROJECTOR: NEW}, adapter / "non_lora_trainables.bin")
+    torch.save({"v_head.summary.weight": torch.ones(1, 12)}, adapter / "value_head.bin")
+    sentence(adapter, "2_Dense", 1)
+    other = write_adapter(tmp_path / "other", pair(Q, 12, 10, seed=2), {})
+    loratool.resize(adapter, tmp_path / "small", rank=2)
+    loratool.combine([adapter, other], tmp_path / "both")
+    for folder in (tmp_path / "small", tmp_path / "both"):
+        for name in ("non_lora_trainables.bin", "value_head.bin", "modules.json",
+                     "2_Dense/model.safetensors", "1_Pooling/config.json"):  # fmt: skip
+            assert (folder / name).read_bytes() == (adapter / name).read_bytes(), name
+        merged = tmp_path / f"{folder.name}-merged"
+        loratool.merge(base, folder, merged, dtype="base")
+        assert torch.equal(load(merged)[PROJECTOR], NEW)
+
+
+@pytest.mark.parametrize("saved", ["refuse", "mean", "first", "last"])
+def test_companions_that_differ(tmp_path: Path, adapter: Path, saved: str) -> None:
+    """Two projectors have no mean that a pickle could hold; somebody says whose to take."""
+    other = write_adapter(tmp_path / "other", pair(Q, 12, 10, seed=2), {})
+    for number, folder in enumerate((adapter, other)):
+        torch.save({PREFIX + PROJECTOR: NEW + number}, folder / "non_lora_trainables.bin")
+    if saved in ("refuse", "mean"):
+        with pytest.raises(MatchError, match=r"non_lora_trainables\.bin") as caught:
+            loratool.combine([adapter, other], tmp_path / "out", saved=saved)
+        assert "--saved first" in caught.value.hint
+        return
+    loratool.combine([adapter, other], tmp_path / "out", saved=saved)
+    wanted = adapter if saved == "first" else other
+    name = "non_lora_trainables.bin"
+    assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()

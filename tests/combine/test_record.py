@@ -108,10 +108,14 @@ def test_metadata_and_tasks_are_not_lost(tmp_path: Path, out: Path) -> None:
 
 
 def test_one_tokenizer_file_more_is_no_other_tokenizer(two: list[Path], out: Path) -> None:
-    """Tokenizers clash where a file of one name has two contents, not where one is missing."""
+    """Tokenizers clash where neither has all that the other has: a mixture would be nobody's."""
     for folder in two:
         (folder / "tokenizer.json").write_text("{}")
     (two[1] / "chat_template.jinja").write_text("x")
     assert codes(loratool.combine(two, out)) == []
     assert (out / "tokenizer.json").read_text() == "{}"
     assert (out / "chat_template.jinja").read_text() == "x"
+    (two[0] / "added_tokens.json").write_text("{}")
+    mixed = out.with_name("mixed")
+    assert codes(loratool.combine(two, mixed)) == ["tokenizers-differ"]
+    assert not (mixed / "tokenizer.json").exists()

@@ -6,6 +6,7 @@ import click
 
 from loratool.cli.options import (
     base_option,
+    components_option,
     full_option,
     include_option,
     json_option,
@@ -25,6 +26,7 @@ from loratool.cli.options import (
     help="Relative difference up to which two deltas are equal.",
 )  # fmt: skip
 @base_option("Base model: counts new singular directions (intruders); slow for large matrices.")
+@components_option()
 @layer_option()
 @include_option()
 @full_option()
@@ -39,6 +41,7 @@ def compare_command(
     equal: bool,
     tolerance: float,
     base: str | None,
+    components: tuple[str, ...],
     layers: str | None,
     include: tuple[str, ...],
     full: bool,
@@ -67,7 +70,8 @@ def compare_command(
 
     with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
         report = compare(
-            adapters, weights=weights or None, tolerance=tolerance, base=base, layers=layers,
+            adapters, weights=weights or None, tolerance=tolerance, base=base,
+            components=components, layers=layers,
             include=include, threads=threads, progress=progress,
         )  # fmt: skip
     try:

@@ -22,10 +22,12 @@ from loratool.words import agreeing, counted
 class BaseWeights:
     """Which base weight each module adapts, for counting intruder dimensions."""
 
-    def __init__(self, base: str | Path, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, base: str | Path, adapters: Sequence[Adapter], components: Sequence[str] = ()
+    ) -> None:
         self._base = open_checkpoint(base)
         refuse_quantised(self._base)
-        layout = Layout(self._base)
+        layout = Layout(self._base, components)
         self._deltas: dict[str, Delta] = {}
         self._tied = layout.tied.embedding if layout.tied is not None else None
         self.notices: list[Notice] = []
@@ -34,6 +36,7 @@ class BaseWeights:
             placed = match(adapter, layout)
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
             self._deltas |= {d.factors.path: d for d in placed.deltas}
+        self.notices += [*self._base.notices, *layout.notices]
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",

@@ -90,6 +90,7 @@ def compare(
     weights: Sequence[float] | None = None,
     tolerance: float = TOLERANCE,
     base: str | Path | None = None,
+    components: Sequence[str] = (),
     layers: str | None = None,
     include: Sequence[str] = (),
     threads: int | None = None,
@@ -103,6 +104,7 @@ def compare(
     weights: what they would be combined with, for `survival`; 1.0 each if not given.
     tolerance: relative difference up to which two deltas count as equal.
     base: base model; counts intruder dimensions, which takes an eigendecomposition per module.
+    components: the only parts of the base that the adapters may go into.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
     progress: called with (modules done, modules in all, module).
@@ -126,7 +128,7 @@ def compare(
         loras = [read_lora(source) for source in sources]
         joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
         paths = selected(list(joined.modules), layers, include)
-        targets = BaseWeights(base, loras) if base is not None else None
+        targets = BaseWeights(base, loras, components) if base is not None else None
         modules = []
         with FilePool() as files:
             work = (

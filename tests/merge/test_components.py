@@ -107,6 +107,9 @@ def test_the_option_chooses(tmp_path: Path) -> None:
     assert loratool.inspect(adapter, base=base, **options).base.unmatched == []
     loratool.unmerge(out, adapter, tmp_path / "back")
     assert changed(state, load(tmp_path / "back")) == set()
+    assert loratool.compare([adapter, adapter], base=base, **options).base == str(base)
+    with pytest.raises(MatchError, match="text_model"):
+        loratool.compare([adapter, adapter], base=base)
     record = json.loads((out / "loratool.json").read_text())
     assert record["options"]["components"] == ["vision_model"]
     chosen = ["--components", "text_model", "--dtype", "base"]

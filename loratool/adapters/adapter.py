@@ -83,7 +83,7 @@ class Adapter:
     notices: list[Notice] = field(default_factory=list)
     declared: Declared = Declared()
     is_read: bool = False
-    #: Shards, where there are several; `weights` is then their index.
+    #: All shards, where there are several; `weights` is then their index, or the first.
     shards: tuple[Path, ...] = ()
     #: Files beside the factors whose tensors are parts of the adapter.
     companions: tuple[Path, ...] = ()

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.errors import FileError, LoraToolError, listed
+from loratool.models.sidefiles import sentence_parts
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_ENTRIES,
-    ADAPTER_INDICES,
-    SHARD,
+    OF_A_RUN,
     TORCH_SUFFIXES,
     VALUE_HEAD,
 )
 from loratool.storage.folder import Folder
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import same_bytes, same_sample
+from loratool.storage.values import same_sample, same_values
 from loratool.storage.weights import read_contents
 from loratool.words import counted
 
@@ -32,11 +32,8 @@ _TRAINED = re.compile(
     r"(non_lora_trainables|non_lora_state_dict|mm_projector|trainable_params|modules_to_save)"
     r"\.(bin|pt|pth|safetensors)"
 )
-#: What a training run needs to go on; no weights of the model.
-_OF_A_RUN = re.compile(
-    r"(training_args|optimizer|optim_states|scheduler|scaler|rng_state|random_states|"
-    r"training_state|trainer_state)\b.*|.*_(optim_states|rng_state)\.pt|rng_state_.*"
-)
+#: Folders of the modules around a sentence encoder, which modules.json names.
+_SENTENCE_PART = re.compile(r"\d+_[A-Z]\w*")
 
 
 @dataclass
@@ -48,47 +45,57 @@ class Companions:
     notices: list[Notice] = field(default_factory=list)
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file lies beside an adapter and is none, by its name."""
+    return any(
+        pattern.fullmatch(name) for pattern in (_TRAINED, VALUE_HEAD, OF_A_RUN)
+    )  # fmt: skip
+
+
 def read_companions(
-    folder: Folder, beside: str, entry: str, held: dict[str, TensorInfo], read: Collection[str]
+    folder: Folder, entry: str, held: dict[str, TensorInfo], read: Collection[str]
 ) -> Companions:
-    """What lies beside the adapter that is read from `read`, in `beside` ("", or a folder in it).
+    """What lies in `folder` beside the adapter that is read from the files `read`.
 
     `held` are the tensors it has. Raises FileError where a file holds one of them with another
     value, or cannot be read.
     """
     found = Companions()
     unread = []
-    for name in _weights_in(folder, beside):
-        leaf = name.rpartition("/")[2]
-        if name in read or _OF_A_RUN.fullmatch(leaf):
+    for name in _weights_in(folder):
+        if name in read or OF_A_RUN.fullmatch(name):
             continue
-        if _TRAINED.fullmatch(leaf):
+        if _TRAINED.fullmatch(name):
             _take(found, folder, name, held)
-        elif VALUE_HEAD.fullmatch(leaf):
-            found.notices.append(_note_value_head(folder, name))
-        elif leaf in ADAPTER_ENTRIES and "/" not in name:
+        elif VALUE_HEAD.fullmatch(name):
+            found.notices += _note_value_head(folder, name)
+        elif name in ADAPTER_ENTRIES:
             found.notices += _note_second(folder, entry, name, held)
-        elif not SHARD.fullmatch(leaf) or entry not in ADAPTER_INDICES:
+        else:
             unread.append(name)
     if unread:
         text = (
-            f"{counted(len(unread), 'file')} beside the adapter may hold weights and "
-            f"{'was' if len(unread) == 1 else 'were'} not read:\n{listed(unread)}"
+            f"{counted(len(unread), 'file', 'was')} not read that may hold weights of the adapter:"
+            f"\n{listed(unread)}"
         )
         found.notices.append(Notice("weights-beside", text, str(folder.path)))
     return found
 
 
-def _weights_in(folder: Folder, beside: str) -> list[str]:
-    prefix = f"{beside}/" if beside else ""
+def _weights_in(folder: Folder) -> list[str]:
+    """The weights files of a folder, and those of sentence modules that modules.json forgot."""
+    named = sentence_parts(folder)
     return [
         name
-        for name in folder.names(depth=1 if beside else 0)
-        if name.startswith(prefix)
-        and "/" not in name[len(prefix) :]
-        and Path(name).suffix in TORCH_SUFFIXES | {".safetensors", ".npz"}
+        for name in folder.names(depth=1)
+        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors", ".npz"}
+        and ("/" not in name or _forgotten(name.partition("/")[0], named))
         and folder.has(name)
     ]
+
+
+def _forgotten(part: str, named: Collection[str]) -> bool:
+    return _SENTENCE_PART.fullmatch(part) is not None and part not in named
 
 
 def _take(found: Companions, folder: Folder, name: str, held: dict[str, TensorInfo]) -> None:
@@ -105,7 +112,7 @@ def _take(found: Companions, folder: Folder, name: str, held: dict[str, TensorIn
             found.tensors[key] = info
             continue
         folder.fetch([name, known.file.name])
-        if not same_bytes(known, info):
+        if not same_values(known, info):
             raise FileError(
                 f"{folder.path / name}: {key!a} is also in {known.file.name}, with other values.",
                 "Keep the file that is right, and move the other one away.",
@@ -118,12 +125,25 @@ def _take(found: Companions, folder: Folder, name: str, held: dict[str, TensorIn
     found.notices.append(Notice("weights-read", text, name))
 
 
-def _note_value_head(folder: Folder, name: str) -> Notice:
+def _note_value_head(folder: Folder, name: str) -> list[Notice]:
+    """It is copied as it is; nothing but its names and shapes is looked at."""
     text = (
         f"{name} holds a value head of reinforcement learning. It is no part of the language "
-        "model; the file is copied beside the output."
+        "model; a merge copies the file."
     )
-    return Notice("value-head", text, str(folder.path / name))
+    notices = [Notice("value-head", text, str(folder.path / name))]
+    try:
+        tensors = read_contents(folder, name).tensors
+    except FileError:
+        return notices
+    empty = [key for key, info in tensors.items() if not info.numel]
+    if empty:
+        text = (
+            f"{name}: {empty[0]} is empty, a placeholder as DeepSpeed ZeRO-3 or FSDP leave it when "
+            "shards were not gathered before saving. Save again from the training run"
+        )
+        notices.append(Notice("zero3-placeholder", text, name, refused=True))
+    return notices
 
 
 def _note_second(

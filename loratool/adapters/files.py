@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loratool.adapters.companions import is_companion
 from loratool.errors import FileError, listed
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -31,6 +31,7 @@ class Held:
     that have no index; `names` are all of the files, in `folder`.
     """
 
+    folder: Folder
     entry: str
     names: tuple[str, ...]
     tensors: dict[str, TensorInfo]
@@ -44,24 +45,26 @@ def read_held(folder: Folder, file: str, source: str | Path) -> Held:
     Raises FileError for what is damaged, not there, or only a part.
     """
     entry = file or _find(folder, source)
+    inner, _, entry = entry.rpartition("/")
+    folder = folder.inside(inner) if inner else folder
     if entry.endswith(".index.json"):
         return _indexed(folder, entry)
     shard = SHARD.fullmatch(entry)
     if shard and not file and int(shard["count"]) > 1:
         return _numbered(folder, entry)
     contents = read_contents(folder, entry)
-    return Held(entry, (entry,), contents.tensors, contents.metadata, contents.top)
+    return Held(folder, entry, (entry,), contents.tensors, contents.metadata, contents.top)
 
 
 def _indexed(folder: Folder, entry: str) -> Held:
     found = read_index(folder, entry)
     names = sorted({info.file.name for info in found.tensors.values()})
-    return Held(entry, tuple(names), found.tensors, found.metadata)
+    return Held(folder, entry, tuple(names), found.tensors, found.metadata)
 
 
 def _numbered(folder: Folder, entry: str) -> Held:
     """Shards that say in their names how many they are, without an index."""
-    names = _companions_of(entry)
+    names = _set_of(entry)
     missing = [name for name in names if not folder.has(name)]
     if missing:
         raise FileError(
@@ -81,10 +84,10 @@ def _numbered(folder: Folder, entry: str) -> Held:
             )
         tensors |= contents.tensors
         metadata = metadata or contents.metadata
-    return Held(entry, tuple(names), tensors, metadata)
+    return Held(folder, entry, tuple(names), tensors, metadata)
 
 
-def _companions_of(shard: str) -> list[str]:
+def _set_of(shard: str) -> list[str]:
     """The names of all the shards that one of them belongs to."""
     found = SHARD.fullmatch(shard)
     assert found is not None
@@ -102,23 +105,22 @@ def _find(folder: Folder, source: str | Path) -> str:
                 "Options take one value each: --weight 0.5 --weight 0.7.",
             )
         raise not_there(source, path)
-    for name in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
-        if folder.has(name):
-            return name
-    inside = [
-        name
-        for name in folder.names(depth=1)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
-        and ("/" not in name or re.fullmatch(r"[^/]+/adapter_model\.[^/]+", name))
-    ]
-    sets = _sets(inside)
-    if len(sets) == 1:
-        return sets[0]
+    entry = _usual(folder)
+    if entry is not None:
+        return entry
     if folder.has(INDEX):
         raise FileError(
             f"{path}: this is a base model (sharded weights), not an adapter.",
             "Name the adapter, or one of the shards to look into it.",
         )
+    inside = [
+        name
+        for name in folder.names(depth=0)
+        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"} and not is_companion(name)
+    ]
+    deeper = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
+    found = ((inner, _usual(folder.inside(inner))) for inner in sorted(deeper))
+    inside += [f"{inner}/{name}" for inner, name in found if name is not None]
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -134,11 +136,27 @@ def _find(folder: Folder, source: str | Path) -> str:
     )
 
 
-def _sets(names: list[str]) -> list[str]:
-    """The first name of every set of numbered shards of an adapter."""
-    sets = defaultdict(list)
-    for name in names:
+def _usual(folder: Folder) -> str | None:
+    """The entry of an adapter by the names that adapters usually have; None without one."""
+    for name in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
+        if folder.has(name):
+            return name
+    named = folder.has(ADAPTER_CONFIG)
+    for index in (INDEX, "pytorch_model.bin.index.json") if named else ():
+        # A trainer that saves "the model" in shards names an adapter's like a model's.
+        weight_map = folder.json(index).get("weight_map") if folder.has(index) else None
+        if isinstance(weight_map, dict) and any("lora_" in str(key) for key in weight_map):
+            return index
+    return _first_shard(folder.names(depth=0), "" if named else "adapter")
+
+
+def _first_shard(names: list[str], stem: str) -> str | None:
+    """The first of numbered shards whose names begin so, safetensors before others; None if there
+    are none, or several sets."""
+    sets: dict[str, dict[tuple[str, str], str]] = {".safetensors": {}, ".bin": {}}
+    for name in sorted(names, reverse=True):
         shard = SHARD.fullmatch(name)
-        if shard and shard["stem"].startswith("adapter") and int(shard["count"]) > 1:
-            sets[shard["stem"], shard["count"], Path(name).suffix].append(name)
-    return [min(found) for found in sets.values()]
+        if shard and shard["stem"].startswith(stem) and int(shard["count"]) > 1:
+            sets[Path(name).suffix][shard["stem"], shard["count"]] = name
+    found = next((kind for kind in sets.values() if kind), {})
+    return next(iter(found.values())) if len(found) == 1 else None

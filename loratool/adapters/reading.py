@@ -23,11 +23,9 @@ def read_adapter(source: str | Path) -> Adapter:
     `format` and `description`. Raises FileError for what is damaged or not there.
     """
     place = locate(source)
-    folder = place.folder
-    held = read_held(folder, place.file, source)
-    beside = held.entry.rpartition("/")[0]
-    config_file = f"{beside}/{ADAPTER_CONFIG}" if beside else ADAPTER_CONFIG
-    config = folder.json(config_file) if folder.has(config_file) else {}
+    held = read_held(place.folder, place.file, source)
+    folder = held.folder
+    config = folder.json(ADAPTER_CONFIG) if folder.has(ADAPTER_CONFIG) else {}
     tensors = held.tensors
     claim = claimed_by(tensors, config, held.top)
     code, words = (claim[0].name, claim[1]) if claim else recognise(tensors, config, held.top)
@@ -35,20 +33,21 @@ def read_adapter(source: str | Path) -> Adapter:
         place.path, folder.path / held.entry, folder, code, words, dict(tensors), config,
         held.metadata,
     )  # fmt: skip
-    adapter.shards = tuple(folder.path / name for name in held.names if name != held.entry)
+    if held.names != (held.entry,):
+        adapter.shards = tuple(folder.path / name for name in held.names)
     # Adapters that are no LoRA have a config of PEFT's all the same.
     adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
     if claim:
         adapter.is_read = True
-        _add_companions(adapter, beside, held)
+        _add_companions(adapter, held)
         claim[0].read(adapter)
         _note_part(adapter, place.file)
     return adapter
 
 
-def _add_companions(adapter: Adapter, beside: str, held: Held) -> None:
+def _add_companions(adapter: Adapter, held: Held) -> None:
     """Make what training scripts saved beside the factors a part of the adapter."""
-    found = read_companions(adapter.folder, beside, held.entry, adapter.tensors, held.names)
+    found = read_companions(adapter.folder, held.entry, adapter.tensors, held.names)
     adapter.tensors |= found.tensors
     adapter.companions = tuple(adapter.folder.path / name for name in found.names)
     adapter.notices += found.notices

@@ -22,8 +22,8 @@ from loratool.extracting.kinds import Group, group_of
 from loratool.extracting.selection import Fate, Selection
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
-from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory, is_legacy_buffer
-from loratool.models.layouts.names import HEAD, PRETRAINING, is_vocabulary
+from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory
+from loratool.models.layouts.names import HEAD, PRETRAINING, is_legacy_buffer, is_vocabulary
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
 from loratool.paths import pattern

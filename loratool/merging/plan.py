@@ -14,7 +14,7 @@ from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.matching import Delta
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.layout import is_legacy_buffer
+from loratool.models.layouts.names import is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError, FileError, listed, shown
+from loratool.models.rivals import rival_notes
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.folder import Folder, origin_of
@@ -111,6 +112,7 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
         if entry_of(folder) is None and folder.has(ADAPTER_CONFIG):
             raise BaseError(f"{folder.path}: this is an adapter, not a base model.", _ORDER)
         weights = read_folder(folder, partial)
+        weights.notes += rival_notes(folder, weights.tensors)
     else:
         raise not_there(source, place.path)
     if not weights.tensors:
@@ -130,11 +132,7 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
 def refuse_placeholders(model: Checkpoint) -> None:
     """Raise BaseError for weights without values: ZeRO-3 leaves them of shape [0], and a model with
     them loads nowhere."""
-    empty = [
-        name
-        for name, info in model.tensors.items()
-        if info.shape == (0,) and info.is_float and name.endswith((".weight", ".bias"))
-    ]
+    empty = [name for name, info in model.tensors.items() if info.is_float and not info.numel]
     if empty:
         raise BaseError(
             f"{model.label}: {counted(len(empty), 'weight', 'is')} empty, a placeholder as "

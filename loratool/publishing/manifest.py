@@ -20,7 +20,13 @@ from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import carried_files
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, CONFIG, PROVENANCE
+from loratool.storage.filenames import (
+    ADAPTER_CONFIG,
+    ADAPTER_ENTRIES,
+    CONFIG,
+    OF_A_RUN,
+    PROVENANCE,
+)
 from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
 from loratool.storage.tensors import TensorInfo
@@ -55,11 +61,9 @@ _BEGINNING = 8_192
 #: Vocabularies are long lists of odd words.
 _VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
 
-#: What a training run needs to go on, and nobody else.
+#: Folders of a training run.
 _TRAINING = re.compile(
-    r"(^|/)(optimizer.*|optim_states.*|scheduler\.(pt|bin)|scaler\.pt|rng_state.*|random_states.*|"
-    r"training_args\.bin|events\.out\.tfevents.*|.*\.distcp|.*_optim_states\.pt|.*_model_states\.pt)$"
-    r"|(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
+    r"(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
 _UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
@@ -176,6 +180,7 @@ def _refuse_incomplete(manifest: Manifest) -> None:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
         indices = {name for name in manifest.files if name.endswith(".index.json")}
         manifest.needed = {*(file.name for file in model.files), CONFIG, *indices}
+        manifest.needed |= carried_files(manifest.folder).keys()
         manifest.notices += model.notices
         manifest.notices += note_ids_without_rows(
             tokenizer_files(manifest.folder), _embeddings(model.tensors)
@@ -249,7 +254,7 @@ def _refuse_strays(manifest: Manifest, names: Sequence[str]) -> None:
     for name in names:
         if name in manifest.needed:
             continue
-        if _TRAINING.search(name):
+        if _TRAINING.search(name) or OF_A_RUN.fullmatch(name.rpartition("/")[2]):
             found[name] = "of a training run"
         elif _PICKLE.search(name) and name.rpartition("/")[0] in tops:
             second = name in ADAPTER_ENTRIES or name.startswith("pytorch_model")
@@ -282,6 +287,8 @@ def _reasons(found: dict[str, str]) -> str:
 
 
 def _options(option: str, found: dict[str, str]) -> str:
-    """The option for every file, or for every folder with such files."""
-    tops = {name.partition("/")[0] + "/" if "/" in name else name for name in found}
+    """The option for every file; for a folder where that is of a training run as a whole."""
+    tops = {
+        name.partition("/")[0] + "/" if _TRAINING.search(name) else name for name in found
+    }  # fmt: skip
     return " ".join(f"{option} {shlex.quote(top)}" for top in sorted(tops))

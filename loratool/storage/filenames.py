@@ -29,6 +29,14 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safete
 #: part of the language model, but read by those who train on.
 VALUE_HEAD = re.compile(r"(value_head|v_head)\.(bin|pt|pth|safetensors)")
 
+#: What a training run needs to go on, and nobody else: no weights of a model.
+OF_A_RUN = re.compile(
+    r"(training_args|custom_optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|"
+    r"random_states?|rng_state|training_state)([._-].*)?\.(pt|pth|bin|pkl|safetensors)"
+    r"|(optimizer|optim_states).*|(rng_state|random_states).*|events\.out\.tfevents.*"
+    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp"
+)
+
 #: Endings of files that torch pickles.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 

@@ -54,6 +54,10 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def inside(self, name: str) -> Folder:
+        """The folder of this name in it."""
+        return type(self)(self.path / name)
+
     def is_there(self) -> bool:
         return self.path.is_dir()
 

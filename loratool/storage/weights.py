@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool.errors import BaseError, FileError, LoraToolError, listed
-from loratool.storage.filenames import MODEL, MODEL_ENTRIES, SHARD, TORCH_SUFFIXES
+from loratool.errors import BaseError, FileError, listed
+from loratool.storage.filenames import INDEX, MODEL, MODEL_ENTRIES, SHARD, TORCH_SUFFIXES
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.header import parse_header
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import read_pickled
-from loratool.storage.values import same_sample
 from loratool.words import agreeing, counted
 
 
@@ -66,62 +65,59 @@ def read_folder(folder: Folder, partial: bool = False) -> Weights:
     entry = entry_of(folder)
     if entry is None:
         return read_one(folder, _only_weights_file(folder))
-    found = _read_entry(folder, entry, partial)
-    for other in MODEL_ENTRIES[MODEL_ENTRIES.index(entry) + 1 :]:
-        if folder.has(other):
-            found.notes += _compared(folder, entry, found, other)
-    return found
+    if entry == MODEL and folder.has(INDEX):
+        _refuse_split(folder)
+    return read_entry(folder, entry, partial)
 
 
-def _read_entry(folder: Folder, entry: str, partial: bool) -> Weights:
+def read_entry(folder: Folder, entry: str, partial: bool = False) -> Weights:
+    """The weights of one index, or in one file."""
     return (
         read_index(folder, entry, partial) if entry.endswith(".json") else read_one(folder, entry)
     )
-
-
-def _compared(folder: Folder, entry: str, taken: Weights, other: str) -> list[str]:
-    """What to say of a second set of weights in the folder; nothing where it holds the same."""
-    if other.endswith(".json"):
-        weight_map = folder.json(other).get("weight_map")
-        if not isinstance(weight_map, dict):
-            return []
-        files = {name for name in weight_map.values() if isinstance(name, str)}
-        if entry in files and len(files) > 1:
-            raise FileError(
-                f"{folder.path / other}: it names {entry} as one of {len(files)} shards, and "
-                f"transformers would load {entry} alone.",
-                "Rename that shard, in the index too.",
-            )
-        if files == {entry} or not any(folder.has(name) for name in files):
-            return []
-    elif folder.missing([other]):
-        return []  # nothing is downloaded for a comparison
-    try:
-        rest = _read_entry(folder, other, partial=True).tensors
-    except LoraToolError:
-        return []  # it cannot be what anybody loads
-    near = taken.tensors
-    odd = next((name for name in near if name not in rest), None) or next(
-        (name for name in rest if name not in near or not _alike(near[name], rest[name])), None
-    )
-    if odd is None:
-        return []
-    return [
-        f"the folder also holds {other}, whose weights differ ({odd!a} for one); {entry} was "
-        "taken, as transformers does"
-    ]
-
-
-def _alike(one: TensorInfo, other: TensorInfo) -> bool:
-    if not (one.file.is_file() and other.file.is_file()):  # on the Hub: headers tell all there is
-        return (one.dtype, one.shape) == (other.dtype, other.shape)
-    return same_sample(one, other)
 
 
 def read_one(folder: Folder, name: str) -> Weights:
     """The weights in one file."""
     tensors, metadata = _named_weights(folder, name)
     return Weights(tensors, {MODEL: list(tensors)}, metadata)
+
+
+def _refuse_split(folder: Folder) -> None:
+    """Raise FileError where the single file is one of several shards, by the index beside it."""
+    weight_map = folder.json(INDEX).get("weight_map")
+    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if MODEL in files and len(files) > 1:
+        raise FileError(
+            f"{folder.path / INDEX}: it names {MODEL} as one of {len(files)} shards, and "
+            f"transformers would load {MODEL} alone.",
+            "Rename that shard, in the index too.",
+        )
+
+
+def _refuse_unlisted(folder: Folder, index: Path, names: Sequence[str]) -> None:
+    """Raise FileError for shards that belong to those an index names, by their own names, and are
+    there, but that it does not list: a part of the weights would be missing."""
+    sets: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        shard = SHARD.fullmatch(name)
+        if shard:
+            sets.setdefault((shard["stem"], Path(name).suffix), set()).add(shard["count"])
+    for (stem, suffix), counts in sets.items():
+        if len(counts) > 1:
+            raise FileError(
+                f"{index}: it names shards of sets of {' and of '.join(sorted(counts))}.",
+                "Index and shards do not belong together; fetch both again.",
+            )
+        count = counts.pop()
+        whole = [f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)]
+        unlisted = [name for name in whole if name not in names and folder.has(name)]
+        if unlisted:
+            raise FileError(
+                f"{index}: it does not list {counted(len(unlisted), 'shard')} of the same set:\n"
+                + listed(unlisted),
+                "Index and shards do not belong together; fetch both again.",
+            )
 
 
 def refuse_part(folder: Folder, name: str) -> None:
@@ -175,6 +171,7 @@ def read_index(folder: Folder, entry: str, partial: bool = False) -> Weights:
             f"{agreeing(len(missing), 'is')} missing:\n" + listed(ascii(name) for name in missing),
             folder.remedy,
         )
+    _refuse_unlisted(folder, index, names)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     metadata: dict[str, str] = {}

@@ -66,6 +66,8 @@ def test_shards_are_the_adapter_in_one_file(tmp_path: Path, form: str, index: bo
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     assert same(load(tmp_path / "back"), STATE)
     assert {m.path for m in loratool.inspect(adapter).modules} == {Q, K}
+    held = {path.name for path in read_adapter(adapter).files}
+    assert held == {f"adapter_model-0000{n}-of-00002.{form}" for n in (1, 2)}
     loratool.resize(adapter, tmp_path / "small", rank=2)
     loratool.resize(one, tmp_path / "small-one", rank=2)
     assert same(load(tmp_path / "small"), load(tmp_path / "small-one"))
@@ -130,3 +132,47 @@ def test_one_file_comes_before_shards(tmp_path: Path) -> None:
     found = read_adapter(folder)
     assert set(found.modules) == {Q}
     assert "weights-beside" in {n.code for n in found.notices}
+
+
+def test_an_index_that_forgets_a_shard_is_refused(tmp_path: Path) -> None:
+    """The shard's own name says that it belongs to the set; half of an adapter is not merged."""
+    folder = write(tmp_path / "shards")
+    first = "adapter_model-00001-of-00002.safetensors"
+    index = {"weight_map": dict.fromkeys(halves()[0], first)}
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileError, match="does not list 1 shard"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_in_a_folder_of_their_own(tmp_path: Path, index: bool) -> None:
+    """The only adapter below a folder is found in shards too; its folder is that of its files."""
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "checkpoint-100", index=index)
+    found = read_adapter(tmp_path / "run")
+    assert set(found.modules) == {Q, K}
+    assert found.folder.path == tmp_path / "run" / "checkpoint-100"
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_shards_that_are_called_like_a_models(tmp_path: Path, form: str, index: bool) -> None:
+    """A trainer that saves "the model" writes an adapter's shards under a model's names."""
+    folder = write(tmp_path / "shards", form, index)
+    stem = "model" if form == "safetensors" else "pytorch_model"
+    for path in list(folder.glob("adapter_model*")):
+        path.rename(folder / path.name.replace("adapter_model", stem))
+    if index:
+        path = folder / f"{stem}.{form}.index.json"
+        path.write_text(path.read_text().replace("adapter_model", stem))
+    assert set(read_adapter(folder).modules) == {Q, K}
+
+
+def test_safetensors_shards_come_first(tmp_path: Path) -> None:
+    """Both formats without an index: one set is read."""
+    folder = write(tmp_path / "shards", index=False)
+    other = write(tmp_path / "other", "bin", index=False)
+    for path in other.glob("*.bin"):
+        path.rename(folder / path.name)
+    found = read_adapter(folder)
+    assert {path.suffix for path in found.files} == {".safetensors"}

@@ -16,7 +16,8 @@ from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
-from loratool.models.layouts.layout import Layout, is_legacy_buffer
+from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import is_legacy_buffer
 from loratool.notices import Notice
 from loratool.storage.header import read_header
 from loratool.streams.run import Run

@@ -3,7 +3,7 @@
 An adapter's keys are module names of the transformers version it was trained with; a base file has
 its own names. This module finds for each name of the one the tensor of the other. It knows which
 weights are stored `[in, out]`, and which output head shares the input embedding's matrix. All of it
-is declared per architecture; nothing is read off a shape.
+is declared per architecture; a shape only tells parts of one model apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from loratool.models.layouts.names import (
     CONV1D,
     IN_MEMORY,
     LANGUAGE_HEAD,
-    LEGACY_BUFFER,
     ON_DISK,
     PLAIN_PAIRS,
     RENAMED,
@@ -42,16 +41,6 @@ Naming = Callable[[str], str]
 
 #: Prefixes that are tried; models have fewer parts.
 _PREFIXES = 12
-
-
-def is_legacy_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """True for causal masks and frequency tables that were saved although they are constants.
-
-    `attn.bias` is one only with the mask's shape `[1, 1, n, n]`; elsewhere it is a real bias.
-    """
-    if name.endswith((".attn.bias", ".attention.bias")):
-        return len(shape) == 4 and shape[:2] == (1, 1)
-    return LEGACY_BUFFER.search(name) is not None
 
 
 class Layout:

@@ -213,3 +213,13 @@ SHARED = re.compile(r"(^|\.)(shared|encoder\.embed_tokens|decoder\.embed_tokens|
 #: Buffers of old checkpoints that no current model reads. They are carried over as they are: some
 #: hold -inf or -1e9 by design, and casting a frequency table would only damage it.
 LEGACY_BUFFER = re.compile(r"(^|\.)(masked_bias|inv_freq|(attn|attention)\.bias)$")
+
+
+def is_legacy_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """True for causal masks and frequency tables that were saved although they are constants.
+
+    `attn.bias` is one only with the mask's shape `[1, 1, n, n]`; elsewhere it is a real bias.
+    """
+    if name.endswith((".attn.bias", ".attention.bias")):
+        return len(shape) == 4 and shape[:2] == (1, 1)
+    return LEGACY_BUFFER.search(name) is not None

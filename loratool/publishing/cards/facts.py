@@ -44,9 +44,6 @@ _NO_ID = re.compile(
     re.IGNORECASE,
 )
 _CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)(?:[/\\]|$)", re.ASCII)
-#: One of these makes a tokenizer; its settings alone do not.
-_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-                 "sentencepiece.bpe.model"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def read_facts(folder: Path, base_model: str | None = None) -> Facts:
         subfolder=re.sub(r"/?[^/]*\.(safetensors|bin|pt|pth)$", "", string(used.get("path"))),
         record=record,
         stale=stale,
-        tokenizer=bool(_VOCABULARIES & tokenizer_files(Folder(folder)).keys()),
+        tokenizer=bool(tokenizer_files(Folder(folder))),
         undo=isinstance(undo, str) and (folder / undo).is_file(),
         adapter=adapter,
         model=model,

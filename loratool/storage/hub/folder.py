@@ -175,6 +175,12 @@ class HubFolder(Folder):
         self._unfinished = set(self._halves())
         self._files: Any = None
 
+    def inside(self, name: str) -> Folder:
+        sizes = {self._prefix + key: size for key, size in self._sizes.items()}
+        address = Address(self.repo, self._revision)
+        prefix = f"{self._prefix}{name}/"
+        return HubFolder(address, self.commit, self._root, prefix, sizes, self.private)
+
     def is_there(self) -> bool:
         return True
 

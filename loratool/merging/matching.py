@@ -90,7 +90,9 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     for path, rows in adapter.token_rows.items():
         name = found.naming(f"{path}.weight")
         target = _target(found, layout, name)
-        if target is None:
+        if not layout.admits(name):
+            found.unmatched.append((rows.rows.name, _outside(name, layout)))
+        elif target is None:
             found.unmatched.append((rows.rows.name, _not_there(found, name, layout.base)))
         elif target.shape[1:] != rows.rows.shape[1:] or any(
             index >= target.shape[0] for index in rows.indices
@@ -106,6 +108,9 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     name = found.naming(module.weight_name)
     base_path = name.rpartition(".")[0]
     target = _target(found, layout, name)
+    if not layout.admits(name):
+        found.unmatched.append((module.path, _outside(name, layout)))
+        return
     if target is None:
         found.unmatched.append((module.path, _not_there(found, name, layout.base)))
         return
@@ -154,6 +159,8 @@ def _match_replaced(found: Match, layout: Layout) -> None:
             target = base.tensors[layout.tied.embedding].renamed(target_name)
         if target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):
             found.added[name] = info
+        elif not layout.admits(target_name):
+            found.unmatched.append((info.name, _outside(target_name, layout)))
         elif target is None:
             found.unmatched.append((info.name, _not_there(found, target_name, base)))
         elif reason := _replacement_misfit(found.adapter, name, info, target):
@@ -206,6 +213,10 @@ def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:
         embedding = layout.tied.embedding
         target = found.replaced.get(embedding) or layout.base.tensors[embedding]
     return target
+
+
+def _outside(name: str, layout: Layout) -> str:
+    return f"{name} is outside of what --components chose ({', '.join(layout.components)})"
 
 
 def _not_there(found: Match, name: str, base: Checkpoint) -> str:

@@ -155,6 +155,8 @@ def inspect(
     product. No torch is imported.
     """
     check_paths([source], [source], "loratool inspect SOURCE")
+    if components and base is None:
+        raise UsageError("--components are parts of a base.", "Add --base BASE.")
     with explained_os_errors():
         adapter = read_adapter(source)
         if spectrum or norms or adapter.nbytes <= SMALL:

@@ -18,6 +18,7 @@ from loratool.merging.planning import build_plan
 from loratool.merging.proof.findings import Finding, Stats, judge
 from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
+from loratool.merging.provenance import read_record
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice, document
@@ -91,6 +92,7 @@ def verify(
     factors = check_weights(weights, sources)
     with explained_os_errors():
         original = open_checkpoint(base)
+        components = components or _recorded_components(merged)
         loras = [read_lora(source) for source in sources]
         plan = build_plan(original, loras, factors, "base", allow_unmatched, components)
         plan.notices += note_other_base(original, loras)
@@ -115,6 +117,13 @@ def verify(
             report.warnings += model.notices + found.notices
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _recorded_components(merged: str | Path) -> Sequence[str]:
+    """What the merge was told, by the record beside a model on this disk."""
+    record = read_record(Path(merged)) if Path(merged).is_dir() else None
+    found = record["options"].get("components") if record else None
+    return [str(part) for part in found] if isinstance(found, list) else []
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."

@@ -52,11 +52,12 @@ def changed(base: State, merged: State) -> set[str]:
         ({"auto_mapping": {"base_model_class": "CLIPTextModelWithProjection"}}, "text_model"),
         ({"task_type": "CAUSAL_LM"}, "text_model"),
         ({"task_type": "SEQ_CLS"}, "text_model"),
-        ({"base_model_name_or_path": "textual/siglip-vision"}, "vision_model"),
+        ({"base_model_name_or_path": "/models/siglip/vision_model"}, "vision_model"),
+        ({"base_model_name_or_path": "org/pipeline/text_encoder"}, "text_model"),
         # A class says more than a task, and a task more than a name.
         ({"auto_mapping": {"base_model_class": "SiglipVisionModel"}, "task_type": "SEQ_CLS"},
          "vision_model"),
-        ({"task_type": "SEQ_CLS", "base_model_name_or_path": "a/vision"}, "text_model"),
+        ({"task_type": "SEQ_CLS", "base_model_name_or_path": "a/vision_model"}, "text_model"),
     ],
 )  # fmt: skip
 def test_the_config_says_which_of_two_towers(
@@ -82,6 +83,9 @@ def test_the_config_says_which_of_two_towers(
         {"task_type": "FEATURE_EXTRACTION"},
         {"auto_mapping": {"base_model_class": "SiglipModel"}},
         {"base_model_name_or_path": "vision-team/text-to-image"},
+        # A repository is a whole model, whatever words its name has.
+        {"base_model_name_or_path": "openai/clip-vit-base-patch32"},
+        {"base_model_name_or_path": "meta-llama/Llama-3.2-11B-Vision"},
     ],
 )
 def test_two_towers_are_refused_where_nothing_decides(
@@ -186,3 +190,67 @@ def test_a_part_that_does_not_fit_is_no_way_round(tmp_path: Path) -> None:
         tmp_path / "adapter", {**pair(Q, 8, 8), **pair("projection", 8, 8)}, {"task_type": None}
     )
     refused(MatchError, base, adapter, tmp_path / "out", "vision_model", allow_unmatched=True)
+
+
+def test_nothing_goes_outside_of_what_was_chosen(tmp_path: Path) -> None:
+    """An adapter of both towers, one of them chosen: the other half is refused, or left out."""
+    base, state = towers(tmp_path / "base")
+    tensors = {**pair(f"text_model.{Q}", 8, 8), **pair(f"vision_model.{Q}", 8, 8)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, {})
+    chosen = {"components": ["text_model"]}
+    refused(MatchError, base, adapter, tmp_path / "out", "outside of what --components", **chosen)
+    out = tmp_path / "out"
+    loratool.merge(base, adapter, out, dtype="base", allow_unmatched=True, **chosen)
+    assert changed(state, load(out)) == {f"text_model.{Q}.weight"}
+    assert loratool.inspect(adapter, base=base, **chosen).base.unmatched == [f"vision_model.{Q}"]
+    # verify finds in the record what the merge was told.
+    assert loratool.verify(out, base, adapter, allow_unmatched=True).verdict == "yes"
+    assert loratool.verify(out, base, adapter, components=["vision_model"],
+                           allow_unmatched=True).verdict == "no"  # fmt: skip
+
+
+def test_a_text_tower_beside_a_vision_tower_with_a_root(tmp_path: Path) -> None:
+    """The class of the config also counts where the names fit a part without a root."""
+    state = {
+        name.removeprefix("text."): value
+        for name, value in {**tower("text"), **tower("vision_model", seed=10)}.items()
+    }
+    base = write_base(tmp_path / "base", state, config={"model_type": "odd"})
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "SiglipVisionModel"})
+    report = loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    assert changed(state, load(tmp_path / "out")) == {f"vision_model.{Q}.weight"}
+    assert codes(report) == ["component"]
+    plain = lora(tmp_path / "plain", task_type="CAUSAL_LM")
+    loratool.merge(base, plain, tmp_path / "as-is", dtype="base")
+    assert changed(state, load(tmp_path / "as-is")) == {f"{Q}.weight"}
+
+
+def test_a_text_towers_adapter_is_none_for_a_vision_model(tmp_path: Path) -> None:
+    """Its root is not taken off to make it fit a model of another kind."""
+    state = {name.removeprefix("x."): value for name, value in tower("x").items()}
+    base = write_base(tmp_path / "base", state, config={"model_type": "siglip_vision_model"})
+    adapter = lora(tmp_path / "adapter", path=f"text_model.{Q}")
+    refused(MatchError, base, adapter, tmp_path / "out", "text_model")
+    fitting = lora(tmp_path / "fitting", path=f"vision_model.{Q}")
+    loratool.merge(base, fitting, tmp_path / "out")
+
+
+def test_decoders_are_told_by_their_class(tmp_path: Path) -> None:
+    """Parts that read the same are told apart by where they stand."""
+    base, state = towers(tmp_path / "base", roots="model.encoder model.decoder")
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "BartDecoder"})
+    loratool.merge(base, adapter, tmp_path / "out", dtype="base")
+    assert changed(state, load(tmp_path / "out")) == {f"model.decoder.{Q}.weight"}
+    error = refused(UsageError, base, adapter, tmp_path / "none", "decoder", components=["decoder"])
+    assert "model.decoder" in error.hint
+
+
+def test_an_agreeing_hint_ends_the_question(tmp_path: Path) -> None:
+    """A causal language model's adapter in a vision-language model is where it belongs, though the
+    repository is called Vision."""
+    base, _ = towers(tmp_path / "base", 8, 6, "language_model vision_model")
+    adapter = lora(
+        tmp_path / "adapter", task_type="CAUSAL_LM",
+        base_model_name_or_path="meta-llama/Llama-3.2-11B-Vision-Instruct",
+    )  # fmt: skip
+    assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from loratool.models.tasks import CLASS_ENDS, WRITING
 from loratool.storage.tensors import TensorInfo
 
-#: Words in the names of parts, classes and repositories, by what the part reads.
+#: Words in the names of parts and classes, by what the part reads.
 _KINDS = {
     "text": ("text", "language", "llm"),
     "vision": ("vision", "visual", "image", "vit", "pixel"),
@@ -19,6 +19,10 @@ _KINDS = {
     "prior": ("prior",),
     "query": ("qformer", "query"),
 }
+#: And by its place, where nothing says what it reads.
+_PLACES = {word: (word,) for word in ("encoder", "decoder", "thinker", "talker")}
+#: Words that say nothing of either.
+_NEUTRAL = {"model", "encoder", "decoder", "tower", "transformer", "backbone", "module"}
 #: Tasks that are of text alone.
 _OF_TEXT = WRITING | CLASS_ENDS.keys()
 
@@ -50,10 +54,10 @@ class Hint(NamedTuple):
 
 
 def contradicts(part: str, hints: Iterable[Hint]) -> Hint | None:
-    """The hint that speaks of another kind of part than this; None if none does."""
-    kind = _kind(part)
-    said = ((hint, _kind_of(hint)) for hint in hints)
-    return next((hint for hint, other in said if kind and other and other != kind), None)
+    """The first hint that speaks of a kind of part, if that is another than this one's."""
+    kind = kind_of(part)
+    hint = next((hint for hint in hints if _kind_of(hint)), None)
+    return hint if kind and hint and _kind_of(hint) != kind else None
 
 
 def choose_part(parts: Sequence[str], hints: Iterable[Hint]) -> tuple[str | None, Hint]:
@@ -64,7 +68,7 @@ def choose_part(parts: Sequence[str], hints: Iterable[Hint]) -> tuple[str | None
     last = Hint("", "")
     for last in hints:
         kind = _kind_of(last)
-        found = [part for part in parts if kind and _kind(part) == kind]
+        found = [part for part in parts if kind and kind_of(part) == kind]
         if len(found) == 1:
             return found[0], last
     return None, last
@@ -73,16 +77,29 @@ def choose_part(parts: Sequence[str], hints: Iterable[Hint]) -> tuple[str | None
 def _kind_of(hint: Hint) -> str | None:
     if hint.field == "task_type":
         return "text" if hint.value in _OF_TEXT else None
-    # Of a path or an id the last part counts: the names of organisations say nothing.
-    return _kind(hint.value.rstrip("/").rpartition("/")[2])
+    if hint.field == "base_model_name_or_path":
+        # The last folder of a path may be a part (text_encoder); the name of a repository is that
+        # of a whole model, whatever words it has: clip-vit-base, Llama-3.2-11B-Vision.
+        last = hint.value.rstrip("/").rpartition("/")[2]
+        whole = _words(last) - _NEUTRAL - {word for known in _KINDS.values() for word in known}
+        return None if whole else kind_of(last)
+    return kind_of(hint.value)
 
 
-def _kind(name: str) -> str | None:
-    """What a part reads, by the words in its name; None if they say nothing, or two things."""
+def _words(name: str) -> set[str]:
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
-    words = set(re.split(r"[^a-z]+", spaced))
-    kinds = [kind for kind, known in _KINDS.items() if words & set(known)]
-    return kinds[0] if len(kinds) == 1 else None
+    return set(re.split(r"[^a-z]+", spaced)) - {""}
+
+
+def kind_of(name: str) -> str | None:
+    """What a part reads, or else where it stands, by the words in its name; None if they say
+    nothing, or two things."""
+    words = _words(name)
+    for table in (_KINDS, _PLACES):
+        kinds = [kind for kind, known in table.items() if words & set(known)]
+        if kinds:
+            return kinds[0] if len(kinds) == 1 else None
+    return None
 
 
 def is_within(name: str, parts: Iterable[str]) -> bool:
@@ -91,5 +108,12 @@ def is_within(name: str, parts: Iterable[str]) -> bool:
 
 
 def parts_of(names: Iterable[str]) -> list[str]:
-    """What of a model can be named as a part: the first components of its names."""
-    return sorted({name.partition(".")[0] for name in names if "." in name})
+    """What of a model can be named as a part: the beginnings of its names, two words at most."""
+    found = set()
+    for name in names:
+        first, second, *rest = [*name.split("."), "", ""]
+        if second:
+            found.add(first)
+        if any(rest) and not second.isdecimal():
+            found.add(f"{first}.{second}")
+    return sorted(found)

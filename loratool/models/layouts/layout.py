@@ -20,6 +20,7 @@ from loratool.models.layouts.components import (
     choose_part,
     contradicts,
     is_within,
+    kind_of,
     parts_of,
 )
 from loratool.models.layouts.names import (
@@ -78,7 +79,7 @@ class Layout:
             if score > most:
                 best, most = naming, score
             if score == (len(wanted), len(wanted)):
-                return best
+                return self._instead(wanted, hints) or best
         rooted: dict[str, Naming] = {}
         for prefix, naming in self._prefixed(wanted):
             score = self._score(naming, wanted)
@@ -92,8 +93,27 @@ class Layout:
             self._note_doubt(prefix.rstrip("."), hints)
         return best
 
+    def _instead(self, wanted: Sequence[Wanted], hints: Sequence[Hint]) -> Naming | None:
+        """The part that takes everything too and that the class in the config names, where the
+        names fit as they are: beside towers with a root one may have none."""
+        classes = [hint for hint in hints if hint.field == "base_model_class"]
+        whole = {
+            prefix.rstrip("."): naming
+            for prefix, naming in (self._prefixed(wanted) if classes else ())
+            if self._score(naming, wanted) == (len(wanted), len(wanted))
+        }
+        part, hint = choose_part(list(whole), classes)
+        if part is None:
+            return None
+        text = (
+            f"The names fit as they are and in {part}; {hint.field} of its config, {hint.value}, "
+            f"is for {part}."
+        )
+        self.notices.append(Notice("component", text, self.base.label))
+        return whole[part]
+
     def _note_doubt(self, part: str, hints: Sequence[Hint]) -> None:
-        hint = contradicts(part, hints)
+        hint = None if self.components else contradicts(part, hints)
         if hint is not None:
             text = (
                 f"The adapter went into {part}, the only part of the base that takes it, though "
@@ -123,7 +143,7 @@ class Layout:
         fitting = there = 0
         for one in wanted:
             name = naming(one.name)
-            if self.components and not is_within(name, self.components):
+            if not self.admits(name):
                 continue
             if self.has(name):
                 there += 1
@@ -132,6 +152,10 @@ class Layout:
                     info = self.base.tensors[self.tied.embedding]
                 fitting += info is not None and one.fits(info)
         return fitting, there
+
+    def admits(self, name: str) -> bool:
+        """Whether a tensor may be changed: all may, or those of the chosen components."""
+        return not self.components or is_within(name, self.components)
 
     def has(self, name: str) -> bool:
         """True if the base holds `name`, or ties it to a tensor it holds."""
@@ -146,7 +170,10 @@ class Layout:
         heads = {one.name.partition(".")[0] for one in wanted}
         roots = {name.partition(".")[0] for name in self.base.tensors}
         yield from self._renames
+        own = kind_of(self.base.model_type)
         for root in sorted(heads - roots):
+            if own and kind_of(root) not in (None, own):
+                continue  # a text tower's adapter is none for a vision tower without a root
             for rename in self._renames:
                 yield _strip(root + ".", rename)
 

@@ -100,6 +100,11 @@ class Adapter:
         return origin.name if origin else self.source.resolve().name
 
     @property
+    def owner(self) -> str:
+        """Whose the files beside it are: its name, or that of the folder of a file."""
+        return self.folder.path.name if self.source.is_file() else self.name
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """All files that hold its tensors."""
         return (*(self.shards or (self.weights,)), *self.companions)

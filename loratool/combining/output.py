@@ -34,7 +34,7 @@ from loratool.combining.rank_change import (
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
-from loratool.models.tokenizers import common_tokenizer, tokenizer_files
+from loratool.models.tokenizers import common_files, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.tensors import Bytes
 from loratool.storage.values import float_blocks, raw_blocks, read_float32
@@ -169,7 +169,7 @@ def _agreed_tokenizer(joined: Joined) -> dict[str, Path]:
     """The tokenizer beside the adapters, whole, if it is the same for all that bring one."""
     folders = [(a.name, a.folder) for a in joined.used if a.source.is_dir()]
     brought = [(name, files) for name, folder in folders if (files := tokenizer_files(folder))]
-    common = common_tokenizer([files for _, files in brought])
+    common = common_files([files for _, files in brought])
     if brought and common is None:
         text = (
             f"{enumerated([name for name, _ in brought])} come with different tokenizers; none was "

@@ -15,40 +15,50 @@ from loratool.storage.filenames import PROVENANCE
 from loratool.storage.folder import origin_of
 from loratool.words import counted
 
-#: What repackaging adds to the name of a model: formats and widths of quantised copies.
+#: What repackaging adds to the name of a model: formats, widths and pieces of copies.
 _REPACKED = re.compile(
-    r"[-_.]+((unsloth|dynamic|bnb|nf4|fp4|fp8|fp16|bf16|f16|f32|int[48]|[248]bits?|gptq|awq|gguf|hqq|"
-    r"exl[23]|eetq|aqlm|mlx|marlin|quantized|w\da\d+|q\d(_\w)*|\d+g|hf|sym|float16|bfloat16)"
-    r"([-_]?(int)?[248](bits?)?)?)$"
+    r"[-_.]+(unsloth|dynamic|sharded|quantized|unquantized|bnb|qat|hf|sym|kv|ov|mlx|marlin|smash\w*|"
+    r"(bf|fp|f|float|bfloat|int|nf|mxfp|nvfp|q)\d+([-_]?\d)?([-_][a-z])*|\d+(\.\d+)?[-_]?(bits?|bpw)|"
+    r"gptq|awq|gguf|hqq|exl[23]|eetq|aqlm|w\d+a\d+(kv\d+)?|\d+x\d+|\d+gb?)$"
 )
 _QUANTISED = re.compile(
-    r"(^|[-_.])(bnb|nf4|fp4|fp8|int[48]|[248]-?bits?|gptq|awq|gguf|hqq|exl[23]|eetq|aqlm|w\da\d+)"
-    r"($|[-_.])"
+    r"(^|[-_.])(bnb|(nf|fp|int|nvfp|mxfp)[48]|[2-8]-?bits?|gptq|awq|gguf|hqq|exl[23]|eetq|aqlm|qat|"
+    r"w\d+a\d+|q\d_\w+|\d\.\d+bpw)($|[-_.])"
 )
 #: Names of folders that say nothing about what is in them.
 _NO_NAME = re.compile(
     r"(base|tuned|adapter|lora|model|merged|output|out|result|weight|checkpoint|ckpt|final|best|last|"
-    r"tmp|temp|snapshot|hf|main|test|untitled)s?([-_]?(model|\d+))*|[0-9a-f]{7,}|\W*|step.*|epoch.*"
+    r"tmp|temp|snapshot|hf|main|test|untitled|default|version|transformers)s?([-_]?(model|\d+))*|"
+    r"[0-9a-f]{7,}|\W*|\d+|(step|epoch)s?[-_]?\d*"
 )
+_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LOCAL = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def note_other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Notice]:
     """A warning for each adapter that names another base than what is known of this one's name."""
-    known = _names_of(base)
+    known = [(name, where) for name, where in _names_of(base) if plain_name(name)]
     own = {plain_name(name) for name, _ in known} | {plain_name(base.name)}
     notices = []
     for adapter in adapters:
         name = adapter.declared.base_name
-        if not name or not plain_name(name):
+        # A path of another machine may confirm, as a folder's name here may: it is no name.
+        if not name or not plain_name(name) or _LOCAL.match(name):
             continue
-        said = [(given, where) for given, where in known if plain_name(given)]
-        if said and plain_name(name) not in own:
-            given, where = said[0]
+        if known and not any(_alike(plain_name(name), other) for other in own):
+            given, where = known[0]
             notices.append(_differs(base, adapter, name, f"this one is {given} by {where}"))
         else:
             notices += _other_revision(base, adapter, name)
     return notices
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two plain names are of one model; a copy may have lost the version (v0.1)."""
+    bare = [re.sub(r"-v\d+(\.\d+)*$", "", name) for name in (one, other)]
+    one_is_bare = (one == bare[0]) != (other == bare[1])
+    return one == other or (one_is_bare and bare[0] == bare[1])
 
 
 def _differs(base: Checkpoint, adapter: Adapter, name: str, instead: str) -> Notice:
@@ -62,10 +72,12 @@ def _differs(base: Checkpoint, adapter: Adapter, name: str, instead: str) -> Not
 def _other_revision(base: Checkpoint, adapter: Adapter, name: str) -> list[Notice]:
     origin, revision = origin_of(base.source), adapter.declared.base_revision
     commits = [str(r) for r in (origin and origin.revision, revision) if r]
+    if origin is None or origin.repo.lower() != name.lower():
+        return []
     if len(commits) < 2 or not all(map(_COMMIT.fullmatch, commits)) or commits[0] == commits[1]:
         return []
-    instead = f"at revision {commits[1][:12]}, and this is revision {commits[0][:12]}"
-    return [_differs(base, adapter, name, instead)]
+    named = f"{name} at revision {commits[1][:12]}"
+    return [_differs(base, adapter, named, f"this is revision {commits[0][:12]}")]
 
 
 def _names_of(base: Checkpoint) -> list[tuple[str, str]]:
@@ -90,15 +102,20 @@ def is_quantised_name(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a model without owner, folder, and what quantised copies add to it; "" for a
-    name that says nothing."""
+    """The name of a model without owner, folder, and what repackaging adds to it; "" for a name
+    that says nothing. An id whose last part says nothing is taken whole."""
     cached = re.search(r"models--[^/]*--([^/]+)", name)
-    last = cached[1] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    last = last.lower()
+    path = name.partition("@")[0].rstrip("/\\")
+    last = (cached[1] if cached else re.split(r"[/\\]", path)[-1]).lower().replace("___", ".")
     while _REPACKED.search(last):
         last = _REPACKED.sub("", last)
     last = re.sub(r"^meta-", "", last)
-    return "" if _NO_NAME.fullmatch(last) else last
+    if not _NO_NAME.fullmatch(last):
+        return last
+    whole = _ID.fullmatch(path) and not _LOCAL.match(path) and not _NO_NAME.fullmatch(
+        path.partition("/")[0].lower()
+    )  # fmt: skip
+    return path.lower() if whole else ""
 
 
 def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
@@ -110,7 +127,7 @@ def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
         if entry is not None:
             raise MatchError(
                 f"{base.label} holds {adapter.label} already, by its {PROVENANCE}: {entry}.",
-                "--again merges it once more; `loratool unmerge` takes it out.",
+                "--again merges it all the same; `loratool unmerge` takes it out.",
             )
 
 
@@ -143,8 +160,8 @@ def _note_idle(adapter: Adapter) -> list[Notice]:
         return []
     if len(idle) == len(adapter.modules) and not (adapter.replaced or adapter.token_rows):
         text = (
-            f"{adapter.label} does nothing: in all {counted(len(idle), 'module')} alpha or a "
-            "factor is zero, as before training."
+            f"{adapter.label} does nothing: alpha or a factor is zero, as before training, in "
+            f"{'its only module' if len(idle) == 1 else f'all its {len(idle)} modules'}."
         )
     else:
         text = (

@@ -18,8 +18,9 @@ from typing import Any
 from loratool.errors import UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.tokenizers import (
+    VOCABULARY,
     Tokenizer,
-    common_tokenizer,
+    common_files,
     files_beside,
     is_beside_tokenizer,
     is_part_of_tokenizer,
@@ -40,8 +41,8 @@ _FOREIGN_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "tflite", 
 _LEFT_AT_TOP = {"README.md", ADAPTER_CONFIG, PROVENANCE}
 #: What must go along with a model wherever it goes.
 _LEGAL = re.compile(
-    r"(licen[cs]e|notice|copying|copyright|(acceptable[-_ ]?)?use[-_ ]?policy|"
-    r"prohibited[-_ ]?uses?|terms)\b.*",
+    r"(.*[-_ ])?(licen[cs]e|notice|copying|copyright|us(e|age)[-_ ]?policy|prohibited[-_ ]?uses?|"
+    r"terms([-_ ]of[-_ ]use)?)([-_ ].*)?(\.(txt|md|rst|pdf|html))?",
     re.IGNORECASE,
 )
 #: Of a sentence-transformers model: what its parts are, and how they are used.
@@ -98,8 +99,7 @@ def side_files_of(
         found = collect(checkpoint.folder, names, checkpoint.is_directory)
         present = [(name, folder) for name, folder in adapters if folder.is_there()]
         _settle_tokenizer(found, present, tokenizer)
-        for _, folder in present:
-            _carry(found, folder)
+        _carry_all(found, present)
         found.check_readable()
     return found
 
@@ -145,34 +145,38 @@ def _settle_tokenizer(
     found: SideFiles, adapters: Sequence[tuple[str, Folder]], choice: str | None
 ) -> None:
     """Decide whose tokenizer goes along, and take all of it."""
-    brought = [(name, files) for name, folder in adapters if (files := tokenizer_files(folder))]
-    if choice == "adapter" and not brought:
+    brought = [
+        (name, folder, files) for name, folder in adapters if (files := tokenizer_files(folder))
+    ]
+    own = {name: path for name, path in found.copied.items() if is_part_of_tokenizer(name)}
+    own = own if any(map(VOCABULARY.fullmatch, own)) else {}
+    if (choice == "adapter" and not brought) or (choice == "base" and not own):
         raise UsageError(
-            "No adapter brings a tokenizer (a folder with tokenizer.json or the like).",
+            f"{'No adapter' if choice == 'adapter' else 'The base does not'} "
+            f"bring{'s' if choice == 'adapter' else ''} a tokenizer (tokenizer.json or the like).",
             "Omit --tokenizer.",
         )
     for name, folder in adapters:
         if stray := stray_parts(folder):
             text = (
-                f"{name} has {', '.join(stray)} but no vocabulary, so no tokenizer; "
-                "the base's goes along, and these do not."
+                f"{name} has {', '.join(stray)} but no vocabulary, so no tokenizer that these "
+                "could belong to: they do not go along."
             )
             found.notices.append(Notice("tokenizer-part", text, str(folder.path)))
-    own = {name: path for name, path in found.copied.items() if is_part_of_tokenizer(name)}
     if choice == "base" or not brought:
         if own:
             found.folder.fetch(own)
             found.tokenizer = Tokenizer("the base", own)
         return
-    common = common_tokenizer([files for _, files in brought])
-    owner, files = brought[-1 if common is None else common]
+    common = common_files([files for _, _, files in brought])
+    owner, folder, files = brought[-1 if common is None else common]
     if common is None:
         text = (
             f"The adapters bring different tokenizers; that of {owner}, the last one, goes along. "
             "--tokenizer base keeps the base's."
         )
         found.notices.append(Notice("tokenizers-differ", text))
-    beside = files_beside(dict(adapters)[owner])
+    beside = files_beside(folder)
     found.tokenizer = Tokenizer(owner, files, beside)
     replaced = [name for name in found.copied if found.tokenizer.replaces(name)]
     for name in replaced:
@@ -182,29 +186,61 @@ def _settle_tokenizer(
     found.copied |= files | beside
 
 
-def _carry(found: SideFiles, folder: Folder) -> None:
-    """Take what an adapter brings beside its weights; its sentence modules replace the base's."""
-    if sentence_parts(folder):
-        old = sentence_parts(found.folder)
-        for name in list(found.copied):
-            if name in _SENTENCE or any(name.startswith(f"{part}/") for part in old if part):
-                del found.copied[name]
-    found.copied |= carried_files(folder)
+def _carry_all(found: SideFiles, adapters: Sequence[tuple[str, Folder]]) -> None:
+    """Take what adapters bring beside their weights: each sort whole, from one of them."""
+    for sort in (value_heads, sentence_modules):
+        brought = [(name, files) for name, folder in adapters if (files := sort(folder))]
+        if not brought:
+            continue
+        common = common_files([files for _, files in brought])
+        owner, files = brought[-1 if common is None else common]
+        if common is None:
+            text = (
+                f"The adapters bring different files ({', '.join(sorted(files))}); those of "
+                f"{owner}, the last one, go along."
+            )
+            found.notices.append(Notice("companions-differ", text))
+        for name in set(sort(found.folder)) & found.copied.keys():
+            del found.copied[name]
+            if name not in files:
+                found.left_out.append(f"{name} ({owner} brings its own)")
+        found.copied |= files
+        missing = sorted(sentence_parts_missing(files)) if sort is sentence_modules else []
+        if missing:
+            text = f"modules.json of {owner} names {', '.join(missing)}, which it does not bring."
+            found.notices.append(Notice("sentence-modules", text, owner))
 
 
 def carried_files(folder: Folder) -> dict[str, Path]:
-    """What an adapter brings that belongs beside the output, by name, fetched.
+    """What a folder holds that belongs beside the weights made of it, by name, fetched."""
+    return value_heads(folder) | sentence_modules(folder)
 
-    That is a value head, and the modules around a sentence encoder: its dense layers were trained
-    with it, its prompts and pooling fit them.
-    """
-    names = [name for name in folder.names(depth=0) if VALUE_HEAD.fullmatch(name)]
-    if parts := sentence_parts(folder):
-        names += _SENTENCE
-        names += [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
-    names = [name for name in names if folder.has(name)]
-    folder.fetch(names)
-    return {name: folder.path / name for name in names}
+
+def value_heads(folder: Folder) -> dict[str, Path]:
+    """Files with the value head of reinforcement learning."""
+    return _fetched(folder, [name for name in folder.names(depth=0) if VALUE_HEAD.fullmatch(name)])
+
+
+def sentence_modules(folder: Folder) -> dict[str, Path]:
+    """The modules around a sentence encoder that lies in the folder itself: its dense layers were
+    trained with it, its prompts and pooling fit them. {} where the encoder lies elsewhere."""
+    parts = sentence_parts(folder)
+    if "" not in parts:
+        return {}
+    inside = [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
+    return _fetched(folder, [*_SENTENCE, *inside])
+
+
+def sentence_parts_missing(files: dict[str, Path]) -> set[str]:
+    """The folders that a modules.json names and of which there is no file."""
+    parts = sentence_parts(Folder(files["modules.json"].parent)) if "modules.json" in files else ()
+    return {part for part in parts if part and not any(n.startswith(f"{part}/") for n in files)}
+
+
+def _fetched(folder: Folder, names: Sequence[str]) -> dict[str, Path]:
+    there = [name for name in names if folder.has(name)]
+    folder.fetch(there)
+    return {name: folder.path / name for name in there}
 
 
 def _plain_files(folder: Folder) -> list[str]:

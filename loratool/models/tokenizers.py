@@ -70,8 +70,8 @@ def files_beside(folder: Folder) -> dict[str, Path]:
 
 
 def stray_parts(folder: Folder) -> list[str]:
-    """Files of a tokenizer in a folder that has no vocabulary, and so no tokenizer."""
-    names = [name for name in folder.names(depth=1) if is_part_of_tokenizer(name)]
+    """Files of a tokenizer, or beside one, in a folder that has no vocabulary."""
+    names = [n for n in folder.names(depth=1) if is_part_of_tokenizer(n) or is_beside_tokenizer(n)]
     return [] if any(VOCABULARY.fullmatch(name) for name in names) else names
 
 
@@ -84,7 +84,6 @@ class Tokenizer:
     owner: str = ""
     files: dict[str, Path] = field(default_factory=dict)
     beside: dict[str, Path] = field(default_factory=dict)
-    notices: list[Notice] = field(default_factory=list)
 
     def replaces(self, name: str) -> bool:
         """Whether a file of the base is of the sort that comes from an adapter instead."""
@@ -107,15 +106,15 @@ class Tokenizer:
         return bool(_object(self.files.get("tokenizer_config.json")).get("chat_template"))
 
 
-def common_tokenizer(brought: Sequence[dict[str, Path]]) -> int | None:
-    """Which of these tokenizers has the files of all the others, with the same bytes; None where
+def common_files(brought: Sequence[dict[str, Path]]) -> int | None:
+    """Which of these sets of files has all files of the others, with the same bytes; None where
     they differ."""
     hashes = [{name: file_sha256(path) for name, path in files.items()} for files in brought]
     whole = [i for i, own in enumerate(hashes) if all(h.items() <= own.items() for h in hashes)]
     return whole[-1] if whole else None
 
 
-def largest_ids(files: dict[str, Path]) -> dict[int, str]:
+def ids_of(files: dict[str, Path]) -> dict[int, str]:
     """The ids that a tokenizer gives, with their tokens, from its files.
 
     Files that are no JSON or no vocabulary of a known form are passed over.
@@ -136,7 +135,7 @@ def note_ids_without_rows(files: dict[str, Path], embeddings: dict[str, int]) ->
         return []
     where = max(embeddings, key=lambda name: embeddings[name])
     rows = embeddings[where]
-    over = {number: token for number, token in largest_ids(files).items() if number >= rows}
+    over = {number: token for number, token in ids_of(files).items() if number >= rows}
     if not over:
         return []
     shown = [f"{over[number]} ({number})" for number in sorted(over)[:5]]
@@ -145,8 +144,8 @@ def note_ids_without_rows(files: dict[str, Path], embeddings: dict[str, int]) ->
         f"The tokenizer has {counted(len(over), 'id')} without a row in {where}, which has "
         f"{rows:,} rows: {', '.join(shown)}{more}. A text with such a token cannot be run."
     )
-    if len(over) == 1:
-        text += " For a padding token that is mostly harmless, since it is masked."
+    if all("pad" in token.lower() for token in over.values()):
+        text += " For padding that is mostly harmless, since it is masked."
     return [Notice("tokens-without-rows", text, where)]
 
 
@@ -175,6 +174,57 @@ def _ids(name: str, path: Path) -> Iterator[tuple[Any, Any]]:
     elif leaf == "vocab.txt":
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         yield from ((line, number) for number, line in enumerate(lines))
+    elif leaf.endswith((".tiktoken", "tiktoken.model")):
+        pairs = (line.split() for line in path.read_text("ascii", "replace").splitlines())
+        yield from ((p[0], int(p[1])) for p in pairs if len(p) == 2 and p[1].isdecimal())
+    elif leaf == "tekken.json":
+        size = dict(_object(path).get("config") or {}).get("default_vocab_size")
+        if isinstance(size, int):
+            yield "the last one", size - 1
+    elif leaf.endswith((".model", ".spm")) or ".model." in leaf:
+        yield from ((piece, number) for number, piece in enumerate(_pieces(path.read_bytes())))
+
+
+def _pieces(data: bytes) -> Iterator[str]:
+    """The pieces of a SentencePiece model: field 1 of its message, whose field 1 is the text.
+
+    Ends where the data is no such message. Source: sentencepiece_model.proto, protobuf's encoding.
+    """
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            texts = (v for n, v in _fields(value) if n == 1 and isinstance(v, bytes))
+            yield next(texts, b"").decode("utf-8", "replace")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """The fields of a protobuf message: numbers, and bytes or whatever their 32 or 64 bits are."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            return
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+    return 0, len(data)
 
 
 def _object(path: Path | None) -> dict[str, Any]:

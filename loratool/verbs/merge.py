@@ -177,7 +177,7 @@ def merge(
     repository = None
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
-    side_files = side_files_of(plan.base, [(a.name, a.folder) for a in plan.adapters], tokenizer)
+    side_files = side_files_of(plan.base, [(a.owner, a.folder) for a in plan.adapters], tokenizer)
     report = _report(plan, target, side_files, dry_run, options)
     if repository is not None:
         report.pushed = repository.url

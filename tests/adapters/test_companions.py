@@ -222,12 +222,6 @@ def test_placeholders_are_refused_wherever_they_stand(
         pack(adapter)
 
 
-def test_placeholders_in_the_base_are_refused(tmp_path: Path, adapter: Path) -> None:
-    """A base whose weights were never gathered is no base."""
-    base = write_base(tmp_path / "empty", {**base_state(), "lm_head.weight": torch.zeros(0)})
-    refused(loratool.errors.BaseError, base, adapter, tmp_path / "out", "lm_head.weight")
-
-
 def test_resize_and_combine_take_the_companions_along(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
@@ -262,3 +256,91 @@ def test_companions_that_differ(tmp_path: Path, adapter: Path, saved: str) -> No
     wanted = adapter if saved == "first" else other
     name = "non_lora_trainables.bin"
     assert (tmp_path / "out" / name).read_bytes() == (wanted / name).read_bytes()
+
+
+def test_two_adapters_with_sentence_modules(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Of sets that differ the last one's is taken whole, never a file of each, and it is said."""
+    other = write_adapter(tmp_path / "other", pair(Q, 12, 10, seed=2), {})
+    sentence(adapter, "2_Dense", 1)
+    sentence(other, "2_Dense", 2)
+    torch.save({"linear.weight": torch.ones(4, 12)}, other / "2_Dense" / "pytorch_model.bin")
+    (other / "2_Dense" / "model.safetensors").unlink()
+    report = loratool.merge(base, [adapter, other], tmp_path / "out")
+    assert "companions-differ" in codes(report)
+    assert {p.name for p in (tmp_path / "out" / "2_Dense").iterdir()} == {
+        "config.json", "pytorch_model.bin",
+    }  # fmt: skip
+
+
+def test_a_value_head_takes_the_place_of_the_bases(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Another format is no other head: one of them goes along, and push does not refuse it."""
+    save_file({"v_head.summary.weight": torch.zeros(1, 12)}, base / "value_head.safetensors")
+    torch.save({"v_head.summary.weight": torch.ones(1, 12)}, adapter / "value_head.bin")
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").glob("value_head*")] == ["value_head.bin"]
+    assert any("value_head.safetensors" in name for name in report.left_out)
+    assert "value_head.bin" in pack(tmp_path / "out").files
+
+
+def test_what_sentence_modules_displace_is_listed(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Folders of the base that the adapter's modules.json does not name are under left out."""
+    sentence(base, "2_Normalize", 0)
+    sentence(adapter, "2_Dense", 1)
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert any(name.startswith("2_Normalize/") for name in report.left_out)
+
+
+def test_sentence_modules_that_are_not_there(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """A folder that modules.json names and nobody brings is said; one it forgot too."""
+    sentence(adapter, "2_Dense", 1)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "3_Dense"}]
+    (adapter / "modules.json").write_text(json.dumps(modules))
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    found = {n.code: n.message for n in report.warnings}
+    assert "3_Dense" in found["sentence-modules"]
+    assert "2_Dense/model.safetensors" in found["weights-beside"]
+
+
+def test_an_encoder_in_a_folder_of_its_own(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """modules.json that says the encoder lies elsewhere does not fit an output that is one."""
+    sentence(adapter, "2_Dense", 1)
+    modules = [{"path": "0_Transformer"}, {"path": "1_Pooling"}]
+    (adapter / "modules.json").write_text(json.dumps(modules))
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out" / "modules.json").exists()
+
+
+def test_the_folder_of_the_only_adapter_inside_counts(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """Named by its parent, an adapter's companions and tokenizer are those beside its weights."""
+    torch.save({PREFIX + PROJECTOR: NEW}, adapter / "non_lora_trainables.bin")
+    torch.save({"v_head.summary.weight": torch.ones(1, 12)}, adapter / "value_head.bin")
+    (adapter / "tokenizer.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    adapter.rename(tmp_path / "run" / "checkpoint-100")
+    (tmp_path / "run" / "tokenizer.json").write_text('{"of": "somebody"}')
+    loratool.merge(base, tmp_path / "run", tmp_path / "out", dtype="base")
+    assert torch.equal(load(tmp_path / "out")[PROJECTOR], NEW)
+    assert (tmp_path / "out" / "value_head.bin").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 32), (4, 0)])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.experts.gate_up_proj"])
+def test_empty_weights_of_the_base_are_refused(
+    tmp_path: Path, adapter: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    """Whatever they are called, and whichever side is empty."""
+    base = write_base(tmp_path / "empty", {**base_state(), name: torch.zeros(shape)})
+    refused(loratool.errors.BaseError, base, adapter, tmp_path / "out", name)
+
+
+def test_an_empty_value_head_is_refused(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """It would be carried, and be nothing."""
+    save_file({"v_head.summary.weight": torch.zeros(0)}, adapter / "value_head.safetensors")
+    refused(loratool.errors.AdapterError, base, adapter, tmp_path / "out", "zero3-placeholder")

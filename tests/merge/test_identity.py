@@ -36,6 +36,8 @@ DIFFERENT = [
     ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.2"),
     ("/data/models/llama-2-7b-chat", "meta-llama/Llama-2-7b-hf"),
     ("Qwen/Qwen2.5-7B", "unsloth/Qwen2.5-7B-Instruct-bnb-4bit"),
+    ("org/other", "org/base"),
+    ("org/base", "org2/base"),
 ]
 ALIKE = [
     ("meta-llama/Meta-Llama-3-8B", "unsloth/llama-3-8b-bnb-4bit"),
@@ -48,6 +50,8 @@ ALIKE = [
     (None, "google/gemma-2-2b"),
     ("google/gemma-2-2b", None),
     ("google/gemma-2-2b", "./base"),
+    ("google/gemma-2-2b", "/home/me/somewhere-else"),  # a path is no name
+    ("mistralai/Mistral-7B-v0.1", "unsloth/mistral-7b-bnb-4bit"),
 ]
 
 
@@ -112,8 +116,13 @@ def test_the_hub_knows_best(tmp_path: Path) -> None:
         ("TheBloke/Llama-2-7B-GPTQ", "llama-2-7b"), ("x/Model-8B-AWQ-4bit", "model-8b"),
         ("x/Model-8B-FP8", "model-8b"), ("x/Model-8B-w4a16", "model-8b"),
         ("x/phi-3-mini-4k-instruct", "phi-3-mini-4k-instruct"), ("./merged", ""),
-        ("x/Model-8B-bnb-8bit-smashed", "model-8b-bnb-8bit-smashed"), ("checkpoint-10", ""),
+        ("x/Model-8B-bnb-8bit-smashed", "model-8b"), ("checkpoint-10", ""),
         ("x/gemma-2-9b-it-hf", "gemma-2-9b-it"), ("/", ""), ("C:\\models\\Llama-2", "llama-2"),
+        ("Qwen/Qwen2___5-7B", "qwen2.5-7b"), ("x/m-8b-NVFP4", "m-8b"), ("x/m-8b-FP8-KV", "m-8b"),
+        ("x/m-8b-sharded-bf16-5GB", "m-8b"), ("x/m-8b-4.0bpw-exl2", "m-8b"), ("x/m@main", "m"),
+        ("x/m-8b-qat-q4_0-unquantized", "m-8b"), ("x/m-AQLM-2Bit-1x16", "m"),
+        ("/kaggle/input/llama/8b-instruct/2", ""), ("org/base", "org/base"), ("base", ""),
+        ("stabilityai/step-1", "stabilityai/step-1"), ("x/stepfun-1", "stepfun-1"),
     ],
 )  # fmt: skip
 def test_plain_names(name: str, plain: str) -> None:
@@ -123,7 +132,8 @@ def test_plain_names(name: str, plain: str) -> None:
 
 def test_names_of_quantised_copies() -> None:
     """Formats and widths count as words of their own, not as parts of other words."""
-    assert all(map(is_quantised_name, ["x/a-bnb-4bit", "x/a-GPTQ", "x/A-AWQ-INT4", "x/a.fp8"]))
+    names = ["x/a-bnb-4bit", "x/a-GPTQ", "x/A-AWQ-INT4", "x/a.fp8", "x/a-NVFP4", "x/a-qat-q4_0"]
+    assert all(map(is_quantised_name, names))
     assert not any(map(is_quantised_name, ["x/fp8less", "bnb/a", "x/gptqueen-7b", "x/a-8b"]))
 
 
@@ -172,6 +182,8 @@ def test_slips_are_said(tmp_path: Path) -> None:
     twice = loratool.merge(base, [adapter, adapter], tmp_path / "a")
     assert codes(twice) == ["same-adapter"]
     copy = Path(shutil.copytree(adapter, tmp_path / "copy"))
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": False}))
     assert codes(loratool.merge(base, [adapter, copy], tmp_path / "b")) == ["same-adapter"]
     other = write_adapter(tmp_path / "other", pair(Q, 6, 5, seed=3), {})
     zero = loratool.merge(base, [adapter, other], tmp_path / "c", weights=[1, 0])

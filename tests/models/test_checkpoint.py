@@ -105,6 +105,37 @@ def test_a_second_copy_of_the_same_weights_is_not_worth_a_word(two: Path) -> Non
     assert open_checkpoint(two).notes == []
 
 
+def test_what_conversions_drop_is_no_difference(tmp_path: Path) -> None:
+    """A .bin with the tied head once more, frequency tables and masks is the same model."""
+    state = small_state()
+    base = write_base(tmp_path / "base", state)
+    more = {
+        "lm_head.weight": state[OTHER].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4),
+    }
+    torch.save({**state, **more}, base / "pytorch_model.bin")
+    assert open_checkpoint(base).notes == []
+
+
+def test_an_index_that_forgets_a_shard_is_refused(two: Path) -> None:
+    """The shard's own name says that it belongs to the set; a part of a model is not written."""
+    write_index(two, dict.fromkeys(halves()[0], NAMES[0]))
+    with pytest.raises(FileError, match="does not list 1 shard") as caught:
+        open_checkpoint(two)
+    assert NAMES[1] in caught.value.message
+
+
+def test_an_index_of_two_sets_is_refused(two: Path) -> None:
+    """Shards that count themselves differently are of two saves."""
+    other = NAMES[1].replace("00002.s", "00003.s")
+    (two / NAMES[1]).rename(two / other)
+    first, second = halves()
+    write_index(two, {**dict.fromkeys(first, NAMES[0]), **dict.fromkeys(second, other)})
+    with pytest.raises(FileError, match="sets of 00002 and of 00003"):
+        open_checkpoint(two)
+
+
 @pytest.mark.parametrize("change", ["value", "dtype", "fewer", "more"])
 def test_a_torch_file_that_differs_is_said(tmp_path: Path, change: str) -> None:
     """safetensors come before .bin; a .bin of other values, dtypes or tensors is named."""

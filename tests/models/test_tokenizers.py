@@ -144,11 +144,17 @@ def test_a_tokenizer_that_is_not_there_cannot_be_chosen(
     tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     tokenizer(base)
-    refused(UsageError, base, adapter, tmp_path / "out", "tokenizer", tokenizer="adapter")
+    refused(UsageError, base, adapter, tmp_path / "out", "No adapter", tokenizer="adapter")
+    (base / "tokenizer.json").unlink()
+    refused(UsageError, base, adapter, tmp_path / "out", "The base does not", tokenizer="base")
     refused(UsageError, base, adapter, tmp_path / "out", "'mine'", tokenizer="mine")
 
 
-@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "special_tokens_map.json", "preprocessor_config.json",
+     "generation_config.json"],
+)  # fmt: skip
 def test_a_part_without_a_vocabulary_is_no_tokenizer(
     tmp_path: Path, base: Path, adapter: Path, name: str
 ) -> None:
@@ -185,6 +191,22 @@ def test_unmerge_gives_the_bases_tokenizer_back(tmp_path: Path, base: Path, adap
         assert (tmp_path / "back" / name).read_bytes() == (base / name).read_bytes()
 
 
+def sentencepiece(folder: Path, last: int) -> None:
+    """The bytes of a SentencePiece model: pieces with a text, a score and a type, and a trailer."""
+
+    def piece(text: str) -> bytes:
+        inner = b"\n" + bytes([len(text)]) + text.encode() + b"\x15\x00\x00\x80\xbf\x18\x01"
+        return b"\n" + bytes([len(inner)]) + inner
+
+    data = b"".join(piece(f"p{i}") for i in range(last + 1)) + b"\x12\x02\x08\x01"
+    (folder / "tokenizer.model").write_bytes(data)
+
+
+def tiktoken(folder: Path, last: int) -> None:
+    lines = "".join(f"{'QQ=='} {i}\n" for i in range(last + 1))
+    (folder / "qwen.tiktoken").write_text(lines)
+
+
 def unigram(folder: Path, last: int) -> None:
     pieces = [[f"p{i}", -1.0] for i in range(last + 1)]
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": pieces}}))
@@ -194,6 +216,11 @@ WAYS = {
     "added-in-tokenizer-json": lambda f, n: tokenizer(f, ids=tuple(range(30, n + 1))),
     "vocabulary": lambda f, n: tokenizer(f, words=n + 1),
     "unigram": unigram,
+    "sentencepiece": sentencepiece,
+    "tiktoken": tiktoken,
+    "tekken": lambda f, n: (f / "tekken.json").write_text(
+        json.dumps({"config": {"default_vocab_size": n + 1}})
+    ),
     "added-tokens-json": lambda f, n: (
         tokenizer(f), (f / "added_tokens.json").write_text(json.dumps({f"<t{n}>": n})),
     ),
@@ -242,6 +269,29 @@ def test_rows_that_the_adapter_brings_count(tmp_path: Path) -> None:
     assert "tokens-without-rows" in {n.code for n in pack(adapter).notices}
 
 
+def test_padding_without_a_row_is_called_harmless(
+    tmp_path: Path, base: Path, adapter: Path
+) -> None:
+    """One id beyond the rows is common for padding; of any other token that is not said."""
+    for token, harmless in (("<pad>", True), ("<new>", False)):
+        tokenizer(adapter)
+        (adapter / "added_tokens.json").write_text(json.dumps({token: 30}))
+        (notice,) = loratool.merge(base, adapter, tmp_path / "out", dry_run=True).warnings
+        assert ("harmless" in notice.message) == harmless
+
+
+def test_each_adapter_keeps_what_lies_beside_its_own_tokenizer(tmp_path: Path, base: Path) -> None:
+    """Two folders of one name: the generation config is that of the tokenizer's folder."""
+    adapters = []
+    for n in range(2):
+        folder = write_adapter(tmp_path / str(n) / "adapter", pair(Q, 12, 10, seed=n), {})
+        (folder / "generation_config.json").write_text(json.dumps({"of": n}))
+        adapters.append(folder)
+    tokenizer(adapters[0])
+    loratool.merge(base, adapters, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"of": 0}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3, "added_tokens": [1]}', ""])
 def test_a_tokenizer_that_cannot_be_read_stops_nothing(
     tmp_path: Path, base: Path, adapter: Path, text: str
@@ -253,8 +303,10 @@ def test_a_tokenizer_that_cannot_be_read_stops_nothing(
 
 
 @pytest.mark.parametrize(
-    "name", ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "licence.md", "COPYING",
-             "Use Policy.pdf"],
+    "name",
+    ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "licence.md", "COPYING", "Use Policy.pdf",
+     "LICENSE_gemma", "MODEL_LICENSE", "llama_license.txt", "Gemma_Prohibited_Use_Policy.md",
+     "terms_of_use.md", "USAGE_POLICY.md"],
 )  # fmt: skip
 def test_what_the_licence_asks_goes_along(
     tmp_path: Path, base: Path, adapter: Path, name: str

@@ -25,7 +25,7 @@ def cli_reference() -> str:
         "## Exit codes\n\n"
         "| code | meaning |\n|---|---|\n"
         "| 0 | done; `verify`: yes |\n"
-        "| 1 | failed: the error says what, where and what to do; `verify`: no telling |\n"
+        "| 1 | failed: the error says what, where and what to do; `verify`: undecided |\n"
         "| 2 | wrong usage |\n"
         "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal` |\n"
         "| 4 | the Hub wants a login, or another one: `hf auth login` |\n"

@@ -40,6 +40,8 @@ def percent(share: float) -> str:
 
 #: Verbs whose plural is not the singular without its s.
 _PLURALS = {"is": "are", "was": "were", "has": "have", "does": "do", "matches": "match"}
+#: Nouns whose plural is not the singular with an s.
+_NOUNS = {"index": "indexes", "match": "matches", "matrix": "matrices"}
 
 
 def counted(number: int, noun: str, verb: str = "") -> str:
@@ -55,7 +57,9 @@ def agreeing(number: int, verb: str) -> str:
 
 
 def _plural(noun: str) -> str:
-    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return _NOUNS.get(noun, f"{noun}s")
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -113,14 +113,16 @@ def _find(folder: Folder, source: str | Path) -> str:
             f"{path}: this is a base model (sharded weights), not an adapter.",
             "Name the adapter, or one of the shards to look into it.",
         )
-    inside = [
+    weights = [
         name
         for name in folder.names(depth=0)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"} and not is_companion(name)
+        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
     ]
+    inside = [name for name in weights if not is_companion(name)]
     deeper = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
     found = ((inner, _usual(folder.inside(inner))) for inner in sorted(deeper))
     inside += [f"{inner}/{name}" for inner, name in found if name is not None]
+    inside = inside or weights  # an optimizer's state alone is at least called by its name
     if len(inside) == 1:
         return inside[0]
     if inside:

@@ -102,20 +102,17 @@ def is_quantised_name(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a model without owner, folder, and what repackaging adds to it; "" for a name
-    that says nothing. An id whose last part says nothing is taken whole."""
+    """The name of a model without owner, folder, and what repackaging adds to it; "" for that of a
+    folder that says nothing."""
     cached = re.search(r"models--[^/]*--([^/]+)", name)
     path = name.partition("@")[0].rstrip("/\\")
     last = (cached[1] if cached else re.split(r"[/\\]", path)[-1]).lower().replace("___", ".")
     while _REPACKED.search(last):
         last = _REPACKED.sub("", last)
     last = re.sub(r"^meta-", "", last)
-    if not _NO_NAME.fullmatch(last):
-        return last
-    whole = _ID.fullmatch(path) and not _LOCAL.match(path) and not _NO_NAME.fullmatch(
-        path.partition("/")[0].lower()
-    )  # fmt: skip
-    return path.lower() if whole else ""
+    owner = path.partition("/")[0].lower()
+    is_id = _ID.fullmatch(path) and not _LOCAL.match(path) and not _NO_NAME.fullmatch(owner)
+    return last if is_id or not _NO_NAME.fullmatch(last) else ""
 
 
 def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:

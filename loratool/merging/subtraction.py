@@ -19,6 +19,7 @@ from loratool.merging.proof.findings import judge
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.storage.tensors import TensorInfo
 from loratool.streams.run import Run
+from loratool.words import agreeing, counted
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _originals(
     wrong = [f.tensor for f in findings if not f.sound or (exact and f.equal < 1)]
     if wrong or not pairs:
         raise RestoreError(
-            f"{base}: {len(wrong)} of its {len(pairs)} tensors do not give those of "
+            f"{base}: {len(wrong)} of its {counted(len(pairs), 'tensor')} "
+            f"{agreeing(len(wrong), 'does')} not give those of "
             f"{merged.label} with these adapters:\n{listed(wrong)}"
             if pairs
             else f"{base}: it has no tensor of {merged.label}.",
@@ -102,15 +104,17 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
             rows.append(job.name)
     reasons = []
     for names, what in (
-        (rescaled, "tensors were rescaled (DoRA)"),
-        (replaced, "tensors were replaced or added whole"),
-        (rows, "embeddings had rows replaced"),
+        (rescaled, ("tensor", "was", "rescaled (DoRA)")),
+        (replaced, ("tensor", "was", "replaced or added whole")),
+        (rows, ("embedding", "has", "rows that were replaced")),
     ):
         if names:
-            reasons.append(f"{len(names)} {what}, such as {names[0]}")
+            noun, verb, rest = what
+            reasons.append(f"{counted(len(names), noun, verb)} {rest}, such as {names[0]}")
     added = record.get("result", {}).get("tensors", {}).get("add", 0)
     if added:
-        reasons.append(f"the merge added {added} tensors that the base does not have")
+        some = counted(added, "tensor") if isinstance(added, int) else f"{added} tensors"
+        reasons.append(f"the merge added {some} that the base does not have")
     if reasons:
         raise RestoreError(
             f"{found.plan.base.label}: this cannot be taken back by subtraction:\n"

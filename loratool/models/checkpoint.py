@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ from loratool.storage.weights import entry_of, read_folder, read_one, refuse_par
 from loratool.words import counted
 
 _ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
+
+
+#: How the names of trained tensors end; buffers may well be empty.
+_PARAMETER = re.compile(r"(weight|bias|_proj|_embeddings?)$")
 
 
 @dataclass
@@ -132,7 +137,11 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
 def refuse_placeholders(model: Checkpoint) -> None:
     """Raise BaseError for weights without values: ZeRO-3 leaves them of shape [0], and a model with
     them loads nowhere."""
-    empty = [name for name, info in model.tensors.items() if info.is_float and not info.numel]
+    empty = [
+        name
+        for name, info in model.tensors.items()
+        if info.is_float and not info.numel and _PARAMETER.search(name)
+    ]
     if empty:
         raise BaseError(
             f"{model.label}: {counted(len(empty), 'weight', 'is')} empty, a placeholder as "

@@ -17,7 +17,7 @@ from loratool.rendering.terminal import (
     print_sentence,
 )
 from loratool.verbs.compare import CompareReport, letter
-from loratool.words import number_text, percent, span_text
+from loratool.words import counted, number_text, percent, span_text
 
 _SHOWN = 5
 
@@ -166,7 +166,7 @@ def _sentence(report: CompareReport, pair: Relation, verdict: str, names: Sequen
         "conflict": f"[bold red]{a} and {b} pull against each other[/]",
     }
     both = sum(bool(m.norms[pair.a] and m.norms[pair.b]) for m in report.modules)
-    where = "" if both == len(report.modules) else f" in the {both} modules they share"
+    where = "" if both == len(report.modules) else f" in the {counted(both, 'module')} they share"
     said = [f"cosine {pair.cosine or 0:.3f}{where}"]
     for what, overlap, chance in (
         ("write", pair.output_overlap, pair.output_chance),

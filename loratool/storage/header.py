@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
 from loratool.storage.tensors import TensorInfo
-from loratool.words import format_bytes
+from loratool.words import agreeing, counted, format_bytes
 
 #: Longest header accepted, as in the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
@@ -50,7 +50,9 @@ def parse_header(
     refuse_known_impostors(path, start, size)
     start = start[:8]
     if size < 8:
-        raise FileError(f"{path}: only {size} bytes long, too short for a header.", _REFETCH)
+        raise FileError(
+            f"{path}: only {counted(size, 'byte')} long, too short for a header.", _REFETCH
+        )
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES or (start[:4].isascii() and start[:4].isalnum()):
         raise FileError(
@@ -166,19 +168,21 @@ def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
             raise FileError(f"{path}: tensor {info.name!r} overlaps another one.", _REFETCH)
         if info.start > position:
             raise FileError(
-                f"{path}: {info.start - position} bytes before tensor {info.name!r} "
-                "belong to no tensor.",
+                f"{path}: {counted(info.start - position, 'byte')} before tensor {info.name!r} "
+                f"{agreeing(info.start - position, 'belongs')} to no tensor.",
                 _REFETCH,
             )
         position += info.nbytes
     if position > size:
         raise TruncatedError(
             f"{path}: truncated: the header describes {format_bytes(position)}, "
-            f"{format_bytes(size)} are there ({position - size} bytes missing).",
+            f"{format_bytes(size)} are there ({counted(position - size, 'byte')} missing).",
             _REFETCH,
         )
     if position < size:
-        raise FileError(f"{path}: {size - position} bytes after the last tensor.", _REFETCH)
+        raise FileError(
+            f"{path}: {counted(size - position, 'byte')} after the last tensor.", _REFETCH
+        )
 
 
 def build_header(

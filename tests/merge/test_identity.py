@@ -37,9 +37,10 @@ DIFFERENT = [
     ("/data/models/llama-2-7b-chat", "meta-llama/Llama-2-7b-hf"),
     ("Qwen/Qwen2.5-7B", "unsloth/Qwen2.5-7B-Instruct-bnb-4bit"),
     ("org/other", "org/base"),
-    ("org/base", "org2/base"),
 ]
 ALIKE = [
+    ("org/base", "mirror/base"),
+    ("outputs/checkpoint-3", "org/base"),
     ("meta-llama/Meta-Llama-3-8B", "unsloth/llama-3-8b-bnb-4bit"),
     ("Qwen/Qwen2.5-7B", "unsloth/Qwen2.5-7B-unsloth-bnb-4bit"),
     ("/home/me/Llama-2-7b-hf/", "meta-llama/Llama-2-7b-hf"),
@@ -121,8 +122,8 @@ def test_the_hub_knows_best(tmp_path: Path) -> None:
         ("Qwen/Qwen2___5-7B", "qwen2.5-7b"), ("x/m-8b-NVFP4", "m-8b"), ("x/m-8b-FP8-KV", "m-8b"),
         ("x/m-8b-sharded-bf16-5GB", "m-8b"), ("x/m-8b-4.0bpw-exl2", "m-8b"), ("x/m@main", "m"),
         ("x/m-8b-qat-q4_0-unquantized", "m-8b"), ("x/m-AQLM-2Bit-1x16", "m"),
-        ("/kaggle/input/llama/8b-instruct/2", ""), ("org/base", "org/base"), ("base", ""),
-        ("stabilityai/step-1", "stabilityai/step-1"), ("x/stepfun-1", "stepfun-1"),
+        ("/kaggle/input/llama/8b-instruct/2", ""), ("org/base", "base"), ("base", ""),
+        ("stabilityai/step-1", "step-1"), ("x/stepfun-1", "stepfun-1"),
     ],
 )  # fmt: skip
 def test_plain_names(name: str, plain: str) -> None:

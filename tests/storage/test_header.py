@@ -238,7 +238,7 @@ BROKEN_TILINGS: dict[str, tuple[dict[str, Any], bytes, str]] = {
     "gap-at-start": ({"a": u8(4, 8)}, bytes(8), "'a'"),
     "truncated": ({"a": u8(0, 8)}, bytes(5), "3 bytes missing"),
     "no-data": ({"a": u8(0, 8)}, b"", "truncated"),
-    "trailing": ({"a": u8(0, 8)}, bytes(9), "1 bytes after"),
+    "trailing": ({"a": u8(0, 8)}, bytes(9), "1 byte after"),
     "trailing-only": ({}, bytes(3), "3 bytes after"),
 }
 

@@ -91,7 +91,7 @@ def test_originals_must_give_the_merge_to_the_last_bit(tmp_path: Path) -> None:
     almost = {**state, ADAPTED: state[ADAPTED] * (1 + 2e-5)}
     assert loratool.verify(tmp_path / "out", write_base(tmp_path / "b", almost), lora).equal < 1
     other = write_base(tmp_path / "other", almost)
-    with pytest.raises(loratool.LoraToolError, match="do not give those of"):
+    with pytest.raises(loratool.LoraToolError, match="give those of"):
         loratool.unmerge(tmp_path / "out", lora, tmp_path / "back", base=other)
     report = loratool.unmerge(tmp_path / "out", lora, tmp_path / "back", base=base)
     assert report.exact

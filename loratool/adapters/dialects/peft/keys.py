@@ -189,7 +189,7 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     )  # fmt: skip
     _refuse(
         adapter, "rank-mismatch",
-        "has another rank than the config gives it; PEFT would not load this. Correct r or "
+        "has another rank than the config gives; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
     return set(halves)
@@ -238,10 +238,10 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
 
 #: Why a pair of shapes makes no product, by code, to follow "1 module".
 _SHAPE_TROUBLES = {
-    "zero3-placeholder": "is an empty placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
+    "zero3-placeholder": "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
     "shards were not gathered before saving; the weights are not in this file. Save again from "
     "the training run",
-    "grouped-convolution": "is a grouped convolution, whose A mixes groups that the weight keeps "
+    "grouped-convolution": "has a grouped convolution, whose A mixes groups that the weight keeps "
     "apart, so no merged weight exists",
     "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
     "PEFT 0.2",

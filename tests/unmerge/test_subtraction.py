@@ -198,7 +198,7 @@ def test_trained_rows_and_added_tensors_are_not_subtracted(tmp_path: Path) -> No
         tmp_path / "tied", tiny_llama(tie_word_embeddings=True), lora("q_proj", "embed_tokens")
     )
     head = train_head(tmp_path / "head", AutoModelForSequenceClassification, "SEQ_CLS", False)
-    for trained, word in ((rows, "rows that were replaced"), (tied, "added 1 tensors"), (head, "")):
+    for trained, word in ((rows, "rows that were replaced"), (tied, "added 1 tensor"), (head, "")):
         out = trained.base.parent / "out"
         loratool.merge(trained.base, trained.adapter, out)
         no_unmerge(RestoreError, out, trained.adapter, tmp_path / "no", word)

@@ -135,16 +135,19 @@ def runs() -> list[tuple[str, list[str]]]:
     add("out-combine-energy", "combine", "adapter", *two, "--energy", "0.9", "--keep-patterns")
     for name, options in {
         "rank": ["--rank", "4"], "energy": ["--energy", "0.9"], "max": ["--energy", "0.99",
-        "--max-rank", "6"], "up": ["--rank", "16", "--dtype", "float32"],
+        "--max-rank", "6"], "patterns": ["--energy", "0.9", "--patterns"], "up": ["--rank", "16", "--dtype", "float32"],
     }.items():  # fmt: skip
         add(f"out-resize-{name}", "resize", "adapter", *options)
         add(f"out-resize-json-{name}", "resize", "tasks/tables", *options, "--json")
     for name, options in {
         "rank": ["--rank", "8"], "energy": ["--energy", "0.9", "--max-rank", "32"],
         "budget": ["--budget", "200kB"], "uniform": ["--energy", "0.8", "--uniform"],
+        "patterns": ["--energy", "0.8", "--patterns", "--save", "norms", "--save", "biases"],
         "exact": ["--rank", "8", "--exact", "--verify"], "verify": ["--rank", "4", "--verify"],
         "save": ["--rank", "4", "--save", "lm_head", "--skip", "norms", "--dtype", "float32"],
     }.items():  # fmt: skip
+        # With a name for the base, or its path, which is another one in every run, is written.
+        options = [*options, "--base-name", "org/base"]
         add(f"out-extract-{name}", "extract", "base", "tuned", *options)
         add(f"out-extract-json-{name}", "extract", "base", "tuned", *options, "--json",
             "--spectrum")  # fmt: skip
@@ -170,7 +173,7 @@ def runs() -> list[tuple[str, list[str]]]:
             add(f"verify-{which}", "verify", f"out-{which}-float16", "--base", base, adapter)
             add(f"out-resize-{which}", "resize", adapter, "--rank", "2", "--json")
             add(f"out-extract-{which}", "extract", base, f"out-{which}-base", "--rank", "2",
-                "--verify", "--json")  # fmt: skip
+                "--verify", "--json", "--base-name", "org/base")  # fmt: skip
             add(f"out-remerge-{which}", "merge", base, f"out-extract-{which}", "--json")
         add(f"out-{kind}-all", "merge", f"{kind}/base", *adapters, "--json")
         add(f"out-{kind}-combined", "combine", *adapters, "--json", "--saved", "first")

@@ -135,7 +135,8 @@ def runs() -> list[tuple[str, list[str]]]:
     add("out-combine-energy", "combine", "adapter", *two, "--energy", "0.9", "--keep-patterns")
     for name, options in {
         "rank": ["--rank", "4"], "energy": ["--energy", "0.9"], "max": ["--energy", "0.99",
-        "--max-rank", "6"], "patterns": ["--energy", "0.9", "--patterns"], "up": ["--rank", "16", "--dtype", "float32"],
+        "--max-rank", "6"], "patterns": ["--energy", "0.9", "--patterns"],
+        "up": ["--rank", "16", "--dtype", "float32"],
     }.items():  # fmt: skip
         add(f"out-resize-{name}", "resize", "adapter", *options)
         add(f"out-resize-json-{name}", "resize", "tasks/tables", *options, "--json")

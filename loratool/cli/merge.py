@@ -93,6 +93,7 @@ def merge_command(
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge clip/ text-adapter/ -o merged/ --components text_model
       loratool merge org/base org/adapter -o merged/ --push org/merged
       loratool merge org/base org/adapter --push org/merged --no-keep
     """

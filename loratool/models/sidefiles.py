@@ -150,12 +150,9 @@ def _settle_tokenizer(
     ]
     own = {name: path for name, path in found.copied.items() if is_part_of_tokenizer(name)}
     own = own if any(map(VOCABULARY.fullmatch, own)) else {}
-    if (choice == "adapter" and not brought) or (choice == "base" and not own):
-        raise UsageError(
-            f"{'No adapter' if choice == 'adapter' else 'The base does not'} "
-            f"bring{'s' if choice == 'adapter' else ''} a tokenizer (tokenizer.json or the like).",
-            "Omit --tokenizer.",
-        )
+    if choice and not (brought if choice == "adapter" else own):
+        who = "No adapter brings" if choice == "adapter" else "The base does not bring"
+        raise UsageError(f"{who} a tokenizer (tokenizer.json or the like).", "Omit --tokenizer.")
     for name, folder in adapters:
         if stray := stray_parts(folder):
             text = (
@@ -205,7 +202,7 @@ def _carry_all(found: SideFiles, adapters: Sequence[tuple[str, Folder]]) -> None
             if name not in files:
                 found.left_out.append(f"{name} ({owner} brings its own)")
         found.copied |= files
-        missing = sorted(sentence_parts_missing(files)) if sort is sentence_modules else []
+        missing = _missing_parts(files) if sort is sentence_modules else []
         if missing:
             text = f"modules.json of {owner} names {', '.join(missing)}, which it does not bring."
             found.notices.append(Notice("sentence-modules", text, owner))
@@ -231,10 +228,16 @@ def sentence_modules(folder: Folder) -> dict[str, Path]:
     return _fetched(folder, [*_SENTENCE, *inside])
 
 
-def sentence_parts_missing(files: dict[str, Path]) -> set[str]:
-    """The folders that a modules.json names and of which there is no file."""
-    parts = sentence_parts(Folder(files["modules.json"].parent)) if "modules.json" in files else ()
-    return {part for part in parts if part and not any(n.startswith(f"{part}/") for n in files)}
+def _missing_parts(files: dict[str, Path]) -> list[str]:
+    """The folders that a modules.json names and of which there is no file, though one is needed."""
+    folder = Folder(files["modules.json"].parent)
+    return [
+        part
+        for part, kind in _modules_of(folder).items()
+        if part
+        and not kind.endswith("Normalize")  # it has nothing to save
+        and not any(name.startswith(f"{part}/") for name in files)
+    ]
 
 
 def _fetched(folder: Folder, names: Sequence[str]) -> dict[str, Path]:
@@ -262,14 +265,19 @@ def _is_foreign(place: str, parts: set[str], heavy: set[str]) -> bool:
 
 def sentence_parts(folder: Folder) -> set[str]:
     """The folders of a sentence-transformers model's modules ("" is the folder itself)."""
+    return set(_modules_of(folder))
+
+
+def _modules_of(folder: Folder) -> dict[str, str]:
+    """What modules.json says: classes by folder; {} where there is none that can be read."""
     if not folder.has("modules.json"):
-        return set()
+        return {}
     folder.fetch(["modules.json"])
     try:
         modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
-        return {str(module["path"]) for module in modules}
-    except (ValueError, TypeError, KeyError):
-        return set()
+        return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:

@@ -146,7 +146,8 @@ def test_the_adapter_in_a_second_format(
 
 def sentence(folder: Path, part: str, fill: float) -> None:
     """What sentence-transformers writes around an encoder."""
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": part}]
+    normalise = {"path": "9_Normalize", "type": "sentence_transformers.models.Normalize"}
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": f"{part}/"}, normalise]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"q": part}}))
     (folder / "1_Pooling").mkdir()
@@ -162,7 +163,7 @@ def test_the_modules_around_a_sentence_encoder_are_the_adapters(
     """Dense layer, pooling and prompts come from the adapter as a set; none of the base's stay."""
     sentence(base, "2_Normalize", 0)
     sentence(adapter, "2_Dense", 1)
-    loratool.merge(base, adapter, tmp_path / "out")
+    assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []
     out = tmp_path / "out"
     for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json",
                  "2_Dense/config.json", "2_Dense/model.safetensors"):  # fmt: skip

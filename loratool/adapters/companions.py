@@ -47,9 +47,7 @@ class Companions:
 
 def is_companion(name: str) -> bool:
     """Whether a file lies beside an adapter and is none, by its name."""
-    return any(
-        pattern.fullmatch(name) for pattern in (_TRAINED, VALUE_HEAD, OF_A_RUN)
-    )  # fmt: skip
+    return any(pattern.fullmatch(name) for pattern in (_TRAINED, VALUE_HEAD, OF_A_RUN))
 
 
 def read_companions(

@@ -11,7 +11,7 @@ from loratool.adapters.files import Held, read_held
 from loratool.adapters.recognise import recognise
 from loratool.errors import AdapterError
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, SHARD
+from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, ADAPTER_INDICES, SHARD
 from loratool.storage.hub.folder import locate
 from loratool.storage.jsonfile import read_json
 
@@ -39,7 +39,9 @@ def read_adapter(source: str | Path) -> Adapter:
     adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
     if claim:
         adapter.is_read = True
-        _add_companions(adapter, held)
+        if not place.file or held.entry in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
+            # A file of another name, named alone, may have anything for neighbours.
+            _add_companions(adapter, held)
         claim[0].read(adapter)
         _note_part(adapter, place.file)
     return adapter

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.adapters import PREFIX, Q, codes, pair, write_adapter
+from helpers.adapters import PREFIX, WEIGHTS, Q, codes, pair, write_adapter
 from helpers.files import State, load, random_of, same, write_base
 from helpers.outcomes import assert_clear, refused
 from safetensors.torch import save_file
@@ -345,3 +345,16 @@ def test_an_empty_value_head_is_refused(tmp_path: Path, base: Path, adapter: Pat
     """It would be carried, and be nothing."""
     save_file({"v_head.summary.weight": torch.zeros(0)}, adapter / "value_head.safetensors")
     refused(loratool.errors.AdapterError, base, adapter, tmp_path / "out", "zero3-placeholder")
+
+
+def test_a_folder_of_many_adapters(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Of a file of its own name, named alone, the neighbours are other people's."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name in ("style", "task"):
+        (shelf / f"{name}.safetensors").write_bytes((adapter / WEIGHTS).read_bytes())
+    torch.save({PREFIX + PROJECTOR: NEW}, shelf / "non_lora_trainables.bin")
+    (shelf / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    report = loratool.merge(base, shelf / "style.safetensors", tmp_path / "out", dtype="base")
+    assert codes(report) == []
+    assert torch.equal(load(tmp_path / "out")[PROJECTOR], base_state()[PROJECTOR])

@@ -102,7 +102,7 @@ def test_spaces_around_the_header_are_allowed(tmp_path: Path) -> None:
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NOT_SAFETENSORS = {
     "empty": (b"", "empty"),
-    **{f"{n}-bytes": (b"\x10" + b"\0" * (n - 1), f"{n} bytes") for n in range(1, 8)},
+    **{f"{n}-bytes": (b"\x10" + b"\0" * (n - 1), f"only {n} byte") for n in range(1, 8)},
     "lfs-pointer": (LFS, "Git LFS pointer"),
     "html": (b"<!DOCTYPE html>\n<html><body>404</body></html>", "web page"),
     "html-of-the-hub": (b'<!doctype html>\n<html class="">\n<head></head></html>', "web page"),

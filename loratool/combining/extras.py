@@ -7,16 +7,17 @@ somebody has to say which to take; nothing is guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.combining.alignment import Joined, Saved
 from loratool.errors import MatchError, ValueRangeError, listed
-from loratool.models.sidefiles import carried_files
+from loratool.models.sidefiles import sentence_modules, value_heads
+from loratool.models.tokenizers import common_files
 from loratool.notices import Notice
-from loratool.storage.hashing import file_sha256
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import count_not_finite, float_blocks, same_values
 from loratool.words import counted
@@ -60,18 +61,28 @@ def _refuse_not_finite(joined: Joined) -> None:
 
 
 def _collect_companions(joined: Joined, clash: str) -> None:
-    """Take the files that adapters bring beside their factors, as they are: programs that read them
-    look for them by name. Where they differ somebody has to say whose to take."""
-    for adapter in joined.used:
-        brought = {path.name: path for path in adapter.companions} | carried_files(adapter.folder)
-        for name, path in brought.items():
-            taken = joined.companions.get(name, path)
-            if clash not in ("first", "last") and file_sha256(taken) != file_sha256(path):
-                raise MatchError(
-                    f"{taken} and {path} differ, and no mean can be taken of them.",
-                    "--saved first or last says whose to take.",
-                )
-            joined.companions[name] = path if clash == "last" else taken
+    """Take what lies beside the factors as the files that it is: programs that read them look for
+    them by name. Each sort comes whole from one adapter; where they differ somebody has to say
+    from which."""
+    sorts: tuple[Callable[[Adapter], dict[str, Path]], ...] = (
+        lambda adapter: {path.name: path for path in adapter.companions},
+        lambda adapter: value_heads(adapter.folder),
+        lambda adapter: sentence_modules(adapter.folder),
+    )
+    for sort in sorts:
+        brought = [(adapter, files) for adapter in joined.used if (files := sort(adapter))]
+        if not brought:
+            continue
+        common = common_files([files for _, files in brought])
+        if common is None and clash not in ("first", "last"):
+            (one, files), (other, _) = brought[0], brought[-1]
+            raise MatchError(
+                f"{one.label} and {other.label} bring different files ({', '.join(files)}), and no "
+                "mean can be taken of them.",
+                "--saved first or last says whose to take.",
+            )
+        index = common if common is not None else 0 if clash == "first" else -1
+        joined.companions |= brought[index][1]
 
 
 def _collect_saved(joined: Joined, clash: str) -> None:

@@ -358,3 +358,17 @@ def test_a_folder_of_many_adapters(tmp_path: Path, base: Path, adapter: Path) ->
     report = loratool.merge(base, shelf / "style.safetensors", tmp_path / "out", dtype="base")
     assert codes(report) == []
     assert torch.equal(load(tmp_path / "out")[PROJECTOR], base_state()[PROJECTOR])
+
+
+def test_combine_takes_sentence_modules_whole(tmp_path: Path, adapter: Path) -> None:
+    """Of two sets, in formats that differ, no file of each: one adapter's or a refusal."""
+    other = write_adapter(tmp_path / "other", pair(Q, 12, 10, seed=2), {})
+    sentence(adapter, "2_Dense", 1)
+    sentence(other, "2_Dense", 2)
+    (other / "2_Dense" / "model.safetensors").rename(other / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(MatchError, match=r"modules\.json"):
+        loratool.combine([adapter, other], tmp_path / "none")
+    loratool.combine([adapter, other], tmp_path / "out", saved="last")
+    assert {p.name for p in (tmp_path / "out" / "2_Dense").iterdir()} == {
+        "config.json", "pytorch_model.bin",
+    }  # fmt: skip

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import Factors
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
-from loratool.storage.values import same_values
+from loratool.storage.values import float_blocks, same_values
 
 #: Weights beyond this are mostly a slip.
 _LARGE = 100
@@ -44,13 +43,23 @@ def idle_modules(adapter: Adapter) -> list[str]:
     """Paths of modules that change nothing: the scale is 0, or a factor is zero as before training.
 
     A module with a magnitude (DoRA) or a bias may change something all the same and is not listed.
+    Of a factor that is not zero little more than its first block is read.
     """
-    found = []
     with FilePool() as files:
-        for path, module in adapter.modules.items():
-            if module.magnitude is not None or module.bias is not None or not module.adds:
-                continue
-            pair = module.left_right(files) if module.scale != 0 else None
-            if module.scale == 0 or (pair is not None and not all(map(np.any, pair))):
-                found.append(path)
-    return found
+        return [
+            path
+            for path, module in adapter.modules.items()
+            if module.magnitude is None
+            and module.bias is None
+            and module.adds
+            and (module.scale == 0 or _has_zero_factor(module, files))
+        ]
+
+
+def _has_zero_factor(module: Factors, files: FilePool) -> bool:
+    if module.parts.keys() != {"A", "B"}:
+        return False  # of other kinds a part may be zero and the delta not
+    return any(
+        not any(block.any() for block in float_blocks(info, files))
+        for info in module.parts.values()
+    )

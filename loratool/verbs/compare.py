@@ -36,7 +36,7 @@ from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import computed, few
-from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
+from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights, texts
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
@@ -90,7 +90,7 @@ def compare(
     weights: Sequence[float] | None = None,
     tolerance: float = TOLERANCE,
     base: str | Path | None = None,
-    components: Sequence[str] = (),
+    components: str | Sequence[str] = (),
     layers: str | None = None,
     include: Sequence[str] = (),
     threads: int | None = None,
@@ -128,7 +128,7 @@ def compare(
         loras = [read_lora(source) for source in sources]
         joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
         paths = selected(list(joined.modules), layers, include)
-        targets = BaseWeights(base, loras, components) if base is not None else None
+        targets = BaseWeights(base, loras, texts(components)) if base is not None else None
         modules = []
         with FilePool() as files:
             work = (

@@ -19,6 +19,11 @@ def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | Path) else list(adapters)
 
 
+def texts(given: str | Sequence[str]) -> list[str]:
+    """The texts in a list; one that was given alone is one, not its letters."""
+    return [given] if isinstance(given, str) else list(given)
+
+
 def check_paths(paths: Sequence[Source], adapters: Sequence[Source], usage: str) -> None:
     """Raise UsageError for an empty path and for no adapter at all."""
     if not all(str(path) for path in (*paths, *adapters)):

@@ -23,7 +23,7 @@ from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import count_not_finite
-from loratool.verbs.inputs import check_paths
+from loratool.verbs.inputs import check_paths, texts
 from loratool.words import counted
 
 
@@ -130,7 +130,7 @@ def inspect(
     source: str | Path,
     *,
     base: str | Path | None = None,
-    components: Sequence[str] = (),
+    components: str | Sequence[str] = (),
     spectrum: bool = False,
     norms: bool = False,
     layers: str | None = None,
@@ -197,7 +197,7 @@ def inspect(
                 "Omit --base.",
             )
         with explained_os_errors():
-            _add_base(report, adapter, base, norms, components)
+            _add_base(report, adapter, base, norms, texts(components))
     return report
 
 

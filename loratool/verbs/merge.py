@@ -42,6 +42,7 @@ from loratool.verbs.inputs import (
     as_list,
     check_paths,
     check_weights,
+    texts,
 )
 from loratool.words import format_bytes
 
@@ -114,7 +115,7 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
-    components: Sequence[str] = (),
+    components: str | Sequence[str] = (),
     tokenizer: str | None = None,
     again: bool = False,
     overwrite: bool = False,
@@ -165,7 +166,7 @@ def merge(
     run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
     options = MergeOptions(
-        dtype, allow_unmatched, tuple(components), tokenizer, again, reversible, verify, push, keep,
+        dtype, allow_unmatched, tuple(texts(components)), tokenizer, again, reversible, verify, push, keep,
         private,
     )  # fmt: skip
     options.check(output)

@@ -24,7 +24,7 @@ from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import Source, as_list, check_paths, check_weights
+from loratool.verbs.inputs import Source, as_list, check_paths, check_weights, texts
 
 
 @dataclass
@@ -65,7 +65,7 @@ def verify(
     *,
     weights: Sequence[float] | None = None,
     allow_unmatched: bool = False,
-    components: Sequence[str] = (),
+    components: str | Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -92,9 +92,9 @@ def verify(
     factors = check_weights(weights, sources)
     with explained_os_errors():
         original = open_checkpoint(base)
-        components = components or _recorded_components(merged)
+        chosen = texts(components) or _recorded_components(merged)
         loras = [read_lora(source) for source in sources]
-        plan = build_plan(original, loras, factors, "base", allow_unmatched, components)
+        plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
         plan.notices += note_other_base(original, loras)
         for lora in loras:
             refuse_not_finite(lora)

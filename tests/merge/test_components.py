@@ -106,7 +106,7 @@ def test_the_option_chooses(tmp_path: Path) -> None:
     options = {"components": ["vision_model"]}
     loratool.merge(base, adapter, out, dtype="base", reversible=True, **options)
     assert changed(state, load(out)) == {f"vision_model.{Q}.weight"}
-    assert loratool.verify(out, base, adapter, **options).verdict == "yes"
+    assert loratool.verify(out, base, adapter, components="vision_model").verdict == "yes"
     assert loratool.verify(out, base, adapter, components=["text_model"]).verdict == "no"
     assert loratool.inspect(adapter, base=base, **options).base.unmatched == []
     loratool.unmerge(out, adapter, tmp_path / "back")
@@ -254,3 +254,25 @@ def test_an_agreeing_hint_ends_the_question(tmp_path: Path) -> None:
         base_model_name_or_path="meta-llama/Llama-3.2-11B-Vision-Instruct",
     )  # fmt: skip
     assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []
+
+
+def test_a_choice_that_contradicts_the_config_is_a_choice(tmp_path: Path) -> None:
+    """Where somebody chose, nothing is in doubt."""
+    base, state = towers(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", auto_mapping={"base_model_class": "SiglipTextModel"})
+    report = loratool.merge(
+        base, adapter, tmp_path / "out", dtype="base", components="vision_model"
+    )
+    assert changed(state, load(tmp_path / "out")) == {f"vision_model.{Q}.weight"}
+    assert "component" not in codes(report)
+
+
+def test_an_adapter_of_another_model_is_no_question_of_parts(tmp_path: Path) -> None:
+    """Where a little of it fits several parts, the error says what does not fit."""
+    base, _ = towers(tmp_path / "base")
+    tensors = {**pair(Q, 8, 8)}
+    for number in range(4):
+        tensors |= pair(f"encoder.layers.{number}.mlp.fc1", 16, 8, seed=number)
+    adapter = write_adapter(tmp_path / "adapter", tensors, {"task_type": None})
+    error = refused(MatchError, base, adapter, tmp_path / "out", "do not fit the base")
+    assert "--components" not in error.hint

@@ -166,8 +166,8 @@ def merge(
     run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
     options = MergeOptions(
-        dtype, allow_unmatched, tuple(texts(components)), tokenizer, again, reversible, verify, push, keep,
-        private,
+        dtype, allow_unmatched, tuple(texts(components)), tokenizer, again, reversible, verify,
+        push, keep, private,
     )  # fmt: skip
     options.check(output)
     output = output if output is not None else workplace(str(push))

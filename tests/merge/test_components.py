@@ -196,13 +196,17 @@ def test_nothing_goes_outside_of_what_was_chosen(tmp_path: Path) -> None:
     """An adapter of both towers, one of them chosen: the other half is refused, or left out."""
     base, state = towers(tmp_path / "base")
     tensors = {**pair(f"text_model.{Q}", 8, 8), **pair(f"vision_model.{Q}", 8, 8)}
-    adapter = write_adapter(tmp_path / "adapter", tensors, {})
+    whole = f"vision_model.{Q.replace('q_proj', 'k_proj')}"
+    tensors[f"base_model.model.{whole}.weight"] = np.ones((8, 8), np.float32)
+    adapter = write_adapter(tmp_path / "adapter", tensors, {"modules_to_save": ["k_proj"]})
     chosen = {"components": ["text_model"]}
     refused(MatchError, base, adapter, tmp_path / "out", "outside of what --components", **chosen)
     out = tmp_path / "out"
     loratool.merge(base, adapter, out, dtype="base", allow_unmatched=True, **chosen)
     assert changed(state, load(out)) == {f"text_model.{Q}.weight"}
-    assert loratool.inspect(adapter, base=base, **chosen).base.unmatched == [f"vision_model.{Q}"]
+    assert loratool.inspect(adapter, base=base, **chosen).base.unmatched == [
+        f"base_model.model.{whole}.weight", f"vision_model.{Q}",
+    ]  # fmt: skip
     # verify finds in the record what the merge was told.
     assert loratool.verify(out, base, adapter, allow_unmatched=True).verdict == "yes"
     assert loratool.verify(out, base, adapter, components=["vision_model"],

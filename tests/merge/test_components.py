@@ -280,3 +280,18 @@ def test_an_adapter_of_another_model_is_no_question_of_parts(tmp_path: Path) -> 
     adapter = write_adapter(tmp_path / "adapter", tensors, {"task_type": None})
     error = refused(MatchError, base, adapter, tmp_path / "out", "do not fit the base")
     assert "--components" not in error.hint
+
+
+def test_token_rows_outside_of_the_chosen_part(tmp_path: Path) -> None:
+    """Trained rows of another part's embedding are left out like its factors."""
+    state = {**tower("text_model"), "vision_model.embed.weight": random_of(torch.float32, 4, 8)}
+    base = write_base(tmp_path / "base", state)
+    rows = "base_model.model.vision_model.embed.token_adapter.trainable_tokens_delta"
+    tensors = {**pair(f"text_model.{Q}", 8, 8), rows: np.ones((1, 8), np.float32)}
+    config = {"trainable_token_indices": {"embed": [0]}}
+    adapter = write_adapter(tmp_path / "adapter", tensors, config)
+    refused(MatchError, base, adapter, tmp_path / "out", "vision_model", components="text_model")
+    loratool.merge(base, adapter, tmp_path / "all", dtype="base")
+    assert changed(state, load(tmp_path / "all")) == {
+        f"text_model.{Q}.weight", "vision_model.embed.weight",
+    }  # fmt: skip

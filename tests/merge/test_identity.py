@@ -107,6 +107,8 @@ def test_the_hub_knows_best(tmp_path: Path) -> None:
     report = loratool.merge(base, older, tmp_path / "out3")
     assert codes(report) == ["base-differs"]
     assert "b" * 12 in report.warnings[0].message
+    mirror = lora(tmp_path / "mirror", base_model_name_or_path="copy/base-a", revision="b" * 40)
+    assert codes(loratool.merge(base, mirror, tmp_path / "out5")) == []  # of another repository
     branch = lora(tmp_path / "branch", base_model_name_or_path="org/base-a", revision="main")
     assert codes(loratool.merge(base, branch, tmp_path / "out4")) == []
 
@@ -211,3 +213,23 @@ def test_an_adapter_that_does_nothing(tmp_path: Path, what: str) -> None:
     assert notice.code == "zero-delta"
     assert ("does nothing" in notice.message) == (what != "one-of-two")
     assert Q in notice.message or what != "one-of-two"
+
+
+def test_the_same_factors_with_another_alpha_are_another_adapter(tmp_path: Path) -> None:
+    """Equal tensors are the same adapter only with the same scale."""
+    base, one = small_base(tmp_path / "base"), lora(tmp_path / "one")
+    other = lora(tmp_path / "other", lora_alpha=4)
+    assert codes(loratool.merge(base, [one, other], tmp_path / "out")) == []
+
+
+def test_a_magnitude_or_a_bias_does_something_by_itself(tmp_path: Path) -> None:
+    """DoRA whose B is zero still scales the weight; a module with a bias adds it."""
+    base = small_base(tmp_path / "base", **{f"{Q}.bias": np.zeros(6, np.float16)})
+    tensors = {n: v * ("lora_A" in n) for n, v in pair(Q, 6, 5).items()}
+    for name, part, config in (
+        ("dora", "lora_magnitude_vector", {"use_dora": True}),
+        ("biased", "lora_B.bias", {"lora_bias": True}),
+    ):
+        more = {f"base_model.model.{Q}.{part}": np.ones(6, np.float32)}
+        adapter = write_adapter(tmp_path / name, tensors | more, config)
+        assert codes(loratool.merge(base, adapter, tmp_path / f"{name}-out")) == []

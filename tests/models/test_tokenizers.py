@@ -323,3 +323,11 @@ def test_ids_of_a_model_without_embedding_are_not_looked_at(tmp_path: Path, adap
     base = write_base(tmp_path / "vision", {f"{Q}.weight": state()[f"{Q}.weight"]})
     tokenizer(adapter)
     assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []
+
+
+def test_the_largest_embedding_counts(tmp_path: Path, adapter: Path) -> None:
+    """A small embedding of another part, wherever it stands in the file, tells nothing of ids."""
+    small = {"a.embed_tokens.weight": random_of(torch.float32, 5, 12)}
+    base = write_base(tmp_path / "parts", {**small, **state()})
+    tokenizer(adapter)
+    assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []

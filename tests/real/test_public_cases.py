@@ -21,9 +21,14 @@ from loratool.errors import AdapterError
 
 CASES = SHARED.parent / "cases"
 
-# They are not part of the project, and a clone of it alone does without them: each is an example of
-# a kind with tests of its own: components, companions, shards, checkpoints, tokenizers, precision.
-pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason="the public cases are not here")
+# Their makers may not be copied into the project, so a clone of it alone cannot have them, CI's among
+# them. Nothing is tested here alone: each is an example of a kind that has tests of its own, with
+# right values, which run everywhere: two towers in merge/test_components, side weights and empty heads
+# in adapters/test_companions, shards in adapters/test_shards, stale shards in models/test_checkpoint,
+# templates and tokens in models/test_tokenizers, float16 in merge/test_precision.
+pytestmark = pytest.mark.skipif(
+    not CASES.is_dir(), reason="makers of public cases, no part of the project; see the list above"
+)
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

@@ -21,11 +21,12 @@ from loratool.errors import AdapterError
 
 CASES = SHARED.parent / "cases"
 
-# Their makers may not be copied into the project, so a clone of it alone cannot have them, CI's among
-# them. Nothing is tested here alone: each is an example of a kind that has tests of its own, with
-# right values, which run everywhere: two towers in merge/test_components, side weights and empty heads
-# in adapters/test_companions, shards in adapters/test_shards, stale shards in models/test_checkpoint,
-# templates and tokens in models/test_tokenizers, float16 in merge/test_precision.
+# Their makers may not be copied into the project, so a clone of it alone cannot have them, CI's
+# among them. Nothing is tested here alone: each is an example of a kind that has tests of its own,
+# with right values, which run everywhere: two towers in merge/test_components, side weights and
+# empty heads in adapters/test_companions, shards in adapters/test_shards, stale shards in
+# models/test_checkpoint, templates and tokens in models/test_tokenizers, float16 in
+# merge/test_precision.
 pytestmark = pytest.mark.skipif(
     not CASES.is_dir(), reason="makers of public cases, no part of the project; see the list above"
 )

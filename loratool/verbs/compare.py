@@ -36,7 +36,7 @@ from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import computed, few
-from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights, texts
+from loratool.verbs.inputs import as_list, as_texts, check_paths, check_sizes, check_weights
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
@@ -128,7 +128,7 @@ def compare(
         loras = [read_lora(source) for source in sources]
         joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
         paths = selected(list(joined.modules), layers, include)
-        targets = BaseWeights(base, loras, texts(components)) if base is not None else None
+        targets = BaseWeights(base, loras, as_texts(components)) if base is not None else None
         modules = []
         with FilePool() as files:
             work = (

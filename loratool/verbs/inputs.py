@@ -19,7 +19,7 @@ def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | Path) else list(adapters)
 
 
-def texts(given: str | Sequence[str]) -> list[str]:
+def as_texts(given: str | Sequence[str]) -> list[str]:
     """The texts in a list; one that was given alone is one, not its letters."""
     return [given] if isinstance(given, str) else list(given)
 

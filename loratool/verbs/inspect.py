@@ -23,7 +23,7 @@ from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import count_not_finite
-from loratool.verbs.inputs import check_paths, texts
+from loratool.verbs.inputs import as_texts, check_paths
 from loratool.words import counted
 
 
@@ -197,7 +197,7 @@ def inspect(
                 "Omit --base.",
             )
         with explained_os_errors():
-            _add_base(report, adapter, base, norms, texts(components))
+            _add_base(report, adapter, base, norms, as_texts(components))
     return report
 
 

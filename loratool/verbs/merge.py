@@ -40,9 +40,9 @@ from loratool.streams.run import Run
 from loratool.verbs.inputs import (
     Source,
     as_list,
+    as_texts,
     check_paths,
     check_weights,
-    texts,
 )
 from loratool.words import format_bytes
 
@@ -166,7 +166,7 @@ def merge(
     run = Run(threads, progress, overwrite, dry_run)
     sources = as_list(adapters)
     options = MergeOptions(
-        dtype, allow_unmatched, tuple(texts(components)), tokenizer, again, reversible, verify,
+        dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
         push, keep, private,
     )  # fmt: skip
     options.check(output)

@@ -24,7 +24,7 @@ from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import Source, as_list, check_paths, check_weights, texts
+from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
 
 
 @dataclass
@@ -92,7 +92,7 @@ def verify(
     factors = check_weights(weights, sources)
     with explained_os_errors():
         original = open_checkpoint(base)
-        chosen = texts(components) or _recorded_components(merged)
+        chosen = as_texts(components) or _recorded_components(merged)
         loras = [read_lora(source) for source in sources]
         plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
         plan.notices += note_other_base(original, loras)

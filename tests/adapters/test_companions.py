@@ -237,6 +237,7 @@ def test_resize_and_combine_take_the_companions_along(
         for name in ("non_lora_trainables.bin", "value_head.bin", "modules.json",
                      "2_Dense/model.safetensors", "1_Pooling/config.json"):  # fmt: skip
             assert (folder / name).read_bytes() == (adapter / name).read_bytes(), name
+        assert not any("mm_projector" in name for name in load(folder)), "it is there once"
         merged = tmp_path / f"{folder.name}-merged"
         loratool.merge(base, folder, merged, dtype="base")
         assert torch.equal(load(merged)[PROJECTOR], NEW)

@@ -65,7 +65,7 @@ def test_what_is_asked_for_is_obeyed(tmp_path: Path, dtype: str) -> None:
 def test_a_dry_run_says_how_much_range_is_lost(tmp_path: Path) -> None:
     """Of a bfloat16 base: shares of values that lose digits, become zero, and would overflow."""
     state = small_state(dtype=torch.bfloat16)
-    state["a.weight"] = torch.full((1000,), 2e-5, dtype=torch.bfloat16)
+    state["a.weight"] = torch.full((100_000,), 2e-5, dtype=torch.bfloat16)
     state["b.weight"] = torch.full((500,), 1e-9, dtype=torch.bfloat16)
     state["c.weight"] = torch.full((250,), 1e6, dtype=torch.bfloat16)
     total = sum(t.numel() for t in state.values())
@@ -73,7 +73,7 @@ def test_a_dry_run_says_how_much_range_is_lost(tmp_path: Path) -> None:
     report = loratool.merge(base, lora, tmp_path / "out", dry_run=True)
     lost = report.range_loss
     assert lost is not None
-    assert abs(lost.subnormal - 1000 / total) < 0.01
+    assert abs(lost.subnormal - 100_000 / total) < 0.01
     assert abs(lost.zeroed - 500 / total) < 1e-9
     assert abs(lost.overflowing - 250 / total) < 1e-9
     assert report.to_dict()["range_loss"]["zeroed"] == lost.zeroed

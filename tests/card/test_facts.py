@@ -187,3 +187,14 @@ def test_the_licence_is_not_waited_for(tmp_path: Path) -> None:
     assert "could not be read in 3 seconds" in done.stderr
     assert taken < 30  # the library alone would go on for minutes
     assert (adapter / "README.md").is_file()
+
+
+def test_a_base_that_held_adapters_is_not_what_they_name(tmp_path: Path) -> None:
+    """The second merge's base is the first one's output, whatever the adapter was trained on."""
+    named = {"base_model_name_or_path": "org/Model-8B"}
+    one = write_adapter(tmp_path / "one", pair(Q, 6, 5), named)
+    two = write_adapter(tmp_path / "two", pair(Q, 6, 5, seed=1), named)
+    loratool.merge(small_base(tmp_path / "base"), one, tmp_path / "first")
+    loratool.merge(tmp_path / "first", two, tmp_path / "second")
+    assert base_of(tmp_path / "first") == "org/Model-8B"
+    assert base_of(tmp_path / "second") is None

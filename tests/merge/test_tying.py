@@ -93,3 +93,18 @@ def test_vocabularies_of_other_parts_may_have_other_sizes(tmp_path: Path) -> Non
     alone = write_adapter(tmp_path / "alone", tensors, saved)
     with pytest.raises(loratool.errors.MatchError, match="vocabularies differ"):
         loratool.merge(base, alone, tmp_path / "none")
+
+
+def test_a_head_with_padding_is_of_the_same_vocabulary(tmp_path: Path) -> None:
+    """A head of a few rows more than the embedding is held against an embedding that is resized."""
+    state = {
+        "model.embed_tokens.weight": random_of(torch.float32, 200, 8),
+        "lm_head.weight": random_of(torch.float32, 210, 8),
+        f"{Q}.weight": random_of(torch.float32, 12, 10),
+    }
+    base = write_base(tmp_path / "base", state)
+    rows = {f"{PREFIX}model.embed_tokens.weight": np.ones((208, 8), np.float32)}
+    saved = {"modules_to_save": ["embed_tokens"]}
+    adapter = write_adapter(tmp_path / "adapter", {**rows, **pair(Q, 12, 10)}, saved)
+    with pytest.raises(loratool.errors.MatchError, match="vocabularies differ"):
+        loratool.merge(base, adapter, tmp_path / "out")

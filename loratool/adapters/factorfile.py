@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_MODEL
 from loratool.storage.header import build_header
 from loratool.storage.shardfile import ShardWriter
+from loratool.storage.system import read_at
 from loratool.storage.tensors import Bytes, as_bytes, as_float32
 from loratool.streams.threads import computed
 
@@ -161,7 +161,7 @@ class AdapterWriter:
         target = rows[: kept.rank].data.cast("B") if kept.rank else memoryview(b"")
         position = kept.start + start * size
         while target:
-            count = os.preadv(self._scratch.fileno(), [target], position)
+            count = read_at(self._scratch.fileno(), target, position)
             if not count:
                 raise OSError(errno.EIO, "the scratch file is shorter than what was written")
             target, position = target[count:], position + count

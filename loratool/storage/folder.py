@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from loratool.storage.jsonfile import read_json
+from loratool.storage.stamps import Stamp, changed_file, stamp_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,14 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: What every file was when this run first saw it, also those of the folders in it.
+        self._seen: dict[Path, Stamp] = {}
 
     def inside(self, name: str) -> Folder:
         """The folder of this name in it."""
-        return type(self)(self.path / name)
+        folder = type(self)(self.path / name)
+        folder._seen = self._seen
+        return folder
 
     def is_there(self) -> bool:
         return self.path.is_dir()
@@ -95,18 +100,41 @@ class Folder:
         return read_json(self.path / name)
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A stream of a file that can be sought, and its size in bytes."""
+    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int, Stamp | None]]:
+        """A stream of a file that can be sought, its size in bytes, and its stamp, None for one
+        that is read over the network."""
         path = self.path / name
         with path.open("rb") as stream:
-            yield stream, path.stat().st_size
+            stamp = stamp_of(stream.fileno())
+            self._hold(path, stamp)
+            yield stream, stamp.nbytes, stamp
 
     def missing(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes that `fetch` would download, by name; nothing for what is on this disk."""
         return {}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """See to it that these files are on the disk, where `path` says."""
+        """See to it that these files are on the disk, where `path` says, and know them again.
+
+        Raises FileError for one that is not any more what it was when it was first seen.
+        """
+        for name in names:
+            with suppress(OSError, ValueError):  # whoever opens it says what is wrong with it
+                self._hold(self.path / name, stamp_of(self.path / name))
+
+    def _hold(self, path: Path, stamp: Stamp) -> None:
+        if self._seen.setdefault(path, stamp) != stamp:
+            raise changed_file(path)
+
+    def refuse_changed(self) -> None:
+        """Raise FileError if a file that this run has read is not any more what it was."""
+        for path, stamp in self._seen.items():
+            try:
+                same = stamp_of(path) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise changed_file(path)
 
     def let_go(self, names: Iterable[str]) -> None:
         """Give back the disk space of what `fetch` brought in this run, and nothing else."""

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
+from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted, format_bytes
 
@@ -36,15 +37,17 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         what = "a directory" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}.", "Check the path.")
     with path.open("rb") as stream:
-        return parse_header(path, stream, path.stat().st_size)
+        stamp = stamp_of(stream.fileno())
+        return parse_header(path, stream, stamp.nbytes, stamp)
 
 
 def parse_header(
-    path: Path, stream: BinaryIO, size: int
+    path: Path, stream: BinaryIO, size: int, stamp: Stamp | None = None
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """`read_header` of a file of `size` bytes that is read through `stream`.
 
-    `path` is where the tensors will be read, and what errors call it.
+    `path` is where the tensors will be read, and what errors call it; `stamp` is what it was when
+    it was opened, None for a stream over the network.
     """
     start = stream.read(64)
     refuse_known_impostors(path, start, size)
@@ -70,7 +73,9 @@ def parse_header(
     if len(raw) < length:
         raise TruncatedError(f"{path}: the file ended within its header.", _REFETCH)
     entries, metadata = _parse_json(path, raw)
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
+    tensors = {
+        name: _tensor(path, name, entry, 8 + length, stamp) for name, entry in entries.items()
+    }
     _check_tiling(path, tensors, 8 + length, size)
     return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
 
@@ -133,7 +138,9 @@ def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]
     return header, metadata
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor(
+    path: Path, name: str, entry: Any, data_start: int, stamp: Stamp | None = None
+) -> TensorInfo:
     def bad(what: str) -> FileError:
         return FileError(f"{path}: tensor {name!r} {what}.", _REFETCH)
 
@@ -154,7 +161,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
             f"of {dtype} {shape} needs {-(-bits // 8)} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]}"
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0])
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], stamp=stamp)
 
 
 def _are_counts(value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from loratool.storage.system import flush_data, open_new, write_at
+
 
 class ShardWriter:
     """One safetensors file, written by position from any thread, in any order.
@@ -15,7 +17,7 @@ class ShardWriter:
     def __init__(self, path: Path, header: bytes) -> None:
         self.path = path
         self.data_start = len(header)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._fd = open_new(path)
         try:
             self.write(-self.data_start, memoryview(header))
         except BaseException:
@@ -24,14 +26,11 @@ class ShardWriter:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset` bytes into the tensor data."""
-        position = self.data_start + offset
-        while data:
-            count = os.pwrite(self._fd, data, position)
-            data, position = data[count:], position + count
+        write_at(self._fd, data, self.data_start + offset)
 
     def flush(self) -> None:
         """Flush what is written so far, beside the writing of the rest."""
-        getattr(os, "fdatasync", os.fsync)(self._fd)
+        flush_data(self._fd)
 
     def flush_and_close(self) -> None:
         """Flush everything; called from a thread of its own, beside the writing of the next."""

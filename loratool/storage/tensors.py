@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from loratool.dtypes import DTYPE_BITS, FLOAT_FORMATS
 from loratool.errors import FileError, TruncatedError
+from loratool.storage.stamps import Stamp, changed_file, stamp_of
+from loratool.storage.system import open_to_read, read_at
 from loratool.words import counted
 
 #: The floating dtypes that NumPy has.
@@ -51,6 +53,8 @@ class TensorInfo:
     start: int
     strides: tuple[int, ...] | None = None
     zeros: int = 0
+    #: What the file was when its header was read; None where that was read over the network.
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:
@@ -92,32 +96,20 @@ class FilePool:
     """Open files, kept open while in use and read by position from any thread."""
 
     def __init__(self) -> None:
-        self._fds: dict[Path, int] = {}
+        self._open: dict[Path, tuple[int, Stamp]] = {}
 
-    def fd(self, path: Path) -> int:
-        fd = self._fds.get(path)
-        if fd is None:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise FileError(
-                    f"{path}: it can no longer be read ({error.strerror}).",
-                    "It was moved or removed during the run.",
-                ) from error
-            # Two threads may open the same file at once; the loser's descriptor is closed.
-            kept = self._fds.setdefault(path, fd)
-            if kept != fd:
-                os.close(fd)
-            fd = kept
-        return fd
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of a tensor's data on.
 
-    def read_into(self, path: Path, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `start` of `path`; raise FileError where the file ends early."""
-        fd = self.fd(path)
+        Raises FileError where the file ends early, and where it is not the one whose header was
+        read: each piece is trusted only if the file still has its stamp afterwards.
+        """
+        path = info.file
+        fd, stamp = self._open.get(path) or self._opened(path)
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(fd, [buffer[done:]], start + done)
+                count = read_at(fd, buffer[done:], info.start + offset + done)
             except OSError as error:
                 raise FileError(
                     f"{path}: it cannot be read ({error.strerror}).", "Check the disk it is on."
@@ -129,10 +121,26 @@ class FilePool:
                     "It is truncated, or it was changed during the run. Fetch it again.",
                 )
             done += count
+        if stamp_of(fd) != stamp or info.stamp not in (None, stamp):
+            raise changed_file(path)
+
+    def _opened(self, path: Path) -> tuple[int, Stamp]:
+        try:
+            fd = open_to_read(path)
+        except OSError as error:
+            raise FileError(
+                f"{path}: it can no longer be read ({error.strerror}).",
+                "It was moved or removed during the run.",
+            ) from error
+        # Two threads may open the same file at once; the loser's descriptor is closed.
+        kept = self._open.setdefault(path, (fd, stamp_of(fd)))
+        if kept[0] != fd:
+            os.close(fd)
+        return kept
 
     def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._open:
+            os.close(self._open.popitem()[1][0])
 
     def __enter__(self) -> FilePool:
         return self

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
 from loratool.storage.header import refuse_known_impostors
+from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 
 _REFETCH = "Fetch the file again, or ask for a safetensors version of it."
@@ -161,9 +162,9 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
     their position. Values that are not tensors are left out. Raises FileError for a file that is
     damaged, compressed, or needs code to be read.
     """
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        refuse_known_impostors(path, stream.read(64), size)
+        stamp = stamp_of(stream.fileno())
+        refuse_known_impostors(path, stream.read(64), stamp.nbytes)
         stream.seek(0)
         try:
             top, offset_of = _load(path, stream)
@@ -177,7 +178,7 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
         except Exception as error:  # a damaged pickle can fail in any way at all
             raise FileError(f"{path}: a damaged torch file ({error}).", _REFETCH) from None
     found = _flatten(path, top)
-    tensors = {name: _info(path, name, item, offset_of, size) for name, item in found.items()}
+    tensors = {name: _info(path, name, item, offset_of, stamp) for name, item in found.items()}
     kind = "tensor" if isinstance(top, _Tensor) else type(top).__name__
     return tensors, "dict" if kind == "OrderedDict" else kind
 
@@ -254,7 +255,7 @@ def _flatten(path: Path, top: Any) -> dict[str, _Tensor]:
 
 
 def _info(
-    path: Path, name: str, tensor: _Tensor, offset_of: Callable[[str], int], size: int
+    path: Path, name: str, tensor: _Tensor, offset_of: Callable[[str], int], stamp: Stamp
 ) -> TensorInfo:
     row_major: list[int] = []
     step = 1
@@ -274,6 +275,6 @@ def _info(
         start = offset_of(tensor.storage.key) + tensor.offset * info.itemsize
     except KeyError:
         raise FileError(f"{path}: the data of tensor {name!r} is missing.", _REFETCH) from None
-    if step and start + _span(tensor) * info.itemsize > size:
+    if step and start + _span(tensor) * info.itemsize > stamp.nbytes:
         raise FileError(f"{path}: truncated inside tensor {name!r}.", _REFETCH)
-    return TensorInfo(name, info.dtype, info.shape, path, start, info.strides)
+    return TensorInfo(name, info.dtype, info.shape, path, start, info.strides, stamp=stamp)

@@ -65,8 +65,7 @@ class _Dense(Values):
         self._files = files
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        start = self.info.start + low * self.info.itemsize
-        self._files.read_into(self.info.file, start, raw.data)
+        self._files.read_into(self.info, low * self.info.itemsize, raw.data)
 
 
 class _Strided(Values):
@@ -126,7 +125,7 @@ def _gather(info: TensorInfo, files: FilePool) -> Bytes:
     span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
     size = info.itemsize
     raw = np.empty(span * size, np.uint8)
-    files.read_into(info.file, info.start, raw.data)
+    files.read_into(info, 0, raw.data)
     elements = raw.view(f"V{size}")
     view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
     return np.ascontiguousarray(view).reshape(-1).view(np.uint8)

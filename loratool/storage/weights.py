@@ -47,8 +47,8 @@ def read_contents(folder: Folder, name: str) -> Contents:
         folder.fetch([name])  # what a torch file holds cannot be told from its beginning
         tensors, top = read_pickled(path)
         return Contents(tensors, {}, top)
-    with folder.reading(name) as (stream, size):
-        return Contents(*parse_header(path, stream, size))
+    with folder.reading(name) as (stream, size, stamp):
+        return Contents(*parse_header(path, stream, size, stamp))
 
 
 def entry_of(folder: Folder) -> str | None:

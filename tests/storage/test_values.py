@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,5 +69,6 @@ def test_a_view_in_a_torch_file_grows_by_zeros(tmp_path: Path) -> None:
     torch.save({"x": view}, tmp_path / "x.bin")
     info = read_pickled(tmp_path / "x.bin")[0]["x"].resized(6)
     os.truncate(tmp_path / "x.bin", info.start + 12 * 4)  # as if it were the last in the file
+    info = replace(info, stamp=None)
     wanted = torch.cat([view, torch.zeros(2, 3)]).numpy()
     assert np.array_equal(read_float32(info), wanted)

@@ -40,6 +40,7 @@ from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
 from loratool.storage.header import build_header, described, read_header
+from loratool.storage.system import open_new, write_at
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_raw
 
@@ -62,7 +63,7 @@ class UndoWriter:
         widest = [(name, "U8", (_LARGEST_OFFSET + i,)) for i, name in enumerate([*entries, "base"])]
         self._room = len(build_header(widest, {"format": "loratool-undo"}))
         self._entries: dict[str, int] = {}
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._fd = open_new(path)
         self._end = self._room
 
     def append(self, entry: str, data: bytes) -> None:
@@ -71,7 +72,7 @@ class UndoWriter:
             return
         assert entry not in self._entries or entry == next(reversed(self._entries))
         self._entries[entry] = self._entries.get(entry, 0) + len(data)
-        _write_all(self._fd, data, self._end)
+        write_at(self._fd, memoryview(data), self._end)
         self._end += len(data)
 
     def finish(self, base: dict[str, Any]) -> int:
@@ -79,7 +80,7 @@ class UndoWriter:
         self.append("base", compress(json.dumps({"version": VERSION, **base}).encode()))
         shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
         header = build_header(shapes, {"format": "loratool-undo"}, self._room)
-        _write_all(self._fd, header, 0)
+        write_at(self._fd, memoryview(header), 0)
         self.close()
         return self._end
 
@@ -87,13 +88,6 @@ class UndoWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _write_all(fd: int, data: bytes, position: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, position)
-        view, position = view[count:], position + count
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ class Undo:
         places = self._places[name]
         index = low // self.tensors[name].step
         buffer = bytearray(places[index + 1] - places[index])
-        files.read_into(entry.file, entry.start + places[index], memoryview(buffer))
+        files.read_into(entry, places[index], memoryview(buffer))
         return bytes(buffer)
 
     def _damage(self, entry: str) -> _Damage:

@@ -19,6 +19,7 @@ from loratool.errors import FileError, HubError, OutputError, nearest, show_as
 from loratool.storage.folder import CachedFolder, Folder, Location
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
+from loratool.storage.stamps import Stamp
 from loratool.words import format_bytes
 
 #: Bytes of a header that are fetched at once; most headers are shorter.
@@ -179,7 +180,9 @@ class HubFolder(Folder):
         sizes = {self._prefix + key: size for key, size in self._sizes.items()}
         address = Address(self.repo, self._revision)
         prefix = f"{self._prefix}{name}/"
-        return HubFolder(address, self.commit, self._root, prefix, sizes, self.private)
+        folder = HubFolder(address, self.commit, self._root, prefix, sizes, self.private)
+        folder._seen = self._seen
+        return folder
 
     def is_there(self) -> bool:
         return True
@@ -191,14 +194,14 @@ class HubFolder(Folder):
         return name in self._sizes
 
     @contextmanager
-    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int, Stamp | None]]:
         if (self.path / name).is_file():
             with super().reading(name) as found:
                 yield found
             return
         size = self._sizes[name]
         with explained(Address(self.repo, self.commit)), self._stream(name, size) as stream:
-            yield stream, size
+            yield stream, size, None
 
     def _stream(self, name: str, size: int) -> Any:
         from huggingface_hub import HfFileSystem
@@ -215,9 +218,13 @@ class HubFolder(Folder):
         return (self.path / name).is_file()
 
     def fetch(self, names: Iterable[str]) -> None:
+        names = list(names)
         wanted = self.missing(names)
-        if not wanted:
-            return
+        if wanted:
+            self._download(wanted)
+        super().fetch(names)
+
+    def _download(self, wanted: dict[str, int]) -> None:
         from huggingface_hub import snapshot_download
 
         # What another revision brought into the cache is not this run's to remove.
@@ -258,6 +265,7 @@ class HubFolder(Folder):
             # The cache keeps the content beside the snapshots and links to it.
             content = path.resolve()
             path.unlink(missing_ok=True)
+            self._seen.pop(path, None)
             others = self._root.parent.glob("*/" + literal(self._prefix + name))
             if content != path and not any(other.resolve() == content for other in others):
                 content.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.storage.destination import Overwrite
 
 
 @click.command("combine", short_help="Make one adapter of several.")
@@ -67,7 +68,7 @@ def combine_command(
     saved: str,
     keep_patterns: bool,
     dtype: str | None,
-    overwrite: bool,
+    overwrite: Overwrite,
     dry_run: bool,
     full: bool,
     threads: int | None,

@@ -24,6 +24,7 @@ from loratool.cli.options import (
     uniform_option,
 )
 from loratool.paths import GROUPS
+from loratool.storage.destination import Overwrite
 
 
 @click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
@@ -96,7 +97,7 @@ def extract_command(
     seed: int,
     verify: bool,
     device: str,
-    overwrite: bool,
+    overwrite: Overwrite,
     dry_run: bool,
     spectrum: bool,
     full: bool,

@@ -17,6 +17,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.storage.destination import Overwrite
 
 
 @click.command("merge", short_help="Merge adapters into a base model.")
@@ -65,7 +66,7 @@ def merge_command(
     components: tuple[str, ...],
     tokenizer: str | None,
     again: bool,
-    overwrite: bool,
+    overwrite: Overwrite,
     reversible: bool,
     verify: bool,
     push: str | None,

@@ -118,7 +118,25 @@ spectrum_option = _shared(
     "--spectrum", is_flag=True, help="Show the singular values of every module."
 )
 private_option = _shared("--private", is_flag=True, help="Create the repository private.")
-overwrite_option = _shared("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+
+
+def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:
+    """--overwrite, True, and --overwrite-all, "all"; False without either."""
+
+    def option(command: Any) -> Any:
+        for name, value, words in (
+            ("--overwrite-all", "all", "The same, also with files in OUT that are no part of it."),
+            ("--overwrite", True, text),
+        ):
+            command = click.option(
+                name, "overwrite", flag_value=value, default=False, type=click.UNPROCESSED,
+                help=words,
+            )(command)  # fmt: skip
+        return command
+
+    return option
+
+
 dry_run_option = _shared("--dry-run", is_flag=True, help="Compute and report, but write nothing.")
 full_option = _shared("--full", is_flag=True, help="One line per module; do not fold layers.")
 threads_option = _shared(

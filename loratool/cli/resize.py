@@ -19,6 +19,7 @@ from loratool.cli.options import (
     threads_option,
     uniform_option,
 )
+from loratool.storage.destination import Overwrite
 
 
 @click.command("resize", short_help="Change the rank of an adapter.")
@@ -65,7 +66,7 @@ def resize_command(
     patterns: bool,
     uniform: bool,
     dtype: str | None,
-    overwrite: bool,
+    overwrite: Overwrite,
     dry_run: bool,
     full: bool,
     threads: int | None,

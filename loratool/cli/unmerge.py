@@ -15,6 +15,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.storage.destination import Overwrite
 
 
 @click.command("unmerge", short_help="Take adapters out of a merged model.")
@@ -40,7 +41,7 @@ def unmerge_command(
     base: str | None,
     subtract: bool,
     dtype: str | None,
-    overwrite: bool,
+    overwrite: Overwrite,
     dry_run: bool,
     threads: int | None,
     as_json: bool,

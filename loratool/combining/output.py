@@ -98,6 +98,8 @@ def write_adapter(
         folder.finish(outlines, [m.rank for m in changes.modules], extras, run.threads)
         folder.write_config(_recipe(joined, changes, policy.uniform))
         folder.copy(tokenizer | joined.companions)
+        for adapter in joined.used:
+            adapter.folder.refuse_changed()
         folder.write_record(_record(joined, changes, record))
     return changes, nbytes
 

@@ -95,6 +95,8 @@ def write(
         folder.copy(_new_tokenizer(base, tuned))
         if verify:
             outcome.verified = _verified(outcome, base, folder.path, pairs, work, run.threads)
+        for model in (base, tuned):
+            model.folder.refuse_changed()
         folder.write_record(_record(base, tuned, outcome, options))
     return outcome
 

@@ -137,6 +137,11 @@ class Plan:
     def bytes_to_write(self) -> int:
         return sum(j.nbytes for j in self.jobs)
 
+    def refuse_changed(self) -> None:
+        """Raise FileError if a file of the base or of an adapter changed since it was read."""
+        for folder in (self.base.folder, *(adapter.folder for adapter in self.adapters)):
+            folder.refuse_changed()
+
     def counts(self) -> dict[str, int]:
         """Number of tensors by action."""
         found = dict.fromkeys(("merge", "replace", "add", "cast", "copy"), 0)

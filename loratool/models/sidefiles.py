@@ -18,7 +18,6 @@ from typing import Any
 from loratool.errors import UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.tokenizers import (
-    VOCABULARY,
     Tokenizer,
     common_files,
     files_beside,
@@ -28,7 +27,15 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, VALUE_HEAD
+from loratool.storage.filenames import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    LEGAL,
+    PROVENANCE,
+    SENTENCE_FILES,
+    VALUE_HEAD,
+    VOCABULARY,
+)
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_json
 
@@ -39,14 +46,6 @@ _WEIGHTS = re.compile(
 #: Folders that hold the unmerged model in other formats.
 _FOREIGN_FOLDERS = {"onnx", "openvino", "original", "coreml", "gguf", "tflite", "metal"}
 _LEFT_AT_TOP = {"README.md", ADAPTER_CONFIG, PROVENANCE}
-#: What must go along with a model wherever it goes.
-_LEGAL = re.compile(
-    r"(.*[-_ ])?(licen[cs]e|notice|copying|copyright|us(e|age)[-_ ]?policy|prohibited[-_ ]?uses?|"
-    r"terms([-_ ]of[-_ ]use)?)([-_ ].*)?(\.(txt|md|rst|pdf|html))?",
-    re.IGNORECASE,
-)
-#: Of a sentence-transformers model: what its parts are, and how they are used.
-_SENTENCE = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 @dataclass
@@ -101,6 +100,7 @@ def side_files_of(
         _settle_tokenizer(found, present, tokenizer)
         _carry_all(found, present)
         found.check_readable()
+        checkpoint.folder.note(found.copied)
     return found
 
 
@@ -135,7 +135,7 @@ def collect(folder: Folder, weights: set[str], whole_directory: bool) -> SideFil
             found.left_out.append(name if name.endswith("/") else f"{name} (a broken link)")
         elif leaf.startswith(".") or (at_top and name in _LEFT_AT_TOP):
             found.left_out.append(name)
-        elif whole_directory or known or _LEGAL.fullmatch(name):
+        elif whole_directory or known or LEGAL.fullmatch(name):
             taken.append(name)
     found.copied = {name: folder.path / name for name in taken}
     return found
@@ -225,7 +225,7 @@ def sentence_modules(folder: Folder) -> dict[str, Path]:
     if "" not in parts:
         return {}
     inside = [n for n in folder.names() if any(n.startswith(f"{p}/") for p in parts if p)]
-    return _fetched(folder, [*_SENTENCE, *inside])
+    return _fetched(folder, [*SENTENCE_FILES, *inside])
 
 
 def _missing_parts(files: dict[str, Path]) -> list[str]:

@@ -7,36 +7,20 @@ template of the one would win over that of the other, and ids would mean other t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.notices import Notice
+from loratool.storage.filenames import GENERATION, PROCESSOR, TOKENIZER, VOCABULARY
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.words import counted
 
-#: Files with the vocabulary: a folder with one of them brings a tokenizer.
-VOCABULARY = re.compile(
-    r"tokenizer\.json|tokenizer\.model(\.v\d+)?|vocab\.(json|txt|bpe)|(spiece|sentencepiece\.bpe|"
-    r"spm|source|target)\.(model|spm)|tekken\.json|.+\.tiktoken|tiktoken\.model"
-)
-#: All files of a tokenizer.
-_TOKENIZER = re.compile(
-    rf"({VOCABULARY.pattern}|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|"
-    r"merges\.txt|bpe\.codes|normalizer\.json|chat_template\.(jinja|json)|"
-    r"additional_chat_templates/[^/]+\.jinja)$"
-)
-#: What belongs to it, and goes along with it where its folder has some of its own.
-_PROCESSOR = re.compile(
-    r"((image_|video_|feature_)?(pre)?processor_config|video_preprocessor_config|"
-    r"(image_processor|feature_extractor)_config)\.json$"
-)
-_GENERATION = re.compile(r"generation_config\.json$")
-#: What a summary says of each sort.
-_SORTS = (("processor", _PROCESSOR), ("generation config", _GENERATION))
+#: What belongs to it, and goes along with it where its folder has some of its own: what a summary
+#: says of each sort.
+_SORTS = (("processor", PROCESSOR), ("generation config", GENERATION))
 
 #: Longer files are no vocabulary.
 _LONGEST = 200_000_000
@@ -44,7 +28,7 @@ _LONGEST = 200_000_000
 
 def is_part_of_tokenizer(name: str) -> bool:
     """Whether a file by this relative path belongs to the tokenizer of the folder."""
-    return _TOKENIZER.match(name) is not None
+    return TOKENIZER.match(name) is not None
 
 
 def is_beside_tokenizer(name: str) -> bool:
@@ -87,7 +71,7 @@ class Tokenizer:
 
     def replaces(self, name: str) -> bool:
         """Whether a file of the base is of the sort that comes from an adapter instead."""
-        sorts = [_TOKENIZER, *(p for _, p in _SORTS if any(map(p.match, self.beside)))]
+        sorts = [TOKENIZER, *(p for _, p in _SORTS if any(map(p.match, self.beside)))]
         return any(pattern.match(name) for pattern in sorts)
 
     def summary(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from loratool.errors import LoginError, OutputError, PushError, UsageError, listed, shown
 from loratool.merging.plan import Plan
 from loratool.notices import Notice
+from loratool.storage.destination import Overwrite
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, INDEX, MODEL
 from loratool.storage.folder import origin_of
 from loratool.storage.hub.address import parse
@@ -82,7 +83,7 @@ def open_target(repo_id: str, private: bool, dry_run: bool, revision: str | None
 
 
 def merge_target(
-    plan: Plan, push: str, private: bool, overwrite: bool, dry_run: bool
+    plan: Plan, push: str, private: bool, overwrite: Overwrite, dry_run: bool
 ) -> Repository:
     """The repository for what a plan makes, looked at before anything is computed.
 

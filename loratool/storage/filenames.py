@@ -29,6 +29,31 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(safete
 #: part of the language model, but read by those who train on.
 VALUE_HEAD = re.compile(r"(value_head|v_head)\.(bin|pt|pth|safetensors)")
 
+#: Files with a vocabulary: a folder with one of them brings a tokenizer.
+VOCABULARY = re.compile(
+    r"tokenizer\.json|tokenizer\.model(\.v\d+)?|vocab\.(json|txt|bpe)|(spiece|sentencepiece\.bpe|"
+    r"spm|source|target)\.(model|spm)|tekken\.json|.+\.tiktoken|tiktoken\.model"
+)
+#: All files of a tokenizer, and what lies beside one: how its inputs are made, how texts are.
+TOKENIZER = re.compile(
+    rf"({VOCABULARY.pattern}|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|"
+    r"merges\.txt|bpe\.codes|normalizer\.json|chat_template\.(jinja|json)|"
+    r"additional_chat_templates/[^/]+\.jinja)$"
+)
+PROCESSOR = re.compile(
+    r"((image_|video_|feature_)?(pre)?processor_config|video_preprocessor_config|"
+    r"(image_processor|feature_extractor)_config)\.json$"
+)
+GENERATION = re.compile(r"generation_config\.json$")
+#: What must go along with a model wherever it goes.
+LEGAL = re.compile(
+    r"(.*[-_ ])?(licen[cs]e|notice|copying|copyright|us(e|age)[-_ ]?policy|prohibited[-_ ]?uses?|"
+    r"terms([-_ ]of[-_ ]use)?)([-_ ].*)?(\.(txt|md|rst|pdf|html))?",
+    re.IGNORECASE,
+)
+#: Of a sentence-transformers model: what its parts are, and how they are used.
+SENTENCE_FILES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+
 #: What a training run needs to go on, and nobody else: no weights of a model.
 OF_A_RUN = re.compile(
     r"(training_args|custom_optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|"
@@ -49,3 +74,20 @@ UNDO_FOLDER = "loratool"
 UNDO = "undo.safetensors"
 #: What the base had of these itself, because it was the result of a reversible merge.
 BEFORE = "before"
+
+#: What systems leave in every folder that somebody looks into, or downloads.
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
+_OF_A_MODEL = re.compile(
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
+    rf"|adapters\.safetensors|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    r"|\d+_[A-Z]\w*/.+"
+)
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a file by this relative path is a usual part of a model or of an adapter."""
+    named = {CONFIG, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *_LITTER}
+    return name in named or any(
+        pattern.fullmatch(name)
+        for pattern in (_OF_A_MODEL, TOKENIZER, PROCESSOR, GENERATION, LEGAL)
+    )

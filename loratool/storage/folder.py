@@ -114,7 +114,11 @@ class Folder:
         return {}
 
     def fetch(self, names: Iterable[str]) -> None:
-        """See to it that these files are on the disk, where `path` says, and know them again.
+        """See to it that these files are on the disk, where `path` says, and `note` them."""
+        self.note(names)
+
+    def note(self, names: Iterable[str]) -> None:
+        """Know these files again, as far as they are on this disk.
 
         Raises FileError for one that is not any more what it was when it was first seen.
         """
@@ -127,7 +131,11 @@ class Folder:
             raise changed_file(path)
 
     def refuse_changed(self) -> None:
-        """Raise FileError if a file that this run has read is not any more what it was."""
+        """Raise FileError if a file that this run has read is not any more what it was.
+
+        Tensors are held against their stamps at each reading; this is for the rest: configs,
+        tokenizers, whatever is hashed or copied whole.
+        """
         for path, stamp in self._seen.items():
             try:
                 same = stamp_of(path) == stamp

@@ -1,60 +1,53 @@
 """Output that appears complete or not at all.
 
-Everything is written into a hidden directory beside the output, flushed to the disk, and renamed
-into place at the end. A run that is stopped in any way leaves only that directory; it is locked
-while its process runs, so the next run for the same output can tell abandoned output from another
-run's, and removes it.
+Everything is written into a hidden directory beside the output, flushed to the disk, and put into
+place at the end in one step. A run that is stopped in any way leaves only that directory; it is
+locked while its process runs, so the next run for the same output can tell abandoned output from
+another run's, and removes it.
+
+An output that is replaced changes places with the new one in that step, and is removed after it
+has reached the disk. Where a system has no such step there are two renames, nothing can interrupt
+the process between them, and what a crash there leaves is put back by the next run that is given
+the path of the output.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from loratool.errors import OutputError
-from loratool.storage.filenames import PROVENANCE
-from loratool.words import format_bytes
+from loratool.storage.destination import (
+    Overwrite,
+    explain,
+    is_empty_folder,
+    refuse_company,
+)
+from loratool.storage.folder import Folder
+from loratool.storage.system import (
+    exchange,
+    lock_folder,
+    rename_onto_empty,
+    sync,
+    uninterrupted,
+)
+
+#: How often, and after how many seconds, a folder is tried to be locked that another run begins in.
+_TRIES, _PAUSE = 100, 0.02
+
+#: The outputs that this process has put into their places.
+_PLACED: list[Path] = []
 
 
-def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse an output that exists (unless `overwrite`) or that would touch an input."""
-    place = output.resolve()
-    for source in filter(os.path.lexists, inputs):  # the others are on the Hub, or errors soon
-        there = source.resolve()
-        if place == there or place in there.parents or there in place.parents:
-            relation = "is" if place == there else "contains" if place in there.parents else "is in"
-            raise OutputError(
-                f"The output {output} {relation} the input {source}.",
-                "Inputs are never written to; choose another place for the output.",
-            )
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise OutputError(f"{output} exists.", "Choose another name, or replace it: --overwrite.")
-    if not output.is_dir() or output.is_symlink():
-        raise OutputError(f"{output} is not a directory.", "Choose another name.")
-    weights = [p for p in output.iterdir() if p.suffix in (".safetensors", ".bin", ".json")]
-    model = (output / PROVENANCE).exists() or {".json"} < {p.suffix for p in weights}
-    if any(output.iterdir()) and not model:
-        raise OutputError(
-            f"{output} does not look like a model or an adapter, so it is not overwritten.",
-            "Remove it yourself, or choose another name.",
-        )
-
-
-def free_bytes(output: Path) -> int:
-    """Bytes that can be written where `output` will be."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    return shutil.disk_usage(parent).free
+def placed_outputs() -> tuple[Path, ...]:
+    """The outputs that are complete: what somebody who interrupts the process now will find."""
+    return tuple(_PLACED)
 
 
 class StagedDirectory:
@@ -64,27 +57,26 @@ class StagedDirectory:
     fails becomes an OutputError.
     """
 
-    def __init__(self, output: Path, overwrite: bool = False) -> None:
+    def __init__(self, output: Path, overwrite: Overwrite = False) -> None:
         self.output = output.absolute()
         self.path = Path()
         self._overwrite = overwrite
-        self._lock = -1
+        self._lock: int | None = None
         self._made: list[Path] = []
+        #: Where the output that was replaced is, until it is removed.
+        self._old: Path | None = None
 
     def __enter__(self) -> StagedDirectory:
         parent = self.output.parent
         try:
             self._made = [p for p in (parent, *parent.parents) if not p.exists()]
             parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.output)
-            self._refuse_other_run()  # abandoned output may have been the old one, put back
-            while not self._make_and_lock():
-                pass
-            # mkdtemp makes it private; the result gets the permissions any new directory gets.
-            umask = os.umask(0)
-            os.umask(umask)
-            self.path.chmod(0o777 & ~umask)
-        except BaseException as error:  # also Ctrl-C: nobody else would clean up yet
+            with _alone_in(parent):
+                _clear(self.output)
+                self._refuse_other_output()  # what a crash left aside may have been put back
+                with uninterrupted():  # nobody else would clean up yet
+                    self._make_and_lock()
+        except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
@@ -97,60 +89,77 @@ class StagedDirectory:
     ) -> None:
         # Said while the files are there: afterwards a full disk has room again.
         said = explain(error, self.output) if isinstance(error, OSError) else None
-        if self._lock >= 0:
+        if self._lock is not None:
             os.close(self._lock)
-            self._lock = -1
+            self._lock = None
         if self.path != self.output:
             if self.path != Path():
                 shutil.rmtree(self.path, ignore_errors=True)
             for parent in self._made:
                 with suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
+        if self._old is not None:
+            shutil.rmtree(self._old, ignore_errors=True)
         if said is not None:
             raise said from error
 
-    def _make_and_lock(self) -> bool:
-        """Make the directory and lock it; False if another run took it for abandoned meanwhile.
+    def _make_and_lock(self) -> None:
+        """Make the directory and lock it.
 
         The directory itself is locked: a lock file would have to go before the rename.
         """
-        prefix = _prefix(self.output, "partial")
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=self.output.parent))
-        try:
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.path.exists():
-                return True
-        except (FileNotFoundError, BlockingIOError):
-            pass
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        return False
+        self.path = Path(
+            tempfile.mkdtemp(prefix=_prefix(self.output, "partial"), dir=self.output.parent)
+        )
+        self._lock = lock_folder(self.path)
+        # mkdtemp makes it private; the result gets the permissions any new directory gets.
+        umask = os.umask(0)
+        os.umask(umask)
+        self.path.chmod(0o777 & ~umask)
 
     def commit(self) -> None:
         """Flush what is not flushed yet and put the directory in the output's place."""
-        self._refuse_other_run()
+        self._refuse_other_output()
         for folder, _, files in os.walk(self.path):
             for name in files:
                 sync(Path(folder) / name)
             sync(Path(folder))
-        self._refuse_other_run()
-        if os.path.lexists(self.output):
-            # Rename twice; a crash in between leaves the old output under a name that the next
-            # run knows, and puts back.
+        self._refuse_other_output()
+        refuse_company(self.output, Folder(self.path).names(), self._overwrite)
+        with uninterrupted():
+            self._put_into_place()
+        try:
+            with suppress(PermissionError):  # a parent one may write to but not read
+                sync(self.output.parent)
+        except OSError as error:
+            kept = f" What it replaced is kept: {self._old}." if self._old else ""
+            self._old = None
+            raise OutputError(
+                f"{self.output} is complete and in its place, but its folder could not be flushed "
+                f"to the disk ({error.strerror}).{kept}",
+                "A power failure may still undo the last step; look after the disk.",
+            ) from error
+
+    def _put_into_place(self) -> None:
+        if not os.path.lexists(self.output) or is_empty_folder(self.output):
+            rename_onto_empty(self.path, self.output)
+        elif exchange(self.path, self.output):
+            self._old = self.path
+        else:
             old = self.output.with_name(_prefix(self.output, "replaced") + str(os.getpid()))
             os.rename(self.output, old)
-            os.rename(self.path, self.output)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(self.path, self.output)
+            try:
+                os.rename(self.path, self.output)
+            except BaseException:
+                os.rename(old, self.output)
+                raise
+            self._old = old
         self.path = self.output
-        with suppress(PermissionError):  # a parent one may write to but not read
-            sync(self.output.parent)
+        _PLACED.append(self.output)
 
-    def _refuse_other_run(self) -> None:
-        if os.path.lexists(self.output) and not self._overwrite:
+    def _refuse_other_output(self) -> None:
+        there = os.path.lexists(self.output) and not is_empty_folder(self.output)
+        if there and not self._overwrite:
             raise OutputError(
                 f"{self.output} appeared while this run was writing.",
                 "Another run was faster; remove its output, or choose another name.",
@@ -165,64 +174,58 @@ def _beside(output: Path, what: str) -> list[Path]:
     return [p for p in output.parent.iterdir() if p.name.startswith(_prefix(output, what))]
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Remove what runs for the same output abandoned; leave what a running process is writing."""
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Let runs that begin in a folder do so one after the other, where it can be locked."""
+    lock = None
+    for _ in range(_TRIES):
+        try:
+            lock = lock_folder(parent)
+            break
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        except OSError:  # a folder that one may write to but not read
+            break
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _clear(output: Path) -> None:
+    """Remove what runs for the same output left that are gone, or put it back.
+
+    Raises OutputError where one of them is running.
+    """
+    for partial in _beside(output, "partial"):
+        try:
+            lock = lock_folder(partial)
+        except BlockingIOError:
+            raise OutputError(
+                f"Another run is writing {output}.", "Wait for it, or choose another name."
+            ) from None
+        except OSError:  # it is gone, or somebody else's
+            continue
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
     for old in _beside(output, "replaced"):
         if os.path.lexists(output):
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, output)
-    for partial in _beside(output, "partial"):
-        try:
-            lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            os.close(lock)
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # Some file systems cannot sync a directory; their renames are as safe as they get.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
+def recover(output: Path) -> None:
+    """Put an output back that is not in its place because a run died while it replaced it.
 
-
-def explain(error: OSError, output: Path) -> OutputError:
-    """The error for a write towards `output` that failed, in words."""
-    place = output.absolute().parent
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            f"The disk is full: {format_bytes(free_bytes(output))} are left at {place}.",
-            "Free some space, or write to another disk. Nothing was left behind.",
-        )
-    if error.errno == errno.EFBIG:
-        return OutputError(
-            f"{output}: one of its files would grow larger than this system allows.",
-            "Raise the limit (ulimit -f), or write to another file system.",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"{place}: not allowed to write there.", "Choose another place.")
-    return OutputError(f"{output}: writing failed ({error.strerror}).", "Nothing was left behind.")
-
-
-def refuse_full_disk(needed: int, target: Path) -> None:
-    free = free_bytes(target)
-    if needed > free:
-        raise OutputError(
-            f"The output needs {format_bytes(needed)}, but only "
-            f"{format_bytes(free)} are free at {target.absolute().parent}.",
-            "Free some space, or write to another disk.",
-        )
+    Nothing happens where that run is alive: it will put the new one there.
+    """
+    output = output.absolute()
+    if os.path.lexists(output) or not output.parent.is_dir():
+        return
+    with suppress(OSError, OutputError):
+        if _beside(output, "replaced"):
+            with _alone_in(output.parent):
+                _clear(output)

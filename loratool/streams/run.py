@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loratool.errors import UsageError
+from loratool.storage.destination import Overwrite
 from loratool.streams.progress import Advance, Progress
 
 
@@ -18,7 +19,7 @@ class Run:
 
     threads: int | None = None
     progress: Progress | None = None
-    overwrite: bool = False
+    overwrite: Overwrite = False
     dry_run: bool = False
     device: str = "cpu"
 

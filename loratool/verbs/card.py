@@ -11,7 +11,7 @@ from loratool.errors import FileError, explained_os_errors
 from loratool.notices import Notice, document
 from loratool.publishing.card_upload import README, Fate, as_text, card_of
 from loratool.publishing.target import target_of
-from loratool.storage.staging import explain
+from loratool.storage.destination import explain
 from loratool.verbs.inputs import check_paths
 
 #: Seconds that the licence of the base is looked up for.

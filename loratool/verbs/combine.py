@@ -26,7 +26,7 @@ from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, 
 from loratool.linalg.methods import Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
-from loratool.storage.staging import check_output
+from loratool.storage.destination import Overwrite, check_output
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -86,7 +86,7 @@ def combine(
     saved: str = "refuse",
     keep_patterns: bool = False,
     dtype: str | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -143,6 +143,8 @@ def compare(
         if layers is None and not include:
             for i, j in itertools.combinations(range(len(loras)), 2):
                 beside[i, j] = unequal(loras[i], loras[j], tolerance)
+        for lora in loras:
+            lora.folder.refuse_changed()
     differing_beside = [
         f"{letter(i)}–{letter(j)} {line}"
         for (i, j), lines in beside.items()

@@ -16,8 +16,8 @@ from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
+from loratool.storage.destination import Overwrite, check_output
 from loratool.storage.folder import origin_of
-from loratool.storage.staging import check_output
 from loratool.storage.tensors import FilePool
 from loratool.storage.weights import entry_of
 from loratool.streams.progress import Progress
@@ -48,7 +48,7 @@ def extract(
     seed: int = 0,
     verify: bool = False,
     device: str = "cpu",
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -198,6 +198,7 @@ def inspect(
             )
         with explained_os_errors():
             _add_base(report, adapter, base, norms, as_texts(components))
+    adapter.folder.refuse_changed()
     return report
 
 

@@ -20,31 +20,26 @@ from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import describe
 from loratool.merging.range_loss import RangeLoss, sample_range_loss
-from loratool.merging.undo.sidefiles import keep_base, previous
+from loratool.merging.undo.sidefiles import keep_base, note_large, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.models.tokenizers import note_ids_without_rows
 from loratool.notices import Notice, document
 from loratool.publishing.target import merge_target, workplace
-from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
-from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import (
-    StagedDirectory,
+from loratool.storage.destination import (
+    Overwrite,
     check_output,
     free_bytes,
+    refuse_company,
     refuse_full_disk,
 )
+from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import (
-    Source,
-    as_list,
-    as_texts,
-    check_paths,
-    check_weights,
-)
-from loratool.words import format_bytes
+from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
 
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
@@ -118,7 +113,7 @@ def merge(
     components: str | Sequence[str] = (),
     tokenizer: str | None = None,
     again: bool = False,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     dry_run: bool = False,
     reversible: bool = False,
     verify: bool = False,
@@ -144,7 +139,7 @@ def merge(
     components: the only parts of the base that adapters may go into, by the beginnings of names.
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
-    overwrite: replace an output that exists.
+    overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: plan and report only; nothing is written.
     reversible: also write what `unmerge` needs to give the base back bit for bit.
     verify: read what was written and compare it with the merge computed anew.
@@ -180,6 +175,7 @@ def merge(
         repository = merge_target(plan, push, private, overwrite, dry_run)
     side_files = side_files_of(plan.base, [(a.owner, a.folder) for a in plan.adapters], tokenizer)
     report = _report(plan, target, side_files, dry_run, options)
+    refuse_company(target, side_files.copied, overwrite)
     if repository is not None:
         report.pushed = repository.url
         if not keep:
@@ -199,7 +195,8 @@ def merge(
             from loratool.merging.undo.sampling import undo_bytes
 
             plan.base.fetch()
-            _note_undo(report, plan, undo_bytes(plan))
+            report.undo_bytes = undo_bytes(plan)
+            report.warnings += note_large(report.undo_bytes, plan)
         return report
     refuse_full_disk(report.bytes_needed, target)
     if repository is not None:
@@ -221,7 +218,7 @@ def _planned(
     weights: list[float],
     options: MergeOptions,
     target: Path,
-    overwrite: bool,
+    overwrite: Overwrite,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
     with explained_os_errors():
@@ -271,10 +268,12 @@ def _write(
 
             check_written(plan.outputs, staged.path, run)
         report.verified = options.verify or shipment is not None
+        plan.refuse_changed()
         result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
         record = describe(plan, "merge", written.shards, result, held_by(plan.base))
         if recorder is not None:
-            _note_undo(report, plan, recorder.nbytes)
+            report.undo_bytes = recorder.nbytes
+            report.warnings += note_large(report.undo_bytes, plan)
             record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": recorder.nbytes}
         write_json(staged.path / PROVENANCE, record)
         if shipment is not None:
@@ -297,19 +296,6 @@ def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
     report.pushed, report.commit = done.url, done.commit
     report.resumed = shipment.resumed
     report.warnings += notices
-
-
-def _note_undo(report: MergeReport, plan: Plan, nbytes: int) -> None:
-    report.undo_bytes = nbytes
-    if nbytes > 5_000 + plan.base.nbytes // 4:  # of which some thousand are there anyway
-        report.warnings.append(
-            Notice(
-                "undo-large",
-                f"The undo file takes {format_bytes(nbytes)}, the base itself "
-                f"{format_bytes(plan.base.nbytes)}: {plan.dtype} keeps so little of it that "
-                "keeping the base is simpler, and takes less work.",
-            )
-        )
 
 
 def _report(

@@ -19,7 +19,7 @@ from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
 from loratool.linalg.ranks import Criterion, check_patterns, check_rank, note_too_wide
 from loratool.notices import Notice, document
-from loratool.storage.staging import check_output
+from loratool.storage.destination import Overwrite, check_output
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -66,7 +66,7 @@ def resize(
     uniform: bool = False,
     patterns: bool = False,
     dtype: str | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -23,19 +23,21 @@ from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
-from loratool.merging.undo.file import Undo, read_undo
-from loratool.merging.undo.sidefiles import changed_since, fetch_undo, put_back
+from loratool.merging.undo.file import Undo
+from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice, document
-from loratool.storage.filenames import INDEX, PROVENANCE, UNDO, UNDO_FOLDER
-from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import (
-    StagedDirectory,
+from loratool.storage.destination import (
+    Overwrite,
     check_output,
     free_bytes,
+    refuse_company,
     refuse_full_disk,
 )
+from loratool.storage.filenames import INDEX, PROVENANCE
+from loratool.storage.jsonfile import write_json
+from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_weights
@@ -100,7 +102,7 @@ def unmerge(
     base: str | Path | None = None,
     dtype: str | None = None,
     subtract: bool = False,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     dry_run: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -118,7 +120,7 @@ def unmerge(
         rest subtracted. Not needed with an undo file.
     dtype: of the result where it is subtracted; the base's by default, if known.
     subtract: do without the undo file.
-    overwrite: replace an output that exists.
+    overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: report only; nothing is written.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
@@ -146,7 +148,7 @@ def unmerge(
         checkpoint.folder.fetch([PROVENANCE])
         fetch_undo(checkpoint.folder)
         record = read_record(checkpoint.directory) if checkpoint.is_directory else None
-        undo = None if subtract else _open_undo(checkpoint, record)
+        undo = None if subtract else open_undo(checkpoint, record)
         inputs = [
             path.resolve()
             for path in (*checkpoint.files, *(path for a in loras for path in a.files))
@@ -164,27 +166,6 @@ def unmerge(
         report = _subtract(request, base, dtype)
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _open_undo(merged: Checkpoint, record: dict[str, Any] | None) -> Undo | None:
-    """The undo file of a model, if it has one. Raises RestoreError where half of it is missing."""
-    if not merged.is_directory:
-        return None
-    path = merged.directory / UNDO_FOLDER / UNDO
-    if path.is_file():
-        if record is None:
-            raise RestoreError(
-                f"{merged.label}: its {PROVENANCE} is missing, which says what the undo file "
-                "undoes.",
-                "Put it back. `--subtract` does without both, but not exactly.",
-            )
-        return read_undo(path)
-    if record is not None and record.get("undo"):
-        raise RestoreError(
-            f"{merged.label}: {UNDO_FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
-            "Put it back. `--subtract` does without it, but not exactly.",
-        )
-    return None
 
 
 def _recognised(
@@ -247,7 +228,8 @@ def _restore(
     report.shards = list(base.shards)
     report.side_files = sorted(undo.side_files)
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
-    report.warnings += changed_since(merged.directory, undo)
+    report.warnings += changed_since(merged.folder, undo)
+    refuse_company(request.target, undo.side_files, run.overwrite)
     if run.dry_run:
         return report
     refuse_full_disk(base.nbytes, request.target)
@@ -259,6 +241,8 @@ def _restore(
         if INDEX not in undo.files and len(undo.shards) > 1:
             places = {name: shard.file for shard in undo.shards for name in shard.tensors}
             write_index(staged.path, places, base.nbytes)
+        plan.refuse_changed()
+        merged.folder.refuse_changed()
         staged.commit()
     return report
 
@@ -315,6 +299,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     files = side_files_of(merged)
     files.fetch()
     report.side_files = sorted(files.copied)
+    refuse_company(request.target, files.copied, run.overwrite)
     if run.dry_run:
         return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
@@ -325,6 +310,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         document["adapters"] = [entry.document for entry in request.remaining]
         document["base"]["adapters"] = []
         write_json(staged.path / PROVENANCE, document)
+        plan.refuse_changed()
         staged.commit()
     return report
 

@@ -115,6 +115,8 @@ def verify(
             findings = look_for_adapters(findings, found.pairs, stats, plan, run)
             _conclude(report, [*findings, *found.findings], stats)
             report.warnings += model.notices + found.notices
+            plan.refuse_changed()
+            model.folder.refuse_changed()
     report.seconds = time.perf_counter() - started
     return report
 

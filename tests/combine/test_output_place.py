@@ -13,7 +13,7 @@ from loratool.errors import OutputError, ValueRangeError
 
 
 def test_an_existing_output_stays(two: list[Path], out: Path) -> None:
-    """An output that exists is refused and stays; --overwrite replaces it with all its files."""
+    """An output that exists is refused and stays; --overwrite-all replaces it with all in it."""
     loratool.combine(two, out)
     (out / "README.md").write_text("old")
     before = sha256s(out)
@@ -21,7 +21,7 @@ def test_an_existing_output_stays(two: list[Path], out: Path) -> None:
         loratool.combine(two, out, weights=[1, 2])
     assert "--overwrite" in caught.value.hint
     assert sha256s(out) == before
-    loratool.combine(two, out, weights=[1, 2], overwrite=True)
+    loratool.combine(two, out, weights=[1, 2], overwrite="all")
     assert set(sha256s(out)) == {WEIGHTS, "adapter_config.json", "loratool.json"}
     assert sha256s(out)[WEIGHTS] != before[WEIGHTS]
     assert beside(out) == []

@@ -156,7 +156,7 @@ def test_files_that_may_not_be_read_are_named(one: Path, out: Path, name: str) -
 
 
 def test_an_existing_output_stays(one: Path, out: Path) -> None:
-    """An output that exists is refused and stays; --overwrite replaces it with all its files."""
+    """An output that exists is refused and stays; --overwrite-all replaces it with all in it."""
     loratool.resize(one, out, rank=2)
     (out / "README.md").write_text("old")
     before = sha256s(out)
@@ -164,7 +164,7 @@ def test_an_existing_output_stays(one: Path, out: Path) -> None:
         loratool.resize(one, out, rank=3)
     assert "--overwrite" in caught.value.hint
     assert sha256s(out) == before
-    loratool.resize(one, out, rank=3, overwrite=True)
+    loratool.resize(one, out, rank=3, overwrite="all")
     assert set(sha256s(out)) == {WEIGHTS, "adapter_config.json", "loratool.json"}
     assert beside(out) == []
 

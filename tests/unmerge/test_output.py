@@ -20,9 +20,10 @@ def test_outputs_that_would_harm_are_refused(
 ) -> None:
     """An output that exists, or is, holds or lies in an input, is left alone."""
     base, adapters, out = two
-    before = sha256s(tmp_path)
     taken = tmp_path / "taken"
     taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    before = sha256s(tmp_path)
     for place in (out, out / "below", adapters[0], adapters[1] / "below", tmp_path, taken):
         for options in ({}, {"subtract": True}, {"dry_run": True}):
             with pytest.raises(OutputError) as caught:
@@ -30,7 +31,6 @@ def test_outputs_that_would_harm_are_refused(
             assert_clear(caught.value)
     with pytest.raises(OutputError):
         loratool.unmerge(out, adapters, base, base=base, overwrite=True)
-    taken.rmdir()
     assert sha256s(tmp_path) == before
 
 

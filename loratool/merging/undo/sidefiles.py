@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loratool.merging.undo.file import Undo
+from loratool.errors import RestoreError
+from loratool.merging.plan import Plan
+from loratool.merging.undo.file import Undo, read_undo
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.notices import Notice
 from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
+from loratool.words import format_bytes
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,27 @@ def fetch_undo(folder: Folder) -> None:
     folder.fetch(name for name in folder.names() if name.startswith(f"{UNDO_FOLDER}/"))
 
 
+def open_undo(merged: Checkpoint, record: dict[str, Any] | None) -> Undo | None:
+    """The undo file of a model, if it has one. Raises RestoreError where half of it is missing."""
+    if not merged.is_directory:
+        return None
+    path = merged.directory / UNDO_FOLDER / UNDO
+    if path.is_file():
+        if record is None:
+            raise RestoreError(
+                f"{merged.label}: its {PROVENANCE} is missing, which says what the undo file "
+                "undoes.",
+                "Put it back. `--subtract` does without both, but not exactly.",
+            )
+        return read_undo(path)
+    if record is not None and record.get("undo"):
+        raise RestoreError(
+            f"{merged.label}: {UNDO_FOLDER}/{UNDO} is missing, which the reversible merge wrote.",
+            "Put it back. `--subtract` does without it, but not exactly.",
+        )
+    return None
+
+
 def put_back(undo: Undo, merged: Path, folder: Path) -> None:
     """Write the base's files beside its weights into `folder`, and what it was merged from."""
     for name in undo.side_files.keys() | undo.files.keys():
@@ -82,14 +107,27 @@ def put_back(undo: Undo, merged: Path, folder: Path) -> None:
         shutil.copytree(before, folder, dirs_exist_ok=True)
 
 
-def changed_since(merged: Path, undo: Undo) -> list[Notice]:
+def changed_since(merged: Folder, undo: Undo) -> list[Notice]:
     """A warning where files of the output are no longer those of the base."""
     changed = []
+    merged.note(undo.side_files)
     for name, digest in undo.side_files.items():
-        path = merged / name
+        path = merged.path / name
         if name not in undo.files and not (path.is_file() and file_sha256(path) == digest):
             changed.append(f"{name} ({'changed' if path.is_file() else 'missing'})")
     if not changed:
         return []
     text = f"Files beside the weights are not as in the base and stay so: {', '.join(changed)}."
     return [Notice("side-file-changed", text)]
+
+
+def note_large(nbytes: int, plan: Plan) -> list[Notice]:
+    """A warning for an undo file that is not worth its size."""
+    if nbytes <= 5_000 + plan.base.nbytes // 4:  # of which some thousand are there anyway
+        return []
+    text = (
+        f"The undo file takes {format_bytes(nbytes)}, the base itself "
+        f"{format_bytes(plan.base.nbytes)}: {plan.dtype} keeps so little of it that keeping the "
+        "base is simpler, and takes less work."
+    )
+    return [Notice("undo-large", text)]

@@ -19,6 +19,7 @@ from loratool.errors import FileError, HubError, OutputError, nearest, show_as
 from loratool.storage.folder import CachedFolder, Folder, Location
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
+from loratool.storage.staging import recover
 from loratool.storage.stamps import Stamp
 from loratool.words import format_bytes
 
@@ -36,6 +37,7 @@ def locate(source: str | Path) -> Location:
     Raises FileError, HubError and LoginError for what is not found, naming both readings.
     """
     path = Path(source)
+    recover(path)
     address = parse(str(source)) if isinstance(source, str) else None
     if address is None or os.path.lexists(path):
         return (
@@ -222,7 +224,7 @@ class HubFolder(Folder):
         wanted = self.missing(names)
         if wanted:
             self._download(wanted)
-        super().fetch(names)
+        self.note(names)
 
     def _download(self, wanted: dict[str, int]) -> None:
         from huggingface_hub import snapshot_download

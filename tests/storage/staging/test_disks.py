@@ -82,7 +82,7 @@ def test_a_disk_without_room_for_the_first_file_leaves_nothing(
     if "nr_inodes" not in options:
         (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free))
     before = os.listdir(place)
-    monkeypatch.setattr("loratool.storage.staging.free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr("loratool.storage.destination.free_bytes", lambda _: 1 << 40)
     with pytest.raises(OutputError) as caught:
         loratool.merge(base, lora, place / "out")
     assert_clear(caught.value, "disk is full", str(place))

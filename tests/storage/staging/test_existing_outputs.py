@@ -27,11 +27,16 @@ def make_link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, make_file, make_link], ids=["dir", "file", "link"])
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("make", [make_folder, make_file, make_link], ids=["dir", "file", "link"])
 def test_an_existing_output_is_refused(
     tmp_path: Path, base: Path, lora: Path, make: Callable[[Path], None]
 ) -> None:
-    """Whatever exists at the output, even an empty directory or a dead link, stays as it is."""
+    """Whatever exists at the output, even a dead link, stays as it is."""
     output = tmp_path / "out"
     make(output)
     before = output.lstat()
@@ -48,20 +53,103 @@ def test_overwrite_replaces_everything(tmp_path: Path, base: Path, lora: Path) -
     """After --overwrite the new model is there alone: no shard, no file of the old one."""
     output = tmp_path / "out"
     loratool.merge(BASE, ADAPTER, output)
-    (output / "notes").mkdir()
-    (output / "notes" / "a.txt").write_text("old")
     loratool.merge(base, lora, output, overwrite=True)
     loratool.merge(base, lora, tmp_path / "fresh")
     assert sha256s(output) == sha256s(tmp_path / "fresh")
-    assert not (output / "notes").exists()
     assert beside(output) == []
 
 
-def test_an_empty_directory_may_be_overwritten(tmp_path: Path, base: Path, lora: Path) -> None:
-    """--overwrite on an empty directory loses nothing, so it goes ahead."""
+#: What people keep beside a model, and tools too.
+COMPANY = [
+    "notes.txt", "notes/a.txt", ".git/config", "data/train.jsonl", "README.md", "eval.json",
+    "best.safetensors", ".env", "photos/config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPANY)
+def test_company_stops_an_overwrite(tmp_path: Path, base: Path, lora: Path, name: str) -> None:
+    """What is no part of a model stops --overwrite, by its name and before the work; in a dry run
+    too. --overwrite-all says that it may go."""
+    output = tmp_path / "out"
+    loratool.merge(base, lora, output)
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    before = sha256s(output)
+    said: list[int] = []
+    for options in ({"progress": lambda *_: said.append(1)}, {"dry_run": True}):
+        with pytest.raises(OutputError) as caught:
+            loratool.merge(base, lora, output, overwrite=True, **options)
+        shown = ".git/" if name.startswith(".git") else name
+        assert_clear(caught.value, str(output), f"- {shown}")
+        assert "--overwrite-all" in caught.value.hint
+    assert not said
+    assert sha256s(output) == before
+    loratool.merge(base, lora, output, overwrite="all")
+    assert not (output / name).exists()
+    assert beside(output) == []
+
+
+def test_company_that_comes_during_the_run_stops_it(tmp_path: Path, base: Path, lora: Path) -> None:
+    """Notes written into the old output while the new one is made are not lost either."""
+    output = tmp_path / "out"
+    loratool.merge(base, lora, output, dtype="float32")
+    before = sha256s(output)
+
+    def note(*_: Any) -> None:
+        (output / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        loratool.merge(base, lora, output, overwrite=True, progress=note)
+    (output / "notes.txt").unlink()
+    assert sha256s(output) == before
+    assert beside(output) == []
+
+
+def test_side_files_are_no_company(tmp_path: Path, base: Path, lora: Path) -> None:
+    """A merge that is repeated replaces its own output, with all that it copied from the base."""
+    (base / "assets").mkdir()
+    (base / "assets" / "picture.png").write_bytes(b"png")
+    (base / "modeling_small.py").write_text("class Small: ...")
+    loratool.merge(base, lora, tmp_path / "out", reversible=True)
+    loratool.merge(base, lora, tmp_path / "out", reversible=True, overwrite=True)
+    assert (tmp_path / "out" / "assets" / "picture.png").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True, "all"])
+def test_an_empty_folder_is_an_output(
+    tmp_path: Path, base: Path, lora: Path, overwrite: Any
+) -> None:
+    """An empty folder at the output holds nothing that could be lost: the model takes its place."""
     (tmp_path / "out").mkdir()
-    loratool.merge(base, lora, tmp_path / "out", overwrite=True)
+    loratool.merge(base, lora, tmp_path / "out", overwrite=overwrite)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert beside(tmp_path / "out") == []
+
+
+def test_the_current_folder_is_no_output(
+    tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stands in a folder that is replaced would stand in one that is removed."""
+    (tmp_path / "out" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "deep")
+    for place in (Path(), Path("..")):
+        with pytest.raises(OutputError) as caught:
+            loratool.merge(base, lora, place, overwrite=True)
+        assert caught.value.hint
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "deep").rmdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(OutputError, match="current directory"):
+        loratool.merge(base, lora, ".")
+
+
+def test_a_mounted_disk_is_no_output(base: Path, lora: Path, disk: Callable[[str], Path]) -> None:
+    """Nothing can take the place of a mount point, which is seen before the work."""
+    place = disk("size=8M")
+    said: list[int] = []
+    with pytest.raises(OutputError, match="mounted"):
+        loratool.merge(base, lora, place, progress=lambda *_: said.append(1))
+    assert not said
 
 
 def test_a_failed_overwrite_keeps_the_old_output(tmp_path: Path, base: Path, lora: Path) -> None:

@@ -92,26 +92,30 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, phase: str) -> None:
 
 @pytest.mark.process
 def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
-    """A second run for the same output finishes while the first one's files stay; the first then
-    finds the output taken, and does not replace it."""
+    """A second run for the same output learns at once that there is another one, which finishes."""
     base, lora = large_base(tmp_path / "base", 8), large_lora(tmp_path / "lora")
     output, go = tmp_path / "out", tmp_path / "go"
     process = start_merge(base, lora, output, paused(2_000_000, go))
     wait_for(lambda: size_of_partials(output) > 2_000_000, process)
     partial, size = beside(output), size_of_partials(output)
-    loratool.merge(base, lora, output)
+    said: list[int] = []
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="Another run is writing"):
+            loratool.merge(
+                base, lora, output, overwrite=overwrite, progress=lambda *_: said.append(1)
+            )
+    assert not said
     assert process.poll() is None
     assert beside(output) == partial
     assert size_of_partials(output) >= size
-    before = output.stat().st_ino
     go.touch()
-    out, _ = process.communicate(timeout=30)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
     assert beside(output) == []
-    assert output.stat().st_ino == before
-    assert json.loads(out)["kind"] == "OutputError"
+    assert (output / "loratool.json").is_file()
 
 
-def test_leftovers_are_told_from_company(tmp_path: Path, base: Path, lora: Path) -> None:
+def test_leftovers_are_told_from_company(tmp_path: Path) -> None:
     """What a dead run for this output left is removed, what a living one has made is not, nor
     what belongs to another output."""
     dead, foreign = tmp_path / ".out.loratool-partial-dead", tmp_path / ".o.loratool-partial-dead"
@@ -121,9 +125,8 @@ def test_leftovers_are_told_from_company(tmp_path: Path, base: Path, lora: Path)
     with StagedDirectory(tmp_path / "out") as alive:
         assert not dead.exists()
         (alive.path / "model.safetensors").write_bytes(b"x")
-        dead.mkdir()
-        loratool.merge(base, lora, tmp_path / "out")
-        assert not dead.exists()
+        with pytest.raises(OutputError, match="Another run"), StagedDirectory(tmp_path / "out"):
+            pass
         assert (alive.path / "model.safetensors").read_bytes() == b"x"
     assert (foreign / "model.safetensors").is_file()
 
@@ -134,19 +137,20 @@ def test_a_run_that_is_finishing_is_company_too(
     """The lock holds until the output is in place, so nobody removes it while it is flushed."""
     output = tmp_path / "out"
     real_sync = writer.sync
-    entered: list[bool] = []
+    refused: list[bool] = []
 
     def sync_with_company(path: Path) -> None:
-        if not entered:
-            entered.append(True)
-            with StagedDirectory(output):
+        if path.parent != tmp_path.parent:  # all but the last, of the folder they are in
+            with pytest.raises(OutputError, match="Another run"), StagedDirectory(output):
                 pass
+            refused.append(True)
         real_sync(path)
 
     monkeypatch.setattr(writer, "sync", sync_with_company)
     with StagedDirectory(output) as staged:
         (staged.path / "model.safetensors").write_bytes(b"whole")
         staged.commit()
+    assert refused
     assert os.listdir(output) == ["model.safetensors"]
     assert (output / "model.safetensors").read_bytes() == b"whole"
 
@@ -222,6 +226,7 @@ def test_old_output_put_back_stops_the_next_run_at_its_start(tmp_path: Path) -> 
     base = small_base(tmp_path / "base")
     adapter = write_adapter(tmp_path / "adapter", pair(Q, 6, 5), {})
     (tmp_path / ".out.loratool-replaced-123").mkdir()
+    (tmp_path / ".out.loratool-replaced-123" / "model.safetensors").write_bytes(b"old")
     asked: list[int] = []
     with pytest.raises(LoraToolError, match="appeared"):
         loratool.merge(

@@ -15,6 +15,7 @@ from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.factorfile import AdapterWriter, Extra, file_size, tensors_of
 from loratool.adapters.factors import ModuleShape
+from loratool.notices import Notice
 from loratool.storage.destination import Overwrite, refuse_company, refuse_full_disk
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
@@ -28,6 +29,8 @@ class AdapterDirectory:
     def __init__(self, path: Path, output: Path, writer: AdapterWriter) -> None:
         self.path = path
         self.writer = writer
+        #: After the block: what came up when it was put into its place.
+        self.notices: list[Notice] = []
         self._output = output
 
     def finish(
@@ -72,5 +75,6 @@ def adapter_directory(
     refuse_company(output, (), overwrite)
     with StagedDirectory(output, overwrite) as stage:
         with AdapterWriter(stage.path, dtype, metadata) as writer:
-            yield AdapterDirectory(stage.path, output, writer)
-        stage.commit()
+            made = AdapterDirectory(stage.path, output, writer)
+            yield made
+        made.notices += stage.commit()

@@ -101,6 +101,7 @@ def write_adapter(
         for adapter in joined.used:
             adapter.folder.refuse_changed()
         folder.write_record(_record(joined, changes, record))
+    changes.notices += folder.notices
     return changes, nbytes
 
 

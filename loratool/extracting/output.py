@@ -98,6 +98,7 @@ def write(
         for model in (base, tuned):
             model.folder.refuse_changed()
         folder.write_record(_record(base, tuned, outcome, options))
+    outcome.notices += folder.notices
     return outcome
 
 

@@ -6,7 +6,9 @@ is read from the paths of the files, once `fetch` has seen to it that they are o
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -42,6 +44,10 @@ def origin_of(path: Path) -> Origin | None:
             repo = part.removeprefix("models--").replace("--", "/")
             return Origin(repo, parts[i + 2], "/".join(parts[i + 3 :]))
     return None
+
+
+#: What is said of a name that leads to no file; everything else is a fault of the disk.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 class Folder:
@@ -89,10 +95,15 @@ class Folder:
         return sorted(found)
 
     def has(self, name: str) -> bool:
+        """Whether there is a file of this name. Raises OSError where the disk does not tell."""
         try:
-            return (self.path / name).is_file()
-        except (OSError, ValueError):  # a name that no file can have
-            return False
+            return stat.S_ISREG(os.stat(self.path / name).st_mode)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+        except ValueError:  # a name that no file can have
+            pass
+        return False
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file. Raises FileError for anything else."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loratool.errors import OutputError
+from loratool.notices import Notice
 from loratool.storage.destination import (
     Overwrite,
     explain,
@@ -63,8 +64,6 @@ class StagedDirectory:
         self._overwrite = overwrite
         self._lock: int | None = None
         self._made: list[Path] = []
-        #: Where the output that was replaced is, until it is removed.
-        self._old: Path | None = None
 
     def __enter__(self) -> StagedDirectory:
         parent = self.output.parent
@@ -94,12 +93,10 @@ class StagedDirectory:
             self._lock = None
         if self.path != self.output:
             if self.path != Path():
-                shutil.rmtree(self.path, ignore_errors=True)
+                _remove(self.path)
             for parent in self._made:
                 with suppress(OSError):  # not empty: somebody else uses it by now
                     parent.rmdir()
-        if self._old is not None:
-            shutil.rmtree(self._old, ignore_errors=True)
         if said is not None:
             raise said from error
 
@@ -117,34 +114,42 @@ class StagedDirectory:
         os.umask(umask)
         self.path.chmod(0o777 & ~umask)
 
-    def commit(self) -> None:
-        """Flush what is not flushed yet and put the directory in the output's place."""
+    def commit(self) -> list[Notice]:
+        """Flush what is not flushed yet and put the directory in the output's place.
+
+        Returns a warning where what it replaced could not be removed.
+        """
         self._refuse_other_output()
-        for folder, _, files in os.walk(self.path):
+        for folder, _, files in os.walk(self.path, onerror=_fail):
             for name in files:
                 sync(Path(folder) / name)
             sync(Path(folder))
         self._refuse_other_output()
         refuse_company(self.output, Folder(self.path).names(), self._overwrite)
         with uninterrupted():
-            self._put_into_place()
+            old = self._put_into_place()
         try:
             with suppress(PermissionError):  # a parent one may write to but not read
                 sync(self.output.parent)
         except OSError as error:
-            kept = f" What it replaced is kept: {self._old}." if self._old else ""
-            self._old = None
+            kept = f" What it replaced is kept: {old}." if old else ""
             raise OutputError(
                 f"{self.output} is complete and in its place, but its folder could not be flushed "
                 f"to the disk ({error.strerror}).{kept}",
                 "A power failure may still undo the last step; look after the disk.",
             ) from error
+        if old is None or _remove(old):
+            return []
+        text = f"What {self.output} replaced could not be removed; it takes space at {old}."
+        return [Notice("old-output", text, str(old))]
 
-    def _put_into_place(self) -> None:
+    def _put_into_place(self) -> Path | None:
+        """Returns where the output that was replaced is now."""
+        old = None
         if not os.path.lexists(self.output) or is_empty_folder(self.output):
             rename_onto_empty(self.path, self.output)
         elif exchange(self.path, self.output):
-            self._old = self.path
+            old = self.path
         else:
             old = self.output.with_name(_prefix(self.output, "replaced") + str(os.getpid()))
             os.rename(self.output, old)
@@ -153,9 +158,9 @@ class StagedDirectory:
             except BaseException:
                 os.rename(old, self.output)
                 raise
-            self._old = old
         self.path = self.output
         _PLACED.append(self.output)
+        return old
 
     def _refuse_other_output(self) -> None:
         there = os.path.lexists(self.output) and not is_empty_folder(self.output)
@@ -164,6 +169,17 @@ class StagedDirectory:
                 f"{self.output} appeared while this run was writing.",
                 "Another run was faster; remove its output, or choose another name.",
             )
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder, as far as the system lets it. Returns whether it is gone."""
+    with suppress(OSError):  # rmtree lets some through
+        shutil.rmtree(folder, ignore_errors=True)
+    return not os.path.lexists(folder)
 
 
 def _prefix(output: Path, what: str) -> str:
@@ -208,11 +224,11 @@ def _clear(output: Path) -> None:
         except OSError:  # it is gone, or somebody else's
             continue
         if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             os.close(lock)
     for old in _beside(output, "replaced"):
         if os.path.lexists(output):
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         else:
             os.rename(old, output)
 

@@ -33,6 +33,7 @@ class CardReport:
         return document(self, "warnings")
 
 
+@explained_os_errors()
 def card(
     path: str | Path, *, repo_id: str | None = None, base: str | None = None, dry_run: bool = False
 ) -> CardReport:

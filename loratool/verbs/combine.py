@@ -72,6 +72,7 @@ class CombineReport:
         return document(self, "modules", "warnings")
 
 
+@explained_os_errors()
 def combine(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,

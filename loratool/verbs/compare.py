@@ -84,6 +84,7 @@ class CompareReport:
         }
 
 
+@explained_os_errors()
 def compare(
     adapters: Sequence[str | Path],
     *,

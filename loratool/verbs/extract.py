@@ -26,6 +26,7 @@ from loratool.streams.threads import few
 from loratool.verbs.inputs import check_paths, parse_bytes
 
 
+@explained_os_errors()
 def extract(
     base: str | Path,
     tuned: str | Path,

@@ -126,6 +126,7 @@ _OPTIONAL = {"singular_values", "relative_norm"}
 SMALL = 50_000_000
 
 
+@explained_os_errors()
 def inspect(
     source: str | Path,
     *,

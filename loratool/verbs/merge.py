@@ -102,6 +102,7 @@ class MergeReport:
         return found
 
 
+@explained_os_errors()
 def merge(
     base: str | Path,
     adapters: str | Path | Sequence[str | Path],
@@ -279,7 +280,7 @@ def _write(
         if shipment is not None:
             shipment.settle()
         if report.kept:
-            staged.commit()
+            report.warnings += staged.commit()
         if shipment is not None:
             _ship(shipment, staged.path, report)
 

@@ -75,6 +75,7 @@ class PushReport:
         return {**found, **sizes, "warnings": warnings}
 
 
+@explained_os_errors()
 def push(
     path: str | Path,
     repo_id: str,

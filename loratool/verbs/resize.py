@@ -52,6 +52,7 @@ class ResizeReport:
         return document(self, "modules", "warnings")
 
 
+@explained_os_errors()
 def resize(
     adapter: str | Path,
     output: str | Path,

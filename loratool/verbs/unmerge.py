@@ -93,6 +93,7 @@ class _Request:
     run: Run
 
 
+@explained_os_errors()
 def unmerge(
     merged: str | Path,
     adapters: str | Path | Sequence[str | Path],
@@ -243,7 +244,7 @@ def _restore(
             write_index(staged.path, places, base.nbytes)
         plan.refuse_changed()
         merged.folder.refuse_changed()
-        staged.commit()
+        report.warnings += staged.commit()
     return report
 
 
@@ -311,7 +312,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         document["base"]["adapters"] = []
         write_json(staged.path / PROVENANCE, document)
         plan.refuse_changed()
-        staged.commit()
+        report.warnings += staged.commit()
     return report
 
 

@@ -58,6 +58,7 @@ class VerifyReport:
         return document(self, "findings", "warnings")
 
 
+@explained_os_errors()
 def verify(
     merged: str | Path,
     base: str | Path,

@@ -31,7 +31,8 @@ _SLOW = (
     "truststore", "tqdm.auto", "packaging.version",
 )  # fmt: skip
 
-_server: subprocess.Popen[str] | None = None
+#: Servers by the library that is loaded into them before all others, "" for none.
+_servers: dict[str, subprocess.Popen[str]] = {}
 
 
 class Ended(NamedTuple):
@@ -48,34 +49,38 @@ def run(arguments: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: fl
 
 
 def run_snippet(
-    code: str, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float = 120
+    code: str, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, timeout: float = 120,
+    preload: str = "",
+) -> Ended:  # fmt: skip
+    """`python -c CODE ARGUMENTS`, with a library loaded before all others (LD_PRELOAD)."""
+    request = {"arguments": list(arguments), "snippet": code}
+    return _ask(request, env, cwd, timeout, preload)
+
+
+def _ask(
+    request: dict[str, Any], env: Mapping[str, str], cwd: Path, timeout: float, preload: str = ""
 ) -> Ended:
-    """`python -c CODE ARGUMENTS`."""
-    return _ask({"arguments": list(arguments), "snippet": code}, env, cwd, timeout)
-
-
-def _ask(request: dict[str, Any], env: Mapping[str, str], cwd: Path, timeout: float) -> Ended:
-    global _server
-    if _server is None or _server.poll() is not None:
-        _server = _start()
+    server = _servers.get(preload)
+    if server is None or server.poll() is not None:
+        server = _servers[preload] = _start(preload)
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         request |= {"env": dict(env), "cwd": str(cwd), "out": str(out), "err": str(err)}
-        assert _server.stdin is not None
-        assert _server.stdout is not None
-        _server.stdin.write(json.dumps(request) + "\n")
-        _server.stdin.flush()
-        if not select.select([_server.stdout], [], [], timeout)[0]:
-            _server.kill()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            server.kill()
             raise TimeoutError(f"{request['arguments']} took more than {timeout} s")
-        code = int(_server.stdout.readline())
+        code = int(server.stdout.readline())
         return Ended(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
 
 
-def _start() -> subprocess.Popen[str]:
+def _start(preload: str) -> subprocess.Popen[str]:
     server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "LD_PRELOAD": preload},
     )  # fmt: skip
     atexit.register(_stop, server)
     return server

@@ -1,0 +1,124 @@
+"""Runs of the command line in which one system call fails, or the process is killed beside one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from helpers.forked import Ended, run_snippet
+
+_SOURCE = Path(__file__).with_name("faults.c")
+
+#: Kinds of calls, and the errors that they are given: those that happen in life.
+ERRORS = {
+    "open": errno.EMFILE,
+    "mkdir": errno.ENOSPC,
+    "rename": errno.EIO,
+    "unlink": errno.EACCES,
+    "rmdir": errno.EBUSY,
+    "fsync": errno.EIO,
+    "write": errno.ENOSPC,
+    "read": errno.EIO,
+    "flock": errno.ENOLCK,
+    "chmod": errno.EPERM,
+    "stat": errno.EIO,
+    "list": errno.EACCES,
+    "copy": errno.EIO,
+}
+
+_RUN = """
+import ctypes, json, os, sys
+library, kind, number, error, below, counted, *arguments = sys.argv[1:]
+faults = ctypes.CDLL(library)
+leave = os._exit
+def end(code):
+    counts = {kind: faults.faults_count(kind.encode()) for kind in json.loads(os.environ["KINDS"])}
+    faults.faults_arm(b"", 0, 0, b"")
+    if counted:
+        open(counted, "w").write(json.dumps(counts))
+    leave(code)
+os._exit = end
+from loratool.cli.main import main
+faults.faults_arm(kind.encode(), int(number), int(error), below.encode())
+main(arguments)
+"""
+
+
+def build(folder: Path) -> Path:
+    """The library, compiled into `folder`; skips where there is no C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler is here to build the library that makes system calls fail")
+    made = folder / "faults.so"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(made), str(_SOURCE), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
+    return made
+
+
+def run_failing(
+    library: Path, arguments: list[str], below: Path, kind: str, number: int, error: int = 0
+) -> Ended:
+    """`loratool ARGUMENTS`, whose `number`-th call of this kind below a folder fails."""
+    return _run(library, arguments, below, kind, number, error or ERRORS[kind], "")
+
+
+def count_calls(library: Path, arguments: list[str], below: Path) -> tuple[Ended, dict[str, int]]:
+    """A run in which no call fails, and how many calls of each kind it made below a folder."""
+    counts = below.parent / f"{below.name}.counts.json"
+    ended = _run(library, arguments, below, "none", 0, 0, str(counts))
+    return ended, json.loads(counts.read_text())
+
+
+def _run(
+    library: Path, arguments: list[str], below: Path, kind: str, number: int, error: int,
+    counts: str,
+) -> Ended:  # fmt: skip
+    told = [str(library), kind, str(number), str(error), str(below), counts, *arguments]
+    env = {**os.environ, "KINDS": json.dumps(list(ERRORS))}
+    return run_snippet(_RUN, told, env, below.parent, preload=str(library))
+
+
+#: Sends a signal to the process itself beside one call of the end of an output.
+_SIGNALLED = """
+import os, sys
+import loratool.storage.staging as staging
+name, number, when, signal, steps, *arguments = sys.argv[1:]
+if steps == "two":
+    staging.exchange = lambda one, other: False
+owner = staging.os if name.startswith("os.") else staging
+name = name.removeprefix("os.")
+real, calls = getattr(owner, name), []
+def call(*given, **named):
+    if given and ".loratool-" not in str(given[0]) and "parent" not in str(given[0]):
+        return real(*given, **named)
+    calls.append(name)
+    hit = len(calls) == int(number)
+    if hit and when == "before":
+        os.kill(os.getpid(), int(signal))
+    found = real(*given, **named)
+    if hit and when == "after":
+        os.kill(os.getpid(), int(signal))
+    return found
+setattr(owner, name, call)
+from loratool.cli.main import main
+main(arguments)
+"""
+
+#: The calls by which an output gets into its place, in their order: names, and which of several.
+MOMENTS = [("lock_folder", 2), ("sync", 1), ("sync", 3), ("exchange", 1), ("_remove", 1)]
+#: Those of a system that cannot exchange two folders.
+TWO_STEPS = [("os.rename", 1), ("os.rename", 2), ("_remove", 1)]
+
+
+def run_signalled(
+    arguments: list[str], cwd: Path, name: str, number: int, when: str, signal: int, steps: str
+) -> Ended:
+    """`loratool ARGUMENTS`, with a signal before or after one call by which an output is made."""
+    told = [name, str(number), when, str(signal), steps, *arguments]
+    return run_snippet(_SIGNALLED, told, os.environ, cwd)

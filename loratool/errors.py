@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from loratool.text import printable, printable_message
+
 #: Paths that people know by another name: the folders of the download cache, by Hub id.
 _KNOWN_AS: dict[str, str] = {}
 
@@ -34,15 +36,18 @@ class LoraToolError(Exception):
     ----------
     message: what is wrong and where (file, tensor, expected and found).
     hint: what to do next; may be empty.
+
+    Both are made printable, so whatever they name may be put into them as it is. Lines after the
+    first are indented by two spaces, as those of `listed` are; other line breaks are escaped.
     """
 
     exit_code = 1
     code = "error"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(shown(message))
-        self.message = shown(message)
-        self.hint = shown(hint)
+        self.message = printable_message(shown(message))
+        self.hint = printable_message(shown(hint))
+        super().__init__(self.message)
 
     def to_dict(self) -> dict[str, str]:
         """The object that `--json` prints on stderr."""
@@ -128,6 +133,15 @@ class UsageError(LoraToolError):
     exit_code = 2
 
 
+class AnswerLost(LoraToolError):
+    """The answer was found and stdout does not take it; the reason is the system's."""
+
+    code = "not-printed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The answer could not be printed ({reason}).")
+
+
 class ReaderGone(Exception):
     """Whoever read our output has closed it. No error: `head` and `less` do so."""
 
@@ -146,9 +160,12 @@ def explained_os_errors() -> Iterator[None]:
 
 
 def listed(items: Iterable[str], shown: int = 5) -> str:
-    """Join the first `shown` items as an indented list and say how many more there are."""
+    """Join the first `shown` items as an indented list and say how many more there are.
+
+    An item is one line, whatever its name holds.
+    """
     all_items: Sequence[str] = list(items)
-    lines = [f"  - {item}" for item in all_items[:shown]]
+    lines = [f"  - {printable(item)}" for item in all_items[:shown]]
     if len(all_items) > shown:
         lines.append(f"  … and {len(all_items) - shown} more")
     return "\n".join(lines)

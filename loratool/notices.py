@@ -5,19 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loratool.text import printable_message
+
 
 @dataclass(frozen=True)
 class Notice:
     """Something a user should know: a stable `code`, a sentence, and where it was seen.
 
     `refused` marks what makes an adapter impossible to merge honestly: `inspect` shows it, `merge`
-    stops on it.
+    stops on it. The message is made printable, as that of an error; `where` is the exact name.
     """
 
     code: str
     message: str
     where: str = ""
     refused: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable_message(self.message))
 
     def to_dict(self) -> dict[str, Any]:
         return {

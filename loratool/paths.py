@@ -8,16 +8,24 @@ from collections.abc import Iterable, Sequence
 
 from loratool.errors import UsageError
 
+#: A part of a path that counts layers or experts; longer ones are names of another kind.
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
+
 
 def pattern(path: str) -> str:
     """The path with "#" for each of its numbers: "layers.#.q"."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", path)
+    return _NUMBER.sub("#", path.replace("#", "##"))
+
+
+def numbers_of(path: str) -> list[int]:
+    """The numbers of a path, in their order."""
+    return [int(number) for number in _NUMBER.findall(path)]
 
 
 def ranged(paths: Sequence[str]) -> str:
     """Paths of one pattern -> one name: "layers.0.q" to "layers.3.q" -> "layers.{0-3}.q"."""
-    columns = list(zip(*([int(n) for n in _numbers(p)] for p in paths), strict=True))
-    parts = pattern(paths[0]).split("#")
+    columns = list(zip(*map(numbers_of, paths), strict=True))
+    parts = _NUMBER.split(paths[0])
     named = [_ranges(sorted(set(numbers))) for numbers in columns]
     return parts[0] + "".join(r + part for r, part in zip(named, parts[1:], strict=True))
 
@@ -28,10 +36,6 @@ def ranged_names(paths: Iterable[str]) -> list[str]:
     for path in paths:
         groups.setdefault(pattern(path), []).append(path)
     return [ranged(group) for group in groups.values()]
-
-
-def _numbers(path: str) -> list[str]:
-    return [part for part in path.split(".") if part.isdigit()]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -49,11 +53,15 @@ def _ranges(numbers: list[int]) -> str:
 
 def split(name: str) -> tuple[str, str]:
     """Path up to and with its last number, and the rest."""
-    found = re.match(r"(.*(?:^|\.)(?:\d+|\{[^}]*\}))\.(.+)$", name)
-    return (found[1], found[2]) if found else ("", name)
+    parts = name.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        if _COUNTED.fullmatch(parts[count - 1]):
+            return ".".join(parts[:count]), ".".join(parts[count:])
+    return "", name
 
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+#: A number, or the range that `ranged` makes of several.
+_COUNTED = re.compile(r"[0-9]+|\{[^}]*\}")
 
 
 def selected(paths: Sequence[str], layers: str | None, include: Sequence[str]) -> list[str]:
@@ -87,8 +95,8 @@ def _layer_set(layers: str | None) -> set[int] | None:
 
 def _is_chosen(path: str, layers: set[int] | None, include: Sequence[str]) -> bool:
     if layers is not None:
-        number = _LAYER.search(path)
-        if number is None or int(number[1]) not in layers:
+        numbers = numbers_of(path)
+        if not numbers or numbers[0] not in layers:
             return False
     return not include or matches(path, include)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from loratool.text import printable
+
 
 def format_bytes(count: float) -> str:
     """1234567 -> "1.23 MB" (decimal units, three significant digits)."""
@@ -68,6 +70,7 @@ def shape_text(shape: Iterable[int]) -> str:
 
 def enumerated(items: Sequence[str], shown: int = 8) -> str:
     """ "a, b and c", or the first ones and how many there are beside them."""
+    names = [printable(item) for item in items[:shown]]
     if len(items) > shown:
-        return ", ".join(items[:shown]) + f" and {len(items) - shown} more"
-    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+        return ", ".join(names) + f" and {len(items) - shown} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

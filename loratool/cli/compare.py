@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import click
 
 from loratool.cli.options import (
@@ -15,6 +17,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.errors import ReaderGone
 
 
 @click.command("compare", short_help="How adapters relate to each other.")
@@ -74,12 +77,11 @@ def compare_command(
             components=components, layers=layers,
             include=include, threads=threads, progress=progress,
         )  # fmt: skip
-    try:
+    with suppress(ReaderGone):  # the answer stands, also where its reader has gone
         if as_json:
             common.print_json(report.to_dict())
         else:
             show_compare(report, full, equal)
             if not quiet:
                 common.print_warnings(report.warnings)
-    finally:  # the answer stands, even where the reader of the words has gone
-        context.exit(3 if equal and not report.equal else 0)
+    context.exit(3 if equal and not report.equal else 0)

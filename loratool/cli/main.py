@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -16,17 +14,18 @@ from loratool.cli.card import card_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
 from loratool.cli.extract import extract_command
+from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.inspect import inspect_command
 from loratool.cli.merge import merge_command
 from loratool.cli.options import CONTEXT, Commands
+from loratool.cli.process import INTERRUPTED, leave, prepare, say, was_interrupted
 from loratool.cli.push import push_command
 from loratool.cli.resize import resize_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.cli.verify import verify_command
-from loratool.errors import LoraToolError, ReaderGone, UsageError
+from loratool.errors import AnswerLost, LoraToolError, ReaderGone, UsageError
+from loratool.text import json_text, printable_message
 from loratool.version import __version__
-
-_INTERRUPTED = 130
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -69,79 +68,100 @@ for command in (
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code; no traceback reaches a user."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    as_json = "--json" in arguments
-    if as_json or {"-q", "--quiet"} & set(arguments):
+    try:
+        prepare()
+        _set_libraries(arguments)
+        code = _answer(arguments)
+    except (KeyboardInterrupt, click.Abort):
+        say(_interrupted(arguments))
+        code = INTERRUPTED
+    leave(code)
+
+
+def _set_libraries(arguments: list[str]) -> None:
+    if {"--json", "-q", "--quiet"} & set(arguments):
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Each retry would be a warning with a signed link in it; our errors say what matters.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module="huggingface_hub")
     # Work is spread over our own threads; BLAS threads beside them would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # A terminal that cannot show a character gets a "?" for it, not a crash.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill cleans up like Ctrl-C
-    code = 0
+
+
+def _answer(arguments: list[str]) -> int:
+    """Run the command; what goes wrong becomes words on stderr and an exit code."""
+    as_json = "--json" in arguments
     try:
         # A command that says no exits with a code; click hands it over as the result.
-        code = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
+        code: int = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
         sys.stdout.flush()
-    except LoraToolError as error:
-        code = _fail(error, as_json)
+        return code
     except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        if as_json:
-            code = _fail(UsageError(error.format_message(), "See loratool --help."), as_json)
-        else:
-            error.show()
-            code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        left = "no unfinished output is left behind"
-        if arguments[:1] == ["push"] or "--push" in arguments:
-            left = "the main branch is as it was; the same command goes on from here"
-        click.echo(f"interrupted; {left}", err=True)
-        code = _INTERRUPTED
+        return stop.exit_code
     except ReaderGone:
-        _keep_quiet()
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        raise
+    except BaseException as error:  # a panic in a library of Rust is no Exception
+        if was_interrupted():
+            raise KeyboardInterrupt from error
+        show_traceback(error)
+        if isinstance(error, click.ClickException) and not as_json:
+            return _show_usage(error)
+        if isinstance(error, OSError) and (lost := _stdout_refuses()):
+            if isinstance(lost, BrokenPipeError):
+                return 0
+            failure: LoraToolError = AnswerLost(lost.strerror or str(lost))
+        else:
+            failure = _in_words(error, arguments)
+    # Outside of `except`: the memory that the work held until it failed is free again.
+    return _fail(failure, as_json)
+
+
+def _in_words(error: BaseException, arguments: list[str]) -> LoraToolError:
+    if isinstance(error, LoraToolError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(error.format_message(), "See loratool --help.")
+    return unexpected(error, next((a for a in arguments if a in cli.commands), "loratool"))
+
+
+def _stdout_refuses() -> OSError | None:
+    """The reason why stdout does not take what was written to it."""
+    try:
+        sys.stdout.flush()
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"error: the answer could not be printed ({error.strerror})\n")
-            os._exit(1)
-        _keep_quiet()
-    _exit(code)
+        return error
+    return None
 
 
-def _keep_quiet() -> None:
-    """The reader (head, less) has seen enough: keep the interpreter from complaining at exit."""
-    sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
+def _show_usage(error: click.ClickException) -> int:
+    """Show what click says of a wrong call; it quotes arguments as they were given."""
+    text = printable_message(error.format_message())
+    with suppress(OSError):
+        click.UsageError(text, getattr(error, "ctx", None)).show()
+    return error.exit_code
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """Stop, once: a second Ctrl-C must not stop the cleaning up after the first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def _exit(code: int) -> NoReturn:
-    """End the process. With torch imported, taking it down in order takes longer than a fsync; and
-    after Ctrl-C threads may still be computing what nobody wants any more."""
-    if "torch" in sys.modules or code == _INTERRUPTED:
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+def _interrupted(arguments: list[str]) -> str:
+    """What is true after Ctrl-C."""
+    if arguments[:1] == ["push"] or "--push" in arguments:
+        return "interrupted; the main branch is as it was; the same command goes on from here"
+    return "interrupted; no unfinished output is left behind"
 
 
 def _fail(error: LoraToolError, as_json: bool) -> int:
     if as_json:
-        sys.stderr.write(json.dumps(error.to_dict(), ensure_ascii=False) + "\n")
-    else:
+        say(json_text(error.to_dict(), encoding=sys.stderr.encoding))
+        return error.exit_code
+    try:
         from loratool.rendering.terminal import print_error
 
         print_error(error)
+    except Exception:  # no memory for colours either
+        say("\n".join(f"{what}: {text}" for what, text in _parts(error)))
     return error.exit_code
+
+
+def _parts(error: LoraToolError) -> list[tuple[str, str]]:
+    return [("error", error.message), ("hint", error.hint)][: 2 if error.hint else 1]

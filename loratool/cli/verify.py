@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import click
 
 from loratool.cli.options import (
@@ -14,6 +16,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.errors import ReaderGone
 
 
 @click.command("verify", short_help="Check whether a model is base + adapters.")
@@ -63,12 +66,11 @@ def verify_command(
             components=components,
             threads=threads, progress=progress,
         )  # fmt: skip
-    try:
+    with suppress(ReaderGone):  # the answer stands, also where its reader has gone
         if as_json:
             common.print_json(report.to_dict())
         else:
             show_verify(report, full)
             if not quiet:
                 common.print_warnings(report.warnings)
-    finally:  # the answer stands, even where the reader of the words has gone
-        context.exit(0 if report.verdict == "yes" else 3)
+    context.exit(0 if report.verdict == "yes" else 3)

@@ -26,7 +26,7 @@ from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory
 from loratool.models.layouts.names import HEAD, PRETRAINING, is_legacy_buffer, is_vocabulary
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
-from loratool.paths import pattern
+from loratool.paths import numbers_of, pattern
 from loratool.storage.tensors import TensorInfo
 
 #: The file name of one shard of several.
@@ -173,15 +173,11 @@ def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:
     """Layers by number and name, as files do not have them; before and after them what else is."""
 
     def key(part: Counterpart) -> tuple[int, str, list[int], str]:
-        if numbers := _numbers(part.module):
+        if numbers := numbers_of(part.module):
             return 1, pattern(part.module).partition("#")[0], numbers[:1], part.name
         return (0 if "embed" in part.name else 2), "", [], part.name
 
     return sorted(parts, key=key)
-
-
-def _numbers(path: str) -> list[int]:
-    return [int(part) for part in path.split(".") if part.isdigit()]
 
 
 def _tensors(checkpoint: Checkpoint, layout: Layout) -> dict[str, TensorInfo]:
@@ -228,7 +224,7 @@ def _is_new_head(name: str, base: Checkpoint) -> bool:
     if not module or any(t.startswith(f"{module}.") for t in base.tensors):
         return False
     top = module.partition(".")[0]
-    layered = any(part.isdigit() for part in module.split("."))
+    layered = bool(numbers_of(module))
     new = not any(t.partition(".")[0] == top for t in base.tensors)
     return HEAD.search(module) is not None or (new and not layered)
 

@@ -220,7 +220,7 @@ def _note_unasked(outcome: Outcome) -> None:
             f"The {group} changed and are not in the adapter: "
             f"{counted(len(found), 'tensor')}, {share} of ‖ΔW‖²:\n"
             f"{listed(ranged_names(f.part.name for f in found))}\n"
-            f"--save {group} saves them whole; {_WITH[group]}."
+            f"  --save {group} saves them whole; {_WITH[group]}."
         )
         outcome.notices.append(Notice("not-saved", text, found[0].part.name))
 
@@ -233,7 +233,7 @@ def _note_noise(outcome: Outcome) -> None:
     text = (
         f"{counted(len(noise), 'tensor', 'differs')} by rounding alone "
         f"({', '.join(sorted(dtypes))}) and {agreeing(len(noise), 'is')} left out:\n"
-        f"{listed(ranged_names(f.part.name for f in noise))}\n--keep-noise keeps them."
+        f"{listed(ranged_names(f.part.name for f in noise))}\n  --keep-noise keeps them."
     )
     outcome.notices.append(Notice("rounding-only", text, noise[0].part.name))
 
@@ -249,7 +249,7 @@ def _note_saved(outcome: Outcome) -> None:
         rows = next((p.tuned.shape[0] for p in grown if is_vocabulary(p.name)), None)
         how = f"model.resize_token_embeddings({rows})" if rows else "num_labels=..."
         text = f"Tensors of another shape than in the base:\n{listed(lines)}\n"
-        text += f"Before PEFT can load them, make the base fit: {how}."
+        text += f"  Before PEFT can load them, make the base fit: {how}."
         outcome.notices.append(Notice("shape-changed", text, grown[0].name))
     saved = sum(f.part.tuned.nbytes for f in outcome.whole)
     if saved > max(outcome.nbytes - saved, _LARGE):

@@ -55,11 +55,11 @@ def note_too_wide(rank: int, shapes: Mapping[str, tuple[int, int]]) -> list[Noti
         lines.append(f"No matrix has as much as rank {rank}; all get {given}.")
     if narrow:
         lines.append(f"Rank {given} is more than these have, and zeros fill it up:")
-        lines.append(listed(narrow))
     if not lines:
         return []
     first = next(path for path, width in widths.items() if width < rank)
-    return [Notice("rank-too-large", "\n".join(lines), first)]
+    text = " ".join(lines) + (f"\n{listed(narrow)}" if narrow else "")
+    return [Notice("rank-too-large", text, first)]
 
 
 @dataclass(frozen=True)

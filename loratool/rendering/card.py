@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
-from loratool.rendering.terminal import out
+from loratool.rendering.terminal import out, print_file, verbatim
 from loratool.verbs.card import CardReport
 
 _FATES = {"made": "written", "completed": "completed", "kept": "complete as it was"}
@@ -12,6 +10,6 @@ _FATES = {"made": "written", "completed": "completed", "kept": "complete as it w
 
 def show_card(report: CardReport) -> None:
     if report.dry_run:
-        out.print(escape(report.text), soft_wrap=True, highlight=False, end="")
+        print_file(report.text)
     else:
-        out.print(f"{escape(report.path)}: {_FATES[report.card]}")
+        out.print(f"{verbatim(report.path)}: {_FATES[report.card]}")

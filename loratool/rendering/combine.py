@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
 from loratool.rendering.ranks import change_table, cut_text, rank_text
-from loratool.rendering.terminal import fact_grid, out
+from loratool.rendering.terminal import fact_grid, out, verbatim
 from loratool.verbs.combine import CombineReport
 from loratool.words import format_bytes, percent
 
@@ -15,7 +13,7 @@ def show_combine(report: CombineReport, full: bool) -> None:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
-        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+        facts.add_row("adapter", verbatim(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
     facts.add_row("method", _method_text(report))
     ranks = rank_text([m.rank for m in report.modules])
     facts.add_row("modules", f"{len(report.modules)}, rank {ranks}")
@@ -26,14 +24,14 @@ def show_combine(report: CombineReport, full: bool) -> None:
         facts.add_row("rounding", f"took about {percent(report.rounding)} of the delta")
     if report.saved:
         more = f" and {len(report.saved) - 4} more" if len(report.saved) > 4 else ""
-        facts.add_row("saved whole", escape(", ".join(report.saved[:4]) + more))
+        facts.add_row("saved whole", ", ".join(map(verbatim, report.saved[:4])) + more)
     size = f"{format_bytes(report.bytes_written)} ({report.dtype})"
     if report.dry_run:
         facts.add_row("to write", size)
     else:
         facts.add_row("written", f"{size}, {report.seconds:.1f} s")
     if not report.dry_run:
-        facts.add_row("output", escape(report.output))
+        facts.add_row("output", verbatim(report.output))
     out.print(facts)
     out.print()
     headings = ["module", "ranks", "new r", "out×in", "‖ΔW‖", "kept ≥"]

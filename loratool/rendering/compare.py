@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from loratool.combining.relations import ModuleRelations, Relation
@@ -15,6 +14,7 @@ from loratool.rendering.terminal import (
     make_table,
     out,
     print_sentence,
+    verbatim,
 )
 from loratool.verbs.compare import CompareReport, letter
 from loratool.words import counted, number_text, percent, span_text
@@ -32,9 +32,9 @@ def show_compare(report: CompareReport, full: bool, equal: bool) -> None:
         names, report.adapters, report.weights, report.norms, strict=True
     ):
         factor = f"  × {weight:g}" if weight != 1 else ""
-        facts.add_row(name, f"{escape(adapter)}{factor}, ‖Δ‖ {number_text(norm)}")
+        facts.add_row(name, f"{verbatim(adapter)}{factor}, ‖Δ‖ {number_text(norm)}")
     if report.base is not None:
-        facts.add_row("base", escape(report.base))
+        facts.add_row("base", verbatim(report.base))
     out.print(facts)
     out.print()
     out.print(_module_table(report, names, full))
@@ -50,7 +50,7 @@ def show_compare(report: CompareReport, full: bool, equal: bool) -> None:
     if lines:
         out.print("\nBeside the factors:" if not equal else "\nDifferent:")
         for line in lines[:_SHOWN]:
-            print_sentence("  - " + escape(line))
+            print_sentence("  - " + verbatim(line))
         if len(lines) > _SHOWN:
             out.print(f"  … and {len(lines) - _SHOWN} more (--json lists all)")
     if equal:

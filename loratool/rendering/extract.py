@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from loratool.extracting.report import ExtractedModule, ExtractReport, GroupShare, OtherTensor
 from loratool.paths import ranged_names
 from loratool.rendering.ranks import rank_text
-from loratool.rendering.terminal import fact_grid, folded_table, out, spectrum_table
+from loratool.rendering.terminal import fact_grid, folded_table, out, spectrum_table, verbatim
 from loratool.words import counted, format_bytes, percent, shape_text, span_text
 
 
@@ -18,8 +17,8 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     if report.dry_run:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
-    facts.add_row("base", escape(report.base))
-    facts.add_row("tuned", escape(report.tuned))
+    facts.add_row("base", verbatim(report.base))
+    facts.add_row("tuned", verbatim(report.tuned))
     facts.add_row("modules", _modules_text(report))
     if report.saved:
         facts.add_row("saved whole", _others_text(report.saved))
@@ -56,7 +55,7 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
         size = f"{format_bytes(report.bytes_written)} ({report.dtype})"
         size += f", {percent(share)} of the model"
         facts.add_row("written", f"{size}; {report.seconds:.1f} s")
-        facts.add_row("output", escape(report.output))
+        facts.add_row("output", verbatim(report.output))
     out.print(facts)
     out.print()
     out.print(_table(report, full))
@@ -80,7 +79,9 @@ def _others_text(tensors: Sequence[OtherTensor]) -> str:
     names = ranged_names(tensor.name for tensor in tensors)
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     total = format_bytes(sum(t.nbytes for t in tensors))
-    return escape(f"{counted(len(tensors), 'tensor')}, {total}: {', '.join(names[:4])}{more}")
+    return (
+        f"{counted(len(tensors), 'tensor')}, {total}: {', '.join(map(verbatim, names[:4]))}{more}"
+    )
 
 
 def _group_text(group: GroupShare) -> str:
@@ -102,11 +103,11 @@ def _left_text(left: Sequence[OtherTensor], report: ExtractReport) -> str:
     """What is left out, the largest changes first."""
     energy = report.norm**2 or 1.0
     shares = sorted(((t.norm or 0.0) ** 2 / energy, t.name) for t in left)[::-1]
-    names = [f"{name} {percent(share)}" for share, name in shares[:3]]
+    names = [f"{verbatim(name)} {percent(share)}" for share, name in shares[:3]]
     more = f" and {len(shares) - 3} more" if len(shares) > 3 else ""
     total = percent(sum(share for share, _ in shares))
     count = counted(len(shares), "tensor")
-    return escape(f"{count}, {total} of ‖ΔW‖²: {', '.join(names)}{more}")
+    return f"{count}, {total} of ‖ΔW‖²: {', '.join(names)}{more}"
 
 
 def _table(report: ExtractReport, full: bool) -> Table:

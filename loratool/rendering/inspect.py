@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from loratool.rendering.terminal import (
@@ -17,6 +16,7 @@ from loratool.rendering.terminal import (
     make_table,
     out,
     spectrum_table,
+    verbatim,
 )
 from loratool.verbs.inspect import InspectReport, ModuleReport
 from loratool.words import counted, format_bytes, number_text, shape_text, span_text
@@ -24,15 +24,15 @@ from loratool.words import counted, format_bytes, number_text, shape_text, span_
 
 def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: bool) -> None:
     facts = fact_grid()
-    facts.add_row("file", escape(report.file))
-    facts.add_row("format", escape(report.description))
+    facts.add_row("file", verbatim(report.file))
+    facts.add_row("format", verbatim(report.description))
     if report.peft_type:
-        facts.add_row("PEFT type", escape(report.peft_type))
+        facts.add_row("PEFT type", verbatim(report.peft_type))
     if report.base_model:
-        facts.add_row("base model", escape(report.base_model))
+        facts.add_row("base model", verbatim(report.base_model))
     if report.is_read:
         _lora_facts(facts, report)
-    dtypes = ", ".join(f"{n}× {d}" for d, n in report.dtypes.items())
+    dtypes = ", ".join(f"{n}× {verbatim(d)}" for d, n in report.dtypes.items())
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
     size = f"{counted(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
     facts.add_row("size", size)
@@ -40,7 +40,7 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
         facts.add_row("norms", f"--norms downloads {format_bytes(report.nbytes)} for them")
     for key, value in list(report.metadata.items())[:5]:
         shown = value if len(value) <= 60 else value[:57] + "…"
-        facts.add_row("metadata", escape(f"{key} = {shown}"))
+        facts.add_row("metadata", verbatim(f"{key} = {shown}"))
     if len(report.metadata) > 5:
         facts.add_row("", f"and {len(report.metadata) - 5} more entries (--json shows all)")
     out.print(facts)
@@ -57,14 +57,14 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     if tensors or (not (report.is_read or report.format == "empty") and len(report.tensors) <= 8):
         table = make_table("tensor", "dtype", "shape")
         for info in report.tensors:
-            table.add_row(escape(info.name), info.dtype, shape_text(info.shape))
+            table.add_row(verbatim(info.name), verbatim(info.dtype), shape_text(info.shape))
         out.print()
         out.print(table)
 
 
 def _lora_facts(facts: Table, report: InspectReport) -> None:
     for what, value in report.settings:
-        facts.add_row(what, escape(value))
+        facts.add_row(what, verbatim(value))
     ranks = sorted({m.rank for m in report.modules})
     scales = sorted({m.scale for m in report.modules if m.scale is not None})
     if ranks:
@@ -76,7 +76,7 @@ def _lora_facts(facts: Table, report: InspectReport) -> None:
     if report.saved:
         names = [f"{name} {shape_text(shape)}" for name, shape in report.saved.items()]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        facts.add_row("saved whole", escape(", ".join(names[:4]) + more))
+        facts.add_row("saved whole", ", ".join(map(verbatim, names[:4])) + more)
 
 
 def _values(numbers: Sequence[float]) -> str:
@@ -127,7 +127,7 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
         "B": shape_text(one.shapes["B"]),
         "out×in": f"{one.shapes['B'][0]}×{math.prod(one.shapes['A'][1:])}"
         if one.shapes["B"] else "–",
-        "dtype": one.dtype,
+        "dtype": verbatim(one.dtype),
         "‖ΔW‖": span_text([m.delta_norm for m in group]),
         "σ₁": span_text([m.spectral_norm for m in group]),
         "σ₁ max": number_text(max(largest) if largest else None),
@@ -141,7 +141,7 @@ def _show_base(report: InspectReport) -> None:
     base = report.base
     assert base is not None
     facts = fact_grid()
-    facts.add_row("base", f"{escape(base.source)} ({escape(base.model_type or 'no config')}, "
+    facts.add_row("base", f"{verbatim(base.source)} ({verbatim(base.model_type or 'no config')}, "
                   f"{counted(base.parameters, 'parameter')})")  # fmt: skip
     facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
     if report.measured and not base.measured:
@@ -155,5 +155,5 @@ def _show_base(report: InspectReport) -> None:
     table = make_table("base weight", "adapted", "of")
     for entry in base.coverage:
         style = "dim" if not entry.adapted else ""
-        table.add_row(escape(entry.name), str(entry.adapted), str(entry.total), style=style)
+        table.add_row(verbatim(entry.name), str(entry.adapted), str(entry.total), style=style)
     out.print(table)

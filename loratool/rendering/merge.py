@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
-from loratool.rendering.terminal import fact_grid, out, written_text
+from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.storage.filenames import CONFIG
 from loratool.verbs.merge import MergeReport
 from loratool.words import format_bytes, percent
@@ -14,12 +12,12 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
     if report.dry_run:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
-    facts.add_row("base", escape(report.base))
+    facts.add_row("base", verbatim(report.base))
     given = zip(report.adapters, report.trained_on, report.weights, strict=True)
     for adapter, trained_on, weight in given:
         times = f"  × {weight:g}" if weight != 1 else ""
         named = f"  (trained on {trained_on})" if trained_on else ""
-        facts.add_row("adapter", escape(adapter + times + named))
+        facts.add_row("adapter", verbatim(adapter + times + named))
     kept = "each tensor's own" if report.dtype == "base" else report.dtype
     facts.add_row("dtype", kept)
     facts.add_row("modules", f"{report.modules} merged")
@@ -32,16 +30,16 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 and not verbose else ""
             shown = names if verbose else names[:5]
-            facts.add_row(words[action], escape(", ".join(shown)) + more)
+            facts.add_row(words[action], ", ".join(map(verbatim, shown)) + more)
     if verbose:
-        facts.add_row("merged", escape("\n".join(report.changes["merge"])))
+        facts.add_row("merged", "\n".join(map(verbatim, report.changes["merge"])))
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
-        facts.add_row(CONFIG, escape(changed))
+        facts.add_row(CONFIG, verbatim(changed))
     if report.tokenizer:
-        facts.add_row("tokenizer", escape(report.tokenizer))
+        facts.add_row("tokenizer", verbatim(report.tokenizer))
     if report.left_out:
-        facts.add_row("left out", escape(", ".join(report.left_out)))
+        facts.add_row("left out", ", ".join(map(verbatim, report.left_out)))
     if report.dry_run:
         facts.add_row("to read", format_bytes(report.bytes_to_read))
         free = format_bytes(report.bytes_free)
@@ -80,16 +78,16 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             undo = f"{format_bytes(report.undo_bytes)} ({share:.2%} of the output)"
             facts.add_row("undo file", undo)
         if report.kept:
-            facts.add_row("output", escape(report.output))
+            facts.add_row("output", verbatim(report.output))
         if report.resumed:
             count = f"{len(report.resumed)} of {len(report.shards)} shards"
             facts.add_row("resumed", f"{count} were there from an earlier run")
         if report.pushed:
             seen = "private" if report.private else "public"
             facts.add_row("repository", f"{'created, ' if report.created else ''}{seen}")
-            facts.add_row("commit", report.commit)
+            facts.add_row("commit", verbatim(report.commit))
     if report.pushed and report.dry_run:
-        facts.add_row("to push to", escape(report.pushed))
+        facts.add_row("to push to", verbatim(report.pushed))
     out.print(facts)
     if report.pushed and not report.dry_run:
-        out.print(escape(report.pushed), soft_wrap=True)
+        out.print(verbatim(report.pushed), soft_wrap=True)

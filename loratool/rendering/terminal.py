@@ -5,7 +5,6 @@ stdout carries the answer, stderr the conversation: progress, warnings, errors, 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
@@ -27,17 +25,59 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from loratool.errors import LoraToolError, ReaderGone
+from loratool.errors import AnswerLost, LoraToolError, ReaderGone
 from loratool.notices import Notice
 from loratool.paths import pattern, ranged, split
+from loratool.text import escaped, json_text, printable, printable_message
 from loratool.words import counted, format_bytes, number_text
+
+#: What stands for "[" and "\\" of a name until Rich has read its markup. They are of Unicode's
+#: private use, so no text that was made printable holds them.
+_BRACKET, _BACKSLASH = "\ue000", "\ue001"
+_HIDE = str.maketrans({"[": _BRACKET, "\\": _BACKSLASH})
+_SHOW = str.maketrans({_BRACKET: "[", _BACKSLASH: "\\"})
+
+
+def verbatim(text: str) -> str:
+    """Text that comes from a file, a path or the Hub, for a string that has markup of ours.
+
+    It is shown on one line, as it is: no control characters, no markup, no emoji codes.
+    """
+    return printable(text).translate(_HIDE)
+
+
+def verbatim_message(text: str) -> str:
+    """The same of an error's or a notice's text, which may have the lines of a list."""
+    return printable_message(text).translate(_HIDE)
 
 
 class _Console(Console):
+    """A console that shows no control character, also of a string that `verbatim` did not see.
+
+    Rich makes a text of every string that is printed, measured or in a table by `render_str`.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        plain = escaped(text, keep=f"\n{_BRACKET}{_BACKSLASH}")
+        rich_text = super().render_str(plain, **options)
+        rich_text.plain = rich_text.plain.translate(_SHOW)
+        return rich_text
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if not self.stderr:
+                raise AnswerLost(error.strerror or str(error)) from None
+            self.quiet = True  # who does not hear the conversation can do without
+
     def on_broken_pipe(self) -> None:
         """Leave it to the command line, which knows the exit code; Rich would exit with 1."""
-        raise ReaderGone
+        if not self.stderr:
+            raise ReaderGone
+        self.quiet = True
 
 
 #: From this width on, a table shows kinds, both factor shapes and ranges in every column.
@@ -46,29 +86,45 @@ WIDE = 120
 #: Below this width only the most important columns are shown, rather than broken ones.
 NARROW = 78
 
-out = _Console(highlight=False, soft_wrap=False)
-err = _Console(stderr=True, highlight=False)
+out = _Console(highlight=False, emoji=False, soft_wrap=False)
+err = _Console(stderr=True, highlight=False, emoji=False)
 
 
 def print_json(document: dict[str, Any]) -> None:
-    # Strict JSON: a NaN would break the reader's parser, so it must never get here.
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    _print_exactly(json_text(document, indent=2, encoding=sys.stdout.encoding) + "\n")
+
+
+def print_file(text: str) -> None:
+    """The text of a file: printable on a terminal, exactly as it is anywhere else."""
+    if sys.stdout.isatty():
+        lines = escaped(text.replace("\r\n", "\n").expandtabs(4), keep="\n")
+        out.print(lines, markup=False, soft_wrap=True, end="")
+    else:
+        _print_exactly(text)
+
+
+def _print_exactly(text: str) -> None:
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise ReaderGone from None
+    except OSError as error:
+        raise AnswerLost(error.strerror or str(error)) from None
 
 
 def print_error(error: LoraToolError) -> None:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {verbatim_message(error.message)}", soft_wrap=True)
     if error.hint:
-        err.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        err.print(f"[bold cyan]hint:[/] {verbatim_message(error.hint)}", soft_wrap=True)
 
 
 def print_warnings(notices: Iterable[Notice]) -> None:
     for notice in notices:
         label = "[bold red]cannot merge" if notice.refused else "[bold yellow]warning"
-        err.print(f"{label}:[/] \\[{notice.code}] {escape(notice.message)}", soft_wrap=True)
+        err.print(
+            f"{label}:[/] \\[{notice.code}] {verbatim_message(notice.message)}", soft_wrap=True
+        )
 
 
 @contextmanager
@@ -82,7 +138,7 @@ def progress_bar(
         return
     amounts = (MofNCompleteColumn(),) if counted else (DownloadColumn(), TransferSpeedColumn())
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=None), *amounts,
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), *amounts,
         TimeRemainingColumn(compact=True),
     )  # fmt: skip
     bar = Progress(*columns, console=err, transient=True)
@@ -92,7 +148,7 @@ def progress_bar(
         def advance(done: int, total: int, label: str) -> None:
             bar.start()  # only now: a download before the work has a bar of its own
             short = verb if counted else re.sub(r"^model-|\.safetensors$", "", label)
-            bar.update(task, completed=done, total=total, description=short)
+            bar.update(task, completed=done, total=total, description=printable(short))
 
         yield advance
     finally:
@@ -104,7 +160,7 @@ def spectrum_table(spectra: Sequence[tuple[str, Sequence[float]]], heading: str)
     table = make_table("module", heading, "σ₁", "σᵣ")
     for path, values in spectra:
         first, last = (number_text(values[0]), number_text(values[-1])) if values else ("–", "–")
-        table.add_row(escape(path), _bars(values), first, last)
+        table.add_row(verbatim(path), _bars(values), first, last)
     return table
 
 
@@ -169,9 +225,9 @@ def folded_table(
     for group in groups.values():
         head, leaf = split(ranged([path(item) for item in group]))
         if head != section and head:
-            lines.append({"module": f"[cyan]{escape(head)}[/]"})
+            lines.append({"module": f"[cyan]{verbatim(head)}[/]"})
         section = head
-        lines.append({"module": ("  " if head else "") + escape(leaf), **cells(group)})
+        lines.append({"module": ("  " if head else "") + verbatim(leaf), **cells(group)})
     left = list(headings)
     while True:
         table = make_table(*left)

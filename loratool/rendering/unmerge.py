@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
-
-from loratool.rendering.terminal import fact_grid, out, written_text
+from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.verbs.unmerge import UnmergeReport
 from loratool.words import counted, format_bytes
 
@@ -13,11 +11,11 @@ def show_unmerge(report: UnmergeReport) -> None:
     if report.dry_run:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
-    facts.add_row("merged", escape(report.merged))
+    facts.add_row("merged", verbatim(report.merged))
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
-        facts.add_row("without", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+        facts.add_row("without", verbatim(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
     for name in report.remaining:
-        facts.add_row("stays", escape(name))
+        facts.add_row("stays", verbatim(name))
     facts.add_row("modules", f"{report.modules} taken back")
     if report.undo_bytes:
         checked = "will be checked" if report.dry_run else "checked"
@@ -43,5 +41,5 @@ def show_unmerge(report: UnmergeReport) -> None:
         facts.add_row(
             "written", written_text(report.bytes_written, len(report.shards), report.seconds)
         )
-        facts.add_row("output", escape(report.output))
+        facts.add_row("output", verbatim(report.output))
     out.print(facts)

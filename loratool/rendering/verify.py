@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged, split
-from loratool.rendering.terminal import fact_grid, make_table, out
+from loratool.rendering.terminal import fact_grid, make_table, out, verbatim, verbatim_message
 from loratool.verbs.verify import VerifyReport
 from loratool.words import counted, format_bytes, number_text, percent
 
@@ -22,10 +21,10 @@ WIDE = 100
 
 def show_verify(report: VerifyReport, full: bool) -> None:
     facts = fact_grid()
-    facts.add_row("merged", escape(report.merged))
-    facts.add_row("base", escape(report.base))
+    facts.add_row("merged", verbatim(report.merged))
+    facts.add_row("base", verbatim(report.base))
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
-        facts.add_row("adapter", escape(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+        facts.add_row("adapter", verbatim(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
     if report.findings:
         equal = f"{percent(report.equal)} of the adapted weights have the once-rounded value"
         facts.add_row("equal", equal)
@@ -46,7 +45,7 @@ def show_verify(report: VerifyReport, full: bool) -> None:
     for sentence in report.summary:
         plain = sentence.partition(" ")[0].isalpha()  # a path keeps its first letter
         said = sentence[0].upper() + sentence[1:] if plain else sentence
-        out.print(escape(said + "."))
+        out.print(verbatim_message(said + "."))
     if report.verdict == "yes":
         out.print("[bold green]yes:[/] the merged model is base + adapters")
     else:
@@ -73,12 +72,12 @@ def _table(findings: Sequence[Finding], full: bool) -> Table:
         head, leaf = split(ranged([f.module for f in group]))
         everywhere = head if full else ranged(layers[pattern(split(group[0].module)[0])])
         if everywhere != section and head:
-            table.add_row(f"[cyan]{escape(everywhere)}[/]")
+            table.add_row(f"[cyan]{verbatim(everywhere)}[/]")
         section = everywhere
         if head != everywhere:  # only some of the layers
             leaf += " " + head.rpartition(".")[2]
         cells = {
-            "module": ("  " if head else "") + escape(leaf),
+            "module": ("  " if head else "") + verbatim(leaf),
             "finding": group[0].code if group[0].sound else f"[red]{group[0].code}[/]",
             "weight": _weights([f.applied for f in group]),
             "equal": percent(min(f.equal for f in group)),

@@ -30,6 +30,7 @@ FLOORS = """
     storage linalg
     notices paths
     errors dtypes words version
+    text
 """
 LEVELS = {room: level for level, line in enumerate(FLOORS.split("\n")) for room in line.split()}
 

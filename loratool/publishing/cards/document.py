@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
 from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, read_facts
-from loratool.publishing.cards.markdown import one_line
+from loratool.publishing.cards.markdown import one_line, prose
 from loratool.publishing.cards.sections import section
 from loratool.publishing.cards.usage import use_of
 
@@ -75,10 +75,7 @@ def make_card(
 
 
 def _title(name: str) -> str:
-    """A heading; signs that Markdown would read are escaped, but within a word it reads none."""
-    name = one_line(name)
-    plain = re.fullmatch(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", name)
-    return "# " + (name if plain else re.sub(r"([\\`*_\[\]<>#|&~!$])", r"\\\1", name))
+    return f"# {prose(name)}"
 
 
 def _metadata(facts: Facts, licence: Licence | None) -> dict[str, Any]:

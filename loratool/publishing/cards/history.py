@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from loratool.publishing.cards.facts import Facts, dicts, linked, number, part, reference, texts
-from loratool.publishing.cards.markdown import code, one_line, table
+from loratool.publishing.cards.markdown import code, one_line, prose, table
 from loratool.words import counted, enumerated
 
 #: Options that a command has by itself; they are left out of it.
@@ -27,7 +27,7 @@ def how_made(facts: Facts) -> str:
         stale = "`loratool.json` describes other weights than these; nothing of it is repeated."
         return stale if facts.stale else ""
     line = _rebuilt(facts)
-    made = ", ".join(f"{one_line(str(k))} {one_line(str(v))}"
+    made = ", ".join(f"{prose(str(k))} {prose(str(v))}"
                      for k, v in part(record, "versions").items())  # fmt: skip
     parts = [_block(line) if line else "", _inputs(record)]
     points = [f"Versions: {made}." if made else "", *_points(facts)]

@@ -5,13 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from loratool.text import printable
+
 HUB = "https://huggingface.co"
 
 
+#: Signs that Markdown reads, wherever they stand; an underscore only at the edge of a word.
+_READ = re.compile(r"[\\`*\[\]<>#|&~!$]|(?<![^\W_])_|_(?![^\W_])")
+
+
 def one_line(text: str) -> str:
-    """`text` without line breaks and other control characters, and such that UTF-8 can hold it."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(plain.encode("utf-8", "replace").decode("utf-8").split())
+    """`text` printable, and such that UTF-8 can hold it, with single spaces."""
+    return " ".join(printable(text).split())
+
+
+def prose(text: str) -> str:
+    """`text` among words: the signs in it that Markdown would read are escaped."""
+    return _READ.sub(r"\\\g<0>", one_line(text))
 
 
 def code(text: str) -> str:

@@ -24,7 +24,7 @@ from loratool.publishing.cards.facts import (
     texts,
 )
 from loratool.publishing.cards.history import how_made
-from loratool.publishing.cards.markdown import code, link, span, table
+from loratool.publishing.cards.markdown import code, link, prose, span, table
 from loratool.publishing.cards.usage import how_to_use
 from loratool.words import counted, enumerated, format_bytes, percent
 
@@ -61,7 +61,7 @@ def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     base = link(facts.base) if facts.base else "a base model that is not recorded here"
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
     if not adapter.is_read:
-        first = f"This is {adapter.description}, for {base}."
+        first = f"This is {prose(adapter.description)}, for {base}."
     elif facts.command == "extract":
         tuned, before = part(facts.record, "tuned"), part(facts.record, "base")
         named = link(facts.base) if facts.base else linked(before)
@@ -187,7 +187,7 @@ def _input_table(facts: Facts) -> str:
     for entry in entries:
         name = hub_id(entry.get("repo")) or string(entry.get("name"))
         for group in dicts(entry.get("modules")):
-            kind = string(group.get("kind")) + (", DoRA" if group.get("dora") else "")
+            kind = prose(string(group.get("kind"))) + (", DoRA" if group.get("dora") else "")
             numbers = [number(group.get(key)) for key in ("count", "rank", "alpha", "scale")]
             cells = ["unknown" if n is None else f"{n:.4g}" for n in numbers]
             rows.append([code(name), code(string(group.get("path"))), kind, *cells])

@@ -12,6 +12,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.models.layouts.names import is_label_head, is_token_embedding
 from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import Facts, address, part, texts
+from loratool.publishing.cards.markdown import code
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     if not adapter.declared.library:
         return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
     if use is None:
-        name = adapter.declared.model_class or "its base"
-        return f"Load the base model (`{name}`), then `PeftModel.from_pretrained(model, …)`."
+        name = code(adapter.declared.model_class or "its base")
+        return f"Load the base model ({name}), then `PeftModel.from_pretrained(model, …)`."
     lines = [
         "from peft import PeftModel",
         f"from transformers import {use.auto}" + (", AutoTokenizer" if use.text else ""),

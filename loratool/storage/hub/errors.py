@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from loratool.errors import HubError, LoginError, LoraToolError, OutputError
 from loratool.storage.hub.address import Address
+from loratool.text import is_printable
 
 
 class Unreachable(HubError):
@@ -176,9 +177,10 @@ _switching = threading.Lock()
 
 
 @contextmanager
-def progress_bars(shown: bool) -> Iterator[None]:
+def progress_bars(shown: bool, names: Iterable[str] = ()) -> Iterator[None]:
     """Let the library show its bars, on a terminal alone and if the user lets it.
 
+    It writes the names of the files on them as they are, so all of them must be printable.
     Its switch is one for all threads; they stay off while any thread wants them off.
     """
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -188,7 +190,7 @@ def progress_bars(shown: bool) -> Iterator[None]:
     )
 
     global _quiet
-    if shown and sys.stderr.isatty():
+    if shown and sys.stderr.isatty() and all(map(is_printable, names)):
         yield
         return
     with _switching:

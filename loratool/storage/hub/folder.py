@@ -234,7 +234,7 @@ class HubFolder(Folder):
         before = {p.name for p in contents.iterdir()} if contents.is_dir() else set()
         shows = sum(wanted.values()) > _WORTH_A_BAR
         _refuse_full_cache(self._root, sum(wanted.values()))
-        with explained(Address(self.repo, self.commit)), progress_bars(shows):
+        with explained(Address(self.repo, self.commit)), progress_bars(shows, wanted):
             interruptible(
                 partial(
                     snapshot_download,

@@ -175,7 +175,7 @@ class Repository:
         copies = [CommitOperationCopy(name, name, src_revision=source) for name in copied]
         branch = None if self.revision == "main" else self.revision
         try:
-            with self._talking(), progress_bars(not quiet):
+            with self._talking(), progress_bars(not quiet, (upload.name for upload in uploads)):
                 interruptible(
                     partial(
                         self.api.preupload_lfs_files, self.repo, adds,
@@ -215,7 +215,7 @@ class Repository:
         _refuse_changed(uploads)
         if self.new_branch:
             self.create(self.private)
-        with self._talking(), progress_bars(True):
+        with self._talking(), progress_bars(True, (upload.name for upload in uploads)):
             upload = partial(
                 self.api.upload_folder,
                 repo_id=self.repo, folder_path=folder, commit_message=message,

@@ -1,0 +1,127 @@
+"""Text of files, made fit to be shown: names, paths, values of configs, answers of the Hub.
+
+What comes from outside may hold characters that move the cursor, rename the window, turn the line
+around, or cannot be seen. `printable` writes them as Python would (`\\x1b`, `\\u202e`), and cuts
+what is too long to be read. Each way of showing such text (a terminal, JSON, Markdown) begins here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+#: Characters that Python calls printable and that show nothing: joiners, fillers, selectors.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+#: A run without spaces, a line and a text that are longer are cut to so many characters.
+_WORD, _LINE, _TEXT = 400, 2_000, 6_000
+_LONG_WORD = re.compile(rf"(?<!\S)(\S{{250}})\S{{{_WORD - 349},}}(\S{{100}})(?!\S)")
+#: Of more characters than this only the ends are looked at.
+_LOOKED_AT = 2_000_000
+
+
+def printable(text: str) -> str:
+    """`text` on one line, cut to a sensible length, every character of it to be seen.
+
+    Backslashes stay single: a name that holds the four characters `\\x1b` looks like an escape.
+    """
+    if len(text) <= _WORD and is_printable(text):
+        return text
+    return _cut(escaped(_cut(text)))
+
+
+def printable_message(text: str) -> str:
+    """The same for a message that was made of such texts; it keeps the lines of its lists.
+
+    Those are indented by two spaces. A line break in a name does not begin a line of ours.
+    """
+    if "\n  " not in text:
+        return printable(text)
+    first, *more = _cut(text).split("\n  ")
+    return _cut("\n  ".join([escaped(first), *map(escaped, more)]))
+
+
+def is_printable(text: str) -> bool:
+    """Whether `text` shows all that it holds, and does nothing else."""
+    return text.isprintable() and (text.isascii() or not _UNSEEN.search(text))
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` whole, with escapes for what cannot be seen, but for the characters in `keep`."""
+    if is_printable(text):
+        return text
+    return text.translate(_Escapes(keep))
+
+
+class _Escapes(dict[int, str]):
+    """What stands for a character, found out when it is first met."""
+
+    def __init__(self, keep: str) -> None:
+        super().__init__({ord(character): character for character in keep})
+
+    def __missing__(self, number: int) -> str:
+        character = chr(number)
+        self[number] = shown = character if is_printable(character) else _escape(character)
+        return shown
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if character in _SHORT:
+        return _SHORT[character]
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _cut(text: str) -> str:
+    """`text` without the middle of words, lines and all of it that are too long."""
+    if len(text) <= _WORD:
+        return text
+    if len(text) > _LOOKED_AT:
+        half = _LOOKED_AT // 2
+        head, tail = _ends(_cut_words(text[:half]), _cut_words(text[-half:]), _TEXT)
+        return _joined(head, len(text) - len(head) - len(tail), tail)
+    lines = [_shortened(line, _LINE) for line in _cut_words(text).split("\n")]
+    return _shortened("\n".join(lines), _TEXT)
+
+
+def _cut_words(text: str) -> str:
+    return _LONG_WORD.sub(r"\1…\2", text)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    head, tail = _ends(text, text, most)
+    return _joined(head, len(text) - len(head) - len(tail), tail)
+
+
+def _ends(start: str, end: str, most: int) -> tuple[str, str]:
+    """What is shown of both: two thirds and one third of `most`, less what `_joined` says."""
+    room = most - 60
+    return start[: room * 2 // 3], end[-room // 3 :]
+
+
+def _joined(head: str, left_out: int, tail: str) -> str:
+    return f"{head}… ({left_out:,} characters left out) …{tail}"
+
+
+def json_text(document: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
+    """`document` as strict JSON: exactly its data, in characters that a terminal shows.
+
+    In an `encoding` that has not all of Unicode, all but ASCII is escaped.
+    """
+    # A NaN would break the reader's parser, so it must never get here.
+    ascii_only = not encoding.lower().replace("-", "").startswith("utf")
+    text = json.dumps(document, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    lines = text.split("\n")  # only between values: within strings it is escaped already
+    return "\n".join(line if is_printable(line) else _json_line(line) for line in lines)
+
+
+def _json_line(line: str) -> str:
+    return "".join(c if is_printable(c) else json.dumps(c)[1:-1] for c in line)

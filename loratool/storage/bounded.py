@@ -74,6 +74,8 @@ class Cursor:
         self._stream.seek(self.position)
 
     def _short(self, count: int) -> Malformed:
+        if self.left == 0:
+            return Malformed("it ends too early")
         announced = counted(count, "byte") if count < 1 << 64 else "more bytes than any file has"
         return Malformed(f"it announces {announced} where {self.left:,} are left")
 

@@ -53,9 +53,7 @@ class RunningJob:
 
     @property
     def block_elements(self) -> int:
-        """Elements of a block: whole rows; all if they are only had whole."""
-        if self.values.whole:
-            return max(1, self.length)
+        """Elements of a block: whole rows."""
         return block_elements(self.columns)
 
     @property

@@ -1,12 +1,14 @@
 """The values of a tensor by range, however they lie in its file.
 
 Everything that goes through a tensor block by block asks here: where the elements lie one after the
-other they are read by position; where a torch file has them strided they are gathered once. What
-is stored in yet another way registers its own kind of values with `values_of`.
+other they are read by position; where a torch file has them strided they are gathered from the
+bytes that they lie in, which are read once. What is stored in yet another way registers its own
+kind of values with `values_of`.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -30,9 +32,6 @@ class Values(ABC):
 
     Ranges count elements; of the packed dtypes, whose elements are less than a byte, bytes.
     """
-
-    #: Whether nothing is gained by reading less than all of it.
-    whole = False
 
     def __init__(self, info: TensorInfo) -> None:
         self.info = info
@@ -69,22 +68,25 @@ class _Dense(Values):
 
 
 class _Strided(Values):
-    """Elements of a view that a torch file holds, gathered when the first of them is asked for."""
+    """Elements of a view that a torch file holds.
 
-    whole = True
+    All that lies between the first and the last of them is read when one is asked for, and kept:
+    at most the storage that the view is of, however often the view repeats it.
+    """
 
     def __init__(self, info: TensorInfo, files: FilePool) -> None:
         super().__init__(info)
         self._files = files
+        # Blocks come from several threads; one reads.
         self._lock = threading.Lock()
-        self._gathered: Bytes | None = None
+        self._view: npt.NDArray[np.void] | None = None
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        with self._lock:
-            if self._gathered is None:
-                self._gathered = _gather(self.info, self._files)
-        size = self.info.itemsize
-        raw[:] = self._gathered[low * size : high * size]
+        if high > low:
+            with self._lock:
+                if self._view is None:
+                    self._view = _viewed(self.info, self._files)
+            _gather(self._view, low, high, raw.view(self._view.dtype))
 
 
 class _Grown(Values):
@@ -94,7 +96,6 @@ class _Grown(Values):
         super().__init__(info)
         self._stored = stored
         self._count = info.numel - info.zeros
-        self.whole = stored.whole
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         known = max(0, min(high, self._count) - low) * self.info.itemsize
@@ -115,20 +116,37 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
     return _Dense(info, files) if info.strides is None else _Strided(info, files)
 
 
-def _gather(info: TensorInfo, files: FilePool) -> Bytes:
-    """All bytes of a strided tensor in row-major order.
-
-    The span that the elements lie in is read at once: only torch files get here, and only for
-    tensors saved as views, so it is at most the storage of that tensor.
-    """
+def _viewed(info: TensorInfo, files: FilePool) -> npt.NDArray[np.void]:
+    """The elements of a strided tensor that is not empty, as a view of the bytes they lie in."""
     assert info.strides is not None
-    span = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True) if n)
+    axes = [(n, s) for n, s in zip(info.shape, info.strides, strict=True) if n > 1]
     size = info.itemsize
-    raw = np.empty(span * size, np.uint8)
+    raw = np.empty((1 + sum((n - 1) * s for n, s in axes)) * size, np.uint8)
     files.read_into(info, 0, raw.data)
-    elements = raw.view(f"V{size}")
-    view = np.lib.stride_tricks.as_strided(elements, info.shape, [s * size for s in info.strides])
-    return np.ascontiguousarray(view).reshape(-1).view(np.uint8)
+    shape, strides = [n for n, _ in axes], [s * size for _, s in axes]
+    return np.lib.stride_tricks.as_strided(raw.view(f"V{size}"), shape, strides, writeable=False)
+
+
+def _gather(view: npt.NDArray[np.void], low: int, high: int, into: npt.NDArray[np.void]) -> None:
+    """Copy elements `[low, high)` of a view, counted in row-major order; `high` is above `low`.
+
+    A range is the end of one row, whole rows, and the beginning of another one.
+    """
+    if view.ndim < 2:
+        into[:] = view.reshape(-1)[low:high]
+        return
+    row = math.prod(view.shape[1:])
+    done = 0
+    while low < high:
+        first, begin = divmod(low, row)
+        rows = (high - low) // row if begin == 0 else 0
+        count = rows * row or min(row - begin, high - low)
+        target = into[done : done + count]
+        if rows:
+            target.reshape(rows, *view.shape[1:])[:] = view[first : first + rows]
+        else:
+            _gather(view[first], begin, begin + count, target)
+        low, done = low + count, done + count
 
 
 #: Elements at each end and in the middle of a tensor that a sample compares.

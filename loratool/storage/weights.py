@@ -13,7 +13,7 @@ from loratool.storage.filenames import INDEX, MODEL, MODEL_ENTRIES, SHARD, TORCH
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.header import parse_header
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.torchfile import read_pickled
+from loratool.storage.torchfile import parse_pickled
 from loratool.words import agreeing, counted
 
 
@@ -43,11 +43,13 @@ class Contents(NamedTuple):
 def read_contents(folder: Folder, name: str) -> Contents:
     """The header of a file of either kind, by its ending. Raises FileError for what is damaged."""
     path = folder.path / name
-    if path.suffix in TORCH_SUFFIXES:
+    pickled = path.suffix in TORCH_SUFFIXES
+    if pickled:
         folder.fetch([name])  # what a torch file holds cannot be told from its beginning
-        tensors, top = read_pickled(path)
-        return Contents(tensors, {}, top)
     with folder.reading(name) as (stream, size, stamp):
+        if pickled and stamp is not None:
+            tensors, top = parse_pickled(path, stream, stamp)
+            return Contents(tensors, {}, top)
         return Contents(*parse_header(path, stream, size, stamp))
 
 

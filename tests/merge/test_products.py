@@ -277,7 +277,7 @@ class Eighths(Values):
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         packed = np.empty(high - low, np.uint8)
-        self._files.read_into(self.info.file, self.info.start + low, packed.data)
+        self._files.read_into(self.info, low, packed.data)
         raw.view(np.float32)[:] = packed.view(np.int8) / np.float32(8)
 
 

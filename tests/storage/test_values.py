@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.files import CODES, header_file
+from helpers.files import CODES, header_file, random_of, raw_bytes
 from helpers.headers import DATA, entry
 from helpers.outcomes import file_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from loratool.errors import FileError
 from loratool.storage.header import read_header
-from loratool.storage.tensors import as_float32
+from loratool.storage.tensors import FilePool, as_float32
 from loratool.storage.torchfile import read_pickled
-from loratool.storage.values import read_float32, read_raw
+from loratool.storage.values import float_blocks, read_float32, read_raw, values_of
+
+on_files = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -72,3 +80,50 @@ def test_a_view_in_a_torch_file_grows_by_zeros(tmp_path: Path) -> None:
     info = replace(info, stamp=None)
     wanted = torch.cat([view, torch.zeros(2, 3)]).numpy()
     assert np.array_equal(read_float32(info), wanted)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset of any view, also one that repeats or leaps over elements."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    strides = tuple(draw(st.lists(st.integers(0, 7), min_size=len(shape), max_size=len(shape))))
+    return shape, strides, draw(st.integers(0, 3))
+
+
+@settings(on_files, max_examples=150)
+@given(view=views(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
+       cuts=st.lists(st.floats(0, 1), max_size=6))  # fmt: skip
+def test_any_range_of_any_view_is_that_of_torch(
+    tmp_path: Path,
+    view: tuple[tuple[int, ...], tuple[int, ...], int],
+    dtype: torch.dtype,
+    cuts: list[float],
+) -> None:
+    """Whatever the strides, elements [low, high) are those that torch has there."""
+    shape, strides, offset = view
+    need = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n)
+    whole = torch.arange(max(need, 1)).to(dtype).as_strided(shape, strides, offset)
+    torch.save({"x": whole}, tmp_path / "x.bin")
+    info = read_pickled(tmp_path / "x.bin")[0]["x"]
+    wanted = np.frombuffer(raw_bytes(torch.empty(shape, dtype=dtype).copy_(whole)), np.uint8)
+    places = sorted(int(cut * whole.numel()) for cut in cuts)
+    with FilePool() as files:
+        values = values_of(info, files)
+        for low, high in pairwise([0, *places, whole.numel()]):
+            got = values.bytes(low, high)
+            assert np.array_equal(got, wanted[low * info.itemsize : high * info.itemsize])
+
+
+def test_a_view_that_repeats_is_read_in_little_memory(tmp_path: Path) -> None:
+    """Of a tensor that names one row again and again, no more is built than what is asked for."""
+    row = random_of(torch.float32, 1000)
+    torch.save({"x": row.expand(7000, 1000)}, tmp_path / "x.bin")  # 28 MB
+    info = read_pickled(tmp_path / "x.bin")[0]["x"]
+    tracemalloc.start()
+    try:
+        total = sum(float(block.sum(dtype=np.float64)) for block in float_blocks(info))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total == pytest.approx(7000 * float(row.double().sum()), rel=1e-9)
+    assert peak < 8_000_000

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loratool.errors import FileError
+from loratool.storage.system import open_to_read
 from loratool.words import counted
 
 #: Longest description of tensors that is read: a safetensors header, a pickle, an index, a zip
@@ -82,8 +83,7 @@ class Cursor:
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises FileError for a folder, a pipe or a device of that name."""
-    # Without O_NONBLOCK the opening of a pipe waits for somebody who writes into it.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_to_read(path)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return open(fd, "rb")

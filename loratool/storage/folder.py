@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from loratool.storage.bounded import open_regular
 from loratool.storage.jsonfile import read_json
 from loratool.storage.stamps import Stamp, changed_file, stamp_of
 
@@ -115,7 +116,7 @@ class Folder:
         """A stream of a file that can be sought, its size in bytes, and its stamp, None for one
         that is read over the network."""
         path = self.path / name
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             stamp = stamp_of(stream.fileno())
             self._hold(path, stamp)
             yield stream, stamp.nbytes, stamp

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
+from loratool.storage.bounded import open_regular
 from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted, format_bytes
@@ -36,7 +37,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not path.is_file():
         what = "a directory" if path.is_dir() else "no such file"
         raise FileError(f"{path}: {what}.", "Check the path.")
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         stamp = stamp_of(stream.fileno())
         return parse_header(path, stream, stamp.nbytes, stamp)
 

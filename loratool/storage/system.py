@@ -28,8 +28,8 @@ _seeking = threading.Lock()
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor of a file that is there."""
-    return os.open(path, os.O_RDONLY | _FLAGS)
+    """A descriptor of a file that is there; the opening of a pipe waits for nobody."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _FLAGS)
 
 
 def open_new(path: Path) -> int:

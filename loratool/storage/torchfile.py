@@ -178,9 +178,7 @@ def _check_sum(cursor: Cursor, wanted: int) -> None:
         raise Malformed("its pickle has another checksum than the archive says")
 
 
-def _info(
-    path: Path, name: str, tensor: Tensor, contents: _Contents, stamp: Stamp
-) -> TensorInfo:
+def _info(path: Path, name: str, tensor: Tensor, contents: _Contents, stamp: Stamp) -> TensorInfo:
     if math.prod(filter(None, tensor.shape)) >> 62:
         raise FileError(f"{path}: tensor {name!r} is larger than any memory.", _REFETCH)
     row_major: list[int] = []

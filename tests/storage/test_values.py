@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 import tracemalloc
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 

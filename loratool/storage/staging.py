@@ -25,9 +25,9 @@ from loratool.words import format_bytes
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Refuse an output that exists (unless `overwrite`) or that would touch an input."""
-    place = output.resolve()
+    place = Path(os.path.realpath(output))  # Path.resolve raises RuntimeError for a loop
     for source in filter(os.path.lexists, inputs):  # the others are on the Hub, or errors soon
-        there = source.resolve()
+        there = Path(os.path.realpath(source))
         if place == there or place in there.parents or there in place.parents:
             relation = "is" if place == there else "contains" if place in there.parents else "is in"
             raise OutputError(

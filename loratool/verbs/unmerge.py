@@ -303,9 +303,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         )
         report.warnings.insert(0, Notice("no-provenance", text))
     report.dtype, report.copied_from_base = dtype, len(found.originals)
-    from loratool.merging.undo.sampling import (
-        changed_by_cycle,  # torch: about two seconds to import
-    )
+    from loratool.merging.undo.sampling import changed_by_cycle  # torch: about two seconds
 
     adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
     subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
@@ -315,6 +313,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     files = side_files_of(merged)
     files.fetch()
     report.side_files = sorted(files.copied)
+    report.warnings += files.notices
     if run.dry_run:
         return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)

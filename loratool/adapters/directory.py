@@ -5,7 +5,6 @@ What combine, resize and extract have in common; in which dialect, `dialects.WRI
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from loratool.storage.destination import Overwrite, refuse_company, refuse_full_
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
+from loratool.storage.links import copy_own
 from loratool.storage.staging import StagedDirectory
 
 
@@ -56,9 +56,7 @@ class AdapterDirectory:
     def copy(self, files: Mapping[str, Path]) -> None:
         """Put these files beside the weights, by name."""
         for name, path in files.items():
-            target = self.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            copy_own(path, name, self.path / name)
 
     def write_record(self, document: dict[str, Any]) -> None:
         """loratool.json, which holds no path and no date, with the hashes of weights and config."""

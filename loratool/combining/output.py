@@ -36,6 +36,7 @@ from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
 from loratool.models.tokenizers import common_files, tokenizer_files
 from loratool.notices import Notice
+from loratool.storage.links import refuse_leading_out
 from loratool.storage.tensors import Bytes
 from loratool.storage.values import float_blocks, raw_blocks, read_float32
 from loratool.streams.run import Run
@@ -70,7 +71,8 @@ def write_adapter(
     loratool.json. `zero` says why a result may be zero, and what to do about it.
     """
     with explained_os_errors():
-        tokenizer = _agreed_tokenizer(joined)
+        beside = _agreed_tokenizer(joined) | joined.companions
+        refuse_leading_out(beside)
         extras = _extras(joined, dtype)
     metadata = {**_common_metadata(joined), "format": "pt"}
     outlines = [parts[0].module.outline for parts in joined.modules.values()]
@@ -97,7 +99,7 @@ def write_adapter(
         changes, nbytes = compute(folder.writer)
         folder.finish(outlines, [m.rank for m in changes.modules], extras, run.threads)
         folder.write_config(_recipe(joined, changes, policy.uniform))
-        folder.copy(tokenizer | joined.companions)
+        folder.copy(beside)
         for adapter in joined.used:
             adapter.folder.refuse_changed()
         folder.write_record(_record(joined, changes, record))

@@ -31,6 +31,7 @@ from loratool.models.tasks import CLASSIFYING, TASK_BY_END, TEXT_TO_TEXT
 from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.hashing import file_sha256
+from loratool.storage.links import refuse_leading_out
 from loratool.storage.values import raw_blocks
 from loratool.streams.run import Run
 
@@ -72,6 +73,7 @@ def write(
     verify: bool,
 ) -> Outcome:
     """Decompose everything and write the adapter to `output`, all or nothing."""
+    beside = _new_tokenizer(base, tuned)
     with adapter_directory(output, work.dtype, _METADATA, run.overwrite) as folder:
         others = work.measure(part for part in pairs.found if part.fate != "factors")
         parts = [part for part in pairs.found if part.fate == "factors"]
@@ -92,7 +94,7 @@ def write(
                 transposes=pairs.fan_in_fan_out,
             )
         )  # fmt: skip
-        folder.copy(_new_tokenizer(base, tuned))
+        folder.copy(beside)
         if verify:
             outcome.verified = _verified(outcome, base, folder.path, pairs, work, run.threads)
         for model in (base, tuned):
@@ -157,6 +159,7 @@ def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
         return {}
     old = tokenizer_files(base.folder) if base.is_directory else {}
     new = tokenizer_files(tuned.folder)
+    refuse_leading_out(new)
     same = old.keys() == new.keys() and all(
         file_sha256(old[name]) == file_sha256(path) for name, path in new.items()
     )

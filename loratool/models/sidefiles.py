@@ -8,17 +8,19 @@ the unmerged model), hidden files, and the model card, which describes the base.
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import UsageError, explained_os_errors
+from loratool.errors import FileError, UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import updated_config
 from loratool.models.tokenizers import (
     Tokenizer,
+    broken_parts,
     common_files,
     files_beside,
     is_beside_tokenizer,
@@ -37,7 +39,8 @@ from loratool.storage.filenames import (
     VOCABULARY,
 )
 from loratool.storage.folder import Folder
-from loratool.storage.jsonfile import read_json
+from loratool.storage.jsonfile import read_json, write_json
+from loratool.storage.links import copy_own, leads_out, open_own, refuse_leading_out
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|tflite|mlmodel|ot|npz)$"
@@ -75,7 +78,7 @@ class SideFiles:
         coming = self._coming
         for name, path in self.copied.items():
             if name not in coming:
-                path.open("rb").close()
+                open_own(path, name).close()
 
     def fetch(self) -> None:
         """See to it that they are on this disk."""
@@ -90,7 +93,11 @@ def side_files_of(
     """What lies beside the weights of `checkpoint`, and what adapters (name, folder) bring.
 
     `tokenizer` says whose to take, "base" or "adapter"; without it an adapter's where one has one.
-    Raises FileError for a file that cannot be read, UsageError for a tokenizer that is not there.
+    Links out of their folder are left out; the config, a part of the tokenizer and what was trained
+    are refused then, because a model without them is another one.
+
+    Raises FileError for these and for a file that cannot be read, UsageError for a tokenizer that
+    is not there.
     """
     names = {path.name for path in checkpoint.files}
     names |= {name for name in checkpoint.folder.names(depth=0) if name.endswith(".index.json")}
@@ -99,6 +106,7 @@ def side_files_of(
         present = [(name, folder) for name, folder in adapters if folder.is_there()]
         _settle_tokenizer(found, present, tokenizer)
         _carry_all(found, present)
+        _leave_links(found)
         found.check_readable()
         checkpoint.folder.note(found.copied)
     return found
@@ -132,13 +140,38 @@ def collect(folder: Folder, weights: set[str], whole_directory: bool) -> SideFil
             if name not in weights:
                 found.left_out.append(name)
         elif not folder.has(name):
-            found.left_out.append(name if name.endswith("/") else f"{name} (a broken link)")
+            found.left_out.append(name if name.endswith("/") else f"{name} ({_why(folder, name)})")
         elif leaf.startswith(".") or (at_top and name in _LEFT_AT_TOP):
             found.left_out.append(name)
         elif whole_directory or known or LEGAL.fullmatch(name):
             taken.append(name)
     found.copied = {name: folder.path / name for name in taken}
     return found
+
+
+def _why(folder: Folder, name: str) -> str:
+    """Why there is no file of this name, though the folder lists it."""
+    return "not a file" if os.path.exists(folder.path / name) else "a broken link"
+
+
+def _leave_links(found: SideFiles) -> None:
+    """Leave out what lies outside its folder, or refuse it where the model needs it."""
+    parts = sentence_parts(found.folder)
+    out = [name for name, path in found.copied.items() if leads_out(path, name)]
+    refuse_leading_out({name: found.copied[name] for name in out if _is_needed(name, parts)})
+    for name in out:
+        path = found.copied.pop(name)
+        found.left_out.append(f"{name} (a link out of the folder)")
+        text = f"{name} is a link out of its folder, to {os.path.realpath(path)}: it stays there."
+        found.notices.append(Notice("link-left-out", text, str(path)))
+
+
+def _is_needed(name: str, parts: set[str]) -> bool:
+    """Whether the model is another one without this file."""
+    known = is_part_of_tokenizer(name) or is_beside_tokenizer(name) or VALUE_HEAD.fullmatch(name)
+    return (
+        bool(known) or name in (CONFIG, *SENTENCE_FILES) or any(p in parts for p in _parents(name))
+    )
 
 
 def _settle_tokenizer(
@@ -154,6 +187,8 @@ def _settle_tokenizer(
         who = "No adapter brings" if choice == "adapter" else "The base does not bring"
         raise UsageError(f"{who} a tokenizer (tokenizer.json or the like).", "Omit --tokenizer.")
     for name, folder in adapters:
+        for part in broken_parts(folder):
+            found.left_out.append(f"{part} of {name} ({_why(folder, part)})")
         if stray := stray_parts(folder):
             text = (
                 f"{name} has {', '.join(stray)} but no vocabulary, so no tokenizer that these "
@@ -276,6 +311,10 @@ def _modules_of(folder: Folder) -> dict[str, str]:
     try:
         modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
         return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
+    except RecursionError:
+        raise FileError(
+            f"{folder.path / 'modules.json'}: nested too deeply to be read.", "Fetch it again."
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
 
@@ -287,47 +326,8 @@ def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[s
     """
     for name, source in files.copied.items():
         target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         if name == CONFIG:
-            config = updated_config(read_json(source), dtype, changes)
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            target.write_text(text, encoding="utf-8")
+            refuse_leading_out({name: source})
+            write_json(target, updated_config(read_json(source), dtype, changes))
         else:
-            shutil.copyfile(source, target)
-
-
-def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the new dtype, vocabulary, tying, labels and class; all else as it was."""
-    if dtype != "base":
-        config = _with_dtype(config, dtype, top=True)
-    for key in ("vocab_size", "tie_word_embeddings"):
-        if key in changes:
-            nested = config.get("text_config")
-            if isinstance(nested, dict):
-                config["text_config"] = {**nested, key: changes[key]}
-            if key in config or not isinstance(nested, dict) or key == "tie_word_embeddings":
-                config[key] = changes[key]
-    if "num_labels" in changes:
-        count = changes["num_labels"]
-        if len(config.get("id2label") or {}) != count:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-    if "architecture" in changes and config.get("architectures"):
-        stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", config["architectures"][0])
-        config["architectures"] = [stem + changes["architecture"]]
-    return config
-
-
-def _with_dtype(config: dict[str, Any], dtype: str, top: bool) -> dict[str, Any]:
-    # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; each reads the other's.
-    changed = {
-        key: dtype
-        if key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str))
-        else _with_dtype(value, dtype, top=False)
-        if isinstance(value, dict) and key.endswith("_config")
-        else value
-        for key, value in config.items()
-    }
-    if top and not changed.keys() & {"dtype", "torch_dtype"}:
-        changed["torch_dtype"] = dtype
-    return changed
+            copy_own(source, name, target)

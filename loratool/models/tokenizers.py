@@ -53,6 +53,11 @@ def files_beside(folder: Folder) -> dict[str, Path]:
     return {name: folder.path / name for name in names}
 
 
+def broken_parts(folder: Folder) -> list[str]:
+    """Parts of a tokenizer that a folder lists and that are no files: broken links, pipes."""
+    return [n for n in folder.names(depth=1) if is_part_of_tokenizer(n) and not folder.has(n)]
+
+
 def stray_parts(folder: Folder) -> list[str]:
     """Files of a tokenizer, or beside one, in a folder that has no vocabulary."""
     names = [n for n in folder.names(depth=1) if is_part_of_tokenizer(n) or is_beside_tokenizer(n)]

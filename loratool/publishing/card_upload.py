@@ -15,9 +15,11 @@ from loratool.publishing.cards.facts import bases_named, doubt_of_base, hub_id, 
 from loratool.storage.hub.address import Address
 from loratool.storage.hub.errors import explained, progress_bars
 from loratool.storage.hub.repository import Repository, Upload
-from loratool.words import enumerated
+from loratool.words import enumerated, format_bytes
 
 README = "README.md"
+#: More bytes than this are no card.
+LONGEST_CARD = 20_000_000
 
 Fate = Literal["made", "completed", "kept"]
 
@@ -60,7 +62,7 @@ def card_upload(
     `files` of the folder go up. Raises PushError where both have one and it was not the same
     words that were completed, but for `chosen`: then the folder's goes up.
     """
-    own = as_text((folder / README).read_bytes()) if README in files else None
+    own = as_text(_beginning(folder / README)) if README in files else None
     there = as_text(target.read(README)) if README in target.files else None
     text = there if own is None else own
     card, fate, notices = card_of(folder, text, target.repo, base)
@@ -82,8 +84,18 @@ def _lines(text: str) -> list[str]:
     return sorted(line.rstrip() for line in text.splitlines())
 
 
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(LONGEST_CARD + 1)
+
+
 def as_text(data: bytes) -> str:
-    """A card as text. Raises FileError for what is not UTF-8."""
+    """A card as text. Raises FileError for what is not UTF-8, or too long."""
+    if len(data) > LONGEST_CARD:
+        raise FileError(
+            f"{README} is longer than {format_bytes(LONGEST_CARD)}, which is no card.",
+            "Move it away; a new one is made then.",
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,11 @@ from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import carried_files
-from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
+from loratool.models.tokenizers import (
+    is_part_of_tokenizer,
+    note_ids_without_rows,
+    tokenizer_files,
+)
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -29,6 +34,8 @@ from loratool.storage.filenames import (
 )
 from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
+from loratool.storage.hub.folder import not_there
+from loratool.storage.links import leads_out
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted
 
@@ -106,15 +113,20 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
         kind = "adapter"
     files: list[str] = []
     left_out: list[str] = []
+    out = []
     for name in folder.names():
         stays = _LITTER.search(name) or _matches(name, exclude)
         stays = name.endswith("/") or (stays and not _matches(name, include))
         (left_out if stays else files).append(name)
+        if not stays and leads_out(path / name, name) and not _matches(name, include):
+            out.append(name)
     for pattern in (*include, *exclude):
         if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
             raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
     manifest = Manifest(folder, kind, files, left_out)
+    _refuse_broken(manifest)
     _refuse_incomplete(manifest)
+    _leave_links(manifest, out)
     _refuse_left_behind(manifest)
     asked = [name for name in files if not _matches(name, include)]
     _refuse_secrets(folder, asked)
@@ -123,13 +135,15 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
 
 
 def _open(path: Path) -> Folder:
-    if _UNFINISHED.match(path.resolve().name):
+    if _UNFINISHED.match(os.path.basename(os.path.realpath(path))):
         raise PushError(
             f"{path}: what a run that was stopped left behind. It is not complete.",
             "Run the command again, and push its output.",
         )
     if path.is_file():
         raise PushError(f"{path}: a file.", f"Give its directory, {path.absolute().parent}.")
+    if path.is_symlink() and not path.exists():
+        raise not_there(path, path)
     if not path.is_dir():
         address = parse(str(path))
         if address is not None and not path.parent.is_dir():
@@ -208,6 +222,36 @@ def _note_local_base(adapter: Adapter) -> list[Notice]:
         "Write the id that it has on the Hub."
     )
     return [Notice("local-base", text, ADAPTER_CONFIG)]
+
+
+def _refuse_broken(manifest: Manifest) -> None:
+    """Raise for names without a file: broken links, and pipes, which would never end."""
+    broken = [name for name in manifest.files if not manifest.folder.has(name)]
+    if broken:
+        raise PushError(
+            f"{manifest.folder.path}: {counted(len(broken), 'name')} without a file (a broken "
+            f"link, a pipe):\n{listed(broken)}",
+            f"Remove them, or leave them out: {_options('--exclude', dict.fromkeys(broken, ''))}.",
+        )
+
+
+def _leave_links(manifest: Manifest, out: Sequence[str]) -> None:
+    """Leave links out of the folder here. Raises PushError where it cannot be loaded without."""
+    needed = manifest.needed | manifest.recorded.keys()
+    needed |= {name for name in out if is_part_of_tokenizer(name)}
+    lost = {name: f"to {os.path.realpath(manifest.folder.path / name)}" for name in out}
+    lost = {name: where for name, where in lost.items() if name in needed}
+    if lost:
+        raise PushError(
+            f"{manifest.folder.path}: {counted(len(lost), 'file')} that the {manifest.kind} needs "
+            f"{agreeing(len(lost), 'is')} a link out of the folder:\n{_reasons(lost)}",
+            f"To push what they lead to, name them: {_options('--include', lost)}.",
+        )
+    for name in out:
+        manifest.files.remove(name)
+        manifest.left_out.append(name)
+        text = f"{name} is a link out of the folder and stays here; --include pushes it."
+        manifest.notices.append(Notice("link-left-out", text, name))
 
 
 def _refuse_left_behind(manifest: Manifest) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from loratool.errors import FileError, explained_os_errors
 from loratool.notices import Notice, document
-from loratool.publishing.card_upload import README, Fate, as_text, card_of
+from loratool.publishing.card_upload import LONGEST_CARD, README, Fate, as_text, card_of
 from loratool.publishing.target import target_of
 from loratool.storage.destination import explain
+from loratool.storage.hub.folder import not_there
+from loratool.storage.links import open_own
 from loratool.verbs.inputs import check_paths
 
 #: Seconds that the licence of the base is looked up for.
@@ -55,11 +57,13 @@ def card(
     """
     check_paths([path], [path], "loratool card PATH")
     folder = Path(path)
+    if folder.is_symlink() and not folder.exists():
+        raise not_there(path, folder)
     if not folder.is_dir():
         raise FileError(f"{path}: no such directory.", "Give an adapter's or a model's directory.")
     target = folder / README
     with explained_os_errors():
-        text = as_text(target.read_bytes()) if target.is_file() else None
+        text = _card_there(target)
         repo = target_of(repo_id) if repo_id else None
         made, fate, notices = card_of(folder, text, repo, base, _PATIENCE)
     if not dry_run and fate != "kept":
@@ -72,3 +76,11 @@ def card(
             draft.unlink(missing_ok=True)
             raise explain(error, target) from error
     return CardReport(str(target), fate, dry_run, made, notices)
+
+
+def _card_there(target: Path) -> str | None:
+    """The card that is there; raises FileError for one that is no file of this folder."""
+    if not os.path.lexists(target):
+        return None
+    with open_own(target, README) as stream:
+        return as_text(stream.read(LONGEST_CARD + 1))

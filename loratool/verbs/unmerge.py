@@ -288,9 +288,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
         )
         report.warnings.insert(0, Notice("no-provenance", text))
     report.dtype, report.copied_from_base = dtype, len(found.originals)
-    from loratool.merging.undo.sampling import (
-        changed_by_cycle,  # torch: about two seconds to import
-    )
+    from loratool.merging.undo.sampling import changed_by_cycle  # torch: about two seconds
 
     adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
     subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
@@ -301,6 +299,7 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     files.fetch()
     report.side_files = sorted(files.copied)
     refuse_company(request.target, files.copied, run.overwrite)
+    report.warnings += files.notices
     if run.dry_run:
         return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from loratool.notices import Notice
 from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
+from loratool.storage.links import copy_own, open_own, refuse_leading_out
 from loratool.words import format_bytes
 
 
@@ -40,19 +40,29 @@ def keep_base(base: Checkpoint, output: Path, written: SideFiles) -> Kept:
     own = side_files_of(base)
     own.fetch()
     files = {
-        name: path.read_bytes()
+        name: _content(path, name)
         for name, path in own.copied.items()
         if name == CONFIG or written.copied.get(name) != path
     }
     if base.is_directory and (base.directory / INDEX).is_file():
-        files[INDEX] = (base.directory / INDEX).read_bytes()
+        files[INDEX] = _content(base.directory / INDEX, INDEX)
     (output / UNDO_FOLDER).mkdir()
     for path in previous(base):
-        target = output / UNDO_FOLDER / BEFORE / path.name
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
+        _copy(base.folder, path.name, output / UNDO_FOLDER / BEFORE)
     hashes = {name: file_sha256(path) for name, path in own.copied.items()}
     return Kept(output / UNDO_FOLDER / UNDO, hashes, files)
+
+
+def _content(path: Path, name: str) -> bytes:
+    with open_own(path, name) as stream:
+        return stream.read()
+
+
+def _copy(folder: Folder, top: str, target: Path) -> None:
+    """Copy the file `top` of a folder, or all that lies in its folder `top`, into `target`."""
+    for name in folder.names():
+        if name == top or (name.startswith(f"{top}/") and not name.endswith("/")):
+            copy_own(folder.path / name, name, target / name)
 
 
 def previous(base: Checkpoint) -> list[Path]:
@@ -60,7 +70,9 @@ def previous(base: Checkpoint) -> list[Path]:
     folder = base.folder
     if not base.is_directory:
         return []
-    found = [folder.path / PROVENANCE] if folder.has(PROVENANCE) else []
+    own = {name: folder.path / name for name in (PROVENANCE, f"{UNDO_FOLDER}/{UNDO}")}
+    found = [own[PROVENANCE]] if folder.has(PROVENANCE) else []
+    refuse_leading_out({name: path for name, path in own.items() if folder.has(name)})
     if folder.has(f"{UNDO_FOLDER}/{UNDO}"):
         fetch_undo(folder)
         found.append(folder.path / UNDO_FOLDER)
@@ -97,20 +109,26 @@ def put_back(undo: Undo, merged: Path, folder: Path) -> None:
     """Write the base's files beside its weights into `folder`, and what it was merged from."""
     for name in undo.side_files.keys() | undo.files.keys():
         target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         if name in undo.files:
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(undo.files[name])
         elif (merged / name).is_file():
-            shutil.copyfile(merged / name, target)
-    before = merged / UNDO_FOLDER / BEFORE
-    if before.is_dir():
-        shutil.copytree(before, folder, dirs_exist_ok=True)
+            copy_own(merged / name, name, target)
+    before = Folder(merged / UNDO_FOLDER / BEFORE)
+    for name in before.names() if before.is_there() else ():
+        if not name.endswith("/"):
+            copy_own(before.path / name, name, folder / name)
 
 
 def changed_since(merged: Folder, undo: Undo) -> list[Notice]:
-    """A warning where files of the output are no longer those of the base."""
+    """A warning where files of the output are no longer those of the base.
+
+    Raises FileError for one that is a link out of the output now.
+    """
     changed = []
     merged.note(undo.side_files)
+    kept = undo.side_files.keys() - undo.files.keys()
+    refuse_leading_out({name: merged.path / name for name in sorted(kept)})
     for name, digest in undo.side_files.items():
         path = merged.path / name
         if name not in undo.files and not (path.is_file() and file_sha256(path) == digest):

@@ -60,6 +60,10 @@ def locate(source: str | Path) -> Location:
 
 def not_there(source: str | Path, path: Path) -> FileError:
     """The error for a path that does not exist and cannot be a Hub id, with the nearest name."""
+    if path.is_symlink():
+        return FileError(
+            f"{source}: a broken link, to {os.readlink(path)}.", "Check where it should lead."
+        )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, siblings)
     return FileError(
@@ -230,7 +234,7 @@ class HubFolder(Folder):
         from huggingface_hub import snapshot_download
 
         # What another revision brought into the cache is not this run's to remove.
-        contents = self._root.parent.parent / "blobs"
+        contents = self._contents
         before = {p.name for p in contents.iterdir()} if contents.is_dir() else set()
         shows = sum(wanted.values()) > _WORTH_A_BAR
         _refuse_full_cache(self._root, sum(wanted.values()))
@@ -250,12 +254,17 @@ class HubFolder(Folder):
                     f"{self.repo}: {name} did not come whole ({max(found, 0)} of {size} bytes).",
                     "Run the command again; what is complete is not downloaded twice.",
                 )
-            if (self.path / name).resolve().name not in before:
+            if _linked(self.path / name).name not in before:
                 self._brought.add(name)
         _remember(self._root, self._revision, self.commit)
 
     def _halves(self) -> Iterator[Path]:
-        return (self._root.parent.parent / "blobs").glob("*.incomplete")
+        return self._contents.glob("*.incomplete")
+
+    @property
+    def _contents(self) -> Path:
+        """Where the cache keeps what the snapshots link to."""
+        return self._root.parent.parent / "blobs"
 
     def sweep(self) -> None:
         for path in set(self._halves()) - self._unfinished:
@@ -265,13 +274,20 @@ class HubFolder(Folder):
         for name in self._brought & set(names):
             path = self.path / name
             # The cache keeps the content beside the snapshots and links to it.
-            content = path.resolve()
+            content = _linked(path)
             path.unlink(missing_ok=True)
             self._seen.pop(path, None)
             others = self._root.parent.glob("*/" + literal(self._prefix + name))
-            if content != path and not any(other.resolve() == content for other in others):
+            # Repositories may share contents: those are links to where they lie.
+            own = content.parent == self._contents and not content.is_symlink()
+            if own and not any(_linked(other) == content for other in others):
                 content.unlink(missing_ok=True)
             self._brought.discard(name)
+
+
+def _linked(path: Path) -> Path:
+    """What a link names, without following it further; the path itself if it is none."""
+    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
 
 
 def _refuse_full_cache(root: Path, needed: int) -> None:

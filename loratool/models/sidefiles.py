@@ -322,7 +322,7 @@ def _with_dtype(config: dict[str, Any], dtype: str, top: bool) -> dict[str, Any]
     # transformers 5 writes `dtype`, 4 wrote `torch_dtype`; each reads the other's.
     changed = {
         key: dtype
-        if key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str))
+        if key in ("dtype", "torch_dtype") and not isinstance(value, dict)
         else _with_dtype(value, dtype, top=False)
         if isinstance(value, dict) and key.endswith("_config")
         else value

@@ -20,6 +20,7 @@ from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import carried_files
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
+from loratool.storage.fields import TEXT, check_fields, table_of
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -69,6 +70,10 @@ _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
 _UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
 
 
+#: What is read of loratool.json.
+_HASHES = {part: table_of(TEXT, "a table of hashes") for part in ("shards", "files")}
+
+
 @dataclass
 class Manifest:
     """`files` of the `folder` go up, by name; `left_out` stay here."""
@@ -87,8 +92,8 @@ class Manifest:
         if not self.folder.has(PROVENANCE):
             return {}
         record = self.folder.json(PROVENANCE)
-        found = record.get("shards") or record.get("files") or {}
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+        check_fields(record, _HASHES, self.folder.path / PROVENANCE)
+        return dict(record.get("shards") or record.get("files") or {})
 
 
 def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Manifest:

@@ -26,6 +26,8 @@ def read_adapter(source: str | Path) -> Adapter:
     held = read_held(place.folder, place.file, source)
     folder = held.folder
     config = folder.json(ADAPTER_CONFIG) if folder.has(ADAPTER_CONFIG) else {}
+    # Adapters that are no LoRA have a config of PEFT's all the same.
+    WRITTEN.check(config, folder.path / ADAPTER_CONFIG)
     tensors = held.tensors
     claim = claimed_by(tensors, config, held.top)
     code, words = (claim[0].name, claim[1]) if claim else recognise(tensors, config, held.top)
@@ -35,7 +37,6 @@ def read_adapter(source: str | Path) -> Adapter:
     )  # fmt: skip
     if held.names != (held.entry,):
         adapter.shards = tuple(folder.path / name for name in held.names)
-    # Adapters that are no LoRA have a config of PEFT's all the same.
     adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
     if claim:
         adapter.is_read = True
@@ -68,10 +69,14 @@ def _note_part(adapter: Adapter, file: str) -> None:
 def declared_in(folder: Path) -> Declared:
     """What the config in a folder of this disk declares, whatever lies beside it.
 
-    Raises FileError for one that is no JSON.
+    Raises FileError for one that is no JSON, AdapterError for a field of a wrong type.
     """
     path = folder / ADAPTER_CONFIG
-    return WRITTEN.declared(read_json(path)) if path.is_file() else Declared()
+    if not path.is_file():
+        return Declared()
+    config = read_json(path)
+    WRITTEN.check(config, path)
+    return WRITTEN.declared(config)
 
 
 def read_lora(source: str | Path) -> Adapter:

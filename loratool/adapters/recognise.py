@@ -84,7 +84,7 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
         return "bare-tensor", "a single tensor without a name (perhaps a trained prompt prefix)"
     if top in ("list", "tuple"):
         return "positional", "a list of tensors without names (as cloneofsimo/lora saves them)"
-    peft_type = str(config.get("peft_type") or "LORA").upper()
+    peft_type = (config.get("peft_type") or "LORA").upper()
     if peft_type != "LORA":
         words = PEFT_TYPES.get(peft_type, peft_type)
         return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter, not LoRA"

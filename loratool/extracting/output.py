@@ -145,7 +145,7 @@ def _extras(outcome: Outcome) -> list[Extra]:
 def _task(tuned: Checkpoint, saved: Sequence[str]) -> str | None:
     """The task_type; none for a classifier without its head, which PEFT would want in the file."""
     architectures = tuned.config.get("architectures") or [""]
-    name = str(architectures[0])
+    name = architectures[0]
     if name.endswith("ForConditionalGeneration"):
         return "SEQ_2_SEQ_LM" if tuned.model_type in TEXT_TO_TEXT else None
     task = next((task for end, task in TASK_BY_END.items() if name.endswith(end)), None)

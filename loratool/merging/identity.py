@@ -89,9 +89,9 @@ def _names_of(base: Checkpoint) -> list[tuple[str, str]]:
     record = read_record(base.directory) if base.folder.has(PROVENANCE) else None
     if record is not None:
         model = record["base"]
-        found += [(str(model[k]), PROVENANCE) for k in ("repo", "name") if model.get(k)]
+        found += [(model[k], PROVENANCE) for k in ("repo", "name") if model.get(k)]
     name = base.config.get("_name_or_path")
-    if isinstance(name, str) and name:
+    if name:
         found.append((name, "_name_or_path of its config.json"))
     return found
 
@@ -135,7 +135,7 @@ def held_by(base: Checkpoint) -> list[Merged]:
     base.folder.fetch([PROVENANCE])
     record = read_record(base.directory)
     shards = record.get("shards") if record else None
-    if not isinstance(shards, dict) or not {p.name for p in base.files} <= shards.keys():
+    if not shards or not {p.name for p in base.files} <= shards.keys():
         return []  # of other weights
     return [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
 

@@ -18,6 +18,18 @@ from loratool.errors import FileError, RestoreError, listed
 from loratool.merging.plan import Plan
 from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
+from loratool.storage.fields import (
+    ABSENT,
+    COUNT,
+    FINITE,
+    FLAG,
+    NAMES,
+    TABLE,
+    TEXT,
+    check_fields,
+    list_of,
+    table_of,
+)
 from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE
 from loratool.storage.folder import origin_of
 from loratool.storage.hashing import file_sha256
@@ -128,12 +140,10 @@ def _hashes(adapter: Adapter) -> tuple[str, str]:
     return _split(adapter_files(adapter))
 
 
-def _split(files: dict[str, Any]) -> tuple[str, str]:
+def _split(files: dict[str, str]) -> tuple[str, str]:
     """The hashes in `files`: one for all that hold the weights, and that of the config."""
-    config = str(files.get(ADAPTER_CONFIG, ""))
-    weights = sorted(
-        (name, str(digest)) for name, digest in files.items() if name != ADAPTER_CONFIG
-    )
+    config = files.get(ADAPTER_CONFIG, "")
+    weights = sorted((name, digest) for name, digest in files.items() if name != ADAPTER_CONFIG)
     if len(weights) == 1:
         return weights[0][1], config
     if not weights:
@@ -163,23 +173,45 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
-    if not _is_sound(record):
+    _check(record, path)
+    whole = all(part in record for part in ("options", "base", "result", "adapters"))
+    if not whole or record["options"].get("dtype") not in MODEL_DTYPES:
         raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
     return record
 
 
-def _is_sound(record: dict[str, Any]) -> bool:
-    """Whether all that is read of a record has the right type."""
-    if not all(isinstance(record.get(part), dict) for part in ("options", "base", "result")):
-        return False
-    dtypes, counts = record["base"].get("dtypes", []), record["result"].get("tensors", {})
-    return (
-        isinstance(record.get("adapters"), list)
-        and str(record["options"].get("dtype")) in MODEL_DTYPES
-        and isinstance(dtypes, list)
-        and all(isinstance(code, str) for code in dtypes)
-        and isinstance(counts, dict)
-    )
+_TEXT = TEXT | ABSENT
+_HASHES = table_of(TEXT, "a table of hashes")
+_TABLES = list_of(TABLE, "a list of tables")
+_PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
+_ADAPTER = {
+    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES,
+    "modules": _TABLES,
+}  # fmt: skip
+#: What is read of a record, by the part of it that it is in ("" for the record itself).
+_RECORD = {
+    "": {
+        "options": TABLE, "base": TABLE, "result": TABLE, "adapters": _TABLES, "shards": _HASHES,
+        "undo": TABLE | ABSENT,
+    },
+    "options": {
+        "dtype": TEXT, "components": NAMES | ABSENT,
+        "allow_unmatched": FLAG | ABSENT,
+    },
+    "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},
+    "result": {"tensors": TABLE},
+}  # fmt: skip
+
+
+def _check(record: dict[str, Any], where: object) -> None:
+    """Raise FileError for a field of a record that is read and has a wrong type."""
+    for part, types in _RECORD.items():
+        inside = record.get(part, {}) if part else record
+        check_fields(inside, types, f"{where}, {part}" if part else where)
+    added = record.get("result", {}).get("tensors", {})
+    check_fields(added, {"add": COUNT}, f"{where}, result.tensors")
+    for entry in [*record.get("adapters", []), *record.get("base", {}).get("adapters", [])]:
+        check_fields(entry, _ADAPTER, f"{where}, adapters")
 
 
 def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
@@ -193,7 +225,7 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
     try:
         entries = record["base"].get("adapters", []) if of_base else record["adapters"]
         return [_merged(entry) for entry in entries]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError) as error:
         raise FileError(
             f"{directory / PROVENANCE}: its list of adapters is damaged ({error!r}).",
             "Fetch it again, or remove it.",
@@ -201,8 +233,8 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
 
 
 def _merged(entry: dict[str, Any]) -> Merged:
-    weights, config = _split(dict(entry["files"]))
-    return Merged(str(entry["name"]), float(entry["weight"]), weights, config, entry)
+    weights, config = _split(entry["files"])
+    return Merged(entry["name"], float(entry["weight"]), weights, config, entry)
 
 
 def identify(

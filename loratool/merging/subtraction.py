@@ -113,8 +113,7 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
             reasons.append(f"{counted(len(names), noun, verb)} {rest}, such as {names[0]}")
     added = record.get("result", {}).get("tensors", {}).get("add", 0)
     if added:
-        some = counted(added, "tensor") if isinstance(added, int) else f"{added} tensors"
-        reasons.append(f"the merge added {some} that the base does not have")
+        reasons.append(f"the merge added {counted(added, 'tensor')} that the base does not have")
     if reasons:
         raise RestoreError(
             f"{found.plan.base.label}: this cannot be taken back by subtraction:\n"

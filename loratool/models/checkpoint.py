@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError, FileError, listed, shown
+from loratool.models.config import check_model_config
 from loratool.models.rivals import rival_notes
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
@@ -64,7 +65,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        return str(self.config.get("model_type") or "")
+        return self.config.get("model_type") or ""
 
     @property
     def parameters(self) -> int:
@@ -129,6 +130,7 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in weights.tensors):
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
     config = folder.json(CONFIG) if folder.has(CONFIG) else {}
+    check_model_config(config, folder.path / CONFIG)
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import parts_within
 
 _VLLM = "vLLM refuses float16 for it (_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py)"
 _T5 = "google-research/text-to-text-transfer-transformer#539, huggingface/transformers#5651, #23918"
@@ -34,7 +35,5 @@ def float16_overflows(model: Checkpoint) -> tuple[str, str] | None:
 
 def _kinds(config: dict[str, Any]) -> Iterator[str]:
     """The model types in a config, its own first."""
-    yield str(config.get("model_type") or "")
-    for inside in config.values():
-        if isinstance(inside, dict):
-            yield from _kinds(inside)
+    for inside in (config, *(part for _, part in parts_within(config))):
+        yield inside.get("model_type") or ""

@@ -25,6 +25,7 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
+from loratool.storage.fields import TEXT, check_fields, table_of
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -76,6 +77,10 @@ _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
 _UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
 
 
+#: What is read of loratool.json.
+_HASHES = {part: table_of(TEXT, "a table of hashes") for part in ("shards", "files")}
+
+
 @dataclass
 class Manifest:
     """`files` of the `folder` go up, by name; `left_out` stay here."""
@@ -94,8 +99,8 @@ class Manifest:
         if not self.folder.has(PROVENANCE):
             return {}
         record = self.folder.json(PROVENANCE)
-        found = record.get("shards") or record.get("files") or {}
-        return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+        check_fields(record, _HASHES, self.folder.path / PROVENANCE)
+        return dict(record.get("shards") or record.get("files") or {})
 
 
 def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Manifest:

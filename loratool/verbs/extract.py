@@ -165,7 +165,7 @@ def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def _note_swapped(base: Checkpoint, tuned: Checkpoint) -> list[Notice]:
     """A warning where names tell that the base is the tuned one of the two."""
-    origin = Path(str(base.config.get("_name_or_path") or "")).name
+    origin = Path(base.config.get("_name_or_path") or "").name
     sounds = [_TUNED.search(c.name.lower()) is not None for c in (base, tuned)]
     if origin and origin == tuned.name and origin != base.name:
         why = f"{base.name} says that it was made from {origin}"

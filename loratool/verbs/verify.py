@@ -125,8 +125,7 @@ def verify(
 def _recorded_components(merged: str | Path) -> Sequence[str]:
     """What the merge was told, by the record beside a model on this disk."""
     record = read_record(Path(merged)) if Path(merged).is_dir() else None
-    found = record["options"].get("components") if record else None
-    return [str(part) for part in found] if isinstance(found, list) else []
+    return (record["options"].get("components") if record else None) or []
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."

@@ -62,8 +62,13 @@ class Dialect(ABC):
         """
 
     @abstractmethod
+    def check(self, config: dict[str, Any], where: object) -> None:
+        """Raise AdapterError for a field of a wrong type; `where` is the file. What follows may
+        rely on the types."""
+
+    @abstractmethod
     def declared(self, config: dict[str, Any]) -> Declared:
-        """What a config declares, whatever is in its fields; nobody else reads the config."""
+        """What a config declares; nobody else reads the config."""
 
     @abstractmethod
     def read(self, adapter: Adapter) -> None:

@@ -36,6 +36,7 @@ from loratool.merging.undo.residual import (
     decompress,
 )
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import check_model_config
 from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
@@ -314,5 +315,8 @@ def _check_names(undo: Undo) -> None:
         raise ValueError("a shard is not called .safetensors")
     if not all(isinstance(digest, str) for digest in undo.side_files.values()):
         raise ValueError("a hash is no text")
-    if CONFIG in undo.files and not isinstance(json.loads(undo.files[CONFIG]), dict):
-        raise ValueError("config.json is no JSON object")
+    if CONFIG in undo.files:
+        config = json.loads(undo.files[CONFIG])
+        if not isinstance(config, dict):
+            raise ValueError("config.json is no JSON object")
+        check_model_config(config, undo.path)

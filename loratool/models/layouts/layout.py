@@ -59,7 +59,7 @@ class Layout:
         self.tied = find_tied(base)
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
-            ("" if key.endswith("_config") else f"{key}.", str(value.get("model_type")))
+            ("" if key.endswith("_config") else f"{key}.", value.get("model_type") or "")
             for key, value in base.config.items()
             if isinstance(value, dict)
         ]
@@ -238,7 +238,7 @@ def in_memory(model: Checkpoint) -> Naming:
     """
     rename = _substitute([*IN_MEMORY.get(model.model_type, []), *IN_MEMORY[""]])
     root = ROOTS.get(model.model_type, "")
-    architectures = [str(name) for name in model.config.get("architectures") or []]
+    architectures = model.config.get("architectures") or []
     headless = not architectures or any(name.endswith("Model") and "LMHead" not in name
                                         for name in architectures)  # fmt: skip
     if not root or headless or any(name.startswith(f"{root}.") for name in model.tensors):

@@ -34,23 +34,21 @@ class Tied:
 
 def find_tied(base: Checkpoint) -> Tied | None:
     """The tied pair of a base with a language-model head; None where nothing is tied."""
-    text_config = base.config.get("text_config")
     flag = base.config.get("tie_word_embeddings")
-    if flag is None and isinstance(text_config, dict):
-        flag = text_config.get("tie_word_embeddings")
-    architectures = base.config.get("architectures")
-    architectures = architectures if isinstance(architectures, list) else []
-    has_head = any(LM_CLASS.search(str(name)) for name in architectures)
+    if flag is None:
+        flag = (base.config.get("text_config") or {}).get("tie_word_embeddings")
+    architectures = base.config.get("architectures") or []
+    has_head = any(LM_CLASS.search(name) for name in architectures)
     embeddings = [n for n in base.tensors if TOKEN_EMBEDDING.search(n)]
     heads = [n for n in base.tensors if LANGUAGE_HEAD.search(n)]
-    headless = bool(architectures) and all(str(a).endswith("Model") for a in architectures)
+    headless = bool(architectures) and all(a.endswith("Model") for a in architectures)
     if flag is False or not (has_head or headless) or len(embeddings) != 1:
         return None
     if heads and flag is None and base.model_type not in TIED_BY_DEFAULT:
         # Two matrices on disk and nothing said about tying: they are two.
         return None
     name = HEAD_NAMES.get(base.model_type, "lm_head") + ".weight"
-    masked = any(MASKED_CLASS.search(str(name)) for name in architectures)
+    masked = any(MASKED_CLASS.search(name) for name in architectures)
     head = heads[0] if heads else name
     separable = not masked and head.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
     return Tied(embeddings[0], head, bool(heads), has_head, separable)

@@ -16,6 +16,7 @@ from loratool.merging.identity import is_quantised_name, plain_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.tokenizers import tokenizer_files
 from loratool.publishing.cards.markdown import HUB, code, link, one_line
+from loratool.storage.fields import is_finite
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -134,7 +135,7 @@ def doubt_of_base(record: dict[str, Any]) -> str:
     quantised = [name for name in named if is_quantised_name(name)]
     if quantised:
         return f"{quantised[0]} is a quantised copy"
-    warned = {w.get("code") for w in dicts(part(record, "result").get("warnings"))}
+    warned = {string(w.get("code")) for w in dicts(part(record, "result").get("warnings"))}
     own = plain_name(string(used.get("name")))
     if "base-differs" in warned or any(own and plain_name(n) not in ("", own) for n in named):
         return "the one that was merged has another name"
@@ -206,9 +207,7 @@ def texts(value: object) -> list[str]:
 
 
 def number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value)
+    return float(value) if isinstance(value, int | float) and is_finite(value) else None
 
 
 def string(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Recipe, WritableDialect
 from loratool.adapters.dialects.peft import names, targets
-from loratool.adapters.dialects.peft.config import joined_config, string_list
+from loratool.adapters.dialects.peft.config import check_config, joined_config, name_list
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
@@ -32,18 +32,20 @@ class Peft(WritableDialect):
     ) -> str | None:
         if top in ("tensor", "list", "tuple"):
             return None
-        kind = str(config.get("peft_type") or "LORA").upper()
+        kind = (config.get("peft_type") or "LORA").upper()
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
         plain = kind == "LORA" and lora and not is_foreign(tensors)
         return "a PEFT LoRA adapter" if plain else None
 
+    def check(self, config: dict[str, Any], where: object) -> None:
+        check_config(config, where)
+
     def declared(self, config: dict[str, Any]) -> Declared:
         return _declared(config)
 
     def read(self, adapter: Adapter) -> None:
-        string_list(adapter.config, "modules_to_save")  # raises for anything else
         fill_adapter(adapter)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
@@ -74,17 +76,16 @@ class Peft(WritableDialect):
 
 
 def _declared(config: dict[str, Any]) -> Declared:
-    mapping = config.get("auto_mapping")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    task = _text(config, "task_type")
-    saved = _names(config.get("modules_to_save"))
+    mapping = config.get("auto_mapping") or {}
+    task = config.get("task_type") or None
+    saved = name_list(config, "modules_to_save")
     return Declared(
-        peft_type=_text(config, "peft_type"),
-        base_name=_text(config, "base_model_name_or_path"),
-        base_revision=_text(config, "revision"),
+        peft_type=config.get("peft_type") or None,
+        base_name=config.get("base_model_name_or_path") or None,
+        base_revision=config.get("revision") or None,
         task=task,
-        model_class=str(mapping.get("base_model_class") or ""),
-        model_library=str(mapping.get("parent_library") or ""),
+        model_class=mapping.get("base_model_class") or "",
+        model_library=mapping.get("parent_library") or "",
         saved_modules=tuple(saved),
         heads=frozenset(saved) | frozenset(CLASSIFIERS if task in CLASSIFYING else ()),
         transposes=bool(config.get("fan_in_fan_out")),
@@ -92,17 +93,6 @@ def _declared(config: dict[str, Any]) -> Declared:
         library="peft" if config.get("peft_type") else "",
         settings=tuple(_settings(config)),
     )
-
-
-def _text(config: dict[str, Any], field: str) -> str | None:
-    """A field that should be a text, whatever it is; None where there is none."""
-    return str(config[field]) if config.get(field) else None
-
-
-def _names(value: Any) -> list[str]:
-    """The texts in a list, or the only one."""
-    found = value if isinstance(value, list) else [value]
-    return [name for name in found if isinstance(name, str)]
 
 
 def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -14,9 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from loratool.adapters.dialects.dialect import Recipe
+from loratool.adapters.dialects.peft.automaton import Effort
+from loratool.adapters.dialects.peft.patterns import PathPatterns
 from loratool.adapters.factors import ModuleShape
 from loratool.errors import AdapterError
 from loratool.notices import Notice
+from loratool.storage.fields import (
+    ABSENT,
+    COUNTS,
+    FLAG,
+    NAMES,
+    NUMBER,
+    TABLE,
+    TEXT,
+    FieldType,
+    check_fields,
+    table_of,
+    value_text,
+)
 from loratool.storage.filenames import ADAPTER_CONFIG
 
 #: Fields that are read by loratool.
@@ -55,6 +70,51 @@ REFUSED = {
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+_TEXT, _FLAG, _TABLE = TEXT | ABSENT, FLAG | ABSENT, TABLE | ABSENT
+_SOME_NAMES = NAMES | TEXT | ABSENT
+_NUMBERS = table_of(NUMBER, "a table of numbers") | ABSENT
+_OFF = FieldType("false", lambda v: v is False)
+_BIASES = ("none", "all", "lora_only")
+_ABOVE_ZERO = FieldType("a whole number above zero", lambda v: type(v) is int and v > 0)
+
+#: What is read of the config of any kind of adapter, and its types.
+_DECLARED = {
+    "peft_type": _TEXT, "task_type": _TEXT, "base_model_name_or_path": _TEXT, "revision": _TEXT,
+    "auto_mapping": _TABLE, "modules_to_save": _SOME_NAMES, "fan_in_fan_out": _FLAG,
+    "ensure_weight_tying": _FLAG,
+}  # fmt: skip
+#: What is read of LoRA's beside it.
+_OF_LORA = {
+    "r": NUMBER, "lora_alpha": NUMBER, "rank_pattern": _NUMBERS, "alpha_pattern": _NUMBERS,
+    "use_rslora": _FLAG, "use_dora": _FLAG, "lora_bias": _FLAG, "target_modules": _SOME_NAMES,
+    "init_lora_weights": _TEXT | FLAG,
+    "bias": FieldType(f"one of {', '.join(_BIASES)}", lambda v: v in (None, *_BIASES)),
+    "trainable_token_indices": COUNTS | table_of(COUNTS, "a table of such lists") | ABSENT,
+    "use_bdlora": TABLE | ABSENT | _OFF,
+}  # fmt: skip
+_OF_BDLORA = {
+    "nblocks": _ABOVE_ZERO, "target_modules_bd_a": _SOME_NAMES, "target_modules_bd_b": _SOME_NAMES,
+}  # fmt: skip
+
+
+def check_config(config: dict[str, Any], where: object) -> None:
+    """Raise AdapterError for a field that is read and has another type than PEFT gives it.
+
+    PEFT itself takes "false" for true and 8.0 for no rank at all; what a user means by a value of
+    the wrong type cannot be known.
+    """
+    check_fields(config, _DECLARED, where, AdapterError)
+    classes = {"base_model_class": _TEXT, "parent_library": _TEXT}
+    check_fields(config.get("auto_mapping") or {}, classes, f"{where}, auto_mapping", AdapterError)
+    kind = (config.get("peft_type") or "LORA").upper()
+    if kind == "TRAINABLE_TOKENS":
+        check_fields(config, {"token_indices": COUNTS | ABSENT}, where, AdapterError)
+    if kind == "LORA":
+        check_fields(config, _OF_LORA, where, AdapterError)
+        settings = config.get("use_bdlora") or {}
+        check_fields(settings, _OF_BDLORA, f"{where}, use_bdlora", AdapterError)
+
+
 def config_notices(config: dict[str, Any]) -> list[Notice]:
     """What in a LoRA config stands in the way of a merge, or is not known."""
     where = ADAPTER_CONFIG
@@ -86,8 +146,9 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
             notices.append(
                 Notice(
                     "unknown-config-field",
-                    f"{field}={config[field]!r} is not a field of PEFT 0.21 that loratool knows; "
-                    "it may change the arithmetic. Remove it if you know that it does not.",
+                    f"{field}={value_text(config[field])} is not a field of PEFT 0.21 that "
+                    "loratool knows; it may change the arithmetic. Remove it if you know that it "
+                    "does not.",
                     where,
                     refused=True,
                 )
@@ -107,15 +168,14 @@ def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, 
     that starts after a dot; the first matching key in file order wins.
     Source: peft/utils/other.py, peft/tuners/lora/layer.py (`scaling`).
     """
-    ranks = _patterns(config, "rank_pattern")
-    alphas = _patterns(config, "alpha_pattern")
-    default_rank = _number(config.get("r", 8), "r")
-    default_alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
-    root = bool(config.get("use_rslora"))
+    effort = Effort()
+    ranks = PathPatterns(config.get("rank_pattern") or {}, "rank_pattern", effort)
+    alphas = PathPatterns(config.get("alpha_pattern") or {}, "alpha_pattern", effort)
+    root = config.get("use_rslora")
 
     def resolve(path: str) -> tuple[int, float, float]:
-        rank = next((v for p, v in ranks if p.match(path)), default_rank)
-        alpha = next((v for p, v in alphas if p.match(path)), default_alpha)
+        rank = ranks.first(path, config.get("r", 8))
+        alpha = alphas.first(path, config.get("lora_alpha", 8))
         if rank < 1 or rank != int(rank):
             raise AdapterError(
                 f"adapter_config.json: the rank of {path} is {rank}; it must be a whole number "
@@ -127,44 +187,10 @@ def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, 
     return resolve
 
 
-def _patterns(config: dict[str, Any], field: str) -> list[tuple[re.Pattern[str], float]]:
-    table = config.get(field) or {}
-    if not isinstance(table, dict):
-        raise AdapterError(f"adapter_config.json: {field} is not a table.", "Correct it.")
-    compiled = []
-    for key, value in table.items():
-        try:
-            pattern = re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            raise AdapterError(
-                f"adapter_config.json: {field} has the key {key!r}, which is not a regular "
-                f"expression ({error}).",
-                "PEFT reads these keys as regular expressions; correct it.",
-            ) from None
-        compiled.append((pattern, _number(value, f"{field}[{key!r}]")))
-    return compiled
-
-
-def string_list(config: dict[str, Any], field: str) -> list[str]:
-    """A list of names in the config; [] where there is none, AdapterError for anything else."""
-    value = config.get(field) or []
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise AdapterError(
-            f"adapter_config.json: {field} is {config[field]!r}; it must be a list of names.",
-            "Correct it.",
-        )
-    return value
-
-
-def _number(value: Any, field: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -1e30 < value < 1e30:
-        raise AdapterError(
-            f"adapter_config.json: {field} is {value!r}; it must be a plain number.", "Correct it."
-        )
-    return float(value) if isinstance(value, float) else int(value)
+def name_list(config: dict[str, Any], field: str) -> list[str]:
+    """The names in a field; [] where there is none. One that stands alone is one."""
+    value: str | list[str] = config.get(field) or []
+    return [value] if isinstance(value, str) else value
 
 
 def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
@@ -173,19 +199,10 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
     A module is meant by a pattern that occurs anywhere in the last part of its path.
     Source: peft/tuners/lora/variants.py (`BdLoraLinearVariant.init`).
     """
-    settings = config.get("use_bdlora")
-    if not isinstance(settings, dict):
-        return 1, 1
-    leaf = path.rpartition(".")[2]
-    count = settings.get("nblocks", 1)
-    if type(count) is not int or count < 1:
-        raise AdapterError(
-            f"adapter_config.json: use_bdlora.nblocks is {count!r}; it must be a whole number "
-            "above zero.",
-            "Correct it.",
-        )
-    in_a = any(part in leaf for part in string_list(settings, "target_modules_bd_a"))
-    in_b = any(part in leaf for part in string_list(settings, "target_modules_bd_b"))
+    settings = config.get("use_bdlora") or {}
+    leaf, count = path.rpartition(".")[2], settings.get("nblocks", 1)
+    in_a = any(part in leaf for part in name_list(settings, "target_modules_bd_a"))
+    in_b = any(part in leaf for part in name_list(settings, "target_modules_bd_b"))
     return count if in_a else 1, count if in_b else 1
 
 
@@ -286,6 +303,6 @@ def _saved_modules(
     configs: Sequence[dict[str, Any]], saved: Sequence[str], adapted: set[str]
 ) -> list[str]:
     """The names of modules_to_save that are in the file; an adapted module is not one of them."""
-    named = {s for c in configs for s in string_list(c, "modules_to_save")}
+    named = {s for c in configs for s in name_list(c, "modules_to_save")}
     whole = [name for name in saved if name.rpartition(".")[0] not in adapted]
     return sorted(s for s in named if any(f".{s}." in f".{name}" for name in whole))

@@ -61,7 +61,7 @@ def _absent_saved_modules(adapter: Adapter) -> Iterator[Notice]:
 
 
 def _absent_biases(adapter: Adapter) -> Iterator[Notice]:
-    bias = adapter.config.get("bias", "none")
+    bias = adapter.config.get("bias") or "none"
     if bias != "none" and not any(name.endswith(".bias") for name in adapter.replaced):
         text = f"bias={bias!r}, but no bias tensor is in the file."
         yield Notice("bias-absent", text, ADAPTER_CONFIG)

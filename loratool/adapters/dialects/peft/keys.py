@@ -23,6 +23,7 @@ from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
 from loratool.notices import Notice
+from loratool.storage.fields import value_text
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_bytes
 from loratool.words import counted
@@ -220,14 +221,13 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
         setting = adapter.config.get("token_indices")
     if isinstance(setting, dict):
         setting = next((v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None)
-    valid = isinstance(setting, list) and all(type(i) is int and i >= 0 for i in setting)
     count = rows.shape[0] if len(rows.shape) == 2 else 0
-    if not valid or len(setting) != count or len(set(setting)) != count:
+    if not setting or len(setting) != count or len(set(setting)) != count:
         adapter.notices.append(
             Notice(
                 "token-indices",
                 f"{counted(count, 'trained token row')}, but trainable_token_indices of the config "
-                f"is {setting!r}.",
+                f"is {value_text(setting)}.",
                 path,
                 refused=True,
             )

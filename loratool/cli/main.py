@@ -24,7 +24,7 @@ from loratool.cli.resize import resize_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.cli.verify import verify_command
 from loratool.errors import AnswerLost, LoraToolError, ReaderGone, UsageError
-from loratool.text import json_text, printable_message
+from loratool.text import json_text, printable, printable_message
 from loratool.version import __version__
 
 
@@ -145,8 +145,12 @@ def _show_usage(error: click.ClickException) -> int:
 
 def _interrupted(arguments: list[str]) -> str:
     """What is true after Ctrl-C."""
+    from loratool.storage.staging import placed_outputs
+
     if arguments[:1] == ["push"] or "--push" in arguments:
         return "interrupted; the main branch is as it was; the same command goes on from here"
+    for output in placed_outputs():
+        return f"interrupted; {printable(str(output))} is complete"
     return "interrupted; no unfinished output is left behind"
 
 

@@ -128,18 +128,9 @@ class StagedDirectory:
         refuse_company(self.output, Folder(self.path).names(), self._overwrite)
         with uninterrupted():
             old = self._put_into_place()
-        try:
-            with suppress(PermissionError):  # a parent one may write to but not read
-                sync(self.output.parent)
-        except OSError as error:
-            kept = f" What it replaced is kept: {old}." if old else ""
-            raise OutputError(
-                f"{self.output} is complete and in its place, but its folder could not be flushed "
-                f"to the disk ({error.strerror}).{kept}",
-                "A power failure may still undo the last step; look after the disk.",
-            ) from error
-        if old is None or _remove(old):
-            return []
+            self._flush_place(old)
+            if old is None or _remove(old):
+                return []
         text = f"What {self.output} replaced could not be removed; it takes space at {old}."
         return [Notice("old-output", text, str(old))]
 
@@ -161,6 +152,19 @@ class StagedDirectory:
         self.path = self.output
         _PLACED.append(self.output)
         return old
+
+    def _flush_place(self, old: Path | None) -> None:
+        """Flush the step that put the output into its place."""
+        try:
+            with suppress(PermissionError):  # a parent one may write to but not read
+                sync(self.output.parent)
+        except OSError as error:
+            kept = f" What it replaced is kept: {old}." if old else ""
+            raise OutputError(
+                f"{self.output} is complete and in its place, but its folder could not be flushed "
+                f"to the disk ({error.strerror}).{kept}",
+                "A power failure may still undo the last step; look after the disk.",
+            ) from error
 
     def _refuse_other_output(self) -> None:
         there = os.path.lexists(self.output) and not is_empty_folder(self.output)

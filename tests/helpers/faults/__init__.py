@@ -29,7 +29,6 @@ ERRORS = {
     "chmod": errno.EPERM,
     "stat": errno.EIO,
     "list": errno.EACCES,
-    "copy": errno.EIO,
 }
 
 _RUN = """

@@ -13,15 +13,14 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
-#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OPEN, MKDIR, RENAME, UNLINK, RMDIR, FSYNC, WRITE, READ, FLOCK, CHMOD, STAT, LIST, COPY, KINDS };
+enum { OPEN, MKDIR, RENAME, UNLINK, RMDIR, FSYNC, WRITE, READ, FLOCK, CHMOD, STAT, LIST, KINDS };
 static const char *NAMES[KINDS] = {"open", "mkdir", "rename", "unlink", "rmdir", "fsync", "write",
-                                   "read", "flock", "chmod", "stat", "list", "copy"};
+                                   "read", "flock", "chmod", "stat", "list"};
 
 static char folder[4096];
 static int wanted = -1, number = 0, failure = 0;
@@ -196,12 +195,4 @@ DIR *opendir(const char *path) {
 DIR *fdopendir(int fd) {
     REAL(DIR *, fdopendir, int);
     return fails_fd(LIST, fd) ? NULL : real(fd);
-}
-ssize_t sendfile(int out, int in, off_t *at, size_t size) {
-    REAL(ssize_t, sendfile, int, int, off_t *, size_t);
-    return fails_fd(COPY, out) ? -1 : real(out, in, at, size);
-}
-ssize_t sendfile64(int out, int in, off64_t *at, size_t size) {
-    REAL(ssize_t, sendfile64, int, int, off64_t *, size_t);
-    return fails_fd(COPY, out) ? -1 : real(out, in, at, size);
 }

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from loratool.errors import FileError
+from loratool.storage.system import open_to_read
 
 
 def leads_out(path: Path, name: str) -> bool:
@@ -41,7 +42,7 @@ def open_own(path: Path, name: str) -> BinaryIO:
             f"{path}: a broken link." if path.is_symlink() else f"{path}: not a file.",
             "Put the file there, or remove this.",
         )
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    descriptor = open_to_read(path)
     try:
         found, place = os.fstat(descriptor), _own_place(path, name)
         if place is None or not os.path.samestat(found, os.lstat(place)):

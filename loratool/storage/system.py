@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -22,6 +23,9 @@ except ImportError:
 
 #: Not inherited by other programs, and on Windows the bytes as they are.
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+#: What ends a process politely.
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 #: Where reads and writes by position are missing, a descriptor has one place, which is shared.
 _seeking = threading.Lock()
@@ -146,8 +150,8 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    before: dict[int, Any] = {}
+    for number in _SIGNALS:
         before[number] = signal.signal(number, lambda n, _frame: came.append(n))
     try:
         yield

@@ -174,3 +174,16 @@ def test_public_names_exist() -> None:
     assert all(getattr(loratool, name) is not None for name in loratool.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         loratool.nothing  # noqa: B018
+
+
+#: What only POSIX has; `storage.system` has another way beside each.
+POSIX = {"preadv", "pread", "pwrite", "fdatasync", "O_CLOEXEC", "O_NONBLOCK", "fcntl", "fork"}
+
+
+def test_names_of_posix_stand_in_one_module() -> None:
+    """Whoever reads, writes, locks and flushes by the system does so through `storage.system`."""
+    for name, tree in MODULES.items():
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                 for alias in node.names}  # fmt: skip
+        assert name == "storage.system" or not used & POSIX, name

@@ -52,13 +52,13 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), repr(seen))
 _RICH = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r")
 
 
-def on_terminal(*arguments: object) -> tuple[int, str]:
+def on_terminal(*arguments: object, code: str = _ON_A_TERMINAL) -> tuple[int, str]:
     """Exit code and screen of a run; no character of it does anything but what Rich means."""
     env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "800", "HF_HUB_OFFLINE": "1"}
     env.pop("NO_COLOR", None)
-    done = forked.run_snippet(_ON_A_TERMINAL, list(map(str, arguments)), env, Path.cwd())
+    done = forked.run_snippet(code, list(map(str, arguments)), env, Path.cwd())
     assert done.code == 0, done.err
-    code, _, seen = done.out.partition(" ")
+    ended, _, seen = done.out.partition(" ")
     screen = eval(seen).decode()
     assert "35;41m" not in screen.replace(r"\x1b[35;41m", "").replace(r"\x9b35;41m", "")
     text = _RICH.sub("", screen)
@@ -66,7 +66,7 @@ def on_terminal(*arguments: object) -> tuple[int, str]:
         assert is_printable(line), repr(line)
         assert not line.startswith("error: forged"), text
     assert "Traceback" not in text
-    return int(code), text
+    return int(ended), text
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,7 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inspect {}/one --layer {}", 2, ["Not a range"]),
         ("inspect {}/one --include {}", 2, ["No module matches"]),
         ("inspect {}/one --{}", 2, ["No such option"]),
+        ("inspect {}/one {}", 2, ["unexpected extra argument", *SHOWN]),
         ("{}", 2, ["No such command"]),
         ("merge {}/base {}/one -o {}/out --dtype {}", 2, ["is not one of"]),
     ],
@@ -124,6 +125,40 @@ def test_what_files_hold_does_nothing_to_a_terminal(
     found, text = on_terminal(*(word.replace("{}", str(evil)) for word in line.split()))
     assert found == code, text
     assert all(part in text for part in said), text
+
+
+#: Strings that reach the console as they are: printed, in tables, on a bar, in a message.
+_FORGOTTEN = """
+import sys
+from loratool.errors import LoraToolError
+from loratool.notices import Notice
+from loratool.rendering import terminal
+evil = sys.argv[1]
+raw = evil.replace("[/]", "").replace("\\n", "")
+terminal.out.print(raw)
+terminal.out.print(raw, markup=False, soft_wrap=True)
+for table in (terminal.make_table(raw, "b"), terminal.fact_grid()):
+    table.add_row(raw, raw)
+    terminal.out.print(table)
+error = LoraToolError("x")
+error.message = error.hint = evil
+terminal.print_error(error)
+terminal.print_warnings([Notice("code", evil)])
+with terminal.progress_bar(True, "merging") as advance:
+    advance(1, 2, evil)
+"""
+
+
+def test_the_console_shows_nothing_raw() -> None:
+    """A string that nobody made printable before is made so by the console, on bars too."""
+    code = _ON_A_TERMINAL.replace(
+        "from loratool.cli.main import main\n    main(sys.argv[1:])",
+        f"exec({_FORGOTTEN!r})\n    os._exit(0)",
+    )
+    ended, text = on_terminal(EVIL, code=code)
+    assert ended == 0
+    assert text.count(SHOWN[0]) > 8
+    assert re.search(r"\[bold red\]\[/\]:smile:.*━", text)  # the bar's
 
 
 def test_warnings_and_refusals_name_the_field_printable(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loratool.errors import LoraToolError, listed
 from loratool.notices import Notice
+from loratool.paths import ranged_names, selected, split
 from loratool.text import (
     escaped,
     is_printable,
@@ -139,3 +140,23 @@ def test_json_has_no_nan() -> None:
     """A NaN would break the reader's parser."""
     with pytest.raises(ValueError, match="JSON"):
         json_text({"x": float("nan")})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a.#.q", "a.0.q"], ["layers.².q", "layers.1.q"], [f"layers.{'1' * 5000}.q", "layers.2.q"],
+     ["a.٣.b", "a.3.b"], ["." * 50, "1.2.3"], ["a.{0-3}.q", "a.{.b"]],
+)  # fmt: skip
+def test_paths_of_odd_numbers_are_folded_without_a_failure(names: list[str]) -> None:
+    """What is no number of a layer is a name, and paths of different patterns stay apart."""
+    assert len(ranged_names(names)) == 2
+    for name in names:
+        assert ".".join(filter(None, split(name))) == name
+        selected([*names, "x.1"], "1", [])
+
+
+def test_a_very_long_path_is_split_at_once() -> None:
+    """Braces and dots by the hundred thousand take no time."""
+    before = time.process_time()
+    split(".{" * 200_000)
+    assert time.process_time() - before < 2

@@ -16,7 +16,7 @@ from loratool.storage.hub.errors import progress_bars
 def test_no_bar_is_named_after_a_file_with_control_characters(
     names: list[str], shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one name is not printable, nothing is shown of the transfer; it goes on all the same."""
+    """Where one name is not printable, nothing is shown of the transfer, which goes on."""
     from huggingface_hub.utils import are_progress_bars_disabled
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

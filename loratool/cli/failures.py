@@ -54,8 +54,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    words = ("can't allocate memory", "not enough memory", "can't start new thread")
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    words = ("can't allocate memory", "not enough memory", "can't start new thread",
+             "failed to map segment")  # fmt: skip
+    told = isinstance(error, RuntimeError | ImportError)
+    return told and any(part in str(error) for part in words)
 
 
 def show_traceback(error: BaseException) -> None:

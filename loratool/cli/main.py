@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -91,6 +92,7 @@ def _set_libraries(arguments: list[str]) -> None:
 def _answer(arguments: list[str]) -> int:
     """Run the command; what goes wrong becomes words on stderr and an exit code."""
     as_json = "--json" in arguments
+    failure: LoraToolError
     try:
         # A command that says no exits with a code; click hands it over as the result.
         code: int = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
@@ -102,6 +104,10 @@ def _answer(arguments: list[str]) -> int:
         return 0
     except (KeyboardInterrupt, click.Abort):
         raise
+    except SystemExit:  # so click ends where a pipe is closed: its own, if it printed help
+        if {"-h", "--help", "--version"} & set(arguments):
+            return 0
+        failure = _in_words(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), arguments)
     except BaseException as error:  # a panic in a library of Rust is no Exception
         if was_interrupted():
             raise KeyboardInterrupt from error
@@ -111,7 +117,7 @@ def _answer(arguments: list[str]) -> int:
         if isinstance(error, OSError) and (lost := _stdout_refuses()):
             if isinstance(lost, BrokenPipeError):
                 return 0
-            failure: LoraToolError = AnswerLost(lost.strerror or str(lost))
+            failure = AnswerLost(lost.strerror or str(lost))
         else:
             failure = _in_words(error, arguments)
     # Outside of `except`: the memory that the work held until it failed is free again.

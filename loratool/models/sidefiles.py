@@ -30,7 +30,7 @@ from loratool.models.tokenizers import (
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, VALUE_HEAD
 from loratool.storage.folder import Folder
-from loratool.storage.jsonfile import read_json
+from loratool.storage.jsonfile import read_any_json, read_json
 
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|tflite|mlmodel|ot|npz)$"
@@ -269,12 +269,15 @@ def sentence_parts(folder: Folder) -> set[str]:
 
 
 def _modules_of(folder: Folder) -> dict[str, str]:
-    """What modules.json says: classes by folder; {} where there is none that can be read."""
+    """What modules.json says: classes by folder; {} where there is none of a known form.
+
+    Raises FileError for one that is no JSON.
+    """
     if not folder.has("modules.json"):
         return {}
     folder.fetch(["modules.json"])
+    modules = read_any_json(folder.path / "modules.json")
     try:
-        modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
         return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -10,6 +10,7 @@ those of safetensors, in flat memory and without torch.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
     damaged, compressed, or needs code to be read.
     """
     with open_regular(path) as stream:
-        return parse_pickled(path, stream, path.stat().st_size)
+        return parse_pickled(path, stream, os.fstat(stream.fileno()).st_size)
 
 
 def parse_pickled(path: Path, stream: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], str]:

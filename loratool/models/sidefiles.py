@@ -7,7 +7,6 @@ the unmerged model), hidden files, and the model card, which describes the base.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from loratool.storage.filenames import (
     VOCABULARY,
 )
 from loratool.storage.folder import Folder
-from loratool.storage.jsonfile import read_json, write_json
+from loratool.storage.jsonfile import read_any_json, read_json, write_json
 from loratool.storage.links import copy_own, leads_out, open_own, refuse_leading_out
 
 _WEIGHTS = re.compile(
@@ -304,12 +303,15 @@ def sentence_parts(folder: Folder) -> set[str]:
 
 
 def _modules_of(folder: Folder) -> dict[str, str]:
-    """What modules.json says: classes by folder; {} where there is none that can be read."""
+    """What modules.json says: classes by folder; {} where there is none of a known form.
+
+    Raises FileError for one that is no JSON.
+    """
     if not folder.has("modules.json"):
         return {}
     folder.fetch(["modules.json"])
+    modules = read_any_json(folder.path / "modules.json")
     try:
-        modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
         return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
     except RecursionError:
         raise FileError(

@@ -6,16 +6,17 @@ template of the one would win over that of the other, and ids would mean other t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import FileError
 from loratool.notices import Notice
 from loratool.storage.filenames import GENERATION, PROCESSOR, TOKENIZER, VOCABULARY
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import read_any_json
 from loratool.words import counted
 
 #: What belongs to it, and goes along with it where its folder has some of its own: what a summary
@@ -219,7 +220,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _object(path: Path | None) -> dict[str, Any]:
     """The JSON object in a file, {} for anything else: a vocabulary is not what loratool is for."""
     try:
-        found = json.loads(path.read_bytes()) if path is not None else None
-    except (ValueError, OSError, RecursionError):
+        found = read_any_json(path, _LONGEST) if path is not None else None
+    except (FileError, OSError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from loratool.errors import HubError, explained_os_errors
+from loratool.errors import FileError, HubError, explained_os_errors
 from loratool.merging.executor import Written
 from loratool.merging.plan import OutputShard, Plan
 from loratool.merging.proof.pairing import check_written
@@ -28,6 +28,7 @@ from loratool.publishing.card_upload import card_upload
 from loratool.publishing.target import refuse_mixture
 from loratool.storage.folder import origin_of
 from loratool.storage.hub.repository import Committed, Repository, Upload
+from loratool.storage.jsonfile import parse_json
 from loratool.streams.run import Run
 
 #: On the branch: what is known of the shards there.
@@ -170,13 +171,13 @@ class Shipment:
 def _entries(data: bytes) -> dict[str, dict[str, Any]]:
     """The journal as it should be; what is not as this version writes it counts for nothing."""
     try:
-        document = dict(json.loads(data))
+        document = dict(parse_json(data, JOURNAL))
         return {
             name: {**Counts(**{k: v for k, v in entry.items() if k != "sha256"}).__dict__,
                    "sha256": str(entry["sha256"])}
             for name, entry in document.items()
         }  # fmt: skip
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (FileError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 

@@ -15,16 +15,19 @@ from typing import Any, BinaryIO
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
-from loratool.storage.bounded import open_regular
+from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, Malformed, open_regular
+from loratool.storage.jsonscan import Scanner
 from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted, format_bytes
 
-#: Longest header accepted, as in the reference implementation.
-MAX_HEADER_BYTES = 100_000_000
-
 #: More axes than any tensor has (NumPy's limit).
 _MAX_AXES = 64
+
+#: More characters than the description of a tensor with so many axes has.
+_LONGEST_ENTRY = 4096
+
+_METADATA = "__metadata__"
 
 _REFETCH = "Fetch the file again; it is not a complete safetensors file."
 
@@ -34,9 +37,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     Raises FileError with what is wrong for anything that is not a well-formed, complete file.
     """
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no such file"
-        raise FileError(f"{path}: {what}.", "Check the path.")
+    if not path.exists():
+        raise FileError(f"{path}: no such file.", "Check the path.")
     with open_regular(path) as stream:
         stamp = stamp_of(stream.fileno())
         return parse_header(path, stream, stamp.nbytes, stamp)
@@ -58,7 +60,7 @@ def parse_header(
             f"{path}: only {counted(size, 'byte')} long, too short for a header.", _REFETCH
         )
     length = int.from_bytes(start, "little")
-    if length > MAX_HEADER_BYTES or (start[:4].isascii() and start[:4].isalnum()):
+    if length > max(size, LONGEST_LIST) or (start[:4].isascii() and start[:4].isalnum()):
         raise FileError(
             f"{path}: not a safetensors file (its first bytes are {start!r}).",
             "Check what the file really is; its name does not fit its content.",
@@ -69,14 +71,17 @@ def parse_header(
             f"{format_bytes(size)} there.",
             _REFETCH,
         )
+    if length > LONGEST_LIST:
+        raise FileError(
+            f"{path}: its header is {format_bytes(length)} long; the longest that is read is "
+            f"{format_bytes(LONGEST_LIST)}.",
+            "No model has so many tensors in one file. Check what the file really is.",
+        )
     stream.seek(8)
     raw = stream.read(length)
     if len(raw) < length:
         raise TruncatedError(f"{path}: the file ended within its header.", _REFETCH)
-    entries, metadata = _parse_json(path, raw)
-    tensors = {
-        name: _tensor(path, name, entry, 8 + length, stamp) for name, entry in entries.items()
-    }
+    tensors, metadata = _parse(path, raw, 8 + length, stamp)
     _check_tiling(path, tensors, 8 + length, size)
     return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
 
@@ -90,9 +95,8 @@ def header_bytes(path: Path) -> bytes:
 
 def described(path: Path, start: bytes) -> list[TensorInfo]:
     """The tensors that the first bytes of a file describe, in the order of their data."""
-    entries, _ = _parse_json(path, start[8:])
-    tensors = [_tensor(path, name, entry, len(start)) for name, entry in entries.items()]
-    return sorted(tensors, key=lambda info: info.start)
+    tensors, _ = _parse(path, start[8:], len(start))
+    return sorted(tensors.values(), key=lambda info: info.start)
 
 
 def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
@@ -108,35 +112,54 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
         raise FileError(f"{path}: a web page, not weights.", "The download went wrong; repeat it.")
 
 
-def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FileError(f"{path}: the header names {twice!r} twice.", _REFETCH)
-        return found
-
-    def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
+def _parse(
+    path: Path, raw: bytes, data_start: int, stamp: Stamp | None = None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
-        header = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
-        )
-        # JSON can spell half a surrogate pair, which no file name or terminal can hold.
-        json.dumps(header, ensure_ascii=False).encode("utf-8")
+        return _parse_text(path, raw.decode("utf-8"), data_start, stamp)
     except UnicodeError as error:
         raise FileError(f"{path}: the header is not UTF-8 ({error}).", _REFETCH) from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: the header is not JSON ({error}).", _REFETCH) from None
-    if not isinstance(header, dict):
-        raise FileError(f"{path}: the header is not a JSON object.", _REFETCH)
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileError(f"{path}: __metadata__ is not a table of strings.", _REFETCH)
-    return header, metadata
+    except Malformed as error:
+        raise FileError(f"{path}: the header is damaged: {error}.", _REFETCH) from None
+
+
+def _parse_text(
+    path: Path, text: str, data_start: int, stamp: Stamp | None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    scanner = Scanner(text)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] | None = None
+    for name in scanner.members():
+        if len(name) > LONGEST_NAME:
+            raise Malformed(f"it has a name of {len(name):,} characters")
+        if name in tensors or (name == _METADATA and metadata is not None):
+            raise Malformed(f"it names {name!r} twice")
+        if name == _METADATA:
+            metadata = _strings(scanner)
+            continue
+        try:
+            entry = scanner.value(_LONGEST_ENTRY)
+        except Malformed as error:
+            raise Malformed(f"tensor {name!r}: {error}") from None
+        tensors[name] = _tensor(path, name, entry, data_start, stamp)
+    scanner.end()
+    return tensors, metadata or {}
+
+
+def _strings(scanner: Scanner) -> dict[str, str]:
+    """The value of `__metadata__`: strings by name, or null."""
+    found: dict[str, str] = {}
+    if scanner.next() == "n" and scanner.value(len("null,")) is None:
+        return found
+    if scanner.next() != "{":
+        raise Malformed("__metadata__ is not a table of strings")
+    for name in scanner.members():
+        if name in found:
+            raise Malformed(f"it names {name[:80]!r} twice")
+        if scanner.next() != '"':
+            raise Malformed("__metadata__ is not a table of strings")
+        found[name] = scanner.string()
+    return found
 
 
 def _tensor(
@@ -151,11 +174,11 @@ def _tensor(
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"has the unknown dtype {dtype!r}")
+        raise bad(f"has the unknown dtype {str(dtype)[:80]!r}")
     if not _are_counts(shape) or len(shape) > _MAX_AXES or math.prod(filter(None, shape)) >> 62:
         raise bad("has an impossible shape" + (f" {shape!r}" if len(str(shape)) < 99 else ""))
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"has the impossible data_offsets {offsets!r}")
+        raise bad(f"has the impossible data_offsets {str(offsets)[:80]}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise bad(
@@ -203,7 +226,7 @@ def build_header(
     The data starts at a multiple of 8 bytes, as in files of the reference implementation. With
     `size` the header is filled up with spaces to that many bytes.
     """
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    entries: dict[str, Any] = {_METADATA: metadata} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
         end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8

@@ -1,24 +1,89 @@
-"""JSON files beside the weights: config.json, adapter_config.json, the index."""
+"""JSON files beside the weights: config.json, adapter_config.json, the index.
+
+They come with the weights, from strangers. A file's size is held against the longest of its kind
+before it is read; a name that stands twice with two values is refused, for two programs would read
+two configs. NaN and Infinity are read: Python writes them, so some real configs have them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError
+from loratool.storage.bounded import LONGEST_LIST, open_regular
+from loratool.words import format_bytes
+
+#: Longest config. The longest that a model of today leads to has patterns of ranks and alphas for
+#: every expert of a Kimi K2, 11 MB; usual ones have some kilobytes.
+_LONGEST_CONFIG = 44_000_000
+
+#: Digits of the longest number, which take quadratic time.
+_LONGEST_NUMBER = 1000
+
+_REPAIR = "Repair or fetch it again."
+
+#: How half a surrogate pair is spelled, which no file that is written in UTF-8 can hold.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; FileError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not valid JSON ({error}).", "Repair or fetch it again.") from None
+    value = read_any_json(path)
     if not isinstance(value, dict):
-        raise FileError(f"{path}: not a JSON object.", "Repair or fetch it again.")
+        raise FileError(f"{path}: not a JSON object.", _REPAIR)
+    return value
+
+
+def read_any_json(path: Path, longest: int | None = None) -> Any:
+    """The JSON value in `path`, which has at most `longest` bytes; FileError for anything else."""
+    if longest is None:
+        longest = LONGEST_LIST if path.name.endswith(".index.json") else _LONGEST_CONFIG
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > longest:
+            raise FileError(
+                f"{path}: {format_bytes(size)} of JSON; the longest file of its kind that is read "
+                f"has {format_bytes(longest)}.",
+                "Check what the file really is.",
+            )
+        raw = stream.read(size)
+    return parse_json(raw, path)
+
+
+def parse_json(raw: bytes, name: object) -> Any:
+    """The value of a JSON text; FileError, which calls it `name`, for anything else."""
+    try:
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise FileError(f"{name}: not valid JSON (nested without end).", _REPAIR) from None
+    except ValueError as error:
+        raise FileError(f"{name}: not valid JSON ({error}).", _REPAIR) from None
     return value
 
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] is not value and found[name] != value:
+                raise ValueError(f"{name[:80]!a} stands in it twice, with two values")
+    return found
+
+
+def _number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unambiguous, parse_int=_number)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
+from loratool.storage.bounded import LONGEST_LIST
 from loratool.storage.header import build_header, read_header
 from loratool.storage.values import read_float32, read_raw
 
@@ -114,6 +117,7 @@ NOT_SAFETENSORS = {
     "zeros": (b"\0" * 64, ""),
     "huge-length": (b"\xff" * 8 + b"{}", "not a safetensors file"),
     "length-above-limit": ((100_000_001).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+    "length-beyond-any-file": ((1 << 62).to_bytes(8, "little") + b"{}", "not a safetensors file"),
     "length-beyond-file": ((1000).to_bytes(8, "little") + b"{}", "truncated"),
     "length-one-too-long": ((3).to_bytes(8, "little") + b"{}", "truncated"),
 }
@@ -263,6 +267,72 @@ def test_a_field_given_twice_is_refused(tmp_path: Path) -> None:
     """Of two shapes of one tensor, neither is chosen in silence."""
     text = VALID.replace(b'"shape"', b'"shape": [6], "shape"')
     file_error(read_header, header_file(tmp_path / "x.safetensors", text, DATA), "'shape' twice")
+
+
+def test_a_name_given_twice_late_is_refused(tmp_path: Path) -> None:
+    """Names are compared as they come, not each with all others."""
+    one = json.dumps(u8(0, 0))
+    text = "{" + ", ".join(f'"{i}": {one}' for i in [*range(20_000), 19_999]) + "}"
+    path = header_file(tmp_path / "x.safetensors", text.encode(), b"")
+    file_error(read_header, path, "'19999' twice")
+
+
+def test_a_header_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    """Its length decides before anything is read: this one is a hole of zeros."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((84_000_001).to_bytes(8, "little"))
+    os.truncate(path, 90_000_000)
+    file_error(read_header, path, "the longest that is read")
+
+
+def test_the_longest_header_of_today_is_well_below_the_limit() -> None:
+    """Factors on every expert of a Kimi K2, each with a name of its own, fit four times."""
+    name = "base_model.model.model.layers.60.mlp.experts.383.down_proj.lora_B.weight"
+    # Positions in a file of 100 GB, as wide as they get.
+    entry = {"dtype": "BF16", "shape": [16, 7168], "data_offsets": [10**11, 10**11 + 229_376]}
+    assert 60 * 384 * 3 * 2 * len(json.dumps({name: entry})) * 3.5 < LONGEST_LIST
+
+
+GREEDY = {
+    "many-tiny-entries": ("{" + ",".join(f'"{i:x}":{{}}' for i in range(40_000)) + "}", "'0'"),
+    "lists-in-an-entry": ('{"w":[' + "[]," * 100_000 + "[]]}", "'w'"),
+    "objects-in-an-entry": ('{"w":{"x":[' + "{}," * 100_000 + "{}]}}", "'w'"),
+    "many-axes": ('{"w":{"dtype":"U8","shape":[' + "1," * 150_000 + "1]}}", "'w'"),
+    "lists-in-lists": ('{"w":' + "[" * 300_000, "'w'"),
+    "long-name": ('{"' + "w" * 300_000 + '":{}}', "300,000 characters"),
+    "long-dtype": ('{"w":{"dtype":"' + "F" * 300_000 + '"}}', "'w'"),
+    "long-dtype-within-the-limit": ('{"w":{"dtype":"' + "F" * 3000 + '"}}', "FFF"),
+    "long-number": ('{"w":{"shape":[' + "1" * 300_000 + "]}}", "'w'"),
+    "number-too-large": ('{"w":{"dtype":"U8","shape":[1e999],"data_offsets":[0,0]}}', "shape"),
+    "not-a-number": ('{"w":{"dtype":"U8","shape":[NaN],"data_offsets":[0,0]}}', "'w'"),
+    "metadata-of-lists": ('{"__metadata__":{"a":[' + "[]," * 100_000 + "[]]}}", "__metadata__"),
+    "metadata-twice": ('{"__metadata__":{"a":""},"__metadata__":null}', "twice"),
+    "metadata-name-twice": ('{"__metadata__":{"a":"","a":""}}', "'a' twice"),
+    "half-a-pair-in-metadata": ('{"__metadata__":{"a":"\\udfff"}}', "half a character"),
+    "value-without-comma": ('{"w":{} "v":{}}', "JSON|'w'"),
+}
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_a_greedy_header_is_refused_before_it_fills_the_memory(tmp_path: Path, case: str) -> None:
+    """What is wrong is met where it stands; nothing is built of what comes behind it."""
+    text, words = GREEDY[case]
+    path = header_file(tmp_path / "x.safetensors", text.encode(), b"")
+    tracemalloc.start()
+    try:
+        error = file_error(read_header, path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert any(word in error.message for word in words.split("|"))
+    assert peak < 200_000 + 8 * len(text)
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """A pipe by the name of a weights file does not wait for a writer."""
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(path)
+    file_error(read_header, path, "a pipe")
 
 
 def test_every_truncation_of_a_real_file_is_refused(tmp_path: Path) -> None:

@@ -430,6 +430,157 @@ def test_a_missing_storage_is_named(tmp_path: Path) -> None:
     file_error(read_pickled, path, "'w'")
 
 
+def test_a_storage_of_another_size_is_refused(tmp_path: Path) -> None:
+    """As torch.load does: behind a short storage is another one, and a long one is not its."""
+    for length in (20, 23, 25, 28, 0):
+        path = zip_with(
+            tmp_path / "x.bin", as_dict(tensor_pickle((2, 2), (2, 1))), k0=bytes(length), k1=b"1234"
+        )
+        with pytest.raises(RuntimeError):
+            torch.load(path, weights_only=True)
+        file_error(read_pickled, path, "should have 24")
+
+
+def test_a_storage_that_no_tensor_is_in_has_its_data_too(tmp_path: Path) -> None:
+    """A bare storage whose data is missing is refused, as torch.load does."""
+    bare = tensor_pickle((2, 3), (3, 1)).split(b"(", 1)[1].split(b"tQ")[0] + b"tQ"
+    assert read_pickled(zip_with(tmp_path / "x.bin", as_dict(bare), k0=bytes(24)))[0] == {}
+    file_error(read_pickled, zip_with(tmp_path / "x.bin", as_dict(bare)), "'0' is missing")
+
+
+def test_one_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
+    """Torch would take the first description for both tensors."""
+    two = as_dict(tensor_pickle((2, 3), (3, 1)))[:-1]
+    two += b"U\x01v" + tensor_pickle((2, 3), (3, 1), numel=7) + b"s."
+    file_error(read_pickled, zip_with(tmp_path / "x.bin", two, k0=bytes(24)), "'0' in two ways")
+
+
+@pytest.mark.parametrize("repacked", ["data.pkl", "byteorder"])
+def test_a_compressed_pickle_is_refused(tmp_path: Path, repacked: str) -> None:
+    """What is unpacked is what lies in the file: there is nothing that could unfold."""
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (("data.pkl", as_dict(b"N")), ("byteorder", b"little")):
+            method = zipfile.ZIP_DEFLATED if name == repacked else zipfile.ZIP_STORED
+            archive.writestr(f"x/{name}", content, method)
+    file_error(read_pickled, path, "compressed")
+
+
+def test_a_pickle_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    """The size in the archive decides before anything is read: these are zeros."""
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive, archive.open("x/data.pkl", "w") as entry:
+        for _ in range(85):
+            entry.write(bytes(1_000_000))
+    file_error(read_pickled, path, "none is so long")
+
+
+def test_a_checksum_is_compared_where_there_is_one(tmp_path: Path) -> None:
+    """A flipped bit in the pickle is found; torch can be told to leave checksums out."""
+    path = save(tmp_path / "x.bin", {"wanted": torch.ones(2)})
+    path.write_bytes(path.read_bytes().replace(b"wanted", b"wanter"))
+    file_error(read_pickled, path, "checksum")
+    torch.serialization.set_crc32_options(False)
+    try:
+        check_like_torch(save(tmp_path / "y.bin", {"w": torch.ones(2)}))
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def legacy(
+    tmp_path: Path, pickled: bytes, keys: Any, data: bytes, protocol: Any = 1001, system: Any = None
+) -> Path:
+    """A torch file from before 1.6, made by hand."""
+    parts = [
+        0x1950A86A20F9469CFC6C,
+        protocol,
+        {"little_endian": True} if system is None else system,
+    ]
+    path = tmp_path / "x.bin"
+    start = b"".join(pickle.dumps(part, 2) for part in parts)
+    path.write_bytes(start + pickled + pickle.dumps(keys, 2) + data)
+    return path
+
+
+def test_a_legacy_file_made_by_hand_reads(tmp_path: Path) -> None:
+    """The bytes of the cases below are right where nothing is broken in them."""
+    pickled, data = as_dict(tensor_pickle((2, 3), (3, 1))), np.arange(6, dtype=np.float32)
+    path = legacy(tmp_path, pickled, ["0"], (6).to_bytes(8, "little") + data.tobytes())
+    found, _ = read_pickled(path)
+    assert np.array_equal(read_float32(found["w"]), data.reshape(2, 3))
+
+
+SIX, DATA = (6).to_bytes(8, "little"), bytes(24)
+LEGACY: dict[str, tuple[dict[str, Any], str]] = {
+    "count-too-small": ({"data": (5).to_bytes(8, "little") + DATA}, "another length"),
+    "count-negative": ({"data": b"\xff" * 8 + DATA}, "another length"),
+    "data-cut": ({"data": SIX + DATA[:-1]}, "24 bytes where 23"),
+    "count-cut": ({"data": SIX[:-1]}, "8 bytes where 7"),
+    "key-unknown": ({"keys": ["x"], "data": SIX + DATA}, "no tensor is in"),
+    "key-twice": ({"keys": ["0", "0"], "data": (SIX + DATA) * 2}, "'0' twice"),
+    "key-missing": ({"keys": [], "data": SIX + DATA}, "'w'"),
+    "key-list": ({"keys": [["0"]], "data": SIX + DATA}, "no tensor is in"),
+    "keys-are-a-table": ({"keys": {"0": 1}, "data": SIX + DATA}, "no tensor is in"),
+    "protocol": ({"protocol": 1002}, "version"),
+    "system": ({"system": []}, "version"),
+    "big-endian": ({"system": {"little_endian": False}}, "big-endian"),
+    "count-huge": ({"pickled": as_dict(tensor_pickle((2, 3), (3, 1), numel=1 << 61)),
+                    "data": (1 << 61).to_bytes(8, "little") + DATA}, "where 24 are left"),
+    "count-negative-in-the-pickle": (
+        {"pickled": as_dict(tensor_pickle((2, 3), (3, 1), numel=-6))}, "impossible size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LEGACY)
+def test_a_legacy_file_that_contradicts_itself_is_refused(tmp_path: Path, case: str) -> None:
+    """Announced counts are held against each other and against the bytes that are left."""
+    changes, words = LEGACY[case]
+    parts = {"pickled": as_dict(tensor_pickle((2, 3), (3, 1))), "keys": ["0"], "data": SIX + DATA}
+    file_error(read_pickled, legacy(tmp_path, **{**parts, **changes}), words)
+
+
+def test_a_file_that_describes_far_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    """One element repeated to gigabytes is named, with both sizes; repeats in reason are read."""
+    save(tmp_path / "x.bin", {"small": torch.ones(2), "w": torch.ones(1).expand(30_000, 30_000)})
+    file_error(read_pickled, tmp_path / "x.bin", "3.6 GB", "kB", "w F32 [30000, 30000]")
+    one = torch.ones(1000, 1000)
+    check_like_torch(save(tmp_path / "x.bin", {str(i): one for i in range(12)}))
+    file_error(read_pickled, save(tmp_path / "x.bin", {str(i): one for i in range(20)}), "80 MB")
+
+
+def test_views_that_lie_far_apart_are_read_in_reason(tmp_path: Path) -> None:
+    """Each view is read from its first to its last element; thousands of them are refused."""
+    storage = torch.zeros(100_000)
+    corners = [storage.as_strided((2, 2), (99_980, 9), i % 5) for i in range(600)]
+    check_like_torch(save(tmp_path / "x.bin", corners[:200]))
+    file_error(read_pickled, save(tmp_path / "x.bin", corners), "so far apart", "240 MB")
+
+
+def test_a_tensor_named_over_and_over_is_refused(tmp_path: Path) -> None:
+    """Lists that name one tensor again and again unfold into far more than the pickle says."""
+    again = b"\x80\x02](" + tensor_pickle((2, 3), (3, 1)) + b"q\x63" + b"h\x63" * 5000 + b"e."
+    path = zip_with(tmp_path / "x.bin", again, k0=bytes(24))
+    file_error(read_pickled, path, "over and over")
+    long = b"}X\x00\x0f\0\0" + b"a" * 3840
+    again = b"\x80\x02" + long + again[2:-1].replace(b"h\x63" * 4000, b"") + b"s."
+    file_error(read_pickled, zip_with(tmp_path / "x.bin", again, k0=bytes(24)), "over and over")
+
+
+def test_a_name_longer_than_any_is_refused(tmp_path: Path) -> None:
+    """Names are put together of the keys of tables inside each other; there is a limit for all."""
+    value = {"a" * 4000: {"b" * 95: torch.ones(2)}}
+    assert len(read_pickled(save(tmp_path / "x.bin", value))[0]) == 1
+    file_error(
+        read_pickled, save(tmp_path / "x.bin", {"a" * 4000: {"b" * 96: torch.ones(1)}}), "4,097"
+    )
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """A pipe by the name of a weights file does not wait for a writer."""
+    os.mkfifo(tmp_path / "x.bin")
+    file_error(read_pickled, tmp_path / "x.bin", "a pipe")
+
+
 def write_npz(path: Path) -> None:
     with path.open("wb") as file:
         np.savez(file, w=np.ones(3))
@@ -501,3 +652,33 @@ def test_any_damage_is_refused_or_harmless(
         assert 0 <= info.start <= path.stat().st_size
         if info.numel < 1000:
             assert len(read_raw(info)) == info.nbytes
+
+
+@settings(on_files, max_examples=400)
+@given(where=st.floats(0, 1, exclude_max=True), new=st.binary(max_size=3), gone=st.integers(0, 3))
+def test_a_damaged_pickle_is_read_as_torch_reads_it_or_not_at_all(
+    tmp_path: Path, where: float, new: bytes, gone: int
+) -> None:
+    """Where both readers take a pickle with changed bytes, they find the same tensors in it."""
+    value = {"w": torch.arange(6.0), "n": {"t": random_of(torch.float16, 3, 2).T, "k": [1, "a"]}}
+    with zipfile.ZipFile(save(tmp_path / "s.bin", value)) as archive:
+        entries = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+    pickled = entries["data.pkl"]
+    at = int(where * len(pickled))
+    entries["data.pkl"] = pickled[:at] + new + pickled[at + gone :]
+    path = tmp_path / "x.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(f"x/{name}", content)
+    try:
+        found, _ = read_pickled(path)
+    except FileError as error:
+        assert_clear(error, str(path))
+        return
+    try:
+        wanted = flattened(torch.load(path, weights_only=True))
+    except Exception:  # torch's safe reader knows fewer opcodes, and fails in any way at all
+        return
+    assert {name: read_raw(info).tobytes() for name, info in found.items()} == {
+        name: raw_bytes(tensor) for name, tensor in wanted.items()
+    }

@@ -41,6 +41,7 @@ from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
 from loratool.storage.header import build_header, described, read_header
+from loratool.storage.jsonfile import parse_json
 from loratool.storage.system import open_new, write_at
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_raw
@@ -140,10 +141,13 @@ class Undo:
 
     def base(self, name: Path) -> Checkpoint:
         """The base as a checkpoint without data: names, dtypes, shapes, shards and config."""
-        config = json.loads(self.files[CONFIG]) if CONFIG in self.files else {}
+        config = self._config() if CONFIG in self.files else {}
         tensors = {name: tensor.info for name, tensor in self.tensors.items()}
         shards = {shard.file: list(shard.tensors) for shard in self.shards}
         return Checkpoint(name, Folder(name), config, tensors, shards)
+
+    def _config(self) -> Any:
+        return parse_json(self.files[CONFIG], f"{self.path}: the base's {CONFIG} in it")
 
     def residual(self, name: str, low: int, files: FilePool) -> tuple[Positions, Distances]:
         """What is missing in the elements from `low` on, a multiple of `step`; positions count
@@ -211,7 +215,7 @@ def read_undo(path: Path) -> Undo:
     if metadata.get("format") != "loratool-undo" or "base" not in entries:
         raise FileError(f"{path}: not an undo file of loratool.", "Check the path.")
     with FilePool() as files, _Damage(path, "base"):
-        table = json.loads(_unpack(entries["base"], files))
+        table = parse_json(_unpack(entries["base"], files), f"{path}: its table")
         if table["version"] != VERSION:
             raise FileError(
                 f"{path}: it was written by a later loratool (undo version {table['version']}).",
@@ -316,7 +320,7 @@ def _check_names(undo: Undo) -> None:
     if not all(isinstance(digest, str) for digest in undo.side_files.values()):
         raise ValueError("a hash is no text")
     if CONFIG in undo.files:
-        config = json.loads(undo.files[CONFIG])
+        config = undo._config()
         if not isinstance(config, dict):
             raise ValueError("config.json is no JSON object")
         check_model_config(config, undo.path)

@@ -138,6 +138,8 @@ def collect(folder: Folder, weights: set[str], whole_directory: bool) -> SideFil
         elif at_top and _WEIGHTS.search(name) and not VALUE_HEAD.fullmatch(name):
             if name not in weights:
                 found.left_out.append(name)
+        elif name == CONFIG and not folder.has(name):
+            raise FileError(f"{folder.path / name}: {_why(folder, name)}.", folder.remedy)
         elif not folder.has(name):
             found.left_out.append(name if name.endswith("/") else f"{name} ({_why(folder, name)})")
         elif leaf.startswith(".") or (at_top and name in _LEFT_AT_TOP):

@@ -6,12 +6,13 @@ import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from loratool.errors import FileError, LoraToolError, PushError, UsageError
 from loratool.notices import Notice
 from loratool.publishing.cards.document import Licence, base_of, make_card
 from loratool.publishing.cards.facts import bases_named, doubt_of_base, hub_id, read_facts
+from loratool.publishing.cards.metadata import read_metadata
 from loratool.storage.hub.address import Address
 from loratool.storage.hub.errors import explained, progress_bars
 from loratool.storage.hub.repository import Repository, Upload
@@ -38,6 +39,7 @@ def card_of(
     """
     if base is not None and hub_id(base) is None:
         raise UsageError(f"{base!r} is not the id of a model on the Hub.", "Ids are org/name.")
+    read_metadata(text or "")  # before the Hub is asked for anything: is it valid?
     known = base or base_of(folder)
     licence, why = _licence_within(known, patience) if known else (None, "")
     card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
@@ -137,27 +139,32 @@ def _licence_within(base: str, patience: float | None) -> tuple[Licence | None, 
 
 def _licence_of(base: str) -> tuple[Licence | None, str]:
     """What the base's card on the Hub says, or why that is not known."""
-    from huggingface_hub import ModelCard, constants
+    from huggingface_hub import constants, hf_hub_download
 
     try:
         with explained(Address(base)), progress_bars(False):
-            data: Any = ModelCard.load(base).data
-    except LoraToolError:
+            path = hf_hub_download(base, README)
+        data = read_metadata(as_text(_beginning(Path(path))))
+    except (LoraToolError, OSError):
         return None, f"the card of {base} could not be read"
-    if not isinstance(data.license, str):
+    words = {key: _line(data.get(key)) for key in ("license", "license_name", "license_link")}
+    if words["license"] is None:
         return None, f"the card of {base} names none"
-    name, link = data.get("license_name"), data.get("license_link")
-    if link and not re.match(r"https?://", str(link)):  # a file beside the base's card
+    link = words["license_link"]
+    if link and not re.match(r"https?://", link):  # a file beside the base's card
         link = f"{constants.ENDPOINT}/{base}/blob/main/{link}"
-    return Licence(data.license, name, link), ""
+    return Licence(words["license"], words["license_name"], link), ""
+
+
+def _line(value: object) -> str | None:
+    """A value of somebody else's card if it is one line of text, of a length that names have."""
+    return value if isinstance(value, str) and len(value) < 500 and value.isprintable() else None
 
 
 def _refuse_paths(card: str) -> None:
     """Raise PushError where the card calls its base by a path, as PEFT's own cards may."""
-    from huggingface_hub import ModelCard
-
-    data: Any = ModelCard(card, ignore_metadata_errors=True).data
-    for base in data.base_model if isinstance(data.base_model, list) else [data.base_model]:
+    named = read_metadata(card).get("base_model")
+    for base in named if isinstance(named, list) else [named]:
         if isinstance(base, str) and not _ID.fullmatch(base):
             raise PushError(
                 f"{README} names its base_model {base!r}, which is not a model on the Hub.",
@@ -170,7 +177,4 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def _names_licence(card: str) -> bool:
-    from huggingface_hub import ModelCard
-
-    data: Any = ModelCard(card, ignore_metadata_errors=True).data
-    return bool(data.license)
+    return bool(read_metadata(card).get("license"))

@@ -17,6 +17,7 @@ from typing import Any
 from loratool.errors import FileError, explained_os_errors
 from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, read_facts
 from loratool.publishing.cards.markdown import one_line, prose
+from loratool.publishing.cards.metadata import BLOCK, read_yaml
 from loratool.publishing.cards.sections import section
 from loratool.publishing.cards.usage import use_of
 
@@ -129,14 +130,13 @@ def _with_metadata(text: str, wanted: dict[str, Any], newline: str) -> tuple[str
     The block is edited as text: comments, quotes and the order stay.
     """
     from huggingface_hub import ModelCardData
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    match = REGEX_YAML_BLOCK.search(text)
+    match = BLOCK.search(text)
     if match is None:
         block = ModelCardData(**wanted).to_yaml(line_break=newline)
         return f"---{newline}{block}{newline}---{newline}", newline * bool(text.strip()) + text
-    head, block, rest = text[: match.end()], match[2], text[match.end() :]
-    old = _parsed(head, block)
+    block, rest = match[2], text[match.end() :]
+    old = _parsed(block)
     if any(key in old for key in _LICENCE_KEYS):
         # One licence's name with the link of another would be worse than none.
         wanted = {key: value for key, value in wanted.items() if key not in _LICENCE_KEYS}
@@ -145,21 +145,20 @@ def _with_metadata(text: str, wanted: dict[str, Any], newline: str) -> tuple[str
     return head + ("" if head.endswith(("\n", "\r")) else newline), rest
 
 
-def _parsed(head: str, block: str) -> dict[Any, Any]:
+def _parsed(block: str) -> dict[Any, Any]:
     """The values of a YAML block, which must be what the Hub's own library can read."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCardData
 
-    yaml = import_module("yaml")  # it has no types
+    values = read_yaml(block)
     try:
         # What somebody says of results is not ours to judge.
-        ModelCard(head, ignore_metadata_errors=True)
-        return dict(yaml.safe_load(block) or {})
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = one_line(str(error))
+        ModelCardData(**values, ignore_metadata_errors=True)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise FileError(
-            f"README.md: the YAML at its beginning is not valid ({reason}).",
+            f"README.md: the YAML at its beginning is not valid ({one_line(str(error))}).",
             "Repair it, or remove it; a new one is made then.",
         ) from None
+    return values
 
 
 def _completed(block: str, old: dict[Any, Any], wanted: dict[str, Any], newline: str) -> str:
@@ -182,10 +181,9 @@ def _completed(block: str, old: dict[Any, Any], wanted: dict[str, Any], newline:
 
 def _says(block: str, wanted: dict[Any, Any]) -> bool:
     """Whether this is YAML of these values, compared by their text: a NaN is no other NaN."""
-    yaml = import_module("yaml")
     try:
-        found = yaml.safe_load(block) or {}
-    except (yaml.YAMLError, ValueError):
+        found = read_yaml(block)
+    except FileError:
         return False
     return sorted(map(repr, found.items())) == sorted(map(repr, wanted.items()))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import UsageError, explained_os_errors
+from loratool.errors import FileError, UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.tokenizers import (
     VOCABULARY,
@@ -28,6 +28,7 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
+from loratool.storage.fields import ABSENT, TEXT, check_fields
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, VALUE_HEAD
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_json
@@ -269,15 +270,27 @@ def sentence_parts(folder: Folder) -> set[str]:
 
 
 def _modules_of(folder: Folder) -> dict[str, str]:
-    """What modules.json says: classes by folder; {} where there is none that can be read."""
+    """What modules.json says: classes by folder; {} where there is none.
+
+    Raises FileError for one that is damaged: parts of the model would be taken for something else.
+    """
     if not folder.has("modules.json"):
         return {}
     folder.fetch(["modules.json"])
+    path = folder.path / "modules.json"
     try:
-        modules = json.loads((folder.path / "modules.json").read_text(encoding="utf-8"))
-        return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return {}
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: not valid JSON ({error}).", "Repair or fetch it again.") from None
+    whole = isinstance(modules, list) and all(isinstance(m, dict) and "path" in m for m in modules)
+    if not whole:
+        raise FileError(
+            f"{path}: not a list of modules with their paths, as sentence-transformers writes it.",
+            "Repair it, or move it away if it is of something else.",
+        )
+    for number, module in enumerate(modules):
+        check_fields(module, {"path": TEXT, "type": TEXT | ABSENT}, f"{path}, {number}")
+    return {m["path"].rstrip("/"): m.get("type") or "" for m in modules}
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:

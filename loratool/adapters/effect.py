@@ -6,12 +6,18 @@ from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Factors
+from loratool.dtypes import FLOAT_FORMATS
+from loratool.errors import ValueRangeError, listed
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import float_blocks, same_values
+from loratool.words import counted
 
 #: Weights beyond this are mostly a slip.
 _LARGE = 100
+
+#: Where weight × scale mostly lies; what people train with is between 0.001 and 100.
+_SCALES = (1e-6, 1000)
 
 
 def same_adapter(one: Adapter, other: Adapter) -> bool:
@@ -37,6 +43,32 @@ def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[No
             text = f"{adapter.label} has weight {weight:g}; weights are mostly between -2 and 2."
             notices.append(Notice("large-weight", text, adapter.label))
     return notices
+
+
+def note_scales(adapter: Adapter, weight: float = 1.0) -> list[Notice]:
+    """A warning for modules whose weight × scale nobody means: what an alpha with a slip makes.
+
+    Raises ValueRangeError where float32 does not hold it.
+    """
+    scales = {path: weight * m.scale for path, m in adapter.modules.items() if m.scale is not None}
+    largest = FLOAT_FORMATS["F32"].overflow
+    beyond = [f"{path}: {scale:.3g}" for path, scale in scales.items() if not abs(scale) < largest]
+    if beyond:
+        raise ValueRangeError(
+            f"{adapter.label}: weight × scale of {counted(len(beyond), 'module', 'is')} more than "
+            f"float32 holds:\n{listed(beyond)}",
+            "Correct --weight, or lora_alpha in its config.",
+        )
+    low, high = _SCALES
+    odd = {path: s for path, s in scales.items() if s and not low <= abs(s) <= high}
+    if not odd:
+        return []
+    path = next(iter(odd))
+    text = (
+        f"{adapter.label}: weight × scale of {counted(len(odd), 'module', 'is')} far from any that "
+        f"is trained with, {odd[path]:.3g} for {path}. Check --weight and lora_alpha."
+    )
+    return [Notice("absurd-scale", text, path)]
 
 
 def idle_modules(adapter: Adapter) -> list[str]:

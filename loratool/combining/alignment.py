@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
@@ -151,6 +152,7 @@ def join(
             _refuse_dora(adapter, verb)
         # Whether square weights are stored [in, out] does not matter among adapters.
         joined.notices += [n for n in adapter.notices if n.code != "square-conv1d"]
+        joined.notices += note_scales(adapter, weight)
         for path, module in adapter.modules.items():
             joined.modules.setdefault(path, []).append(Contribution(index, weight, module))
     _refuse_unlike_modules(joined)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from loratool.adapters.adapter import Adapter
 from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
-from loratool.linalg.lowrank import Decomposition, Factor
+from loratool.linalg.lowrank import Decomposition
+from loratool.merging.coverage import note_broken_base
 from loratool.merging.matching import Delta, match
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.layout import Layout
@@ -30,13 +33,15 @@ class BaseWeights:
         layout = Layout(self._base, components)
         self._deltas: dict[str, Delta] = {}
         self._tied = layout.tied.embedding if layout.tied is not None else None
-        self.notices: list[Notice] = []
+        self._notices: list[Notice] = []
+        #: Tensors that are not all numbers; threads add to it.
+        self._broken: set[str] = set()
         lost = []
         for adapter in adapters:
             placed = match(adapter, layout)
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
             self._deltas |= {d.factors.path: d for d in placed.deltas}
-        self.notices += [*self._base.notices, *layout.notices]
+        self._notices += [*self._base.notices, *layout.notices]
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",
@@ -48,18 +53,26 @@ class BaseWeights:
             does = agreeing(len(lost), "does")
             text = f"{counted(len(lost), 'part')} of the adapters {does} not fit this base:\n"
             text += listed(lost)
-            self.notices.append(Notice("unmatched", text, str(base)))
+            self._notices.append(Notice("unmatched", text, str(base)))
 
     def intruders(
         self, path: str, found: dict[int, Decomposition], files: FilePool
     ) -> dict[int, int]:
-        """The count by adapter; empty for embeddings, and where the base lacks the module."""
+        """The count by adapter; empty for embeddings, and where the base lacks the module or holds
+        no numbers."""
         delta = self._deltas.get(path)
         if delta is None or delta.factors.kind == "embedding":
             return {}
-        base = BaseDirections(self._weight(delta, files))
+        info = self._base.tensors.get(delta.tensor) or self._base.tensors[str(self._tied)]
+        weight = delta.place.part(read_float32(info, files))
+        if not np.isfinite(weight).all():
+            self._broken.add(info.name)
+            return {}
+        base = BaseDirections(weight)
         return {i: base.intruders(*own.factors()) for i, own in found.items()}
 
-    def _weight(self, delta: Delta, files: FilePool) -> Factor:
-        info = self._base.tensors.get(delta.tensor) or self._base.tensors[str(self._tied)]
-        return delta.place.part(read_float32(info, files))
+    @property
+    def notices(self) -> list[Notice]:
+        """What is odd about the base, as far as it was looked at."""
+        broken = [note_broken_base(self._base, sorted(self._broken))] if self._broken else []
+        return [*self._notices, *broken]

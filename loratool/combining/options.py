@@ -49,9 +49,10 @@ class CombineOptions:
         if density is not None:
             if not method.prunes:
                 raise UsageError(f"--method {name} does not prune.", "Omit --density.")
-            if not 0 < density <= 1:
+            if not 1e-6 <= density <= 1:
                 raise UsageError(
-                    f"--density {density:g} is not a share: it must be above 0 and at most 1.",
+                    f"--density {density:g} is not a share: it must be above 0 (a millionth at the "
+                    "least) and at most 1.",
                     "0.5 keeps half of the values.",
                 )
         if sign not in SIGNS:

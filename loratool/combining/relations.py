@@ -112,10 +112,16 @@ def _relation(i: int, j: int, gram: Float64, shared: bool) -> Relation:
         cosine = max(-1.0, min(1.0, ab / math.sqrt(a) / math.sqrt(b)))
     return Relation(
         i, j, cosine,
-        math.sqrt(b / a) if a and (shared or b) else None,
+        _root_of_quotient(b, a) if a and (shared or b) else None,
         math.sqrt(apart / largest) if largest else 0.0,
         ab / a if a else None,
     )  # fmt: skip
+
+
+def _root_of_quotient(b: float, a: float) -> float:
+    """√(b/a), also where b/a leaves the range of float64."""
+    quotient = b / a
+    return math.sqrt(quotient) if quotient < math.inf else math.sqrt(b) / math.sqrt(a)
 
 
 def overall(modules: Sequence[Measured], count: int) -> list[Relation]:

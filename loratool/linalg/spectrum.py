@@ -22,11 +22,12 @@ _SLICE = 4096
 
 
 def gram(matrix: npt.NDArray[np.floating[Any]]) -> Float64:
-    """`M·Mᵀ [r, r]` in float64 of `M [r, n]`."""
+    """`M·Mᵀ [r, r]` in float64 of `M [r, n]`; not finite where M is not."""
     total = np.zeros((matrix.shape[0], matrix.shape[0]))
     for low in range(0, matrix.shape[1], _SLICE):
         part = matrix[:, low : low + _SLICE].astype(np.float64)
-        total += part @ part.T
+        with np.errstate(invalid="ignore"):
+            total += part @ part.T
     return total
 
 

@@ -19,7 +19,14 @@ from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
 from loratool.merging.plan import Job
 from loratool.merging.products import LoadedDelta
-from loratool.merging.rounding import TORCH, Counts, count_underflow, magnitudes_of, narrowed
+from loratool.merging.rounding import (
+    TORCH,
+    Counts,
+    count_underflow,
+    magnitudes_of,
+    narrowed,
+    squared,
+)
 from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
@@ -158,9 +165,9 @@ class RunningJob:
             self.explain_values()
         if measured:
             delta = before.sub_(values)
-            counts.delta += float(torch.dot(delta, delta))
+            counts.delta += squared(delta)
             lost = before.copy_(out).sub_(values)
-            counts.lost += float(torch.dot(lost, lost))
+            counts.lost += squared(lost)
         if self.may_underflow:
             unchanged = raw if self.source.dtype == self.job.dtype else None
             count_underflow(magnitudes, values, unchanged, self.job.dtype, counts)

@@ -72,9 +72,11 @@ def cover(
     checkpoint = open_checkpoint(base)
     layout = Layout(checkpoint, components)
     found = match(adapter, layout)
-    lengths = _lengths(checkpoint, layout, found.deltas, paths, norms)
+    lengths, broken = _lengths(checkpoint, layout, found.deltas, paths, norms)
     notices = [*checkpoint.notices, *layout.notices, *note_other_base(checkpoint, [adapter])]
     notices += _ids_without_rows(checkpoint, adapter)
+    if broken:
+        notices.append(note_broken_base(checkpoint, broken))
     if found.unmatched:
         lost = [f"{what}: {reason}" for what, reason in found.unmatched]
         does = agreeing(len(lost), "does")
@@ -110,8 +112,9 @@ def _ids_without_rows(base: Checkpoint, adapter: Adapter) -> list[Notice]:
 
 def _lengths(
     base: Checkpoint, layout: Layout, deltas: list[Delta], paths: Collection[str], norms: bool
-) -> dict[str, float] | None:
-    """‖W‖ by path of module; None where the weights are not on this disk."""
+) -> tuple[dict[str, float] | None, list[str]]:
+    """‖W‖ by path of module, None where the weights are not on this disk; and the tensors of which
+    it cannot be computed."""
     pairs = {d.factors.path: d.tensor for d in deltas if d.factors.path in paths}
     if layout.tied is not None:
         # A head that is the embedding's matrix has no tensor of its own.
@@ -121,8 +124,20 @@ def _lengths(
     if norms:
         base.fetch(known)
     if not all(info.file.is_file() for info in known.values()):
-        return None
+        return None, []
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         squares = pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, known.values())
         lengths = {name: math.sqrt(square) for name, square in zip(known, squares, strict=True)}
-    return {path: lengths[name] for path, name in pairs.items() if name in lengths}
+    sound = {name for name, length in lengths.items() if math.isfinite(length)}
+    found = {path: lengths[name] for path, name in pairs.items() if name in sound}
+    return found, [name for name in lengths if name not in sound]
+
+
+def note_broken_base(base: Checkpoint, names: Sequence[str]) -> Notice:
+    """A warning for tensors of a base that are not all numbers."""
+    text = (
+        f"{counted(len(names), 'tensor')} of {base.label} "
+        f"{agreeing(len(names), 'holds')} NaN, infinity or values beyond float32, so nothing is "
+        f"measured there:\n{listed(names)}"
+    )
+    return Notice("not-finite", text, names[0])

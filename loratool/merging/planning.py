@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
@@ -52,8 +53,9 @@ def build_plan(
     plan.notices += base.notices
     layout = Layout(base, components)
     matches = []
-    for adapter in adapters:
+    for adapter, weight in zip(adapters, weights, strict=True):
         _refuse_unmergeable(plan, adapter)
+        plan.notices += note_scales(adapter, weight)
         matches.append(match(adapter, layout))
     plan.notices += layout.notices
     _refuse_unmatched(plan, matches)

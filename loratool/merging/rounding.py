@@ -22,6 +22,10 @@ TORCH: dict[str, torch.dtype] = {
 _UNSIGNED = {code: np.dtype(f"uint{form.bits}").type for code, form in FLOAT_FORMATS.items()}
 
 
+#: Sums of squares in float32 below this have lost some of their parts.
+_SMALLEST_SQUARE = 1e-30
+
+
 @dataclass
 class Counts:
     """What rounding did: values made subnormal, and nonzero ones made zero.
@@ -43,8 +47,19 @@ class Counts:
 
     @property
     def share_lost(self) -> float | None:
-        """‖realised - Δ‖/‖Δ‖: how much of the delta rounding took."""
-        return math.sqrt(self.lost / self.delta) if self.delta > 0 else None
+        """‖realised - Δ‖/‖Δ‖: how much of the delta rounding took; None where squares leave the
+        range of float64."""
+        known = 0 < self.delta < math.inf and self.lost < math.inf
+        return math.sqrt(self.lost / self.delta) if known else None
+
+
+def squared(values: torch.Tensor) -> float:
+    """The sum of squares; in float64 where float32 does not hold it."""
+    total = float(torch.dot(values, values))
+    if _SMALLEST_SQUARE < total < math.inf:
+        return total
+    wide = values.double()
+    return float(torch.dot(wide, wide))
 
 
 def narrowed(values: torch.Tensor, out: torch.Tensor) -> None:

@@ -13,7 +13,11 @@ from typing import Any
 
 from loratool.errors import FileError
 from loratool.notices import Notice
+<<<<<<< HEAD
 from loratool.storage.filenames import GENERATION, PROCESSOR, TOKENIZER, VOCABULARY
+=======
+from loratool.storage.fields import is_count
+>>>>>>> 9b0f16ff98818652ab74e3e7a7ce326e7fbc437c
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_any_json
@@ -113,8 +117,8 @@ def ids_of(files: dict[str, Path]) -> dict[int, str]:
     for name, path in files.items():
         if path.stat().st_size <= _LONGEST:
             for token, number in _ids(name, path):
-                if isinstance(number, int) and not isinstance(number, bool):
-                    found[number] = str(token)
+                if is_count(number):
+                    found[number] = token if isinstance(token, str) else "?"
     return found
 
 
@@ -143,8 +147,7 @@ def _ids(name: str, path: Path) -> Iterator[tuple[Any, Any]]:
     leaf = name.rpartition("/")[2]
     if leaf == "tokenizer.json":
         document = _object(path)
-        model = document.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        vocabulary = _table(document.get("model")).get("vocab")
         if isinstance(vocabulary, dict):
             yield from vocabulary.items()
         elif isinstance(vocabulary, list):  # Unigram: pairs of a piece and its score
@@ -155,10 +158,8 @@ def _ids(name: str, path: Path) -> Iterator[tuple[Any, Any]]:
             if isinstance(entry, dict):
                 yield entry.get("content"), entry.get("id")
     elif leaf == "tokenizer_config.json":
-        decoder = _object(path).get("added_tokens_decoder")
-        for number, entry in decoder.items() if isinstance(decoder, dict) else ():
-            content = entry.get("content") if isinstance(entry, dict) else entry
-            yield content, int(number) if str(number).isdecimal() else None
+        for number, entry in _table(_object(path).get("added_tokens_decoder")).items():
+            yield _table(entry).get("content"), _whole(number)
     elif leaf in ("added_tokens.json", "vocab.json"):
         yield from _object(path).items()
     elif leaf == "vocab.txt":
@@ -166,13 +167,22 @@ def _ids(name: str, path: Path) -> Iterator[tuple[Any, Any]]:
         yield from ((line, number) for number, line in enumerate(lines))
     elif leaf.endswith((".tiktoken", "tiktoken.model")):
         pairs = (line.split() for line in path.read_text("ascii", "replace").splitlines())
-        yield from ((p[0], int(p[1])) for p in pairs if len(p) == 2 and p[1].isdecimal())
+        yield from ((p[0], _whole(p[1])) for p in pairs if len(p) == 2)
     elif leaf == "tekken.json":
-        size = dict(_object(path).get("config") or {}).get("default_vocab_size")
-        if isinstance(size, int):
+        size: Any = _table(_object(path).get("config")).get("default_vocab_size")
+        if is_count(size):
             yield "the last one", size - 1
     elif leaf.endswith((".model", ".spm")) or ".model." in leaf:
         yield from ((piece, number) for number, piece in enumerate(_pieces(path.read_bytes())))
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(text: str) -> int | None:
+    """The number that a text is; None for anything else, and for what no tokenizer counts up to."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def _pieces(data: bytes) -> Iterator[str]:
@@ -223,4 +233,4 @@ def _object(path: Path | None) -> dict[str, Any]:
         found = read_any_json(path, _LONGEST) if path is not None else None
     except (FileError, OSError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return _table(found)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.effect import note_scales
 from loratool.adapters.reading import read_lora
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.base_weights import BaseWeights
@@ -128,6 +129,12 @@ def compare(
     with explained_os_errors():
         loras = [read_lora(source) for source in sources]
         joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
+        joined.notices += [
+            notice
+            for lora, factor in zip(loras, factors, strict=True)
+            if factor != 1
+            for notice in note_scales(lora, factor)
+        ]
         paths = selected(list(joined.modules), layers, include)
         targets = BaseWeights(base, loras, as_texts(components)) if base is not None else None
         modules = []

@@ -14,6 +14,9 @@ from loratool.words import counted
 
 Source = str | Path
 
+#: A size that is as good as any larger one.
+_MOST = 1e30
+
 
 def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | Path) else list(adapters)
@@ -38,7 +41,7 @@ def parse_bytes(size: int | str) -> int:
     if match is None:
         raise UsageError(f"{size!r} is not a size.", "Write 50MB, 1.5GB or a number of bytes.")
     power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(min(float(match[1]), _MOST) * (1024 if match[3] else 1000) ** power)
 
 
 def check_dtype(dtype: str) -> None:
@@ -50,7 +53,7 @@ def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -
     """The weights as floats, 1.0 each if none were given. Raises UsageError."""
     try:
         factors = [float(w) for w in weights] if weights else [1.0] * len(adapters)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
     if len(factors) != len(adapters):
         raise UsageError(

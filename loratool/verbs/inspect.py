@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
@@ -21,6 +22,7 @@ from loratool.linalg.spectrum import gram, singular_values
 from loratool.merging.coverage import BaseReport, cover
 from loratool.notices import Notice
 from loratool.paths import selected
+from loratool.storage.fields import strict
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import count_not_finite
 from loratool.verbs.inputs import as_texts, check_paths
@@ -105,7 +107,7 @@ class InspectReport:
                 "bytes": self.nbytes,
             },
             "dtypes": self.dtypes,
-            "config": self.config,
+            "config": strict(self.config),
             "metadata": self.metadata,
             "warnings": [w.to_dict() for w in self.warnings],
             "tensors": [
@@ -165,7 +167,7 @@ def inspect(
     measured = adapter.is_here
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
-    notices = list(adapter.notices)
+    notices = [*adapter.notices, *note_scales(adapter)]
     modules = [_describe(module) for module in chosen]
     if measured:
         _measure(chosen, modules, spectrum, notices)

@@ -1,0 +1,294 @@
+"""JSON files with values of the wrong type, in every field: one error that names it, or no matter.
+
+For each field of each file that loratool reads, and each value, every verb that reads the file
+either answers as if the field were as it was before, or raises one error that names the file and
+the field. No traceback, no NaN in JSON, no other answer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.adapters import write_adapter
+from helpers.files import ADAPTED, load, random_of, same, write_base
+from torch import float32
+
+import loratool
+from loratool.errors import LoraToolError
+from loratool.publishing.cards.document import make_card
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+PATH = ADAPTED.removesuffix(".weight")
+DEEP: Any = 1
+for _ in range(50):
+    DEEP = {"a": [DEEP]}
+
+#: One of each type, and of each odd size; `random` picks of them in the quick run.
+VALUES: list[Any] = [
+    None, True, False, float("nan"), float("inf"), -1, 0, 1, 0.5, 8.0, 10**30, 10**400, "", "no",
+    "false", "16", "\x1b[2J", [], [None], [1], ["a", 2], [[]], ["x"] * 100_000, {}, {"a": 1},
+    {"": None}, {"a": []}, DEEP,
+]  # fmt: skip
+
+CONFIG = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base",
+    "revision": None, "auto_mapping": None, "r": 2, "lora_alpha": 4, "use_rslora": False,
+    "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none",
+    "target_modules": ["q_proj"], "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+    "init_lora_weights": True, "trainable_token_indices": None, "ensure_weight_tying": False,
+    "use_bdlora": None, "exclude_modules": None, "layers_to_transform": None, "lora_dropout": 0.0,
+    "inference_mode": True, "peft_version": "0.21.2", "target_parameters": None,
+}  # fmt: skip
+MODEL = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False,
+    "torch_dtype": "float32", "vocab_size": 12, "num_labels": 2, "id2label": None,
+    "quantization_config": None, "_name_or_path": "", "text_config": None, "auto_map": None,
+    "rope_scaling": None, "eos_token_id": 2, "dtype": "float32",
+}  # fmt: skip
+#: Further fields inside of those: files, the table they are in, and fields.
+INSIDE = [
+    ("a/adapter_config.json", ("auto_mapping",), ("base_model_class", "parent_library")),
+    ("a/adapter_config.json", ("use_bdlora",), ("nblocks", "target_modules_bd_a")),
+    ("a/adapter_config.json", ("rank_pattern",), ("x_proj",)),
+    ("a/adapter_config.json", ("alpha_pattern",), ("x_proj",)),
+    ("b/config.json", ("text_config",), ("model_type", "tie_word_embeddings", "vocab_size")),
+    ("b/config.json", ("vision_config",), ("model_type",)),
+    ("b/model.safetensors.index.json", (), ("weight_map", "metadata")),
+    ("b/model.safetensors.index.json", ("metadata",), ("total_size",)),
+    ("b/model.safetensors.index.json", ("weight_map",), (HEAD, "other")),
+    ("b/modules.json", (0,), ("path", "type", "idx", "name")),
+    ("b/tokenizer.json", (), ("model", "added_tokens", "version")),
+    ("b/tokenizer.json", ("model",), ("vocab", "type")),
+    ("b/tokenizer.json", ("model", "vocab"), ("tok",)),
+    ("b/tokenizer.json", ("added_tokens", 0), ("id", "content")),
+    ("b/tokenizer_config.json", (), ("added_tokens_decoder", "chat_template", "eos_token")),
+    ("b/tokenizer_config.json", ("added_tokens_decoder",), ("3", "9" * 5000, "x")),
+    ("b/tokenizer_config.json", ("added_tokens_decoder", "3"), ("content",)),
+    ("b/added_tokens.json", (), ("tok",)),
+    ("b/vocab.json", (), ("tok",)),
+    ("b/tekken.json", (), ("config", "vocab")),
+    ("b/tekken.json", ("config",), ("default_vocab_size",)),
+    ("b/special_tokens_map.json", (), ("eos_token",)),
+]  # fmt: skip
+RECORD: list[tuple[tuple[str | int, ...], tuple[str, ...]]] = [
+    ((), ("options", "base", "result", "adapters", "shards", "undo", "command", "versions")),
+    (("options",), ("dtype", "components", "allow_unmatched")),
+    (("base",), ("name", "repo", "revision", "dtypes", "adapters", "model_type", "path")),
+    (("result",), ("tensors", "warnings", "subnormal")),
+    (("result", "tensors"), ("add", "merge")),
+    (("adapters", 0), ("name", "weight", "files", "modules", "base_model_name_or_path", "repo")),
+    (("adapters", 0, "files"), ("adapter_config.json", "adapter_model.safetensors")),
+    (("shards",), ("model.safetensors", "x")),
+    (("undo",), ("file", "bytes")),
+]
+
+
+def fields() -> Iterator[tuple[str, tuple[str | int, ...], str]]:
+    """Every field: the file, the table it is in, and its name."""
+    for file, names in (("a/adapter_config.json", CONFIG), ("b/config.json", MODEL)):
+        yield from ((file, (), name) for name in names)
+    for file, table, named in INSIDE:
+        yield from ((file, table, name) for name in named)
+    for place, named in RECORD:
+        yield from (("m/loratool.json", place, name) for name in named)
+
+
+CASES = list(fields())
+NAMES = [".".join((file, *map(str, table), field[:20])) for file, table, field in CASES]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter `a`, a base `b`, a fine-tune `t`, and `m`, that is `b` and `a`."""
+    folder = tmp_path_factory.mktemp("whole")
+    state = {
+        EMBEDDING: random_of(float32, 12, 8, seed=3),
+        ADAPTED: random_of(float32, 8, 8, seed=4),
+        HEAD: random_of(float32, 12, 8, seed=5),
+    }
+    base = write_base(folder / "b", {k: state[k] for k in (EMBEDDING, ADAPTED)},
+                      {HEAD: state[HEAD]}, config=MODEL)  # fmt: skip
+    tuned = {**state, ADAPTED: state[ADAPTED] + 0.1 * random_of(float32, 8, 8, seed=6)}
+    write_base(folder / "t", tuned, config=MODEL)
+    files: dict[str, Any] = {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "models.Transformer"}],
+        "tokenizer.json": {
+            "version": "1.0", "model": {"type": "BPE", "vocab": {"tok": 3}},
+            "added_tokens": [{"id": 4, "content": "<s>"}]},
+        "tokenizer_config.json": {
+            "chat_template": None, "eos_token": "</s>",
+            "added_tokens_decoder": {"3": {"content": "tok"}}},
+        "added_tokens.json": {"tok": 3}, "vocab.json": {"tok": 3},
+        "tekken.json": {"config": {"default_vocab_size": 5}, "vocab": []},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+    }  # fmt: skip
+    for name, document in files.items():
+        (base / name).write_text(json.dumps(document))
+    rng = np.random.default_rng(1)
+    factors = {
+        f"base_model.model.{PATH}.lora_A.weight": rng.standard_normal((2, 8)).astype(np.float32),
+        f"base_model.model.{PATH}.lora_B.weight": rng.standard_normal((8, 2)).astype(np.float32),
+    }
+    write_adapter(folder / "a", factors, CONFIG)
+    loratool.merge(base, folder / "a", folder / "m", dtype="base", reversible=True)
+    return folder
+
+
+def verbs(folder: Path, file: str) -> dict[str, Callable[[Path], Any]]:
+    """What reads a file, by the verb; each gets the place for its output."""
+    a, b, m = folder / "a", folder / "b", folder / "m"
+    of_adapters: dict[str, Callable[[Path], Any]] = {
+        "inspect": lambda out: loratool.inspect(a),
+        "combine": lambda out: loratool.combine([a, a], out, weights=[0.5, 0.5]),
+        "resize": lambda out: loratool.resize(a, out, rank=1),
+        "compare": lambda out: loratool.compare([a, a]),
+        "card": lambda out: make_card(a, None),
+    }
+    of_both: dict[str, Callable[[Path], Any]] = {
+        "inspect --base": lambda out: loratool.inspect(a, base=b),
+        "merge --dry-run": lambda out: loratool.merge(b, a, out, dtype="float32", dry_run=True),
+        "merge": lambda out: loratool.merge(b, a, out, dtype="float32"),
+        "verify": lambda out: loratool.verify(m, b, a),
+    }
+    of_models: dict[str, Callable[[Path], Any]] = {
+        "unmerge": lambda out: loratool.unmerge(m, a, out),
+        "unmerge --subtract": lambda out: loratool.unmerge(m, a, out, subtract=True),
+        "extract": lambda out: loratool.extract(b, folder / "t", out, rank=2),
+        "card of a model": lambda out: make_card(m, None),
+        "merge onto it": lambda out: loratool.merge(m, a, out, dtype="float32", again=True),
+    }
+    if file.startswith("a/"):
+        return of_adapters | of_both
+    if file.startswith("m/"):
+        return of_models | {"verify": of_both["verify"]}
+    return of_both | {name: of_models[name] for name in ("extract",)}
+
+
+def change(path: Path, table: tuple[str | int, ...], field: str, value: Any) -> None:
+    """Put a value into a field of a JSON file, in tables that are made where there are none."""
+    document = json.loads(path.read_text())
+    place = document
+    for key in table:
+        if isinstance(key, str) and not isinstance(place.get(key), dict | list):
+            place[key] = {}
+        place = place[key]
+    place[field] = value
+    path.write_text(json.dumps(document))
+
+
+#: Fields whose values of the right type mean something else than what was there.
+MEANT: dict[str, tuple[Any, ...]] = {
+    "r": (1,), "lora_alpha": (-1, 0, 1, 0.5, 8.0, 10**30), "use_rslora": (True, 1),
+    "tie_word_embeddings": (None, True), "weight": (-1, 0, 0.5, 8.0, 10**30),
+    "dtype": ("float32",),
+}  # fmt: skip
+
+
+#: Fields in which any text may stand, and says something.
+TEXTS = {"model_type", "peft_type"}
+
+
+def is_meant(field: str, value: Any) -> bool:
+    if field in TEXTS and (value is None or isinstance(value, str)):
+        return True
+    return any(type(value) is type(one) and value == one for one in MEANT.get(field, ()))
+
+
+def answer(folder: Path, verb: Callable[[Path], Any]) -> tuple[str, dict[str, Any]]:
+    """What a verb says, "" for an answer without an error, and the tensors that it wrote."""
+    out = folder / "out"
+    try:
+        report = verb(out)
+        json.dumps(report.to_dict() if hasattr(report, "to_dict") else 0, allow_nan=False)
+    except LoraToolError as error:
+        assert not out.exists()
+        return f"{error.message} ", {}
+    made = load(out) if out.is_dir() else {}
+    shutil.rmtree(out, ignore_errors=True)
+    return "", made
+
+
+@pytest.fixture(scope="module")
+def references(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each verb writes of the files as they are, by its name."""
+    folder = shutil.copytree(whole, tmp_path_factory.mktemp("as") / "is")
+    found = {}
+    for verb, run in (verbs(folder, "a/") | verbs(folder, "b/") | verbs(folder, "m/")).items():
+        said, found[verb] = answer(folder, run)
+        assert not said
+    return found
+
+
+def trouble(
+    whole: Path,
+    folder: Path,
+    case: tuple[str, tuple[str | int, ...], str],
+    value: Any,
+    references: dict[str, Any],
+    only: random.Random | None = None,
+) -> list[str]:
+    """What is wrong with the answers of all verbs, or of one, to a value in a field."""
+    file, table, field = case
+    shutil.copytree(whole, folder)
+    change(folder / file, table, field, value)
+    wrong = []
+    asked = verbs(folder, file)
+    for verb in [only.choice(sorted(asked))] if only else asked:
+        said = f"{file} {table} {field[:20]}={str(value)[:40]}, {verb}: "
+        try:
+            message, made = answer(folder, asked[verb])
+        except Exception as error:
+            wrong.append(f"{said}{type(error).__name__}: {error}"[:400])
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            continue
+        unnamed = not {Path(file).name, field} & named(message) and not is_meant(field, value)
+        if message and (len(message) > 2000 or unnamed):
+            wrong.append(said + message[:300])
+        elif made and not is_meant(field, value) and not same(made, references[verb]):
+            wrong.append(said + "another result")
+    shutil.rmtree(folder)
+    return wrong
+
+
+def named(message: str) -> set[str]:
+    """The names of files and fields in a message."""
+    return {part.rpartition("/")[2] for part in re.split(r"[\s:,;()'=\"]+", message)}
+
+
+@pytest.mark.parametrize(
+    "case", list(fields()), ids=lambda case: f"{case[0]}-{case[1]}-{case[2][:20]}"
+)
+def test_a_value_of_a_wrong_type(
+    case: tuple[str, tuple[str | int, ...], str],
+    whole: Path,
+    references: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """One value for each field, and one verb."""
+    chance = random.Random(str(case))
+    assert not trouble(whole, tmp_path / "x", case, chance.choice(VALUES), references, chance)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    "case", list(fields()), ids=lambda case: f"{case[0]}-{case[1]}-{case[2][:20]}"
+)
+def test_every_value_of_a_wrong_type(
+    case: tuple[str, tuple[str | int, ...], str],
+    whole: Path,
+    references: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """All values for each field, and all verbs."""
+    wrong = []
+    for value in VALUES:
+        wrong += trouble(whole, tmp_path / "x", case, value, references)
+    assert not wrong

@@ -28,7 +28,7 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
-<<<<<<< HEAD
+from loratool.storage.fields import ABSENT, TEXT, check_fields
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -38,10 +38,6 @@ from loratool.storage.filenames import (
     VALUE_HEAD,
     VOCABULARY,
 )
-=======
-from loratool.storage.fields import ABSENT, TEXT, check_fields
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PROVENANCE, VALUE_HEAD
->>>>>>> 9b0f16ff98818652ab74e3e7a7ce326e7fbc437c
 from loratool.storage.folder import Folder
 from loratool.storage.jsonfile import read_any_json, read_json, write_json
 from loratool.storage.links import copy_own, leads_out, open_own, refuse_leading_out
@@ -310,35 +306,15 @@ def sentence_parts(folder: Folder) -> set[str]:
 
 
 def _modules_of(folder: Folder) -> dict[str, str]:
-<<<<<<< HEAD
-    """What modules.json says: classes by folder; {} where there is none of a known form.
-
-    Raises FileError for one that is no JSON.
-=======
     """What modules.json says: classes by folder; {} where there is none.
 
     Raises FileError for one that is damaged: parts of the model would be taken for something else.
->>>>>>> 9b0f16ff98818652ab74e3e7a7ce326e7fbc437c
     """
     if not folder.has("modules.json"):
         return {}
     folder.fetch(["modules.json"])
-<<<<<<< HEAD
-    modules = read_any_json(folder.path / "modules.json")
-    try:
-        return {str(m["path"]).rstrip("/"): str(m.get("type") or "") for m in modules}
-    except RecursionError:
-        raise FileError(
-            f"{folder.path / 'modules.json'}: nested too deeply to be read.", "Fetch it again."
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return {}
-=======
     path = folder.path / "modules.json"
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not valid JSON ({error}).", "Repair or fetch it again.") from None
+    modules = read_any_json(path)
     whole = isinstance(modules, list) and all(isinstance(m, dict) and "path" in m for m in modules)
     if not whole:
         raise FileError(
@@ -348,7 +324,6 @@ def _modules_of(folder: Folder) -> dict[str, str]:
     for number, module in enumerate(modules):
         check_fields(module, {"path": TEXT, "type": TEXT | ABSENT}, f"{path}, {number}")
     return {m["path"].rstrip("/"): m.get("type") or "" for m in modules}
->>>>>>> 9b0f16ff98818652ab74e3e7a7ce326e7fbc437c
 
 
 def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:

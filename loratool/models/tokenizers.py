@@ -13,11 +13,8 @@ from typing import Any
 
 from loratool.errors import FileError
 from loratool.notices import Notice
-<<<<<<< HEAD
-from loratool.storage.filenames import GENERATION, PROCESSOR, TOKENIZER, VOCABULARY
-=======
 from loratool.storage.fields import is_count
->>>>>>> 9b0f16ff98818652ab74e3e7a7ce326e7fbc437c
+from loratool.storage.filenames import GENERATION, PROCESSOR, TOKENIZER, VOCABULARY
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_any_json

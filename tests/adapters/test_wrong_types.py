@@ -188,12 +188,12 @@ def change(path: Path, table: tuple[str | int, ...], field: str, value: Any) -> 
 MEANT: dict[str, tuple[Any, ...]] = {
     "r": (1,), "lora_alpha": (-1, 0, 1, 0.5, 8.0, 10**30), "use_rslora": (True, 1),
     "tie_word_embeddings": (None, True), "weight": (-1, 0, 0.5, 8.0, 10**30),
-    "dtype": ("float32",),
+    "dtype": ("float32",), "add": (1, 10**30), "components": (["x"] * 100_000,),
 }  # fmt: skip
 
 
 #: Fields in which any text may stand, and says something.
-TEXTS = {"model_type", "peft_type"}
+TEXTS = {"model_type", "peft_type", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def is_meant(field: str, value: Any) -> bool:

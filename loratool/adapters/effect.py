@@ -50,9 +50,10 @@ def note_scales(adapter: Adapter, weight: float = 1.0) -> list[Notice]:
 
     Raises ValueRangeError where float32 does not hold it.
     """
-    scales = {path: weight * m.scale for path, m in adapter.modules.items() if m.scale is not None}
+    modules = [m for m in adapter.modules.values() if m.scale is not None]
+    scales = {m.weight_name: weight * (m.scale or 0.0) for m in modules}
     largest = FLOAT_FORMATS["F32"].overflow
-    beyond = [f"{path}: {scale:.3g}" for path, scale in scales.items() if not abs(scale) < largest]
+    beyond = [f"{name}: {scale:.3g}" for name, scale in scales.items() if not abs(scale) < largest]
     if beyond:
         raise ValueRangeError(
             f"{adapter.label}: weight × scale of {counted(len(beyond), 'module', 'is')} more than "
@@ -60,15 +61,15 @@ def note_scales(adapter: Adapter, weight: float = 1.0) -> list[Notice]:
             "Correct --weight, or lora_alpha in its config.",
         )
     low, high = _SCALES
-    odd = {path: s for path, s in scales.items() if s and not low <= abs(s) <= high}
+    odd = {name: s for name, s in scales.items() if s and not low <= abs(s) <= high}
     if not odd:
         return []
-    path = next(iter(odd))
+    name = next(iter(odd))
     text = (
         f"{adapter.label}: weight × scale of {counted(len(odd), 'module', 'is')} far from any that "
-        f"is trained with, {odd[path]:.3g} for {path}. Check --weight and lora_alpha."
+        f"is trained with, {odd[name]:.3g} for {name}. Check --weight and lora_alpha."
     )
-    return [Notice("absurd-scale", text, path)]
+    return [Notice("absurd-scale", text, name)]
 
 
 def idle_modules(adapter: Adapter) -> list[str]:

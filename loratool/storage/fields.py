@@ -44,8 +44,8 @@ def is_number(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a whole number, zero or above."""
-    return type(value) is int and value >= 0
+    """Whether a value is a whole number, zero or above, that can count anything there is."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 ABSENT = FieldType("nothing (null)", lambda v: v is None)

@@ -22,8 +22,9 @@ from helpers.files import ADAPTED, load, random_of, same, write_base
 from torch import float32
 
 import loratool
-from loratool.errors import LoraToolError
+from loratool.errors import FileError, LoraToolError
 from loratool.publishing.cards.document import make_card
+from loratool.publishing.manifest import pack
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PATH = ADAPTED.removesuffix(".weight")
@@ -151,6 +152,7 @@ def verbs(folder: Path, file: str) -> dict[str, Callable[[Path], Any]]:
         "resize": lambda out: loratool.resize(a, out, rank=1),
         "compare": lambda out: loratool.compare([a, a]),
         "card": lambda out: make_card(a, None),
+        "push": lambda out: pack(a).recorded,
     }
     of_both: dict[str, Callable[[Path], Any]] = {
         "inspect --base": lambda out: loratool.inspect(a, base=b),
@@ -163,6 +165,7 @@ def verbs(folder: Path, file: str) -> dict[str, Callable[[Path], Any]]:
         "unmerge --subtract": lambda out: loratool.unmerge(m, a, out, subtract=True),
         "extract": lambda out: loratool.extract(b, folder / "t", out, rank=2),
         "card of a model": lambda out: make_card(m, None),
+        "push of a model": lambda out: pack(m).recorded,
         "merge onto it": lambda out: loratool.merge(m, a, out, dtype="float32", again=True),
     }
     if file.startswith("a/"):
@@ -188,12 +191,12 @@ def change(path: Path, table: tuple[str | int, ...], field: str, value: Any) -> 
 MEANT: dict[str, tuple[Any, ...]] = {
     "r": (1,), "lora_alpha": (-1, 0, 1, 0.5, 8.0, 10**30), "use_rslora": (True, 1),
     "tie_word_embeddings": (None, True), "weight": (-1, 0, 0.5, 8.0, 10**30),
-    "dtype": ("float32",),
+    "dtype": ("float32",), "add": (1, 10**30), "components": (["x"] * 100_000,),
 }  # fmt: skip
 
 
 #: Fields in which any text may stand, and says something.
-TEXTS = {"model_type", "peft_type"}
+TEXTS = {"model_type", "peft_type", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def is_meant(field: str, value: Any) -> bool:
@@ -292,3 +295,78 @@ def test_every_value_of_a_wrong_type(
     for value in VALUES:
         wrong += trouble(whole, tmp_path / "x", case, value, references)
     assert not wrong
+
+
+#: A file, a field and a value that somebody may believe in, and what the error says it must be.
+REFUSED: list[tuple[str, str, Any, str]] = [
+    ("a/adapter_config.json", "lora_alpha", True, "a plain number"),
+    ("a/adapter_config.json", "lora_alpha", float("nan"), "a plain number"),
+    ("a/adapter_config.json", "r", None, "a plain number"),
+    ("a/adapter_config.json", "use_rslora", "false", "true or false"),
+    ("a/adapter_config.json", "use_dora", "no", "true or false"),
+    ("a/adapter_config.json", "fan_in_fan_out", "1", "true or false"),
+    ("a/adapter_config.json", "use_bdlora", True, "a table"),
+    ("a/adapter_config.json", "bias", "some", "one of none, all, lora_only"),
+    ("a/adapter_config.json", "peft_type", [], "a text"),
+    ("a/adapter_config.json", "base_model_name_or_path", {}, "a text"),
+    ("a/adapter_config.json", "target_modules", [None], "a list of names"),
+    ("a/adapter_config.json", "modules_to_save", {}, "a list of names"),
+    ("a/adapter_config.json", "rank_pattern", {"q": "8"}, "a table of numbers"),
+    ("a/adapter_config.json", "trainable_token_indices", {"e": 3}, "a list of whole numbers"),
+    ("b/config.json", "tie_word_embeddings", "false", "true or false"),
+    ("b/config.json", "model_type", ["llama"], "a text"),
+    ("b/config.json", "architectures", "LlamaForCausalLM", "a list of names"),
+    ("b/config.json", "id2label", 3, "a table"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "field", "value", "wanted"), REFUSED, ids=str)
+def test_values_that_mislead_are_refused(
+    file: str, field: str, value: Any, wanted: str, whole: Path, tmp_path: Path
+) -> None:
+    """The error names the file, the field, what is there and what should be."""
+    folder = shutil.copytree(whole, tmp_path / "x")
+    change(folder / file, (), field, value)
+    for verb in ("merge --dry-run", "merge", "verify", "inspect --base"):
+        with pytest.raises(LoraToolError) as caught:
+            verbs(folder, file)[verb](folder / "out")
+        shown = json.dumps(value)
+        assert f"{folder / file}: {field} is {shown}; it must be {wanted}" in caught.value.message
+
+
+def test_values_that_can_mean_one_thing_only_are_read(whole: Path, tmp_path: Path) -> None:
+    """8.0 is a rank, 1 is true, and null stands for what a field left out means."""
+    folder = shutil.copytree(whole, tmp_path / "x")
+    for field, value, as_if in (
+        ("r", 2.0, {}), ("use_rslora", 1, {"use_rslora": True}), ("bias", None, {}),
+        ("use_dora", 0, {}), ("rank_pattern", None, {}), ("peft_type", None, {}),
+        ("modules_to_save", None, {}),
+    ):  # fmt: skip
+        made = []
+        for config in ({**CONFIG, field: value}, {**CONFIG, **as_if}):
+            (folder / "a" / "adapter_config.json").write_text(json.dumps(config))
+            loratool.merge(folder / "b", folder / "a", folder / "out", overwrite=True)
+            made.append(load(folder / "out"))
+        assert same(*made), field
+
+
+def test_a_deep_modules_json_is_one_error(whole: Path, tmp_path: Path) -> None:
+    """What no parser unfolds is refused, not left out as if the model had no parts."""
+    folder = shutil.copytree(whole, tmp_path / "x")
+    for text in ("[" * 100_000 + "]" * 100_000, '[{"path": 3}]', "[3]", "{}", '[{"type": ""}]'):
+        (folder / "b" / "modules.json").write_text(text)
+        with pytest.raises(FileError, match=r"modules\.json"):
+            loratool.merge(folder / "b", folder / "a", folder / "out", dry_run=True)
+
+
+def test_infinity_in_fields_that_nobody_reads_is_kept(whole: Path, tmp_path: Path) -> None:
+    """State-space models have it in their config.json; --json shows an adapter's as a text."""
+    folder = shutil.copytree(whole, tmp_path / "x")
+    change(folder / "b" / "config.json", (), "time_step_limit", [0.0, float("inf")])
+    change(folder / "a" / "adapter_config.json", (), "lora_dropout", float("nan"))
+    loratool.merge(folder / "b", folder / "a", folder / "out")
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, float("inf")]
+    shown = loratool.inspect(folder / "a").to_dict()["config"]
+    assert shown["lora_dropout"] == "nan"
+    json.dumps(shown, allow_nan=False)

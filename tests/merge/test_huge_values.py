@@ -1,4 +1,4 @@
-"""Finite values of any size: each figure of a report is a number or absent, and no slip is silent."""
+"""Finite values of any size: each figure of a report is a number or absent."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.storage.fields import value_text
 from loratool.words import agreeing, counted
 
 #: Tensors that only quantised checkpoints have, beside or instead of `….weight`.
@@ -30,7 +31,8 @@ def refuse_quantised(
     if method:
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise BaseError(
-            f"{base.label}: a quantised {role} (quantization_config: {name or method}). "
+            f"{base.label}: a quantised {role} (quantization_config: "
+            f"{name if isinstance(name, str) else value_text(method)}). "
             "Its packed weights cannot be computed with.",
             hint,
         )

@@ -24,6 +24,7 @@ from loratool.cli.resize import resize_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.cli.verify import verify_command
 from loratool.errors import LoraToolError, ReaderGone, UsageError
+from loratool.storage.hub.patience import is_left_behind
 from loratool.version import __version__
 
 _INTERRUPTED = 130
@@ -129,7 +130,7 @@ def _interrupt(*_: object) -> NoReturn:
 def _exit(code: int) -> NoReturn:
     """End the process. With torch imported, taking it down in order takes longer than a fsync; and
     after Ctrl-C threads may still be computing what nobody wants any more."""
-    if "torch" in sys.modules or code == _INTERRUPTED:
+    if "torch" in sys.modules or code == _INTERRUPTED or is_left_behind():
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -17,7 +17,8 @@ from typing import IO, NoReturn
 INTERRUPTED = 130
 
 #: Ctrl-C, `kill`, and a terminal that is closed.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 
 
 _interrupted = False
@@ -53,7 +54,7 @@ def was_interrupted() -> bool:
 def _hear_signals(handler: Callable[..., object]) -> None:
     for number in _SIGNALS:
         # What `nohup` ignores stays so; a shell's `&` ignores Ctrl-C, which others may send.
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+        if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
@@ -115,6 +116,8 @@ def say(text: str) -> None:
 def leave(code: int) -> NoReturn:
     """End the process. With torch imported, taking it down in order takes longer than a fsync; and
     after Ctrl-C threads may still be computing what nobody wants any more."""
+    from loratool.storage.hub.patience import is_left_behind
+
     _ignore_signals()  # the answer stands
     broken = False
     for stream in (sys.stdout, sys.stderr):
@@ -122,6 +125,6 @@ def leave(code: int) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):  # said already, or the reader (head, less) has seen enough
             broken = True
-    if broken or "torch" in sys.modules or code == INTERRUPTED:
+    if broken or "torch" in sys.modules or code == INTERRUPTED or is_left_behind():
         os._exit(code)
     sys.exit(code)

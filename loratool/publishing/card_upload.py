@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from loratool.publishing.cards.facts import bases_named, doubt_of_base, hub_id, 
 from loratool.publishing.cards.metadata import read_metadata
 from loratool.storage.hub.address import Address
 from loratool.storage.hub.errors import explained, progress_bars
+from loratool.storage.hub.patience import answered
 from loratool.storage.hub.repository import Repository, Upload
 from loratool.words import enumerated, format_bytes
 
@@ -143,7 +145,8 @@ def _licence_of(base: str) -> tuple[Licence | None, str]:
 
     try:
         with explained(Address(base)), progress_bars(False):
-            path = hf_hub_download(base, README)
+            read = partial(hf_hub_download, base, README)
+            path = answered(read, f"the card of {base}")
         data = read_metadata(as_text(_beginning(Path(path))))
     except (LoraToolError, OSError):
         return None, f"the card of {base} could not be read"

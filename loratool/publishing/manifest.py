@@ -25,6 +25,7 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
+from loratool.publishing.secrets import why_secret
 from loratool.storage.fields import TEXT, check_fields, table_of
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -46,29 +47,6 @@ _LITTER = re.compile(
     r"|(^|/)(\.git|\.cache|\.ipynb_checkpoints|__pycache__|__MACOSX|\.venv|\.idea|\.vscode)/"
     r"|(^|/)(\.DS_Store|Thumbs\.db|desktop\.ini|.*\.(lock|tmp|swp|pyc)|.*~)$"
 )
-#: Names of files that hold keys and passwords.
-_SECRET_NAME = re.compile(
-    r"(^|/)(\.env(\..+)?|\.netrc|\.pgpass|\.pypirc|\.npmrc|\.git-credentials|\.htpasswd|"
-    r"id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx|jks|keystore|kdbx)|"
-    r"(service[-_]?account|client[-_]?secrets?|credentials?|secrets?)([-_.].*)?|"
-    r"api[-_]?keys?(\..*)?|kaggle\.json|"
-    r"(hf|api|access|auth|stored)?[-_.]?token(\.(txt|json))?)$",
-    re.IGNORECASE,
-)
-#: Texts that are keys by their form.
-_SECRET_TEXT = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{50,}|"
-    rb"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[0-9A-Za-z-]{20,}|"
-    rb"\b(?:[A-Z]+_)*(?:API_KEY|TOKEN|SECRET|PASSWORD)\s*=\s*[\"']?[A-Za-z0-9_-]{20,}|"
-    rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----|\bAIza[0-9A-Za-z_-]{35}\b"
-)
-#: Longer files are no notes or configs, in which somebody left a key.
-_LONGEST_TEXT = 50_000_000
-#: A file without a zero byte in so many bytes is a text.
-_BEGINNING = 8_192
-#: Vocabularies are long lists of odd words.
-_VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
-
 #: Folders of a training run.
 _TRAINING = re.compile(
     r"(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
@@ -269,12 +247,8 @@ def _refuse_left_behind(manifest: Manifest) -> None:
 
 
 def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
-    found = {}
-    for name in names:
-        if _SECRET_NAME.search(name):
-            found[name] = "by its name"
-        elif _holds_secret(folder.path / name, name):
-            found[name] = "it holds what looks like a key or a token"
+    reasons = {name: why_secret(folder.path / name, name) for name in names}
+    found = {name: why for name, why in reasons.items() if why}
     if found:
         raise PushError(
             f"{folder.path}: {counted(len(found), 'file', 'looks')} like secrets:\n"
@@ -282,14 +256,6 @@ def _refuse_secrets(folder: Folder, names: Sequence[str]) -> None:
             f"Remove them, or leave them out: {_options('--exclude', found)}. "
             "What is no secret goes up with --include.",
         )
-
-
-def _holds_secret(path: Path, name: str) -> bool:
-    weights = name.endswith((".safetensors", ".gguf")) or _PICKLE.search(name)
-    if weights or _VOCABULARY.search(name) or path.stat().st_size > _LONGEST_TEXT:
-        return False
-    data = path.read_bytes()
-    return b"\0" not in data[:_BEGINNING] and _SECRET_TEXT.search(data) is not None
 
 
 def _refuse_strays(manifest: Manifest, names: Sequence[str]) -> None:

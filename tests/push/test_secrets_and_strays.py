@@ -166,3 +166,21 @@ def test_a_broken_link_is_an_error(hub: HubServer, home: Path, adapter: Path, re
     found = refused(hub, home, "push", adapter, repo)
     assert "notes.txt" in found["message"]
     assert not hub.exists(repo)
+
+
+def test_links_out_of_the_folder_stay_here(
+    hub: HubServer, home: Path, adapter: Path, repo: str, tmp_path: Path
+) -> None:
+    """Left out and named; what the adapter needs is refused, and --include pushes it."""
+    (tmp_path / "outside.txt").write_text("words from elsewhere")
+    for name in ("notes.md", "README.md"):
+        os.symlink("../outside.txt", adapter / name)
+    report = as_json(hub, home, adapter, repo)
+    assert report["left_out"] == ["README.md", "notes.md"]
+    assert [w["code"] for w in report["warnings"]][:2] == ["link-left-out"] * 2
+    assert not [data for data in hub.files(repo).values() if b"elsewhere" in data]
+    os.symlink("../outside.txt", adapter / "tokenizer.json")
+    found = refused(hub, home, "push", adapter, repo)
+    assert "tokenizer.json" in found["message"]
+    as_json(hub, home, adapter, repo, "--include", "tokenizer.json")
+    assert hub.files(repo)["tokenizer.json"] == b"words from elsewhere"

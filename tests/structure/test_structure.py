@@ -165,6 +165,8 @@ def test_text_goes_to_streams_through_two_functions() -> None:
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             call = ast.unparse(node.func)
+            if call == "os.write" and name == "storage.system":  # into files, by position
+                continue
             if call in ("click.echo", "click.secho", "click.style", "os.write", "Console"):
                 wrong.append(f"{name} calls {call}")
             if re.fullmatch(

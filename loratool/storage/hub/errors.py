@@ -5,21 +5,14 @@ from __future__ import annotations
 import errno
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from loratool.errors import HubError, LoginError, LoraToolError, OutputError
 from loratool.storage.hub.address import Address
+from loratool.storage.hub.patience import Unreachable
 from loratool.text import is_printable
-
-
-class Unreachable(HubError):
-    """No answer from the Hub: no network, or HF_HUB_OFFLINE."""
-
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -161,15 +154,6 @@ def _said(error: Exception) -> str:
     """What the Hub gave as reason, in brackets."""
     message = getattr(error, "server_message", None)
     return f" ({str(message).strip().rstrip('.')})" if message else ""
-
-
-def interruptible(call: Callable[[], T]) -> T:
-    """The result of `call`, run in a thread: a Ctrl-C need not wait for transfers under way."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        return pool.submit(call).result()
-    finally:
-        pool.shutdown(wait=False)
 
 
 _quiet = 0

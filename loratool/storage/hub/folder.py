@@ -13,12 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from loratool.errors import FileError, HubError, OutputError, nearest, show_as
 from loratool.storage.folder import CachedFolder, Folder, Location
 from loratool.storage.hub.address import Address, other_reading, parse
-from loratool.storage.hub.errors import Unreachable, explained, interruptible, progress_bars
+from loratool.storage.hub.answers import commit_of, files_of
+from loratool.storage.hub.errors import explained, progress_bars
+from loratool.storage.hub.patience import PatientStream, Unreachable, answered, going_on
 from loratool.storage.staging import recover
 from loratool.storage.stamps import Stamp
 from loratool.words import format_bytes
@@ -106,14 +108,17 @@ def _listing(address: Address) -> tuple[dict[str, int] | None, str, bool]:
 
     try:
         with explained(address):
-            info = HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
+            ask = partial(
+                HfApi().model_info, address.repo, revision=address.revision, files_metadata=True
+            )
+            info = answered(ask, f"the files of {address}")
     except Unreachable:
         commit = _cached_commit(address)
         if commit is None:
             raise
         return None, commit, False
-    sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
-    return sizes, str(info.sha), bool(info.private)
+    sizes = {name: file.size or 0 for name, file in files_of(info, address.repo).items()}
+    return sizes, commit_of(info, address.repo), bool(info.private)
 
 
 def _remember(root: Path, revision: str, commit: str) -> None:
@@ -206,8 +211,13 @@ class HubFolder(Folder):
                 yield found
             return
         size = self._sizes[name]
-        with explained(Address(self.repo, self.commit)), self._stream(name, size) as stream:
-            yield stream, size, None
+        what = f"{name} of {self.repo}"
+        with explained(Address(self.repo, self.commit)):
+            stream = answered(partial(self._stream, name, size), what)
+            try:
+                yield cast(BinaryIO, PatientStream(stream, what)), size, None
+            finally:
+                stream.close()
 
     def _stream(self, name: str, size: int) -> Any:
         from huggingface_hub import HfFileSystem
@@ -239,14 +249,13 @@ class HubFolder(Folder):
         shows = sum(wanted.values()) > _WORTH_A_BAR
         _refuse_full_cache(self._root, sum(wanted.values()))
         with explained(Address(self.repo, self.commit)), progress_bars(shows, wanted):
-            interruptible(
-                partial(
-                    snapshot_download,
-                    self.repo,
-                    revision=self.commit,
-                    allow_patterns=[literal(self._prefix + name) for name in wanted],
-                )
+            download = partial(
+                snapshot_download,
+                self.repo,
+                revision=self.commit,
+                allow_patterns=[literal(self._prefix + name) for name in wanted],
             )
+            going_on(download, f"the files of {self.repo}", self._arrived)
         for name, size in wanted.items():
             found = (self.path / name).stat().st_size if self._is_here(name) else -1
             if found != size:
@@ -260,6 +269,14 @@ class HubFolder(Folder):
 
     def _halves(self) -> Iterator[Path]:
         return self._contents.glob("*.incomplete")
+
+    def _arrived(self) -> int:
+        """Bytes in the cache's store, which grow while a download goes on."""
+        total = 0
+        for path in self._contents.glob("*"):
+            with suppress(OSError):
+                total += path.stat().st_blocks * 512 or path.stat().st_size
+        return total
 
     @property
     def _contents(self) -> Path:

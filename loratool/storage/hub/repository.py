@@ -17,8 +17,10 @@ from typing import Any
 from loratool.errors import HubError
 from loratool.storage.hashing import file_sha256
 from loratool.storage.hub.address import Address
-from loratool.storage.hub.errors import explained, interruptible, logged_in, progress_bars
+from loratool.storage.hub.answers import commit_of, files_of, is_commit
+from loratool.storage.hub.errors import explained, logged_in, progress_bars
 from loratool.storage.hub.folder import literal
+from loratool.storage.hub.patience import COMMIT, answered, going_on, limit_uploads
 
 #: Files up to this size, but for weights, are held from the look at them until they are sent.
 _HELD = 5_000_000
@@ -89,6 +91,7 @@ class Repository:
         self.address = Address(repo, revision)
         self.repo, self.revision = repo, revision
         self.api = HfApi()
+        limit_uploads()
         #: What `look` saw: the commit, "" where there is none yet, and its files' hashes.
         self.head = ""
         self.files: dict[str, str] = {}
@@ -121,19 +124,22 @@ class Repository:
                 if not logged_in():
                     raise
                 return {}
-        self.exists, self.private, self.head = True, bool(info.private), str(info.sha)
+        self.exists, self.private, self.head = True, bool(info.private), commit_of(info, self.repo)
         self.files = {
-            f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or []
+            name: str((file.lfs.sha256 if file.lfs else file.blob_id) or "")
+            for name, file in files_of(info, self.repo).items()
         }
         return self.files
 
     def _info(self, revision: str) -> Any:
-        return self.api.model_info(self.repo, revision=revision, files_metadata=True)
+        ask = partial(self.api.model_info, self.repo, revision=revision, files_metadata=True)
+        return answered(ask, f"the files of {self.repo}")
 
     def read(self, name: str) -> bytes:
         """A file as it is at the commit that `look` saw."""
         with self._talking(), progress_bars(False):
-            path = self.api.hf_hub_download(self.repo, name, revision=self.head)
+            read = partial(self.api.hf_hub_download, self.repo, name, revision=self.head)
+            path = answered(read, f"{name} of {self.repo}")
         return Path(path).read_bytes()
 
     def create(self, private: bool) -> None:
@@ -145,13 +151,18 @@ class Repository:
             if self.revision.startswith("refs/"):
                 raise HubError(f"{self.repo} is not there, so it has no {self.revision}.", "")
             with self._talking():
-                self.api.create_repo(self.repo, private=private or None)
-                info = self.api.model_info(self.repo)
-            self.exists, self.private, self.head = True, bool(info.private), str(info.sha)
+                make = partial(self.api.create_repo, self.repo, private=private or None)
+                answered(make, f"a new repository {self.repo}")
+                info = self._info("main")
+                head = commit_of(info, self.repo)
+            self.exists, self.private, self.head = True, bool(info.private), head
             self.new_branch = self.revision != "main"
         if self.new_branch:
             with self._talking():
-                self.api.create_branch(self.repo, branch=self.revision, revision=self.head)
+                branch = partial(
+                    self.api.create_branch, self.repo, branch=self.revision, revision=self.head
+                )
+                answered(branch, f"a new branch {self.revision} of {self.repo}")
             self.new_branch = False
 
     def commit(
@@ -176,12 +187,11 @@ class Repository:
         branch = None if self.revision == "main" else self.revision
         try:
             with self._talking(), progress_bars(not quiet, (upload.name for upload in uploads)):
-                interruptible(
-                    partial(
-                        self.api.preupload_lfs_files, self.repo, adds,
-                        revision=branch, create_pr=create_pr, free_memory=False,
-                    )
+                send = partial(
+                    self.api.preupload_lfs_files, self.repo, adds,
+                    revision=branch, create_pr=create_pr, free_memory=False,
                 )  # fmt: skip
+                going_on(send, f"an upload to {self.repo}")
         except HubError:
             _refuse_changed(uploads)  # the storage refuses what has another hash than announced
             raise
@@ -189,10 +199,12 @@ class Repository:
         before = self.head
         try:
             with self._talking():
-                done = self.api.create_commit(
+                commit = partial(
+                    self.api.create_commit,
                     self.repo, [*copies, *adds], commit_message=message, revision=branch,
                     create_pr=create_pr, parent_commit=before or None,
                 )  # fmt: skip
+                done = answered(commit, f"a commit to {self.repo}", COMMIT)
         except HubError:
             # The answer may be what got lost, not the commit.
             if create_pr or not self._holds(uploads, copied) or self.head == before:
@@ -203,11 +215,12 @@ class Repository:
         # An unanswered check does not void the commit.
         if self._holds(uploads, copied) is False:
             raise HubError(
-                f"{self.repo}: the commit {done.oid} does not hold what was sent.",
+                f"{self.repo}: the commit {str(done.oid)[:40]} does not hold what was sent.",
                 "A .gitignore in the repository may forbid some files, or somebody else committed "
                 "right after it; look at its files.",
             )
-        self.head = str(done.oid)
+        if is_commit(done.oid):
+            self.head = str(done.oid)
         return Committed(str(done.pr_url or self.url), self.head, str(done.pr_url or ""))
 
     def upload_many(self, folder: Path, uploads: Sequence[Upload], message: str) -> None:
@@ -221,7 +234,7 @@ class Repository:
                 repo_id=self.repo, folder_path=folder, commit_message=message,
                 revision=self.revision, allow_patterns=[literal(u.name) for u in uploads],
             )  # fmt: skip
-            interruptible(upload)
+            going_on(upload, f"an upload to {self.repo}")
         there = self.look()
         wrong = [u.name for u in uploads if not u.is_as(there.get(u.name, ""))]
         if wrong:
@@ -244,7 +257,8 @@ class Repository:
     def drop(self) -> None:
         """Remove the branch."""
         with self._talking():
-            self.api.delete_branch(self.repo, branch=self.revision)
+            drop = partial(self.api.delete_branch, self.repo, branch=self.revision)
+            answered(drop, f"the end of its branch {self.revision}")
 
     @property
     def url(self) -> str:

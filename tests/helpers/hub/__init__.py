@@ -45,6 +45,9 @@ Faults:
         many body bytes of the response were sent, or, for PUT and POST, of the request read;
         side="response" on a POST carries it out and then loses the answer; reset=True ends with
         RST in place of FIN. A body that is not longer than `after` is not cut and uses up nothing.
+    hub.hang(pattern, after=-1, times=99)    never answer, or with `after` no further than so many
+        bytes of the body
+    hub.answer(pattern, body, times=1, method=, headers=, status=)    answer with this body instead
     hub.on(pattern, callback, method=None)    call once, before the matching request is answered
 
 A mistake in this server answers 500 and is raised again when the `with` block ends.

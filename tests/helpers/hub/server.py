@@ -172,6 +172,16 @@ class HubServer:
     def on(self, pattern: str, callback: Callable[[], object], method: str | None = None) -> None:
         self.rules.append(Rule("call", pattern, method, callback=callback))
 
+    def answer(
+        self, pattern: str, body: bytes, times: int = 1, method: str | None = None,
+        headers: dict[str, str] | None = None, status: int = 200,
+    ) -> None:  # fmt: skip
+        rule = Rule("answer", pattern, method, times, status, headers or {}, body=body)
+        self.rules.append(rule)
+
+    def hang(self, pattern: str, after: int = -1, times: int = 99) -> None:
+        self.rules.append(Rule("hang", pattern, None, times, after=after))
+
     def rule(self, kind: str, record: Record) -> Rule | None:
         return next((r for r in list(self.rules) if r.matches(kind, record)), None)
 

@@ -35,6 +35,7 @@ class Rule:
     after: int = 0
     side: str | None = None
     reset: bool = False
+    body: bytes = b""
     callback: Callable[[], object] | None = None
 
     def matches(self, kind: str, record: Record) -> bool:

@@ -85,6 +85,12 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.hub.rule("fail", self.record)
             if fault and self.hub.take(fault):
                 raise Refusal(fault.status, fault.message, headers=fault.headers)
+            hang = self.hub.rule("hang", self.record)
+            if hang and hang.after < 0:
+                self.wait()
+            odd = self.hub.rule("answer", self.record)
+            if odd and self.hub.take(odd):
+                return self.reply(odd.status, [odd.body], len(odd.body), dict(odd.headers))
             self.dispatch()
         except Refusal as refusal:
             self.json(refusal.body, refusal.status, refusal.headers)
@@ -161,9 +167,21 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.send_body(body, length)
 
+    def wait(self) -> None:
+        """Say nothing for as long as the client stays."""
+        self.connection.settimeout(30)
+        with contextlib.suppress(OSError):
+            while self.connection.recv(1024):
+                pass
+        raise Dropped
+
     def send_body(self, body: Iterable[bytes], length: int) -> None:
         rule = self.hub.cut_rule("response", self.record)
+        hang = self.hub.rule("hang", self.record)
         for piece in body:
+            if hang and hang.after < self.record.sent + len(piece):
+                self.send_piece(piece[: hang.after])
+                self.wait()
             room = rule.after - self.record.sent if rule else len(piece)
             if rule and room < len(piece) and self.hub.take(rule):
                 self.send_piece(piece[:room])

@@ -39,7 +39,7 @@ _LEGACY_PROTOCOL = 1001
 #: and its last element, and experts that lie interleaved do so hundreds of times.
 _MOST_REPEATS = 8
 _MOST_READS = 256
-_SMALL = 32_000_000
+_SMALL = 8_000_000
 
 
 class _Contents(NamedTuple):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.storage import pickles
 from loratool.storage.bounded import Cursor, Malformed
 from loratool.storage.pickles import Refused, load
 from loratool.storage.statedict import Descriptions
@@ -108,6 +109,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "mark-missing": (P + b"Nt.", "stack"),
     "memo-missing": (P + b"h\x05.", "memo"),
     "memo-of-nothing": (P + b"q\x00.", "stack"),
+    "marks-without-end": (P + b"(" * 10_001 + b".", "too deep"),
     "opcode-unknown": (P + b"\xfe.", "opcode fe"),
     "extension": (P + b"\x82\x01.", "opcode 82"),
     "instance": (P + b"(ios\nsystem\n.", "opcode 69"),
@@ -176,6 +178,14 @@ def test_what_is_no_plain_pickle_has_a_reason(case: str) -> None:
     """Each contradiction and each wish for more is refused in words, whatever comes before it."""
     data, words = WRONG[case]
     assert words in reason(data)
+
+
+def test_a_pickle_of_too_many_opcodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each opcode makes one object at most; their number is bounded."""
+    assert read(P + b"N" * 98 + b".") is None
+    monkeypatch.setattr(pickles, "_MOST_OPCODES", 100)
+    assert read(P + b"N" * 98 + b".") is None
+    assert "more than 100 opcodes" in reason(P + b"N" * 99 + b".")
 
 
 def _long(opcode: bytes, size: int) -> bytes:

@@ -275,6 +275,7 @@ def names(folder: Path, chance: random.Random, share: float) -> Iterator[str]:
     """Random characters, control characters among them, in names of tensors and in configs."""
     odd = [chr(i) for i in (*range(32), *range(127, 160), 0x202E, 0x2066, 0x200B, 0x2028, 0xE0041)]
     for _ in range(round(400 * share)):
+
         def text() -> str:
             common = (chr(chance.randrange(32, 0xD800)) for _ in range(8))
             mixed = [*chance.sample(odd, 6), *common, "[red]", "\\", "\x1b[31m", "\x1b]0;x\x07"]
@@ -351,7 +352,11 @@ def main() -> int:
               f"{campaign.seconds:.0f} s", file=sys.stderr)  # fmt: skip
     lines = ["| what was done | tried | held | what held means |", "|---|--:|--:|---|"]
     lines += [f"| {c.name} | {c.tried:,} | {c.tried - len(c.wrong):,} | {c.held} |" for c in chosen]
-    text = f"{machine(Path.cwd())}, numpy {np.__version__}; seed {asked.seed}.\n\n" + "\n".join(lines) + "\n"
+    text = (
+        f"{machine(Path.cwd())}, numpy {np.__version__}; seed {asked.seed}.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
     print(text)
     if asked.write:
         page = ROOT / "docs" / "reliability.md"

@@ -14,6 +14,7 @@ from loratool.publishing.target import target_of
 from loratool.storage.destination import explain
 from loratool.storage.hub.folder import not_there
 from loratool.storage.links import open_own
+from loratool.storage.stamps import changed_file
 from loratool.verbs.inputs import check_paths
 
 #: Seconds that the licence of the base is looked up for.
@@ -62,19 +63,21 @@ def card(
     if not folder.is_dir():
         raise FileError(f"{path}: no such directory.", "Give an adapter's or a model's directory.")
     target = folder / README
-    with explained_os_errors():
-        text = _card_there(target)
-        repo = target_of(repo_id) if repo_id else None
-        made, fate, notices = card_of(folder, text, repo, base, _PATIENCE)
+    text = _card_there(target)
+    repo = target_of(repo_id) if repo_id else None
+    made, fate, notices = card_of(folder, text, repo, base, _PATIENCE)
     if not dry_run and fate != "kept":
         # Replaced in one step: a card that somebody wrote must not be lost half-way.
         draft = target.with_name(f".{README}.loratool-{os.getpid()}")
         try:
             draft.write_bytes(made.encode())
+            if _card_there(target) != text:
+                raise changed_file(target)
             os.replace(draft, target)
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise explain(error, target) from error
+        finally:
+            draft.unlink(missing_ok=True)
     return CardReport(str(target), fate, dry_run, made, notices)
 
 

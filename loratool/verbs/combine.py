@@ -134,34 +134,32 @@ def combine(
     )  # fmt: skip
     chosen, criterion = options.check(), options.criterion
     target = Path(output)
-    with explained_os_errors():
-        check_output(target, [Path(s) for s in sources], overwrite)
-        loras = [read_lora(source) for source in sources]
-        check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
-        if not any(factors):
-            raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
-        joined = join(loras, factors, "combined")
-        settle(joined, saved)
-        joined.notices += note_slips(loras, factors)
-        code = output_dtype(joined, dtype)
-        options = replace(options, dtype=dtype_name(code))
-        if chosen.cuts and not criterion.given:
-            criterion = Criterion(rank=_largest_rank(joined))
-        settings = Settings(
-            "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed, criterion
+    check_output(target, [Path(s) for s in sources], overwrite)
+    loras = [read_lora(source) for source in sources]
+    check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
+    if not any(factors):
+        raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
+    joined = join(loras, factors, "combined")
+    settle(joined, saved)
+    joined.notices += note_slips(loras, factors)
+    code = output_dtype(joined, dtype)
+    options = replace(options, dtype=dtype_name(code))
+    if chosen.cuts and not criterion.given:
+        criterion = Criterion(rank=_largest_rank(joined))
+    settings = Settings(
+        "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed, criterion
+    )
+    recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
+    with FilePool() as files:
+        work = (
+            partial(recipe.combine, path, parts, files) for path, parts in joined.modules.items()
         )
-        recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
-        with FilePool() as files:
-            work = (
-                partial(recipe.combine, path, parts, files)
-                for path, parts in joined.modules.items()
-            )
-            done, nbytes = write_adapter(
-                joined, work, target, code,
-                {"command": "combine", "options": options.to_dict()}, RankPolicy(recipe.uniform),
-                replace(run, threads=few(threads)) if chosen.is_dense else run,
-                _why_zero(chosen, settings.density),
-            )  # fmt: skip
+        done, nbytes = write_adapter(
+            joined, work, target, code,
+            {"command": "combine", "options": options.to_dict()}, RankPolicy(recipe.uniform),
+            replace(run, threads=few(threads)) if chosen.is_dense else run,
+            _why_zero(chosen, settings.density),
+        )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
         text = f"The result has rank {done.rank}, less than the {rank} asked for; nothing was cut."

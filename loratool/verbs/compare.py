@@ -126,33 +126,32 @@ def compare(
         )
     factors = check_weights(weights, sources)
     check_sizes(factors)
-    with explained_os_errors():
-        loras = [read_lora(source) for source in sources]
-        joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
-        joined.notices += [
-            notice
-            for lora, factor in zip(loras, factors, strict=True)
-            if factor != 1
-            for notice in note_scales(lora, factor)
-        ]
-        paths = selected(list(joined.modules), layers, include)
-        targets = BaseWeights(base, loras, as_texts(components)) if base is not None else None
-        modules = []
-        with FilePool() as files:
-            work = (
-                partial(_compare_module, path, joined.modules[path], factors, files, targets)
-                for path in paths
-            )
-            for found in computed(work, few(run.threads) if targets else run.threads):
-                modules.append(found)
-                if run.progress is not None:
-                    run.progress(len(modules), len(paths), found.module.path)
-        beside: dict[tuple[int, int], list[str]] = {}
-        if layers is None and not include:
-            for i, j in itertools.combinations(range(len(loras)), 2):
-                beside[i, j] = unequal(loras[i], loras[j], tolerance)
-        for lora in loras:
-            lora.folder.refuse_changed()
+    loras = [read_lora(source) for source in sources]
+    joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
+    joined.notices += [
+        notice
+        for lora, factor in zip(loras, factors, strict=True)
+        if factor != 1
+        for notice in note_scales(lora, factor)
+    ]
+    paths = selected(list(joined.modules), layers, include)
+    targets = BaseWeights(base, loras, as_texts(components)) if base is not None else None
+    modules = []
+    with FilePool() as files:
+        work = (
+            partial(_compare_module, path, joined.modules[path], factors, files, targets)
+            for path in paths
+        )
+        for found in computed(work, few(run.threads) if targets else run.threads):
+            modules.append(found)
+            if run.progress is not None:
+                run.progress(len(modules), len(paths), found.module.path)
+    beside: dict[tuple[int, int], list[str]] = {}
+    if layers is None and not include:
+        for i, j in itertools.combinations(range(len(loras)), 2):
+            beside[i, j] = unequal(loras[i], loras[j], tolerance)
+    for lora in loras:
+        lora.folder.refuse_changed()
     differing_beside = [
         f"{letter(i)}–{letter(j)} {line}"
         for (i, j), lines in beside.items()

@@ -103,10 +103,9 @@ def extract(
     )  # fmt: skip
     options.check(dry_run)
     target = Path(output) if output else None
-    with explained_os_errors():
-        if target is not None:
-            check_output(target, [Path(base), Path(tuned)], overwrite)
-        before, after = open_checkpoint(base), open_checkpoint(tuned)
+    if target is not None:
+        check_output(target, [Path(base), Path(tuned)], overwrite)
+    before, after = open_checkpoint(base), open_checkpoint(tuned)
     _refuse_same(before, after)
     if target is not None:
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
@@ -132,7 +131,7 @@ def extract(
     # Full decompositions hold several dense matrices, and a GPU's memory is one.
     count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}
-    with explained_os_errors(), FilePool() as files, Workers(count) as workers:
+    with FilePool() as files, Workers(count) as workers:
         work = Extraction(
             files, workers, FACTOR_DTYPES[dtype], where, seed, exact, keep_noise, advance
         )

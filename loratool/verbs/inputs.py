@@ -10,6 +10,7 @@ import numpy as np
 
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
+from loratool.storage.staging import recover
 from loratool.words import counted
 
 Source = str | Path
@@ -28,11 +29,16 @@ def as_texts(given: str | Sequence[str]) -> list[str]:
 
 
 def check_paths(paths: Sequence[Source], adapters: Sequence[Source], usage: str) -> None:
-    """Raise UsageError for an empty path and for no adapter at all."""
+    """Raise UsageError for an empty path and for no adapter at all.
+
+    What a run that died had moved aside at one of the paths is put back.
+    """
     if not all(str(path) for path in (*paths, *adapters)):
         raise UsageError("A path is empty.", "Check the variables in your command.")
     if not adapters:
         raise UsageError("No adapter given.", usage)
+    for path in (*paths, *adapters):
+        recover(Path(path))
 
 
 def parse_bytes(size: int | str) -> int:

@@ -160,10 +160,9 @@ def inspect(
     check_paths([source], [source], "loratool inspect SOURCE")
     if components and base is None:
         raise UsageError("--components are parts of a base.", "Add --base BASE.")
-    with explained_os_errors():
-        adapter = read_adapter(source)
-        if spectrum or norms or adapter.nbytes <= SMALL:
-            adapter.fetch()
+    adapter = read_adapter(source)
+    if spectrum or norms or adapter.nbytes <= SMALL:
+        adapter.fetch()
     measured = adapter.is_here
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
@@ -199,8 +198,7 @@ def inspect(
                 "a base.",
                 "Omit --base.",
             )
-        with explained_os_errors():
-            _add_base(report, adapter, base, norms, as_texts(components))
+        _add_base(report, adapter, base, norms, as_texts(components))
     adapter.folder.refuse_changed()
     return report
 

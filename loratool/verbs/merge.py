@@ -183,13 +183,12 @@ def merge(
             from loratool.publishing.shard_upload import space_needed
 
             report.bytes_needed = space_needed(plan) + side_files.nbytes
-    with explained_os_errors():
-        for adapter in plan.adapters:
-            refuse_not_finite(adapter)
-        report.warnings += note_slips(plan.adapters, factors)
-        report.warnings += note_doing_nothing(plan.adapters, factors)
-        if not again:
-            refuse_held(plan.base, plan.adapters)
+    for adapter in plan.adapters:
+        refuse_not_finite(adapter)
+    report.warnings += note_slips(plan.adapters, factors)
+    report.warnings += note_doing_nothing(plan.adapters, factors)
+    if not again:
+        refuse_held(plan.base, plan.adapters)
     if dry_run:
         report.range_loss = sample_range_loss(plan)
         if reversible:
@@ -222,10 +221,9 @@ def _planned(
     overwrite: Overwrite,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
-    with explained_os_errors():
-        check_output(target, [Path(base), *map(Path, adapters)], overwrite)
-        checkpoint = open_checkpoint(base)
-        loras = [read_lora(source) for source in adapters]
+    check_output(target, [Path(base), *map(Path, adapters)], overwrite)
+    checkpoint = open_checkpoint(base)
+    loras = [read_lora(source) for source in adapters]
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))

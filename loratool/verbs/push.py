@@ -117,15 +117,13 @@ def push(
     check_paths([path], [path], "loratool push PATH REPO_ID")
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr opens a pull request against main.", "Omit one of the two.")
-    with explained_os_errors():
-        manifest = pack(Path(path), include, exclude)
+    manifest = pack(Path(path), include, exclude)
     target = open_target(repo_id, private, dry_run, revision)
     there = target.files
-    with explained_os_errors():
-        uploads = _hashed(manifest)
-        card, made, said = card_upload(
-            manifest.folder.path, target, manifest.files, README in include, base
-        )
+    uploads = _hashed(manifest)
+    card, made, said = card_upload(
+        manifest.folder.path, target, manifest.files, README in include, base
+    )
     uploads = [*(u for u in uploads if u.name != README), card]
     files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]
     report = PushReport(

@@ -116,30 +116,29 @@ def resize(
             "No rank given.", "Say how much to keep: --rank 8, --energy 0.99 or --sv-ratio 10."
         )
     target = Path(output)
-    with explained_os_errors():
-        check_output(target, [Path(adapter)], overwrite)
-        lora = read_lora(adapter)
-        check_output(target, [path.resolve() for path in lora.files], overwrite)
-        joined = join([lora], [1.0], "resized", with_dora=True)
-        settle(joined, "refuse")
-        code = output_dtype(joined, dtype)
-        shapes = {m.path: m.shape for m in lora.modules.values()}
-        options = {
-            "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
-            "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
-            "patterns": patterns, "dtype": dtype_name(code),
-        }  # fmt: skip
-        whole = not patterns and rank is None
-        with FilePool() as files:
-            work = (
-                partial(_resize, path, parts, files, criterion, whole)
-                for path, parts in joined.modules.items()
-            )
-            done, nbytes = write_adapter(
-                joined, work, target, code,
-                {"command": "resize", "options": options},
-                RankPolicy(not patterns, least=rank or 1, multiple=pad_to or 1), run,
-            )  # fmt: skip
+    check_output(target, [Path(adapter)], overwrite)
+    lora = read_lora(adapter)
+    check_output(target, [path.resolve() for path in lora.files], overwrite)
+    joined = join([lora], [1.0], "resized", with_dora=True)
+    settle(joined, "refuse")
+    code = output_dtype(joined, dtype)
+    shapes = {m.path: m.shape for m in lora.modules.values()}
+    options = {
+        "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
+        "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
+        "patterns": patterns, "dtype": dtype_name(code),
+    }  # fmt: skip
+    whole = not patterns and rank is None
+    with FilePool() as files:
+        work = (
+            partial(_resize, path, parts, files, criterion, whole)
+            for path, parts in joined.modules.items()
+        )
+        done, nbytes = write_adapter(
+            joined, work, target, code,
+            {"command": "resize", "options": options},
+            RankPolicy(not patterns, least=rank or 1, multiple=pad_to or 1), run,
+        )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None:
         notices += note_too_wide(rank, shapes) or _note_zeros(lora, done.rank)

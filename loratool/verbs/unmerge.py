@@ -140,27 +140,25 @@ def unmerge(
         check_dtype(dtype)
     factors = check_weights(weights, sources) if weights else None
     target = Path(output)
-    with explained_os_errors():
-        originals = [Path(base)] if base is not None else []
-        check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
-        checkpoint = open_checkpoint(merged)
-        loras = [read_lora(source) for source in sources]
-        checkpoint.fetch()
-        checkpoint.folder.fetch([PROVENANCE])
-        fetch_undo(checkpoint.folder)
-        record = read_record(checkpoint.directory) if checkpoint.is_directory else None
-        undo = None if subtract else open_undo(checkpoint, record)
-        inputs = [
-            path.resolve()
-            for path in (*checkpoint.files, *(path for a in loras for path in a.files))
-        ]
-        check_output(target, inputs, overwrite)
-        for lora in loras:
-            refuse_not_finite(lora)
-        known = loras, factors or [1.0] * len(loras), list[Merged]()
-        if record is not None:
-            known = _recognised(checkpoint, loras, factors, undo is not None)
-        request = _Request(checkpoint, record or {}, *known, target, run)
+    originals = [Path(base)] if base is not None else []
+    check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
+    checkpoint = open_checkpoint(merged)
+    loras = [read_lora(source) for source in sources]
+    checkpoint.fetch()
+    checkpoint.folder.fetch([PROVENANCE])
+    fetch_undo(checkpoint.folder)
+    record = read_record(checkpoint.directory) if checkpoint.is_directory else None
+    undo = None if subtract else open_undo(checkpoint, record)
+    inputs = [
+        path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
+    ]
+    check_output(target, inputs, overwrite)
+    for lora in loras:
+        refuse_not_finite(lora)
+    known = loras, factors or [1.0] * len(loras), list[Merged]()
+    if record is not None:
+        known = _recognised(checkpoint, loras, factors, undo is not None)
+    request = _Request(checkpoint, record or {}, *known, target, run)
     if undo is not None:
         report = _restore(request, undo, base, dtype)
     else:

@@ -91,33 +91,32 @@ def verify(
     check_paths([merged, base], sources, "loratool verify MERGED --base BASE ADAPTER")
     run = Run(threads, progress)
     factors = check_weights(weights, sources)
-    with explained_os_errors():
-        original = open_checkpoint(base)
-        chosen = as_texts(components) or _recorded_components(merged)
-        loras = [read_lora(source) for source in sources]
-        plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
-        plan.notices += note_other_base(original, loras)
-        for lora in loras:
-            refuse_not_finite(lora)
-        report = _report(plan, merged)
-        try:
-            model = open_checkpoint(merged)
-            original.fetch()
-            model.fetch()
-        except TruncatedError as error:
-            report.summary = [error.message.rstrip(".")]
-        else:
-            refuse_quantised(model, "model to verify", _QUANTISED)
-            found = pair_up(plan, model)
-            report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
-            stats = measure(found.pairs, run)
-            findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
-            findings = look_for_base(findings, found.pairs, plan, run)
-            findings = look_for_adapters(findings, found.pairs, stats, plan, run)
-            _conclude(report, [*findings, *found.findings], stats)
-            report.warnings += model.notices + found.notices
-            plan.refuse_changed()
-            model.folder.refuse_changed()
+    original = open_checkpoint(base)
+    chosen = as_texts(components) or _recorded_components(merged)
+    loras = [read_lora(source) for source in sources]
+    plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
+    plan.notices += note_other_base(original, loras)
+    for lora in loras:
+        refuse_not_finite(lora)
+    report = _report(plan, merged)
+    try:
+        model = open_checkpoint(merged)
+        original.fetch()
+        model.fetch()
+    except TruncatedError as error:
+        report.summary = [error.message.rstrip(".")]
+    else:
+        refuse_quantised(model, "model to verify", _QUANTISED)
+        found = pair_up(plan, model)
+        report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
+        stats = measure(found.pairs, run)
+        findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
+        findings = look_for_base(findings, found.pairs, plan, run)
+        findings = look_for_adapters(findings, found.pairs, stats, plan, run)
+        _conclude(report, [*findings, *found.findings], stats)
+        report.warnings += model.notices + found.notices
+        plan.refuse_changed()
+        model.folder.refuse_changed()
     report.seconds = time.perf_counter() - started
     return report
 

@@ -21,7 +21,6 @@ from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.answers import commit_of, files_of
 from loratool.storage.hub.errors import explained, progress_bars
 from loratool.storage.hub.patience import PatientStream, Unreachable, answered, going_on
-from loratool.storage.staging import recover
 from loratool.storage.stamps import Stamp
 from loratool.words import format_bytes
 
@@ -39,7 +38,6 @@ def locate(source: str | Path) -> Location:
     Raises FileError, HubError and LoginError for what is not found, naming both readings.
     """
     path = Path(source)
-    recover(path)
     address = parse(str(source)) if isinstance(source, str) else None
     if address is None or os.path.lexists(path):
         return (

@@ -21,6 +21,7 @@ from loratool.storage.hub.answers import commit_of, files_of, is_commit
 from loratool.storage.hub.errors import explained, logged_in, progress_bars
 from loratool.storage.hub.folder import literal
 from loratool.storage.hub.patience import COMMIT, answered, going_on, limit_uploads
+from loratool.storage.stamps import Stamp, stamp_of
 
 #: Files up to this size, but for weights, are held from the look at them until they are sent.
 _HELD = 5_000_000
@@ -30,8 +31,7 @@ _HELD = 5_000_000
 class Upload:
     """A file to upload: its name in the repository, its content as a path or as bytes.
 
-    `sha256` is known for files on the disk; it was taken when they had `stamp` (size and time of
-    change in ns) at `path`.
+    `sha256` is known for files on the disk; it was taken when they had `stamp` at `path`.
     """
 
     name: str
@@ -39,18 +39,17 @@ class Upload:
     nbytes: int
     sha256: str = ""
     path: Path | None = None
-    stamp: tuple[int, int] = (0, 0)
+    stamp: Stamp | None = None
 
     @classmethod
     def of_file(cls, name: str, path: Path, sha256: str = "") -> Upload:
         """A file with its hash, taken now if it is not known."""
-        found = path.stat()
-        stamp = found.st_size, found.st_mtime_ns
+        stamp = stamp_of(path)
         content: Path | bytes = path
-        if found.st_size <= _HELD and path.suffix != ".safetensors":
+        if stamp.nbytes <= _HELD and path.suffix != ".safetensors":
             content = path.read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
-        return cls(name, content, found.st_size, sha256 or file_sha256(path), path, stamp)
+        return cls(name, content, stamp.nbytes, sha256 or file_sha256(path), path, stamp)
 
     @property
     def has_changed(self) -> bool:
@@ -58,10 +57,9 @@ class Upload:
         if self.path is None:
             return False
         try:
-            now = self.path.stat()
+            return stamp_of(self.path) != self.stamp
         except FileNotFoundError:
             return True
-        return (now.st_size, now.st_mtime_ns) != self.stamp
 
     def is_as(self, remote: str) -> bool:
         """Whether the Hub's hash of a file, sha256 or git's sha1, is that of this content."""

@@ -60,7 +60,7 @@ def on_terminal(*arguments: object, code: str = _ON_A_TERMINAL) -> tuple[int, st
     assert done.code == 0, done.err
     ended, _, seen = done.out.partition(" ")
     screen = eval(seen).decode()
-    assert "35;41m" not in screen.replace(r"\x1b[35;41m", "").replace(r"\x9b35;41m", "")
+    assert "35;41m" not in re.sub(r"\\x1b\[35;41m|\\u001b\[35;41m|\\x9b35;41m", "", screen)
     text = _RICH.sub("", screen)
     for line in text.split("\n"):
         assert is_printable(line), repr(line)

@@ -228,7 +228,7 @@ def test_old_output_put_back_stops_the_next_run_at_its_start(tmp_path: Path) -> 
     (tmp_path / ".out.loratool-replaced-123").mkdir()
     (tmp_path / ".out.loratool-replaced-123" / "model.safetensors").write_bytes(b"old")
     asked: list[int] = []
-    with pytest.raises(LoraToolError, match="appeared"):
+    with pytest.raises(LoraToolError, match="exists"):
         loratool.merge(
             base, adapter, tmp_path / "out", progress=lambda done, total, name: asked.append(done)
         )

@@ -8,6 +8,9 @@ from typing import Any
 from loratool.errors import HubError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+#: What is in no name that a system, a terminal or the Hub takes: control characters, halves of
+#: characters, and what Windows takes for a slash.
+_NO_NAME = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\\\]")
 #: Larger files, longer names and more of them are on no Hub.
 _LARGEST, _LONGEST, _MOST = 1 << 50, 2_000, 2_000_000
 
@@ -43,7 +46,7 @@ def files_of(info: Any, repo: str) -> dict[str, Any]:
 
 def _is_place(name: object) -> bool:
     """Whether it can be a file in a folder, whatever the folder."""
-    if not isinstance(name, str) or len(name) > _LONGEST or not name.isprintable() or "\\" in name:
+    if not isinstance(name, str) or len(name) > _LONGEST or _NO_NAME.search(name):
         return False
     return all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
 

@@ -218,6 +218,17 @@ def edited(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
+def outcome(path: Path, read: Callable[[Path], None]) -> str:
+    """ "" where a file is read, or refused in words."""
+    try:
+        read(path)
+    except LoraToolError:
+        return ""
+    except Exception as error:
+        return f"{path.read_bytes()!r}: {type(error).__name__}: {error}"
+    return ""
+
+
 def headers(folder: Path, chance: random.Random, share: float) -> Iterator[str]:
     """Mutated safetensors files; the length at the beginning is mended in half of them."""
     path = folder / "x.safetensors"
@@ -228,15 +239,12 @@ def headers(folder: Path, chance: random.Random, share: float) -> Iterator[str]:
         head = edited(content[8:end], chance) if number % 2 else edited(content[:end], chance)
         data = len(head).to_bytes(8, "little") + head if number % 2 else head
         path.write_bytes(data + content[end:])
-        try:
-            found = read_header(path)[0]
-            reference = dict(deserialize(path.read_bytes()))
-            wrong = "" if found.keys() == reference.keys() else "other tensors than safetensors"
-        except LoraToolError:
-            wrong = ""
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        yield wrong and f"{path.read_bytes()!r}: {wrong}"
+        yield outcome(path, _as_the_reference)
+
+
+def _as_the_reference(path: Path) -> None:
+    found = read_header(path)[0]
+    assert found.keys() == dict(deserialize(path.read_bytes())).keys(), "other tensors"
 
 
 def pickles(folder: Path, chance: random.Random, share: float) -> Iterator[str]:
@@ -259,16 +267,13 @@ def pickles(folder: Path, chance: random.Random, share: float) -> Iterator[str]:
                     archive.writestr(name, data)
         else:
             path.write_bytes(edited(kinds[number % 4 == 0], chance))
-        try:
-            for info in read_pickled(path)[0].values():
-                if info.numel < 1000:
-                    read_raw(info)
-            wrong = ""
-        except LoraToolError:
-            wrong = ""
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"
-        yield wrong and f"{path.read_bytes()!r}: {wrong}"
+        yield outcome(path, _every_tensor)
+
+
+def _every_tensor(path: Path) -> None:
+    for info in read_pickled(path)[0].values():
+        if info.numel < 1000:
+            read_raw(info)
 
 
 def names(folder: Path, chance: random.Random, share: float) -> Iterator[str]:

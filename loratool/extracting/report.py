@@ -172,7 +172,7 @@ def report_of(
         best_error=math.sqrt(least / energy) if known else None,
         noise=_noise(held.factors),
         rounding=math.sqrt(rounded / kept) if kept and dtype != "float32" else None,
-        bytes_tuned=sum(p.stat().st_size for p in tuned.files),
+        bytes_tuned=tuned.folder.nbytes_of(tuned.files),
         bytes_written=held.nbytes,
         held_by_rank=_held_by_rank(held) if known else {},
         verified=held.verified,

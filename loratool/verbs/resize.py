@@ -157,7 +157,7 @@ def resize(
         kept=done.kept,
         error=done.error,
         rounding=done.rounding,
-        bytes_before=sum(path.stat().st_size for path in lora.files),
+        bytes_before=lora.folder.nbytes_of(lora.files),
         bytes_written=nbytes,
         warnings=notices,
         seconds=time.perf_counter() - started,

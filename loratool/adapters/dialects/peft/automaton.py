@@ -21,7 +21,7 @@ from typing import Any
 _PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 #: What a state of a pattern, which stays in memory, costs in steps.
-_STATE = 60
+_STATE = 100
 #: Sizes of all sets of states that are remembered for one pattern.
 _MOST_REMEMBERED = 500_000
 

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import machine  # noqa: E402
 from helpers import faults, forked  # noqa: E402
-from helpers.files import random_of, small_lora, small_state, write_base  # noqa: E402
+from helpers.files import random_of, read_pickled, small_lora, small_state, write_base  # noqa: E402
 from helpers.outcomes import beside, sha256s  # noqa: E402
 from safetensors import deserialize  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -37,7 +37,6 @@ from safetensors.torch import save_file  # noqa: E402
 import loratool  # noqa: E402
 from loratool.errors import LoraToolError  # noqa: E402
 from loratool.storage.header import read_header  # noqa: E402
-from loratool.storage.torchfile import read_pickled  # noqa: E402
 from loratool.storage.values import read_raw  # noqa: E402
 from loratool.text import is_printable  # noqa: E402
 

@@ -1,10 +1,10 @@
-"""Module paths: folded to names with ranges, chosen by layer number, glob and kind."""
+"""Module paths: folded to names with ranges, chosen by layer, glob and kind, and their ends."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from loratool.errors import UsageError
 
@@ -20,6 +20,14 @@ def pattern(path: str) -> str:
 def numbers_of(path: str) -> list[int]:
     """The numbers of a path, in their order."""
     return [int(number) for number in _NUMBER.findall(path)]
+
+
+def dotted_ends(path: str) -> Iterator[str]:
+    """A path, and what of it follows each of its dots: "a.b.c", "b.c", "c"."""
+    yield path
+    for i, letter in enumerate(path):
+        if letter == ".":
+            yield path[i + 1 :]
 
 
 def ranged(paths: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.factorfile import AdapterWriter, Extra, file_size, tensors_of
 from loratool.adapters.factors import ModuleShape
 from loratool.notices import Notice
-from loratool.storage.destination import Overwrite, refuse_company, refuse_full_disk
+from loratool.storage.destination import Overwrite, refuse_full_disk
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL, PROVENANCE
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
@@ -70,7 +70,6 @@ def adapter_directory(
     output: Path, dtype: str, metadata: dict[str, str], overwrite: Overwrite
 ) -> Iterator[AdapterDirectory]:
     """Make `output`; it is put in its place when the block ends without an error."""
-    refuse_company(output, (), overwrite)
     with StagedDirectory(output, overwrite) as stage:
         with AdapterWriter(stage.path, dtype, metadata) as writer:
             made = AdapterDirectory(stage.path, output, writer)

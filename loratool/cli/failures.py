@@ -13,7 +13,6 @@ from loratool.text import escaped
 #: Set it, and errors come with the traceback that a report of a bug wants.
 _DEBUG = "LORATOOL_DEBUG"
 
-
 _HINTS = {
     "out-of-memory": "Close other programs, or give the command more memory. Fewer --threads take "
     "less.",

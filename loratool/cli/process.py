@@ -20,7 +20,7 @@ INTERRUPTED = 130
 _HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 
-
+#: Whether a signal came that was raised as KeyboardInterrupt.
 _interrupted = False
 
 

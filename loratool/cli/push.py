@@ -24,7 +24,8 @@ from loratool.cli.options import (
 @click.option("-m", "--message", metavar="TEXT", help="Message of the commit.")
 @base_id_option()
 @include_option(
-    "Upload these files though they look like secrets or training files; may be repeated."
+    "Upload these files though they look like secrets or training files, or are links out of "
+    "PATH; may be repeated."
 )
 @exclude_option("Leave these files here; may be repeated.")
 @dry_run_option("Compare with what is there; upload nothing.")

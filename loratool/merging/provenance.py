@@ -176,7 +176,10 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     _check(record, path)
     whole = all(part in record for part in ("options", "base", "result", "adapters"))
     if not whole or record["options"].get("dtype") not in MODEL_DTYPES:
-        raise FileError(f"{path}: not a record of loratool.", "Fetch it again, or remove it.")
+        raise FileError(
+            f"{path}: not the record of a merge.",
+            "Check that this is a merged model; if so, fetch the file again, or remove it.",
+        )
     return record
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.storage.bounded import LONGEST_NAME, Malformed
+from loratool.storage.fields import is_count
 from loratool.storage.pickles import Call, Ordered, Refused, add_entry
 
 _STORAGES = {
@@ -108,7 +109,7 @@ class Descriptions:
             raise Refused("it asks for a storage of an unknown kind")
         if len(pid) > 5 and pid[5] is not None:
             raise Refused("it asks for a view of a storage")
-        if type(key) is not str or not _is_count(numel):
+        if type(key) is not str or not is_count(numel):
             raise Malformed("it has a storage of an impossible size")
         storage = Storage(key, kind.dtype, numel)
         if self.storages.setdefault(key, storage) != storage:
@@ -144,10 +145,6 @@ class Descriptions:
         return table
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
 def _checked(
     storage: Storage, dtype: str, offset: Any, shape: Any, strides: Any, metadata: Any
 ) -> Tensor:
@@ -156,7 +153,7 @@ def _checked(
         or type(strides) is not tuple
         or len(shape) != len(strides)
         or len(shape) > _MAX_AXES
-        or not all(map(_is_count, (offset, *shape, *strides)))
+        or not all(map(is_count, (offset, *shape, *strides)))
     ):
         raise Malformed("it has a tensor of an impossible layout")
     if metadata:

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 from loratool.errors import FileError
 from loratool.storage.archive import LOCAL, Archive
-from loratool.storage.bounded import LONGEST_LIST, Cursor, Malformed, open_regular
+from loratool.storage.bounded import LONGEST_LIST, Cursor, Malformed
 from loratool.storage.header import refuse_known_impostors
 from loratool.storage.pickles import Ordered, Refused, load
-from loratool.storage.stamps import Stamp, stamp_of
+from loratool.storage.stamps import Stamp
 from loratool.storage.statedict import Descriptions, Storage, Tensor, named_tensors
 from loratool.storage.tensors import TensorInfo
 from loratool.words import format_bytes
@@ -52,22 +52,13 @@ class _Contents(NamedTuple):
     starts: dict[str, int]
 
 
-def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
+def parse_pickled(path: Path, stream: BinaryIO, stamp: Stamp) -> tuple[dict[str, TensorInfo], str]:
     """Tensors by name, and what the top object is: "dict", "list" or "tensor".
 
     Nested tables are flattened with dots ("state.0.exp_avg"), the entries of a list are named by
-    their position. Values that are not tensors are left out. Raises FileError for a file that is
-    damaged, compressed, or needs code to be read.
-    """
-    with open_regular(path) as stream:
-        return parse_pickled(path, stream, stamp_of(stream.fileno()))
-
-
-def parse_pickled(path: Path, stream: BinaryIO, stamp: Stamp) -> tuple[dict[str, TensorInfo], str]:
-    """`read_pickled` of a file that is read through `stream` alone.
-
-    `path` is where the tensors will be read, and what errors call it; `stamp` is what the file was
-    when it was opened.
+    their position. Values that are not tensors are left out. All is read through `stream`; `path`
+    is where the tensors will be read, and what errors call it; `stamp` is what the file was when it
+    was opened. Raises FileError for a file that is damaged, compressed, or needs code to be read.
     """
     size = stamp.nbytes
     start = stream.read(64)

@@ -26,7 +26,7 @@ from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, 
 from loratool.linalg.methods import Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
-from loratool.storage.destination import Overwrite, check_output
+from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -137,6 +137,7 @@ def combine(
     check_output(target, [Path(s) for s in sources], overwrite)
     loras = [read_lora(source) for source in sources]
     check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
+    refuse_company(target, (), overwrite)
     if not any(factors):
         raise UsageError("All weights are 0: nothing would be left.", "Give another weight.")
     joined = join(loras, factors, "combined")

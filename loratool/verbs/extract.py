@@ -16,7 +16,7 @@ from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice
-from loratool.storage.destination import Overwrite, check_output
+from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.folder import origin_of
 from loratool.storage.tensors import FilePool
 from loratool.storage.weights import entry_of
@@ -109,6 +109,7 @@ def extract(
     _refuse_same(before, after)
     if target is not None:
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
+        refuse_company(target, (), overwrite)
     refuse_quantised(before, "base", _QUANTISED)
     refuse_quantised(after, "tuned model", _QUANTISED)
     for model in (before, after):

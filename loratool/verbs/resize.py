@@ -19,7 +19,7 @@ from loratool.dtypes import dtype_name
 from loratool.errors import UsageError, explained_os_errors
 from loratool.linalg.ranks import Criterion, check_patterns, check_rank, note_too_wide
 from loratool.notices import Notice, document
-from loratool.storage.destination import Overwrite, check_output
+from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -119,6 +119,7 @@ def resize(
     check_output(target, [Path(adapter)], overwrite)
     lora = read_lora(adapter)
     check_output(target, [path.resolve() for path in lora.files], overwrite)
+    refuse_company(target, (), overwrite)
     joined = join([lora], [1.0], "resized", with_dora=True)
     settle(joined, "refuse")
     code = output_dtype(joined, dtype)

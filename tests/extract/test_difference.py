@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.files import random_of
+from helpers.files import random_of, read_pickled
 from helpers.outcomes import assert_clear
 from safetensors.torch import save_file
 
@@ -20,7 +20,6 @@ from loratool.extracting.difference import Difference, Stopped
 from loratool.linalg.truncation import truncated
 from loratool.storage.header import read_header
 from loratool.storage.tensors import FilePool, TensorInfo
-from loratool.storage.torchfile import read_pickled
 
 CPU = torch.device("cpu")
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.adapters import write_adapter
+from loratool.storage.bounded import open_regular
+from loratool.storage.stamps import stamp_of
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.torchfile import parse_pickled
 
 State = dict[str, torch.Tensor]
 
@@ -131,3 +135,9 @@ def same(one: State, other: State) -> bool:
         and raw_bytes(one[n]) == raw_bytes(other[n])
         for n in one
     )
+
+
+def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], str]:
+    """The tensors of a torch file, whatever its name ends with, and the kind of its top object."""
+    with open_regular(path) as stream:
+        return parse_pickled(path, stream, stamp_of(stream.fileno()))

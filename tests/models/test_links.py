@@ -6,11 +6,12 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.adapters import Q, pair, write_adapter
 from helpers.bases import small_base
-from helpers.outcomes import assert_clean
+from helpers.outcomes import assert_clean, assert_clear
 
 import loratool
 from loratool.errors import FileError, LoraToolError
@@ -166,6 +167,17 @@ def test_pipes_are_not_opened(tmp_path: Path, base: Path, adapter: Path) -> None
     work.start()
     work.join(30)
     assert done == [["notes.md (not a file)", "tokenizer.json of adapter (not a file)"]]
+
+
+@pytest.mark.parametrize("read", [loratool.inspect, lambda path: loratool.merge(path, path, "out")])
+def test_a_pipe_in_place_of_weights_is_named(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    """It exists, so it is not called missing; nor is a link to it called broken."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("model.safetensors")
+    for name in ("model.safetensors", "link.safetensors"):
+        with pytest.raises(FileError) as raised:
+            read(tmp_path / name)
+        assert_clear(raised.value, name, "a pipe")
 
 
 def test_a_link_that_changes_after_the_look_is_not_followed(

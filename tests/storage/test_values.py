@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.files import CODES, header_file, random_of, raw_bytes
+from helpers.files import CODES, header_file, random_of, raw_bytes, read_pickled
 from helpers.headers import DATA, entry
 from helpers.outcomes import file_error
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from loratool.errors import FileError
 from loratool.storage.header import read_header
 from loratool.storage.tensors import FilePool, as_float32
-from loratool.storage.torchfile import read_pickled
 from loratool.storage.values import raw_blocks, read_float32, read_raw, values_of
 
 on_files = settings(

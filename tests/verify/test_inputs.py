@@ -107,3 +107,11 @@ def test_adapter_with_nan_is_an_error(tmp_path: Path) -> None:
     b[3] = np.nan
     adapter = lora_on(tmp_path / "a", b, np.ones((1, 8)))
     telling_fails(base, base, adapter, parts=["NaN"])
+
+
+def test_an_adapter_in_place_of_the_model_is_named(tmp_path: Path) -> None:
+    """Its loratool.json is one of loratool's, but of no merge."""
+    small = tmp_path / "small"
+    loratool.resize(FIXTURES / "adapter", small, rank=1)
+    parts = [str(small / "loratool.json"), "not the record of a merge"]
+    telling_fails(small, FIXTURES / "base", FIXTURES / "adapter", parts=parts)

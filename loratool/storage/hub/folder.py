@@ -59,7 +59,9 @@ def locate(source: str | Path) -> Location:
 
 
 def not_there(source: str | Path, path: Path) -> FileError:
-    """The error for a path that does not exist and cannot be a Hub id, with the nearest name."""
+    """The error for a path where no file and no folder is, and that cannot be a Hub id."""
+    if path.exists():
+        return FileError(f"{source}: a pipe, a socket or a device, not a file.", "Check the path.")
     if path.is_symlink():
         return FileError(
             f"{source}: a broken link, to {os.readlink(path)}.", "Check where it should lead."

@@ -89,6 +89,21 @@ def test_company_stops_an_overwrite(tmp_path: Path, base: Path, lora: Path, name
     assert beside(output) == []
 
 
+@pytest.mark.parametrize("verb", ["resize", "combine", "extract"])
+def test_company_stops_a_dry_run_that_overwrites(
+    tmp_path: Path, base: Path, lora: Path, verb: str
+) -> None:
+    """A dry run says so of the verbs that make adapters too: what it promises, the run can do."""
+    tuned, output = tmp_path / "tuned", tmp_path / "out"
+    loratool.merge(base, lora, tuned)
+    loratool.resize(lora, output, rank=1)
+    (output / "notes.txt").write_text("mine")
+    inputs = {"resize": (lora,), "combine": ([lora],), "extract": (base, tuned)}[verb]
+    rank = {} if verb == "combine" else {"rank": 1}
+    with pytest.raises(OutputError, match=r"- notes\.txt"):
+        getattr(loratool, verb)(*inputs, output, **rank, overwrite=True, dry_run=True)
+
+
 def test_company_that_comes_during_the_run_stops_it(tmp_path: Path, base: Path, lora: Path) -> None:
     """Notes written into the old output while the new one is made are not lost either."""
     output = tmp_path / "out"

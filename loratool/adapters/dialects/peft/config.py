@@ -19,6 +19,7 @@ from loratool.adapters.dialects.peft.patterns import PathPatterns
 from loratool.adapters.factors import ModuleShape
 from loratool.errors import AdapterError
 from loratool.notices import Notice
+from loratool.paths import dotted_ends
 from loratool.storage.fields import (
     ABSENT,
     COUNTS,
@@ -265,14 +266,8 @@ def rank_pattern(modules: Sequence[ModuleShape], ranks: Sequence[int]) -> dict[s
     """
     by_path = {m.rank_owner: rank for m, rank in zip(modules, ranks, strict=True)}
     lower = {path for path, rank in by_path.items() if rank != max(ranks)}
-    listed = [path for path in by_path if path in lower or _ends(path) & lower]
+    listed = [path for path in by_path if not lower.isdisjoint(dotted_ends(path))]
     return {path: by_path[path] for path in sorted(listed, key=lambda path: (-len(path), path))}
-
-
-def _ends(path: str) -> set[str]:
-    """The dotted ends of a path, without itself: "c" and "b.c" of "a.b.c"."""
-    parts = path.split(".")
-    return {".".join(parts[i:]) for i in range(1, len(parts))}
 
 
 def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[ModuleShape]) -> list[str] | str:

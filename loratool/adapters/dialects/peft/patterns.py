@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from loratool.adapters.dialects.peft.automaton import Automaton, Effort, PatternError
 from loratool.errors import AdapterError
+from loratool.paths import dotted_ends
 from loratool.storage.fields import value_text
 from loratool.storage.filenames import ADAPTER_CONFIG
 
@@ -73,7 +74,7 @@ class PathPatterns:
                 if _PLAIN.fullmatch(key) and self._automaton(number).matches(path):
                     yield number
             return
-        for end in _ends(path):
+        for end in dotted_ends(path):
             for dots, keys in self._plain.get(len(end), {}).items():
                 self._effort.spend(len(end))
                 letters = list(end)
@@ -94,11 +95,3 @@ class PathPatterns:
                 "PEFT reads these keys as regular expressions; correct it, or write the paths of "
                 "the modules instead.",
             ) from None
-
-
-def _ends(path: str) -> Iterator[str]:
-    """A path and what of it follows each of its dots."""
-    yield path
-    for i, letter in enumerate(path):
-        if letter == ".":
-            yield path[i + 1 :]

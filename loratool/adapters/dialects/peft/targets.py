@@ -16,6 +16,7 @@ from typing import Any
 from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.models.layouts.names import CLASSIFIERS
+from loratool.paths import dotted_ends
 
 _PREFIX = "base_model.model."
 
@@ -76,8 +77,7 @@ def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] 
 
 def _ends(path: str, names: Collection[str]) -> bool:
     """Whether a path is one of these names, or ends with one after a dot: PEFT's rule."""
-    parts = path.split(".")
-    return any(".".join(parts[i:]) in names for i in range(len(parts)))
+    return any(end in names for end in dotted_ends(path))
 
 
 def saved_modules(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -124,15 +125,13 @@ def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:
     """--overwrite, True, and --overwrite-all, "all"; False without either."""
 
     def option(command: Any) -> Any:
-        for name, value, words in (
-            ("--overwrite-all", "all", "The same, also with files in OUT that are no part of it."),
-            ("--overwrite", True, text),
-        ):
-            command = click.option(
-                name, "overwrite", flag_value=value, default=False, type=click.UNPROCESSED,
-                help=words,
-            )(command)  # fmt: skip
-        return command
+        @functools.wraps(command)
+        def with_the_wider(overwrite: bool, overwrite_all: bool, **others: Any) -> Any:
+            return command(overwrite="all" if overwrite_all else overwrite, **others)
+
+        more = "The same, also with files in OUT that are no part of it."
+        with_all = click.option("--overwrite-all", is_flag=True, help=more)(with_the_wider)
+        return click.option("--overwrite", is_flag=True, help=text)(with_all)
 
     return option
 

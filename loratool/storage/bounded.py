@@ -22,6 +22,9 @@ from loratool.words import counted
 #: of 21 MB; this is four times that. The reference implementation of safetensors ends at 100 MB.
 LONGEST_LIST = 84_000_000
 
+#: Axes that a tensor may have, for NumPy and for torch.
+MOST_AXES = 64
+
 #: Characters of the longest name; those of real tensors have less than 200.
 LONGEST_NAME = 4096
 

@@ -84,7 +84,8 @@ def refuse_company(output: Path, coming: Collection[str], overwrite: Overwrite) 
             f"{output} holds what is no part of a model or an adapter, and would be lost:\n"
             + listed(company),
             "Move it elsewhere, or choose another name; --overwrite-all replaces "
-            f"{output} with all that is in it.",
+            f"{output} with all that is in it."
+            + (" A card can be made again: loratool card." if "README.md" in company else ""),
         )
 
 

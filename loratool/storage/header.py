@@ -15,14 +15,11 @@ from typing import Any, BinaryIO
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
-from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, Malformed, open_regular
+from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, MOST_AXES, Malformed, open_regular
 from loratool.storage.jsonscan import Scanner
 from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted, format_bytes
-
-#: More axes than any tensor has (NumPy's limit).
-_MAX_AXES = 64
 
 #: More characters than the description of a tensor with so many axes has.
 _LONGEST_ENTRY = 4096
@@ -88,7 +85,7 @@ def parse_header(
 
 def header_bytes(path: Path) -> bytes:
     """The bytes of a well-formed file before its data."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         start = stream.read(8)
         return start + stream.read(int.from_bytes(start, "little"))
 
@@ -175,7 +172,7 @@ def _tensor(
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise bad(f"has the unknown dtype {str(dtype)[:80]!r}")
-    if not _are_counts(shape) or len(shape) > _MAX_AXES or math.prod(filter(None, shape)) >> 62:
+    if not _are_counts(shape) or len(shape) > MOST_AXES or math.prod(filter(None, shape)) >> 62:
         raise bad("has an impossible shape" + (f" {shape!r}" if len(str(shape)) < 99 else ""))
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad(f"has the impossible data_offsets {str(offsets)[:80]}")

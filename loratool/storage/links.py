@@ -11,13 +11,12 @@ import os
 import re
 import shlex
 import shutil
-import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from loratool.errors import FileError
-from loratool.storage.system import open_to_read
+from loratool.storage.bounded import open_regular
 
 
 def leads_out(path: Path, name: str) -> bool:
@@ -37,22 +36,17 @@ def open_own(path: Path, name: str) -> BinaryIO:
 
     Raises FileError for a link out of the folder, and for what is no file: a pipe would never end.
     """
-    if not path.is_file():
-        raise FileError(
-            f"{path}: a broken link." if path.is_symlink() else f"{path}: not a file.",
-            "Put the file there, or remove this.",
-        )
-    descriptor = open_to_read(path)
+    if path.is_symlink() and not path.exists():
+        raise FileError(f"{path}: a broken link.", "Put the file there, or remove this.")
+    stream = open_regular(path)
     try:
-        found, place = os.fstat(descriptor), _own_place(path, name)
-        if place is None or not os.path.samestat(found, os.lstat(place)):
+        place = _own_place(path, name)
+        if place is None or not os.path.samestat(os.fstat(stream.fileno()), os.lstat(place)):
             raise _leading_out(path, name)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileError(f"{path}: not a file.", "Remove it.")
-        return os.fdopen(descriptor, "rb")
     except BaseException:
-        os.close(descriptor)
+        stream.close()
         raise
+    return stream
 
 
 def copy_own(path: Path, name: str, target: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from loratool.dtypes import DTYPE_BITS
-from loratool.storage.bounded import LONGEST_NAME, Malformed
+from loratool.storage.bounded import LONGEST_NAME, MOST_AXES, Malformed
 from loratool.storage.fields import is_count
 from loratool.storage.pickles import Call, Ordered, Refused, add_entry
 
@@ -32,7 +32,6 @@ _DTYPES = {
 #: more pairs than any OrderedDict of Python 2, which wrote its entries as a list.
 _MOST_ENTRIES = 250_000
 _MAX_DEPTH = 50
-_MAX_AXES = 64  # torch's own limit
 
 _CONTAINERS = {dict, Ordered, list, tuple}
 
@@ -152,7 +151,7 @@ def _checked(
         type(shape) is not tuple
         or type(strides) is not tuple
         or len(shape) != len(strides)
-        or len(shape) > _MAX_AXES
+        or len(shape) > MOST_AXES
         or not all(map(is_count, (offset, *shape, *strides)))
     ):
         raise Malformed("it has a tensor of an impossible layout")

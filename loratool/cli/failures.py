@@ -54,7 +54,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     words = ("can't allocate memory", "not enough memory", "can't start new thread",
-             "failed to map segment")  # fmt: skip
+             "failed to map segment", "bad_alloc")  # fmt: skip
+    if isinstance(error, SystemError):  # some extensions lose their MemoryError
+        return " an exception" in str(error) or "without exception" in str(error)
     told = isinstance(error, RuntimeError | ImportError)
     return told and any(part in str(error) for part in words)
 

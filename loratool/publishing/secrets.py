@@ -27,6 +27,8 @@ _VOCABULARY = re.compile(r"(^|/)(tokenizer|vocab|merges|added_tokens)\b[^/]*$")
 
 #: Bytes that are looked at together, and that two pieces share: more than any secret is told by.
 _PIECE, _SHARED = 1 << 22, 4_096
+#: Bytes by which a text is told from what is none.
+_BEGINNING = 8_192
 #: Bytes at the beginning of weights that may be a header.
 _HEADER = 4_000_000
 
@@ -38,6 +40,11 @@ _FORMS = [
         *((b"gh" + kind + b"_", rb"[A-Za-z0-9]{36,}\b") for kind in (b"p", b"o", b"u", b"s", b"r")),
         (b"github_pat_", rb"\w{50,}"),
         (b"glpat-", rb"[\w-]{20,}"),
+        (b"gsk_", rb"[A-Za-z0-9]{40,}\b"),
+        (b"r8_", rb"[A-Za-z0-9]{36,}\b"),
+        (b"sk_live_", rb"[A-Za-z0-9]{20,}\b"),
+        (b"rk_live_", rb"[A-Za-z0-9]{20,}\b"),
+        (b"SG.", rb"[\w-]{16,32}\.[\w-]{30,}"),
         (b"sk-", rb"(?:proj-|ant-)?[A-Za-z0-9_-]{32,}"),
         (b"AKIA", rb"[0-9A-Z]{16}\b"),
         (b"ASIA", rb"[0-9A-Z]{16}\b"),
@@ -47,6 +54,7 @@ _FORMS = [
         (b"npm_", rb"[A-Za-z0-9]{36}\b"),
         (b"pypi-", rb"[\w-]{50,}"),
         *((b"xox" + kind + b"-", rb"[0-9A-Za-z-]{20,}") for kind in (b"a", b"b", b"p", b"r", b"s")),
+        (b"wandb login ", rb"(?:--?[\w-]{1,20} ){0,4}[0-9a-f]{40}"),
         (b"wandb.login(", rb"\s{0,9}(?:key\s?=\s?)?\\?[\"'][0-9a-f]{40}"),
         (b"eyJ", rb"[\w-]{10,512}\.eyJ[\w-]{10,2048}\.[\w-]{10,}"),
     )
@@ -68,8 +76,14 @@ _SHELL_NAME = re.compile(
 #: `": "`, `"] = '` or `", "`, in notebooks with backslashes.
 _GIVEN = re.compile(
     rb"(?:key|token|secret|passw)(?=([a-z0-9_-]{0,24})(?![a-z0-9_-])"
-    rb"[\\\"'\])]{0,6}[ \t]{0,8}(?:[=:]{1,2}|=>|,)[ \t]{0,8}[rbuf]?\\?[\"']?"
+    rb"[\\\"'\])]{0,6}[ \t]{0,8}(?:[=:]{1,2}(?:[ \t]{0,4}[a-z]{1,12}[ \t]{0,4}=)?|=>|,)"
+    rb"[ \t]{0,8}[rbuf]?\\?[\"'`]?"
     rb"([a-z0-9/+=_!@#%^&*?~-]{6,100}))"
+)
+#: A name and its value with a space between, as Dockerfiles and csh have them.
+_SPACED = re.compile(
+    rb"(?m)^[ \t]{0,40}(?:env|arg|setenv)[ \t]{1,8}([a-z][a-z0-9_]{2,60})[ \t]{1,8}[\"']?"
+    rb"([a-z0-9/+=_.~-]{16,100})"
 )
 _GOES_ON = (b"(", b"[", b".", b"{", b"<")
 _BEFORE = re.compile(rb"[A-Za-z0-9_-]*\Z")
@@ -81,7 +95,7 @@ _WORDS = re.compile(rb"([A-Z]?[a-z]+|[A-Z]+|\d{1,4})([_/.-]+([A-Z]?[a-z]+|[A-Z]+
 _SHORTEST = 16
 #: Words that stand for a password.
 _STAND_IN = re.compile(
-    rb"(?i)(your|my|the|some|enter|change|insert|replace|example|placeholder|passw|secret|dummy|"
+    rb"(?i)(your|my|the|some|enter|change|insert|replace|example|placeholder|pass|secret|dummy|"
     rb"test|none|null|true|false|required|optional|str|xxx|\*\*|###|redacted)"
 )
 
@@ -97,9 +111,15 @@ def why_secret(path: Path, name: str) -> str:
     made_up = _VOCABULARY.search(name) is not None
     tail = b""
     with open_own(path, name) as stream:
+        start = stream.read(_BEGINNING)
+        zeros = start.count(b"\0")
+        wide = len(start) < 4 * zeros < 3 * len(start)
+        if zeros and not wide:  # no text: of these, too, the beginning alone
+            left = _HEADER
+        stream.seek(0)
         while piece := stream.read(_PIECE if left is None else min(_PIECE, left)):
             # UTF-16 has a zero byte beside each letter.
-            piece = tail + piece.replace(b"\0", b"")
+            piece = tail + (piece.replace(b"\0", b"") if wide else piece)
             if _holds_secret(piece, made_up):
                 return "it holds what looks like a key or a token"
             tail = piece[-_SHARED:]
@@ -120,6 +140,9 @@ def _holds_secret(data: bytes, made_up: bool) -> bool:
     small = data.lower()
     if any(_is_key(data[slice(*m.span(1))]) for m in _BEARER.finditer(small)):
         return True
+    for spaced in _SPACED.finditer(small):
+        if _is_secret(data[slice(*spaced.span(1))], data[slice(*spaced.span(2))]):
+            return True
     return any(_is_given(data, found) for found in _GIVEN.finditer(small))
 
 

@@ -121,6 +121,8 @@ def explain(error: OSError, output: Path) -> OutputError:
             f"{output}: one of its files would grow larger than this system allows.",
             "Raise the limit (ulimit -f), or write to another file system.",
         )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return OutputError(f"{place}: not a folder.", "Choose another place for the output.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{place}: not allowed to write there.", "Choose another place.")
     return OutputError(f"{output}: writing failed ({error.strerror}).", "Nothing was left behind.")

@@ -80,7 +80,7 @@ _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
     r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
     rf"|adapters\.safetensors|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
-    r"|\d+_[A-Z]\w*/.+"
+    r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 
 

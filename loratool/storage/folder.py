@@ -116,10 +116,14 @@ class Folder:
         """A stream of a file that can be sought, its size in bytes, and its stamp, None for one
         that is read over the network."""
         path = self.path / name
-        with open_regular(path) as stream:
-            stamp = stamp_of(stream.fileno())
-            self._hold(path, stamp)
-            yield stream, stamp.nbytes, stamp
+        try:
+            with open_regular(path) as stream:
+                stamp = stamp_of(stream.fileno())
+                self._hold(path, stamp)
+                yield stream, stamp.nbytes, stamp
+        except OSError as error:
+            error.filename = error.filename or str(path)  # reads do not know it
+            raise
 
     def missing(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes that `fetch` would download, by name; nothing for what is on this disk."""

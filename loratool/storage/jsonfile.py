@@ -68,7 +68,9 @@ def parse_json(raw: bytes, name: object) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # Names of files may have bytes that are no characters, which JSON cannot hold.
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

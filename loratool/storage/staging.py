@@ -13,6 +13,7 @@ the path of the output.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -41,6 +42,9 @@ from loratool.storage.system import (
 
 #: How often, and after how many seconds, a folder is tried to be locked that another run begins in.
 _TRIES, _PAUSE = 100, 0.02
+
+#: Bytes of an output's name up to which the names beside it have it in them.
+_LONGEST_NAME = 200
 
 #: The outputs that this process has put into their places.
 _PLACED: list[Path] = []
@@ -187,6 +191,9 @@ def _remove(folder: Path) -> bool:
 
 
 def _prefix(output: Path, what: str) -> str:
+    name = os.fsencode(output.name)
+    if len(name) > _LONGEST_NAME:  # the whole must still be a name
+        return f".{hashlib.sha256(name).hexdigest()}.loratool-{what}-"
     return f".{output.name}.loratool-{what}-"
 
 

@@ -6,6 +6,7 @@ reads only the elements it needs.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -128,9 +129,11 @@ class FilePool:
         try:
             fd = open_to_read(path)
         except OSError as error:
+            hint = "It was moved or removed during the run."
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = "Allow more open files: ulimit -n 1024."
             raise FileError(
-                f"{path}: it can no longer be read ({error.strerror}).",
-                "It was moved or removed during the run.",
+                f"{path}: it can no longer be read ({error.strerror}).", hint
             ) from error
         # Two threads may open the same file at once; the loser's descriptor is closed.
         kept = self._open.setdefault(path, (fd, stamp_of(fd)))

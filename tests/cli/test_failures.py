@@ -46,6 +46,8 @@ def failing(exception: str, *arguments: str, **env: str) -> forked.Ended:
         ("torch.OutOfMemoryError('GPU')", "out-of-memory", "out of memory"),
         ("OSError(12, 'Cannot allocate memory')", "out-of-memory", "out of memory"),
         ("ImportError('x.so: failed to map segment')", "out-of-memory", "out of memory"),
+        ("RuntimeError('std::bad_alloc')", "out-of-memory", "out of memory"),
+        ("SystemError('error return without exception set')", "out-of-memory", "out of memory"),
         ("BrokenPipeError(32, 'Broken pipe')", "system", "Broken pipe"),
         ("RecursionError()", "too-deep", "nested too deeply"),
         ("OSError(5, 'Input/output error', 'a\\x1bb')", "system",

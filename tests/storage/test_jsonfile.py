@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratool.errors import FileError
-from loratool.storage.jsonfile import parse_json, read_any_json, read_json
+from loratool.storage.jsonfile import parse_json, read_any_json, read_json, write_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
@@ -110,3 +110,10 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     file_error(read_json, pipe, "a pipe")
     file_error(read_json, folder, "a directory")
     file_error(read_json, Path("/dev/zero"), "a device")
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
+    """An adapter may lie in a folder whose name is not UTF-8; its record is JSON all the same."""
+    path = tmp_path / "loratool.json"
+    write_json(path, {"name": os.fsdecode(b"a\xff")})
+    assert read_json(path) == {"name": "a?"}

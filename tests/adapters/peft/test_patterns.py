@@ -65,15 +65,22 @@ PLAIN = st.lists(st.sampled_from(["q", "proj", "_", "-", ".", r"\.", "1", r"\-"]
 
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(
-    st.lists(PLAIN.map("".join), min_size=1, max_size=4, unique=True),
-    st.lists(st.text("qproj_-.1\n", min_size=1, max_size=7), min_size=6, max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from(["", "^"]), PLAIN.map("".join), st.sampled_from(["", "$"])).map(
+            "".join
+        ),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    ),
+    st.lists(st.text("qproj_-.1^$\n", min_size=1, max_size=7), min_size=6, max_size=6),
 )
 def test_paths_as_keys_mean_what_re_says(keys: list[str], paths: list[str]) -> None:
     """Keys that are paths are looked up, and mean the same: a dot stands for any character, and the
     first key of the table that fits is taken."""
     table = {key: float(number) for number, key in enumerate(keys)}
     found = PathPatterns(table, "rank_pattern", Effort())
-    for path in [*paths, *(key.replace("\\", "") for key in keys)]:
+    for path in [*paths, *(key.strip("^$").replace("\\", "") for key in keys)]:
         first = next((table[key] for key in keys if means(key, path)), -1.0)
         assert found.first(path, -1.0) == first, (keys, path)
 
@@ -121,3 +128,11 @@ def test_a_hostile_pattern_stops_no_verb(field: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "b", pair(Q, 6, 5), {field: {r"(a)\1": 4}})
     with pytest.raises(AdapterError, match=rf"adapter_config\.json: {field} has the key"):
         loratool.inspect(adapter)
+
+
+def test_thousands_of_anchored_paths_are_looked_up() -> None:
+    """Keys as `^a\\.b$`, which mean one module of many experts, cost no more than paths."""
+    keys = [rf"^layers\.{i}\.expert\.{j}\.up_proj$" for i in range(60) for j in range(384)]
+    found = PathPatterns(dict.fromkeys(keys, 3), "rank_pattern", Effort(5_000_000))
+    assert found.first("layers.7.expert.9.up_proj", 8) == 3
+    assert found.first("model.layers.7.expert.9.up_proj", 8) == 8

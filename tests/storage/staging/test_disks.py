@@ -11,14 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.merging import large_base, large_lora, open_files
 from helpers.outcomes import assert_clean, assert_clear, refused
 from helpers.permissions import permissions_that_count
 from helpers.processes import start_merge
+from safetensors.numpy import save_file
 
 import loratool
 from loratool.errors import FileError, LoraToolError, OutputError
+from loratool.storage.header import read_header
+from loratool.storage.tensors import FilePool
 
 
 def test_too_little_space_is_seen_before_writing(
@@ -148,10 +152,9 @@ def test_a_file_in_the_parent_s_place_is_named(tmp_path: Path, base: Path, lora:
 
 
 def test_a_name_that_is_too_long_is_named(tmp_path: Path, base: Path, lora: Path) -> None:
-    """An output name that the file system does not allow is an OutputError, with nothing left."""
-    with pytest.raises(LoraToolError) as caught:
-        loratool.merge(base, lora, tmp_path / ("x" * 250))
-    assert isinstance(caught.value, OutputError)
+    """An output name that the file system does not allow is one error, with nothing left."""
+    with pytest.raises(LoraToolError, match="too long"):
+        loratool.merge(base, lora, tmp_path / ("x" * 256))
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -183,3 +186,18 @@ def test_an_input_that_vanishes_during_the_run_is_named(tmp_path: Path) -> None:
     assert caught.value.code == "bad-file", caught.value.message
     assert_clear(caught.value, str(victim))
     assert_clean(tmp_path / "out")
+
+
+def test_too_few_descriptors_are_named_as_such(tmp_path: Path) -> None:
+    """A file that cannot be opened because too many are open was not moved or removed."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(4, np.float32)}, path)
+    info = read_header(path)[0]["a"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with FilePool() as pool, pytest.raises(FileError) as caught:
+            pool.read_into(info, 0, memoryview(bytearray(4)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "ulimit -n" in caught.value.hint

@@ -260,3 +260,12 @@ def test_an_output_that_appears_while_flushing_is_not_replaced(
         loratool.merge(base, lora, output)
     assert (output / "thesis.tex").read_text() == "mine"
     assert beside(output) == []
+
+
+def test_an_output_may_have_the_longest_name(tmp_path: Path, base: Path, lora: Path) -> None:
+    """What is beside the output while it is written has its name only as far as there is room."""
+    output = tmp_path / ("x" * 255)
+    loratool.merge(base, lora, output)
+    loratool.merge(base, lora, output, overwrite=True)
+    assert os.listdir(tmp_path).count(output.name) == 1
+    assert not [n for n in os.listdir(tmp_path) if n.startswith(".")]

@@ -21,7 +21,7 @@ from typing import Any
 _PARSER: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 #: What a state of a pattern, which stays in memory, costs in steps.
-_STATE = 100
+_STATE = 120
 #: Sizes of all sets of states that are remembered for one pattern.
 _MOST_REMEMBERED = 500_000
 
@@ -212,7 +212,7 @@ class Automaton:
 def _letter(operation: str, value: Any) -> Fits | None:
     """Whether a character fits an item that stands for one; None for any other item."""
     if operation == "LITERAL":
-        return chr(value).__eq__
+        return _is(value)
     if operation == "NOT_LITERAL":
         return chr(value).__ne__
     if operation == "ANY":
@@ -227,6 +227,11 @@ def _letter(operation: str, value: Any) -> Fits | None:
         choices = [_letter(str(name), inside) for name, inside in value[negated:]]
         return lambda letter: any(fits(letter) for fits in choices if fits) != negated
     return None
+
+
+@lru_cache(maxsize=256)  # one for all states of a character: it would be half of a state's memory
+def _is(code: int) -> Fits:
+    return chr(code).__eq__
 
 
 def _is_word(letter: str) -> bool:

@@ -19,11 +19,14 @@ from loratool.storage.fields import value_text
 from loratool.storage.filenames import ADAPTER_CONFIG
 
 #: A key without operators: letters, digits, `_`, `-`, dots (any character) and escaped characters.
-_PLAIN = re.compile(r"(?:[\w.-]|\\[.-])+", re.ASCII)
+#: Behind `^` it means a whole path; `$` says what is said of every key.
+_PLAIN = re.compile(r"\^?(?:[\w.-]|\\[.-])+\$?", re.ASCII)
 _ANY = "\0"
 
 #: Where a key has dots, which stand for any character.
 Dots = tuple[int, ...]
+#: Keys without operators by their lengths and dots, and the number of each.
+Plain = dict[int, dict[Dots, dict[str, int]]]
 
 
 class PathPatterns:
@@ -34,8 +37,8 @@ class PathPatterns:
         self._values = list(table.values())
         self._keys = list(table)
         self._field, self._effort = field, effort
-        #: Keys without operators by their lengths and dots, and the number of each.
-        self._plain: dict[int, dict[Dots, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
+        self._of_ends: Plain = defaultdict(lambda: defaultdict(dict))
+        self._of_paths: Plain = defaultdict(lambda: defaultdict(dict))
         self._others: list[tuple[int, Automaton]] = []
         for number, key in enumerate(self._keys):
             if _PLAIN.fullmatch(key):
@@ -44,9 +47,11 @@ class PathPatterns:
                 self._others.append((number, self._automaton(number)))
 
     def _add_plain(self, number: int, key: str) -> None:
+        table = self._of_paths if key.startswith("^") else self._of_ends
+        key = key.removeprefix("^").removesuffix("$")
         text = re.sub(r"\\(.)|\.", lambda found: found[1] or _ANY, key)
         dots = tuple(i for i, letter in enumerate(text) if letter == _ANY)
-        self._plain[len(text)][dots].setdefault(text, number)
+        table[len(text)][dots].setdefault(text, number)
 
     def _automaton(self, number: int) -> Automaton:
         with self._named(number):
@@ -74,14 +79,18 @@ class PathPatterns:
                 if _PLAIN.fullmatch(key) and self._automaton(number).matches(path):
                     yield number
             return
+        yield from self._found(self._of_paths, path)
         for end in dotted_ends(path):
-            for dots, keys in self._plain.get(len(end), {}).items():
-                self._effort.spend(len(end))
-                letters = list(end)
-                for i in dots:
-                    letters[i] = _ANY
-                if (found := keys.get("".join(letters))) is not None:
-                    yield found
+            yield from self._found(self._of_ends, end)
+
+    def _found(self, table: Plain, text: str) -> Iterator[int]:
+        for dots, keys in table.get(len(text), {}).items():
+            self._effort.spend(len(text))
+            letters = list(text)
+            for i in dots:
+                letters[i] = _ANY
+            if (found := keys.get("".join(letters))) is not None:
+                yield found
 
     @contextmanager
     def _named(self, number: int) -> Iterator[None]:

@@ -16,8 +16,9 @@ def held_out_loss(model: torch.nn.Module, text: Path = FIXTURES / "heldout.txt")
     inputs = tokens[: count * 256].view(count, 256)
     targets = tokens[1 : count * 256 + 1].view(count, 256)
     total = 0.0
-    with torch.no_grad():
-        for x, y in zip(inputs.split(32), targets.split(32), strict=True):
+    with torch.inference_mode():
+        # Eight windows and what the model makes of them stay in the cache of one core.
+        for x, y in zip(inputs.split(8), targets.split(8), strict=True):
             logits = model(x, use_cache=False).logits.float()
             total += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), y.flatten(), reduction="sum"

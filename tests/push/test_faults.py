@@ -201,3 +201,23 @@ def test_a_card_that_appears_meanwhile_is_kept(
     hub.on("/api/repos/create", lambda: hub.add(repo, {"README.md": "Words of a person.\n"}))
     push(hub, home, adapter, repo, code=None)
     assert b"Words of a person.\n" in hub.files(repo)["README.md"]
+
+
+#: Answers to a commit that say nothing true.
+NONSENSE = {
+    "no-object": b"[]",
+    "no-id": b'{"commitUrl": "x", "commitOid": null, "success": true}',
+    "odd-id": b'{"commitUrl": "x", "commitOid": "../../outside", "success": true}',
+    "page": b"<html>Sign in</html>",
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_a_commit_that_is_answered_with_nonsense(
+    hub: HubServer, home: Path, adapter: Path, repo: str, kind: str
+) -> None:
+    """What the answer says is not believed: the repository is looked at, and holds no commit."""
+    hub.answer("/commit/", NONSENSE[kind], times=99, headers={"Content-Type": "application/json"})
+    found = refused(hub, home, "push", adapter, repo)
+    assert found["error"] == "hub"
+    assert_no_commit(hub, repo)

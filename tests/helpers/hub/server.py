@@ -182,6 +182,10 @@ class HubServer:
     def hang(self, pattern: str, after: int = -1, times: int = 99) -> None:
         self.rules.append(Rule("hang", pattern, None, times, after=after))
 
+    def drip(self, pattern: str, pause: float, times: int = 99) -> None:
+        """Send bodies byte by byte, with so many seconds between two."""
+        self.rules.append(Rule("drip", pattern, None, times, pause=pause))
+
     def rule(self, kind: str, record: Record) -> Rule | None:
         return next((r for r in list(self.rules) if r.matches(kind, record)), None)
 

@@ -33,6 +33,7 @@ class Rule:
     headers: dict[str, str] = field(default_factory=dict)
     message: str = ""
     after: int = 0
+    pause: float = 0.0
     side: str | None = None
     reset: bool = False
     body: bytes = b""

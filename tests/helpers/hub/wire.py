@@ -8,6 +8,7 @@ import re
 import socket
 import socketserver
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -178,7 +179,14 @@ class Handler(BaseHTTPRequestHandler):
     def send_body(self, body: Iterable[bytes], length: int) -> None:
         rule = self.hub.cut_rule("response", self.record)
         hang = self.hub.rule("hang", self.record)
+        drip = self.hub.rule("drip", self.record)
         for piece in body:
+            for byte in piece if drip else b"":
+                self.send_piece(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(drip.pause if drip else 0)
+            if drip:
+                continue
             if hang and hang.after < self.record.sent + len(piece):
                 self.send_piece(piece[: hang.after])
                 self.wait()

@@ -80,3 +80,36 @@ def test_a_download_that_stops(hub: HubServer, home: Path) -> None:
     assert time.monotonic() - started < 20
     assert "org/adapter" in found["message"]
     assert not (home / "out").exists()
+
+
+def test_a_hub_that_sends_a_byte_now_and_then(hub: HubServer, home: Path) -> None:
+    """Bytes that drip keep a connection's own time-out from passing, and an answer's time not."""
+    hub.drip("/cdn/.*safetensors", 0.2)
+    started = time.monotonic()
+    found = refused(hub, home, "inspect", "org/adapter", **IMPATIENT)
+    assert time.monotonic() - started < 20
+    assert "org/adapter" in found["message"]
+
+
+#: What a server that is no Hub, or a broken one, says to requests for a file's content.
+CONTENTS: dict[str, tuple[int, dict[str, str], bytes]] = {
+    "redirect-circle": (302, {"Location": "/org/adapter/resolve/main/adapter_config.json"}, b""),
+    "redirect-away": (302, {"Location": "http://127.0.0.1:9/x"}, b""),
+    "range-refused": (416, {}, b""),
+    "page": (200, {"Content-Type": "text/html"}, b"<html>Sign in to this network</html>"),
+    "empty": (200, {}, b""),
+    "gone": (410, {}, b""),
+    "odd-etag": (200, {"ETag": '"../../../outside"', "X-Repo-Commit": HASH}, b"{}"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_odd_answers_for_contents(hub: HubServer, home: Path, kind: str) -> None:
+    """Where a file's content should come something else does: one error, nothing outside."""
+    status, headers, body = CONTENTS[kind]
+    hub.answer("/resolve/|/cdn/", body, times=99, status=status, headers=headers)
+    started = time.monotonic()
+    found = refused(hub, home, "inspect", "org/adapter", **IMPATIENT)
+    assert time.monotonic() - started < 20
+    assert len(found["message"]) < 600
+    assert not list(home.rglob("outside*"))

@@ -129,7 +129,8 @@ def test_broken_yaml(made: dict[str, Path], block: str) -> None:
     """A clear error that names the file and the reason, and not a card that hides it."""
     with pytest.raises(FileError, match=r"README\.md: .* not valid \(.+\)") as caught:
         make_card(made["plain"], f"---\n{block}\n---\n\n{PROSE}")
-    assert "\n" not in caught.value.message
+    for mark in ("\n", r"\n", "<unicode string>"):  # as a YAML library writes its own messages
+        assert mark not in caught.value.message
 
 
 def test_a_card_of_yaml_only_gets_a_title(made: dict[str, Path]) -> None:

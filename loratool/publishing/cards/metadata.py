@@ -44,11 +44,16 @@ def read_yaml(block: str) -> dict[Any, Any]:
             raise ValueError("it is no mapping of keys to values")
         return values or {}
     except Exception as error:  # its constructors raise whatever comes of odd values
-        reason = one_line(str(error) or type(error).__name__)[:300]
         raise FileError(
-            f"README.md: the YAML at its beginning is not valid ({reason}).",
+            f"README.md: the YAML at its beginning is not valid ({_reason(error)}).",
             "Repair it, or remove it; a new one is made then.",
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What a YAML library says, which has lines of its own and a name for the text, in one."""
+    text = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+    return one_line(text or type(error).__name__)[:300]
 
 
 def _loader() -> Any:

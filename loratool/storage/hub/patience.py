@@ -48,8 +48,8 @@ def answered(call: Callable[[], T], what: str, times: int = 1) -> T:
     limit = times * _seconds()
     work = _Work(call)
     if not work.done.wait(limit):
-        _left.append(what)
-        raise Unreachable(
+        raise _given_up(
+            what,
             f"The Hub did not answer within {limit:g} s when it was asked for {what}.",
             "Try again later; LORATOOL_HUB_SECONDS=300 waits longer.",
         )
@@ -69,13 +69,19 @@ def going_on(call: Callable[[], T], what: str, arrived: Callable[[], int] | None
         if abs(now - known) >= _LEAST:
             since, known = time.monotonic(), now
         elif time.monotonic() - since > limit:
-            _left.append(what)
-            raise Unreachable(
+            raise _given_up(
+                what,
                 f"Less than {_LEAST:,} bytes came from the Hub within {limit:g} s of {what}.",
                 "Run the command again; what is complete is not downloaded twice.",
             )
     found: T = work.result()
     return found
+
+
+def _given_up(what: str, message: str, hint: str) -> Unreachable:
+    """The error for a call that nobody waits for any more."""
+    _left.append(what)
+    return Unreachable(message, hint)
 
 
 class _Work:

@@ -34,17 +34,24 @@ class Origin:
         return (self.path or self.repo).rpartition("/")[2]
 
 
-def origin_of(path: Path) -> Origin | None:
-    """Where `path` comes from, told from its place in a download cache; None elsewhere.
+def cached_repository(path: Path) -> Path | None:
+    """The folder of the repository in a download cache that `path` lies in; None elsewhere.
 
     A cache keeps files under `models--org--name/snapshots/<commit>/`.
     """
-    parts = path.absolute().parts
-    for i, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[i + 1] == "snapshots":
-            repo = part.removeprefix("models--").replace("--", "/")
-            return Origin(repo, parts[i + 2], "/".join(parts[i + 3 :]))
-    return None
+    folders = (path, *path.parents)
+    found = (f.parent for f in folders[1:] if f.name == "snapshots")
+    return next((repo for repo in found if repo.name.startswith("models--")), None)
+
+
+def origin_of(path: Path) -> Origin | None:
+    """Where `path` comes from, told from its place in a download cache; None elsewhere."""
+    repository = cached_repository(path.absolute())
+    if repository is None:
+        return None
+    revision, *inside = path.absolute().relative_to(repository / "snapshots").parts
+    repo = repository.name.removeprefix("models--").replace("--", "/")
+    return Origin(repo, revision, "/".join(inside))
 
 
 #: What is said of a name that leads to no file; everything else is a fault of the disk.

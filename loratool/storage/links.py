@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from loratool.errors import FileError
 from loratool.storage.bounded import open_regular
+from loratool.storage.folder import cached_repository
 
 
 def leads_out(path: Path, name: str) -> bool:
@@ -81,13 +82,11 @@ def _is_cached(folder: Path, place: Path) -> bool:
     It is among the repository's contents, or among those that repositories share
     (huggingface_hub, utils/_shared_blobs.py).
     """
-    parts = folder.parts
-    for i, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[i + 1] == "snapshots":
-            cache = Path(*parts[:i])
-            shared = place.parent.parent == cache / "blobs" and _SHARED.search(str(place))
-            return place.parent == cache / part / "blobs" or bool(shared)
-    return False
+    repository = cached_repository(folder)
+    if repository is None:
+        return False
+    shared = place.parent.parent == repository.parent / "blobs" and _SHARED.search(str(place))
+    return place.parent == repository / "blobs" or bool(shared)
 
 
 _SHARED = re.compile(r"/[0-9a-f]{2}/[0-9a-f]{64}$")

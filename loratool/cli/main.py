@@ -153,8 +153,10 @@ def _interrupted(arguments: list[str]) -> str:
     """What is true after Ctrl-C."""
     from loratool.storage.staging import placed_outputs
 
+    if "--dry-run" in arguments:
+        return "interrupted; nothing was written"
     if arguments[:1] == ["push"] or "--push" in arguments:
-        return "interrupted; the main branch is as it was; the same command goes on from here"
+        return "interrupted; the main branch has all of it or nothing; the same command goes on"
     for output in placed_outputs():
         return f"interrupted; {printable(str(output))} is complete"
     return "interrupted; no unfinished output is left behind"

@@ -63,7 +63,9 @@ class StagedDirectory:
     """
 
     def __init__(self, output: Path, overwrite: Overwrite = False) -> None:
-        self.output = output.absolute()
+        # A folder that is made for its ".." alone would stay behind.
+        parent = os.path.realpath(output.parent) if ".." in output.parts else output.parent
+        self.output = Path(parent, output.name).absolute()
         self.path = Path()
         self._overwrite = overwrite
         self._lock: int | None = None

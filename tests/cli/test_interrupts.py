@@ -10,6 +10,8 @@ from helpers.outcomes import beside
 from helpers.places import FIXTURES
 from helpers.processes import start_python, wait_for
 
+from loratool.cli.main import _interrupted
+
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -57,3 +59,18 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
     child.communicate(timeout=60)
     assert child.returncode == 130
     assert beside(out) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["merge", "b", "a", "-o", "o"], "no unfinished output is left behind"),
+        (["merge", "b", "a", "-o", "o", "--dry-run"], "nothing was written"),
+        (["push", "a", "org/a", "--dry-run"], "nothing was written"),
+        (["push", "a", "org/a"], "all of it or nothing"),
+        (["merge", "b", "a", "-o", "o", "--push", "org/a"], "all of it or nothing"),
+    ],
+)
+def test_what_an_interrupt_says_is_true_of_the_command(arguments: list[str], said: str) -> None:
+    """A push may have made its commit already, and a dry run makes nothing."""
+    assert said in _interrupted(arguments)

@@ -201,3 +201,11 @@ def test_too_few_descriptors_are_named_as_such(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "ulimit -n" in caught.value.hint
+
+
+def test_a_way_through_a_folder_that_is_not_there_makes_none(
+    tmp_path: Path, base: Path, lora: Path
+) -> None:
+    """`none/../out` is `out`."""
+    loratool.merge(base, lora, tmp_path / "none" / ".." / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,23 @@ def test_adapters_that_change_are_refused(tmp_path: Path, verb: str, name: str) 
     with pytest.raises(FileError, match="changed"):
         VERBS[verb](one, two, out, progress=progress, threads=1)
     assert_clean(out)
+
+
+def test_an_inspected_adapter_that_changes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is reported is of one config and of the weights beside it."""
+    lora = small_lora(tmp_path / "lora")
+    module = import_module("loratool.verbs.inspect")
+    real = module.note_scales
+
+    def change_first(adapter: Any) -> Any:
+        rewrite(lora / "adapter_config.json")
+        return real(adapter)
+
+    monkeypatch.setattr(module, "note_scales", change_first)
+    with pytest.raises(FileError, match="changed"):
+        loratool.inspect(lora)
 
 
 def test_a_tensor_is_read_of_the_file_whose_header_was_read(tmp_path: Path) -> None:

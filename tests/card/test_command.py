@@ -72,6 +72,9 @@ def test_a_card_that_is_a_link_out_is_not_read(adapter: Path) -> None:
     (adapter / "README.md").symlink_to("../outside.txt")
     with pytest.raises(FileError, match="link out"):
         loratool.card(adapter)
+    (adapter.parent / "outside.txt").unlink()
+    with pytest.raises(FileError, match="broken link"):
+        loratool.card(adapter)
     assert (adapter / "README.md").is_symlink()
 
 

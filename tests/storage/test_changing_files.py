@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import FileError
+from loratool.storage.folder import Folder
 
 SECOND = "model-00002-of-00002.safetensors"
 
@@ -190,6 +191,22 @@ def test_adapters_that_change_are_refused(tmp_path: Path, verb: str, name: str) 
     with pytest.raises(FileError, match="changed"):
         VERBS[verb](one, two, out, progress=progress, threads=1)
     assert_clean(out)
+
+
+def test_a_file_that_is_met_twice_is_one_file(tmp_path: Path) -> None:
+    """Whoever asks for a file again, by whichever folder, gets what was there at first, or none."""
+    path = tmp_path / "sub" / "config.json"
+    path.parent.mkdir()
+    path.write_text("{} ")
+    folder = Folder(tmp_path)
+    folder.inside("sub").note(["config.json"])
+    path.write_text("{}  ")
+    assert folder.nbytes_of([path]) == 3
+    for ask in (folder.refuse_changed, lambda: folder.note(["sub/config.json"])):
+        with pytest.raises(FileError, match="changed"):
+            ask()
+    with pytest.raises(FileError, match="changed"), folder.reading("sub/config.json"):
+        pass
 
 
 def test_an_inspected_adapter_that_changes_is_refused(

@@ -147,11 +147,12 @@ def test_an_unmerge_of_a_model_that_changes_is_refused(
     assert_clean(out)
 
 
-@pytest.mark.parametrize("side", ["base", "merged", "lora"])
+@pytest.mark.parametrize("side", ["base", "merged", "config", "lora"])
 def test_a_verify_of_files_that_change_is_refused(tmp_path: Path, side: str) -> None:
     """No verdict is given of a mixture."""
     base, lora, merged = models(tmp_path)
     path = {"base": base / "model.safetensors", "merged": merged / "model.safetensors",
+            "config": merged / "config.json",
             "lora": lora / "adapter_config.json"}[side]  # fmt: skip
     with pytest.raises(FileError, match="changed"):
         loratool.verify(merged, base, lora, progress=once(lambda: rewrite(path)), threads=1)

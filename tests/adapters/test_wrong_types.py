@@ -373,6 +373,16 @@ def test_half_a_record_is_none(part: str, whole: Path, tmp_path: Path) -> None:
         merged_into(tmp_path)
 
 
+@pytest.mark.parametrize("field", ["name", "weight", "files"])
+def test_half_an_adapter_of_a_record_is_none(field: str, whole: Path, tmp_path: Path) -> None:
+    """An entry says which adapter it was, and with which weight."""
+    record = json.loads((whole / "m" / "loratool.json").read_text())
+    del record["adapters"][0][field]
+    (tmp_path / "loratool.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match="its list of adapters is damaged"):
+        merged_into(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [{"text_config": {"tie_word_embeddings": "false"}}, {"a": {"b": {"model_type": 3}}}],

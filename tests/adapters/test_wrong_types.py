@@ -22,9 +22,12 @@ from helpers.files import ADAPTED, load, random_of, same, write_base
 from torch import float32
 
 import loratool
-from loratool.errors import FileError, LoraToolError
+from loratool.errors import BaseError, FileError, LoraToolError
+from loratool.merging.provenance import merged_into
+from loratool.models.config import check_model_config
 from loratool.publishing.cards.document import make_card
 from loratool.publishing.manifest import pack
+from loratool.storage.fields import COUNT, FINITE, FLAG, NUMBER, FieldType, value_text
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PATH = ADAPTED.removesuffix(".weight")
@@ -332,6 +335,90 @@ def test_values_that_mislead_are_refused(
             verbs(folder, file)[verb](folder / "out")
         shown = json.dumps(value)
         assert f"{folder / file}: {field} is {shown}; it must be {wanted}" in caught.value.message
+
+
+#: What a record of a merge says falsely, and a part of the error.
+FALSE_RECORDS: list[tuple[tuple[str | int, ...], str, Any, str]] = [
+    (("options",), "components", [3], "a list of names"),
+    (("options",), "allow_unmatched", "false", "true or false"),
+    (("options",), "dtype", "float8", "not the record of a merge"),
+    (("base",), "repo", 3, "a text"), (("base",), "dtypes", "F32", "a list of names"),
+    (("result", "tensors"), "add", True, "a whole number"),
+    (("adapters", 0), "weight", float("nan"), "a finite number"),
+    (("adapters", 0), "files", [], "a table of hashes"),
+    (("adapters", 0), "files", {}, "its list of adapters is damaged"),
+    ((), "shards", {"model.safetensors": 3}, "a table of hashes"), ((), "undo", True, "a table"),
+    (("base",), "adapters", [{"name": 3}], "a text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "field", "value", "words"), FALSE_RECORDS, ids=str)
+def test_records_of_merges_that_mislead_are_refused(
+    table: tuple[str | int, ...], field: str, value: Any, words: str, whole: Path, tmp_path: Path
+) -> None:
+    """By whoever reads the record, before any of it is believed."""
+    shutil.copy(whole / "m" / "loratool.json", tmp_path)
+    change(tmp_path / "loratool.json", table, field, value)
+    with pytest.raises(FileError, match=words):
+        merged_into(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["options", "base", "result", "adapters"])
+def test_half_a_record_is_none(part: str, whole: Path, tmp_path: Path) -> None:
+    """Without one of its parts it is not the record of a merge."""
+    record = json.loads((whole / "m" / "loratool.json").read_text())
+    del record[part]
+    (tmp_path / "loratool.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match="not the record of a merge"):
+        merged_into(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["name", "weight", "files"])
+def test_half_an_adapter_of_a_record_is_none(field: str, whole: Path, tmp_path: Path) -> None:
+    """An entry says which adapter it was, and with which weight."""
+    record = json.loads((whole / "m" / "loratool.json").read_text())
+    del record["adapters"][0][field]
+    (tmp_path / "loratool.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match="its list of adapters is damaged"):
+        merged_into(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"text_config": {"tie_word_embeddings": "false"}}, {"a": {"b": {"model_type": 3}}}],
+    ids=["tied", "deep"],
+)
+def test_parts_of_a_model_are_looked_at_too(config: dict[str, Any]) -> None:
+    """A model of text and images has a config within its config."""
+    check_model_config({"text_config": {"tie_word_embeddings": False, "model_type": "x"}}, "x")
+    with pytest.raises(BaseError, match="it must be"):
+        check_model_config(config, "config.json")
+
+
+TYPES: list[tuple[FieldType, list[Any], list[Any]]] = [
+    (FLAG, [True, False, 0, 1], ["false", 2, 1.0, None]),
+    (COUNT, [0, 2**63 - 1], [True, -1, 2**63, 1.0]),
+    (NUMBER, [-1, 2.5], [True, float("nan"), float("inf"), 1e31, 10**400, "1"]),
+    (FINITE, [1e31], [True, float("inf"), 10**400]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"), TYPES, ids=lambda value: getattr(value, "wanted", "")
+)
+def test_types_of_fields(kind: FieldType, good: list[Any], bad: list[Any]) -> None:
+    """What Python takes for a number or a truth need not be one."""
+    assert [value for value in good if not kind.fits(value)] == []
+    assert [value for value in bad if kind.fits(value)] == []
+
+
+def test_values_are_shown_in_short() -> None:
+    """However long or deep they are."""
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(value_text("x" * 1000)) < 70
+    assert value_text(deep) == "nested too deeply to be shown"
 
 
 def test_values_that_can_mean_one_thing_only_are_read(whole: Path, tmp_path: Path) -> None:

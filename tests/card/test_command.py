@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from helpers.hub import HubServer, User
 from helpers.hub_runs import contents, refused, run
 from helpers.pushing import PERSON, WEIGHTS, add, assert_read_only, lora, metadata, push
+
+import loratool
+from loratool.errors import FileError
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,34 @@ def test_the_card_command(hub: HubServer, home: Path, adapter: Path) -> None:
     assert (adapter / "README.md").stat().st_mtime_ns == stamp
     assert sorted(contents(adapter)) == ["README.md", "adapter_config.json", WEIGHTS]
     assert_read_only(hub)
+
+
+def test_a_card_that_changes_meanwhile_stays(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What somebody writes while the card is made is not lost."""
+
+    def made(*_: object) -> tuple[str, str, list[object]]:
+        (adapter / "README.md").write_text("mine")
+        return "made", "made", []
+
+    monkeypatch.setattr(import_module("loratool.verbs.card"), "card_of", made)
+    with pytest.raises(FileError, match="changed"):
+        loratool.card(adapter)
+    assert contents(adapter)["README.md"] == b"mine"
+    assert len(contents(adapter)) == 3
+
+
+def test_a_card_that_is_a_link_out_is_not_read(adapter: Path) -> None:
+    """What it leads to would become a part of the folder's own card."""
+    (adapter.parent / "outside.txt").write_text("words from elsewhere")
+    (adapter / "README.md").symlink_to("../outside.txt")
+    with pytest.raises(FileError, match="link out"):
+        loratool.card(adapter)
+    (adapter.parent / "outside.txt").unlink()
+    with pytest.raises(FileError, match="broken link"):
+        loratool.card(adapter)
+    assert (adapter / "README.md").is_symlink()
 
 
 def test_the_card_command_keeps_words(hub: HubServer, home: Path, adapter: Path) -> None:

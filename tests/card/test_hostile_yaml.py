@@ -23,6 +23,7 @@ HOSTILE = {
     ),
     "merged-keys": f"a: &a {{{_KEYS}}}" + _STEP.format("a", "b") + _STEP.format("b", "c"),
     "in-itself": "a: &a [*a]",
+    "in-its-second-self": "a: &a 1\nb: &a [*a]",
     "deep": "a: " + "[" * 300_000,
     "deep-mappings": "? " * 300_000,
     "hexadecimal": "a: 0x" + "f" * 900_000,
@@ -70,6 +71,8 @@ def test_cards_with_long_results_and_aliases_are_read() -> None:
         "c": {"b": 1},
         "d": {"b": 1},
     }
+    merged = read_yaml("a: &a {b: 1}\ne: &e {f: 2}\nd: {<<: *a, <<: *e}")["d"]
+    assert merged == {"b": 1, "f": 2}
 
 
 def test_a_block_without_an_end_is_no_metadata() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from helpers.outcomes import assert_clean, assert_clear
 
 import loratool
 from loratool.errors import FileError, LoraToolError
+from loratool.storage.folder import Folder
 from loratool.storage.links import copy_own, leads_out
 
 SECRET = "what is nobody's business"
@@ -58,16 +60,27 @@ def test_links_out_are_left_out_and_named(
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "config_sentence_transformers.json",
+        "1_Pooling/weights.json",
+    ],
 )
 def test_what_the_model_needs_is_refused(
     tmp_path: Path, base: Path, adapter: Path, name: str
 ) -> None:
     """With a hint that works: the copy merges."""
+    (base / "modules.json").write_text('[{"path": "1_Pooling", "type": "Pooling"}]')
     place = base / name
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(place.read_bytes() if place.exists() else b"{}")
     place.unlink(missing_ok=True)
-    place.symlink_to(f"../{name}")
+    place.symlink_to(tmp_path / name)
     with pytest.raises(FileError, match=name) as caught:
         loratool.merge(base, adapter, tmp_path / "out")
     assert_clean(tmp_path / "out")
@@ -136,19 +149,21 @@ def test_the_stores_of_the_download_cache(tmp_path: Path) -> None:
     repo = tmp_path / "hub" / "models--org--name"
     snapshot = repo / "snapshots" / ("a" * 40)
     shared = tmp_path / "hub" / "blobs" / "ab" / ("ab" * 32)
-    for path in (repo / "blobs" / "x1", shared, repo / "refs" / "main", repo / "blobs" / "d" / "x"):
+    odd = shared.with_name("notes.txt")
+    places = (repo / "blobs" / "x1", shared, odd, repo / "refs/main", repo / "blobs/d/x")
+    for path in places:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     snapshot.mkdir(parents=True)
     (repo / "blobs" / "x2").symlink_to(shared)
     targets = {
         "own": "../../blobs/x1", "shared": "../../blobs/x2", "refs": "../../refs/main",
-        "deeper": "../../blobs/d/x", "out": "/etc/hostname",
+        "deeper": "../../blobs/d/x", "out": "/etc/hostname", "odd": "../../../blobs/ab/notes.txt",
     }  # fmt: skip
     for name, target in targets.items():
         (snapshot / name).symlink_to(target)
     out = {name for name in targets if leads_out(snapshot / name, name)}
-    assert out == {"refs", "deeper", "out"}
+    assert out == {"refs", "deeper", "out", "odd"}
     (snapshot / "sub").mkdir()
     (snapshot / "sub" / "f").symlink_to("../../../blobs/x1")
     assert not leads_out(snapshot / "sub" / "f", "f")
@@ -218,6 +233,33 @@ def test_loops_are_broken_links(tmp_path: Path, base: Path, adapter: Path, place
         given[place] = loop
     with pytest.raises(LoraToolError, match=loop.name):
         loratool.merge(given["base"], given["adapter"], given["output"])
+
+
+def test_a_loop_beside_the_weights_is_left_out(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """It is a broken link as others are, and no reason to refuse the rest."""
+    (base / "notes.md").symlink_to("notes.md")
+    report = loratool.merge(base, adapter, tmp_path / "out")
+    assert report.left_out == ["notes.md (a broken link)"]
+
+
+def test_a_file_is_missing_only_where_the_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that lead nowhere, or can lead nowhere, name no file; a fault of the disk is one."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    folder = Folder(tmp_path)
+    for name in ("none", "loop", "file/none", "x" * 300, "a\0b", "\udfff"):
+        assert not folder.has(name)
+    assert folder.has("file")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            folder.has("file")
 
 
 def test_a_part_of_the_undo_folder_that_leads_out(

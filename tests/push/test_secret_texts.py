@@ -43,6 +43,15 @@ HARMLESS = [
     "postgres://user:password@host", "postgres://user:$PASS@host", "http://localhost:8080/a@b",
     "Authorization: Bearer $HF_TOKEN", "Authorization: Bearer <token>", "num_key_value_heads: 8",
 ]  # fmt: skip
+#: One of each form, told by nothing else: no name, and no assignment.
+FORMS = [
+    *(f"gh{kind}_{KEY}aB3d" for kind in "pousr"), *(f"xox{kind}-{KEY}" for kind in "abprs"),
+    f"github_pat_{KEY}{KEY}", f"glpat-{KEY}", f"gsk_{KEY}{KEY}", f"r8_{KEY}aB3d", f"hf_{KEY}",
+    f"sk_live_{KEY}", f"rk_live_{KEY}", f"SG.{KEY[:22]}.{KEY}", f"sk-{KEY}", f"sk-proj-{KEY}",
+    "AKIA" + "Q3EGRIJ7K2LZ5XWT", "ASIA" + "Q3EGRIJ7K2LZ5XWT", f"AIza{KEY}xYz", f"ya29.{KEY}",
+    f"GOCSPX-{KEY}", f"npm_{KEY}aB3d", f"pypi-{KEY}{KEY}", f"eyJ{KEY}.eyJ{KEY}.{KEY}",
+    f"wandb login --relogin {HEX}", f"wandb.login('{HEX}')",
+]  # fmt: skip
 
 
 def held(folder: Path, data: bytes, name: str = "notes.txt") -> str:
@@ -56,6 +65,13 @@ def test_secrets_and_their_likes(tmp_path: Path, name: str) -> None:
     known = SECRETS if name == "notes.txt" else SECRETS[:-6]
     assert [text for text in known if not held(tmp_path, text.encode(), name)] == []
     assert [text for text in HARMLESS if held(tmp_path, text.encode(), name)] == []
+
+
+@pytest.mark.parametrize("text", FORMS, ids=lambda text: text[:9])
+def test_keys_are_told_by_their_forms(tmp_path: Path, text: str) -> None:
+    """In a sentence, and not as a part of a longer word."""
+    assert held(tmp_path, f"It is {text} and goes on.".encode())
+    assert not held(tmp_path, f"It is x{text} and goes on.".encode())
 
 
 def test_a_file_that_is_no_text_is_looked_at_in_its_beginning(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import FileError
+from loratool.storage.folder import Folder
 
 SECOND = "model-00002-of-00002.safetensors"
 
@@ -145,11 +147,12 @@ def test_an_unmerge_of_a_model_that_changes_is_refused(
     assert_clean(out)
 
 
-@pytest.mark.parametrize("side", ["base", "merged", "lora"])
+@pytest.mark.parametrize("side", ["base", "merged", "config", "lora"])
 def test_a_verify_of_files_that_change_is_refused(tmp_path: Path, side: str) -> None:
     """No verdict is given of a mixture."""
     base, lora, merged = models(tmp_path)
     path = {"base": base / "model.safetensors", "merged": merged / "model.safetensors",
+            "config": merged / "config.json",
             "lora": lora / "adapter_config.json"}[side]  # fmt: skip
     with pytest.raises(FileError, match="changed"):
         loratool.verify(merged, base, lora, progress=once(lambda: rewrite(path)), threads=1)
@@ -189,6 +192,39 @@ def test_adapters_that_change_are_refused(tmp_path: Path, verb: str, name: str) 
     with pytest.raises(FileError, match="changed"):
         VERBS[verb](one, two, out, progress=progress, threads=1)
     assert_clean(out)
+
+
+def test_a_file_that_is_met_twice_is_one_file(tmp_path: Path) -> None:
+    """Whoever asks for a file again, by whichever folder, gets what was there at first, or none."""
+    path = tmp_path / "sub" / "config.json"
+    path.parent.mkdir()
+    path.write_text("{} ")
+    folder = Folder(tmp_path)
+    folder.inside("sub").note(["config.json"])
+    path.write_text("{}  ")
+    assert folder.nbytes_of([path]) == 3
+    for ask in (folder.refuse_changed, lambda: folder.note(["sub/config.json"])):
+        with pytest.raises(FileError, match="changed"):
+            ask()
+    with pytest.raises(FileError, match="changed"), folder.reading("sub/config.json"):
+        pass
+
+
+def test_an_inspected_adapter_that_changes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is reported is of one config and of the weights beside it."""
+    lora = small_lora(tmp_path / "lora")
+    module = import_module("loratool.verbs.inspect")
+    real = module.note_scales
+
+    def change_first(adapter: Any) -> Any:
+        rewrite(lora / "adapter_config.json")
+        return real(adapter)
+
+    monkeypatch.setattr(module, "note_scales", change_first)
+    with pytest.raises(FileError, match="changed"):
+        loratool.inspect(lora)
 
 
 def test_a_tensor_is_read_of_the_file_whose_header_was_read(tmp_path: Path) -> None:

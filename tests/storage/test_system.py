@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from helpers.places import ROOT
 
 from loratool.storage import system
+from loratool.storage.destination import explain
 
 
 def take_away(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
@@ -112,6 +114,49 @@ def test_files_and_folders_are_flushed(tmp_path: Path, make: Callable[[Path], No
     system.sync(tmp_path / "x")
     with pytest.raises(FileNotFoundError):
         system.sync(tmp_path / "none")
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_flush_that_fails_is_an_error_but_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems that cannot flush folders say EINVAL or ENOTSUP; a broken disk says EIO."""
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "fsync", failing(number))
+        system.sync(tmp_path)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        system.sync(tmp_path)
+    monkeypatch.setattr(os, "open", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        system.sync(tmp_path)
+
+
+def test_a_file_system_without_locks_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems refuse every lock; a run goes on without."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    assert system.lock_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EEXIST, "not a folder"), (errno.ENOTDIR, "not a folder"), (errno.EFBIG, "ulimit -f"),
+     (errno.EDQUOT, "disk is full"), (errno.EROFS, "not allowed"), (errno.EIO, "writing failed")],
+)  # fmt: skip
+def test_what_stops_a_write_is_said_in_words(tmp_path: Path, number: int, words: str) -> None:
+    """Each with what can be done about it."""
+    error = explain(OSError(number, os.strerror(number)), tmp_path / "out")
+    assert words in error.message + error.hint
+    assert error.hint
 
 
 @pytest.mark.process

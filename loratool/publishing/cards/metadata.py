@@ -87,8 +87,6 @@ def _check(block: str) -> None:
             size = sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append(_Open(event, yaml))
-            if event.anchor:
-                sizes.pop(event.anchor, None)
             if len(opened) > _DEEPEST:
                 raise ValueError(f"nested more than {_DEEPEST} deep")
             continue

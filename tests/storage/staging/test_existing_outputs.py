@@ -156,6 +156,13 @@ def test_the_current_folder_is_no_output(
     monkeypatch.chdir(tmp_path / "out")
     with pytest.raises(OutputError, match="current directory"):
         loratool.merge(base, lora, ".")
+    output = tmp_path / "model"
+    loratool.merge(base, lora, output)
+    (output / "deep").mkdir()
+    for here in (output, output / "deep"):
+        monkeypatch.chdir(here)
+        with pytest.raises(OutputError, match="current directory"):
+            loratool.merge(base, lora, output, overwrite=True)
 
 
 def test_a_mounted_disk_is_no_output(base: Path, lora: Path, disk: Callable[[str], Path]) -> None:
@@ -252,13 +259,74 @@ def test_an_output_that_appears_while_flushing_is_not_replaced(
 
     def interfere(path: Path) -> None:
         output.mkdir(exist_ok=True)
-        (output / "thesis.tex").write_text("mine")
+        (output / "config.json").write_text("mine")
         real_sync(path)
 
     monkeypatch.setattr(writer, "sync", interfere)
     with pytest.raises(OutputError):
         loratool.merge(base, lora, output)
-    assert (output / "thesis.tex").read_text() == "mine"
+    assert (output / "config.json").read_text() == "mine"
+    assert beside(output) == []
+
+
+def old_output(path: Path) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("old")
+    return path
+
+
+def test_all_is_flushed_before_the_old_output_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and folder, then the folder they are put into; only then may the old one go."""
+    output = old_output(tmp_path / "out")
+    flushed: list[tuple[str, int]] = []
+
+    def sync(path: Path) -> None:
+        flushed.append((path.name, len(beside(output))))
+        if path == tmp_path:
+            raise PermissionError  # it may be written to but not read
+
+    monkeypatch.setattr(writer, "sync", sync)
+    with writer.StagedDirectory(output, overwrite=True) as staged:
+        (staged.path / "sub").mkdir()
+        (staged.path / "sub" / "config.json").write_text("new")
+        name = staged.path.name
+        staged.commit()
+    assert sorted(flushed[:-1]) == sorted([(name, 1), ("sub", 1), ("config.json", 1)])
+    assert flushed[-1] == (tmp_path.name, 1)
+    assert (output / "sub" / "config.json").read_text() == "new"
+    assert beside(output) == []
+
+
+def test_the_old_output_comes_back_where_the_new_one_cannot_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two renames fails, on a system that cannot exchange folders."""
+    output = old_output(tmp_path / "out")
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if ".loratool-partial-" in source.name:
+            raise OSError(5, "broken")
+        real(source, target)
+
+    monkeypatch.setattr(writer, "exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", rename)
+    with (
+        pytest.raises(OutputError, match="broken"),
+        writer.StagedDirectory(output, overwrite=True) as staged,
+    ):
+        staged.commit()
+    assert (output / "config.json").read_text() == "old"
+    assert beside(output) == []
+
+
+def test_an_output_that_is_there_stops_a_run_when_it_begins(tmp_path: Path) -> None:
+    """It may have come between the first look and the work."""
+    output = old_output(tmp_path / "out")
+    with pytest.raises(OutputError, match="appeared"), writer.StagedDirectory(output):
+        raise AssertionError
     assert beside(output) == []
 
 

@@ -11,6 +11,7 @@ from helpers.places import FIXTURES
 from helpers.processes import start_python, wait_for
 
 from loratool.cli.main import _interrupted
+from loratool.storage import staging
 
 
 @pytest.mark.process
@@ -71,6 +72,19 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
         (["merge", "b", "a", "-o", "o", "--push", "org/a"], "all of it or nothing"),
     ],
 )
-def test_what_an_interrupt_says_is_true_of_the_command(arguments: list[str], said: str) -> None:
+def test_what_an_interrupt_says_is_true_of_the_command(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A push may have made its commit already, and a dry run makes nothing."""
+    monkeypatch.setattr(staging, "_PLACED", [])  # other tests put outputs there in this process
     assert said in _interrupted(arguments)
+
+
+def test_an_interrupt_after_the_last_step_names_what_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who presses Ctrl-C while the summary is printed has the whole output."""
+    monkeypatch.setattr(staging, "_PLACED", [])
+    with staging.StagedDirectory(tmp_path / "out") as staged:
+        staged.commit()
+    assert _interrupted(["merge", "b", "a", "-o", "o"]).endswith("out is complete")

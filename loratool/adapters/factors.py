@@ -17,7 +17,7 @@ import numpy.typing as npt
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_float32
 
-Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out"]
+Kind = Literal["linear", "embedding", "conv", "attention-in", "attention-out", "experts"]
 
 
 Matrix = npt.NDArray[np.float32]

@@ -22,8 +22,9 @@ from loratool.extracting.kinds import Group, group_of
 from loratool.extracting.selection import Fate, Selection
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
-from loratool.models.layouts.layout import Layout, has_unknown_names, in_memory
+from loratool.models.layouts.layout import Layout, in_memory
 from loratool.models.layouts.names import HEAD, PRETRAINING, is_legacy_buffer, is_vocabulary
+from loratool.models.layouts.naming import choose_naming
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
 from loratool.paths import numbers_of, pattern
@@ -113,8 +114,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, choice: Selection) -> Counterparts
             "Give a base and a model that was fine-tuned from it.",
         )
     layout, own = Layout(base), Layout(tuned)
-    naming = layout.choose_naming(
-        [Wanted(name, info.shape, whole=True) for name, info in tuned.tensors.items()]
+    naming = choose_naming(
+        layout, [Wanted(name, info.shape, whole=True) for name, info in tuned.tensors.items()]
     )
     named = in_memory(tuned)
     result = Counterparts()
@@ -161,12 +162,6 @@ def _check_names(result: Counterparts, tuned: Checkpoint) -> None:
             f"Two tensors of {tuned.label} would both be {twice} in an adapter.",
             "The file holds one of them under an old name; save the model again.",
         )
-    if has_unknown_names(tuned):
-        text = (
-            f"transformers 5 holds a {tuned.model_type} under other names than its files have. "
-            "merge places this adapter right; PEFT may not find its modules."
-        )
-        result.notices.append(Notice("names-in-memory", text, tuned.label))
 
 
 def _by_layer(parts: Sequence[Counterpart]) -> list[Counterpart]:

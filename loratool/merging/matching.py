@@ -7,15 +7,19 @@ reason. It computes nothing and refuses nothing that is merely absent: `merge` r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Hint, Wanted
+from loratool.models.layouts.holding import MisfitError, Rows, Target
 from loratool.models.layouts.layout import Layout, Naming
 from loratool.models.layouts.names import is_value_head, is_vocabulary, is_vocabulary_bias
+from loratool.models.layouts.naming import choose_naming
 from loratool.models.layouts.place import Place
 from loratool.models.tasks import CLASSIFYING
 from loratool.storage.tensors import TensorInfo
@@ -25,12 +29,15 @@ from loratool.storage.tensors import TensorInfo
 class Delta:
     """Factors and the place in the base where they go: `W += weight·scale·Δ` there.
 
-    `weight` is what the user gave the adapter; negative to take it out.
+    `weight` is what the user gave the adapter; negative to take it out. Where a base cuts weights
+    otherwise than the adapter, each place gets some `rows` of Δ.
     """
 
     place: Place
     factors: Factors
     weight: float = 1.0
+    #: Rows of Δ that go there; all of them where it is None.
+    rows: Rows | None = None
 
     @property
     def tensor(self) -> str:
@@ -67,7 +74,10 @@ class Match:
 
 def match(adapter: Adapter, layout: Layout) -> Match:
     """Place the parts of `adapter` in the base of `layout`."""
-    wanted = [Wanted(m.weight_name, m.shape) for m in adapter.modules.values()]
+    wanted = [
+        Wanted(m.weight_name, m.shape, experts=m.experts if isinstance(m, ExpertStack) else None)
+        for m in adapter.modules.values()
+    ]
     wanted += [
         Wanted(f"{path}.weight", rows.rows.shape, whole=True)
         for path, rows in adapter.token_rows.items()
@@ -83,12 +93,16 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         )
         if value
     ]
-    found = Match(adapter, layout.choose_naming(wanted, hints))
+    found = Match(adapter, choose_naming(layout, wanted, hints))
     _match_replaced(found, layout)
     for module in adapter.modules.values():
-        _match_module(found, layout, module)
+        if isinstance(module, ExpertStack):
+            _match_stack(found, layout, module)
+        else:
+            _match_module(found, layout, module)
     for path, rows in adapter.token_rows.items():
         name = found.naming(f"{path}.weight")
+        name = layout.name_of(name) or name
         target = _target(found, layout, name)
         if not layout.admits(name):
             found.unmatched.append((rows.rows.name, _outside(name, layout)))
@@ -106,13 +120,14 @@ def match(adapter: Adapter, layout: Layout) -> Match:
 
 def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     name = found.naming(module.weight_name)
-    base_path = name.rpartition(".")[0]
     target = _target(found, layout, name)
+    if target is None:
+        _match_parts(found, layout, module, name)
+        return
+    name = layout.name_of(name) or name
+    base_path = name.rpartition(".")[0]
     if not layout.admits(name):
         found.unmatched.append((module.path, _outside(name, layout)))
-        return
-    if target is None:
-        found.unmatched.append((module.path, _not_there(found, name, layout.base)))
         return
     flag = found.adapter.declared.transposes
     place = layout.place(name, module.kind, flag, module.shape)
@@ -125,6 +140,73 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     found.deltas.append(Delta(place, module))
     if module.bias is not None:
         found.biases.append((f"{base_path}.bias", module))
+
+
+def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> None:
+    """Place a module whose weight the base holds in parts, or as a part of another one."""
+    if not layout.has(name):
+        reason = _not_there(found, name, layout.base)
+    elif module.kind != "linear":
+        reason = f"the base holds {name} otherwise, which is known for linear layers only"
+    elif module.bias is not None:
+        reason = "it trains a bias (lora_bias), which the base holds otherwise"
+    else:
+        try:
+            targets = layout.targets(name, module.shape)
+        except MisfitError as error:
+            reason = str(error)
+        else:
+            _add_targets(found, layout, module.path, [(t, module) for t in targets])
+            return
+    found.unmatched.append((module.path, reason))
+
+
+def _match_stack(found: Match, layout: Layout, stack: ExpertStack) -> None:
+    """Place factors of a parameter that has a matrix for each expert.
+
+    Their product is added as it is or transposed, which the shapes tell, and for square matrices
+    the version of PEFT that made the adapter.
+    """
+    name = found.naming(stack.weight_name)
+    single = (
+        stack.experts == 1
+        and (info := layout.tensor_of(name)) is not None
+        and (len(info.shape) == 2)
+    )
+    fitting = {}
+    reason = ""
+    for swapped in (False, True):
+        shape = stack.shape[::-1] if swapped else stack.shape
+        try:
+            fitting[swapped] = layout.targets(name, shape, None if single else stack.experts)
+        except MisfitError as error:
+            reason = reason or str(error)
+    swapped = next(iter(fitting), False)
+    if len(fitting) == 2:
+        told = stack.orientation(layout.holdings.names.entry.transposed_experts)
+        if told is None:
+            reason = (
+                f"its matrices are square, {list(stack.shape)}, and peft_version is not in its "
+                "config, so nothing tells which way round they are"
+            )
+            fitting = {}
+        else:
+            swapped = told
+    if not fitting:
+        found.unmatched.append((stack.weight_name, reason))
+        return
+    pairs = [(t, stack.expert(t.member or 0, swapped)) for t in fitting[swapped]]
+    _add_targets(found, layout, stack.weight_name, pairs)
+
+
+def _add_targets(
+    found: Match, layout: Layout, what: str, targets: Sequence[tuple[Target, Factors]]
+) -> None:
+    outside = [t.place.tensor for t, _ in targets if not layout.admits(t.place.tensor)]
+    if outside:
+        found.unmatched.append((what, _outside(outside[0], layout)))
+        return
+    found.deltas += [Delta(t.place, factors, rows=t.rows) for t, factors in targets]
 
 
 def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
@@ -153,7 +235,8 @@ def _match_replaced(found: Match, layout: Layout) -> None:
     base = layout.base
     for name, info in found.adapter.replaced.items():
         target_name = found.naming(name)
-        target = base.tensors.get(target_name) or base.tensors.get(name)
+        target_name = layout.name_of(target_name) or layout.name_of(name) or target_name
+        target = base.tensors.get(target_name)
         tied_head = layout.tied is not None and target_name == layout.tied.head
         if target is None and tied_head and layout.tied is not None:
             target = base.tensors[layout.tied.embedding].renamed(target_name)
@@ -208,6 +291,7 @@ def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:
 
     A replacement from the same adapter comes first; a tied head is its embedding.
     """
+    name = layout.name_of(name) or name
     target = found.replaced.get(name) or layout.base.tensors.get(name)
     if target is None and layout.tied is not None and name == layout.tied.head:
         embedding = layout.tied.embedding

@@ -87,6 +87,15 @@ class Placement:
         return found if low < high else None
 
 
+def _order(delta: Delta, placement: Placement) -> npt.NDArray[np.intp] | None:
+    """The rows of Δ that go to a place, in the order in which they are stored there; None for all
+    of them as they are."""
+    if delta.rows is None:
+        return placement.order
+    rows = np.asarray(delta.rows)
+    return rows if placement.order is None else rows[placement.order]
+
+
 class LoadedDelta:
     """One delta with its factors loaded, in the dtype that a job computes in.
 
@@ -102,7 +111,7 @@ class LoadedDelta:
         self.scale = delta.scale
         self.b: torch.Tensor | None = None
         self.a: torch.Tensor | None = None
-        order = self.placement.order
+        order = self._order = _order(delta, self.placement)
         pair = delta.factors.left_right(files)
         if pair is None:
             self._part = delta.factors.part_of(files)
@@ -139,8 +148,7 @@ class LoadedDelta:
         return self._oriented(out)
 
     def _dense(self, window: Window) -> torch.Tensor:
-        order = self.placement.order
-        rows = window.out if order is None else order[window.out]
+        rows = window.out if self._order is None else self._order[window.out]
         return torch.from_numpy(self._part(rows, window.inner)).to(self._work) * self.scale
 
     def _oriented(self, part: torch.Tensor) -> torch.Tensor:
@@ -208,7 +216,7 @@ class ExactProduct:
         self.window = self.placement.window
         self.transposed = delta.place.transposed
         pair = delta.factors.left_right(files)
-        order = self.placement.order
+        order = self._order = _order(delta, self.placement)
         if pair is None:
             self._part = delta.factors.part_of(files)
             self._scale = delta.scale
@@ -236,8 +244,7 @@ class ExactProduct:
 
     def _elementwise(self, window: Window) -> torch.Tensor:
         """scale·Δ of factors without B and A, one multiplication per element."""
-        order = self.placement.order
-        rows = window.out if order is None else order[window.out]
+        rows = window.out if self._order is None else self._order[window.out]
         part = self._part(rows, window.inner).astype(np.float64)
         return torch.from_numpy(part).mul_(self._scale)
 

@@ -18,6 +18,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.layouts.naming import choose_naming
 from loratool.notices import Notice
 from loratool.storage.header import read_header
 from loratool.streams.run import Run
@@ -38,12 +39,13 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     found = Pairing()
     jobs = {job.name: job for job in plan.jobs}
     layout = Layout(merged)
-    naming = layout.choose_naming(
+    naming = choose_naming(
+        layout,
         [
             Wanted(name, job.source.shape, whole=True)
             for name, job in jobs.items()
             if name in plan.base.tensors
-        ]
+        ],
     )
     _settle_heads(found, plan, jobs, merged, layout)
     taken = set()

@@ -32,12 +32,20 @@ class Wanted:
     """A tensor that an adapter changes, by its name in the adapter, and what it must be.
 
     `shape` is (out, in) of factors, whose weight may be stored either way, or with `whole` that of
-    a tensor that is replaced, whose rows may be more or fewer.
+    a tensor that is replaced, whose rows may be more or fewer. With `experts` there are factors of
+    this shape for each matrix of a stack.
     """
 
     name: str
     shape: tuple[int, ...]
     whole: bool = False
+    experts: int | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of factors."""
+        out, width = self.shape
+        return out, width
 
     def fits(self, info: TensorInfo) -> bool:
         if self.whole:

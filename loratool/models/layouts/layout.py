@@ -1,47 +1,28 @@
-"""How architectures name and lay out their weights.
+"""Where the weights of a base are, as seen from the names that adapters have for them.
 
-An adapter's keys are module names of the transformers version it was trained with; a base file has
-its own names. This module finds for each name of the one the tensor of the other. It knows which
-weights are stored `[in, out]`, and which output head shares the input embedding's matrix. All of it
-is declared per architecture; a shape only tells parts of one model apart.
+An adapter's keys are module names of the library it was trained with; a base file has its own. A
+name is looked up as it is, then by what it is in memory (`table`, `holding`). Here it is also known
+which weights are stored `[in, out]`, and which output head shares the input embedding's matrix.
+All of it is declared per architecture; a shape only tells parts of one model apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
-from loratool.errors import BaseError, MatchError, unknown
+from loratool.errors import BaseError, unknown
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.components import (
-    Hint,
-    Wanted,
-    choose_part,
-    contradicts,
-    is_within,
-    kind_of,
-    parts_of,
-)
-from loratool.models.layouts.names import (
-    CONV1D,
-    IN_MEMORY,
-    LANGUAGE_HEAD,
-    ON_DISK,
-    PLAIN_PAIRS,
-    RENAMED,
-    ROOTS,
-    SHARED,
-)
+from loratool.models.layouts.components import Wanted, is_within, parts_of
+from loratool.models.layouts.holding import Holdings, MisfitError, Target
+from loratool.models.layouts.names import CONV1D, LANGUAGE_HEAD, ROOTS, SHARED
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.tying import find_tied
 from loratool.notices import Notice
-from loratool.words import enumerated
+from loratool.storage.tensors import TensorInfo
 
 Naming = Callable[[str], str]
-
-#: Prefixes that are tried; models have fewer parts.
-_PREFIXES = 12
 
 
 class Layout:
@@ -57,6 +38,7 @@ class Layout:
             if not any(is_within(name, (part,)) for name in base.tensors):
                 raise unknown("component", part, parts_of(base.tensors))
         self.tied = find_tied(base)
+        self._targets: dict[tuple[str, tuple[int, int], int | None], list[Target] | str] = {}
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
             ("" if key.endswith("_config") else f"{key}.", value.get("model_type") or "")
@@ -64,131 +46,72 @@ class Layout:
             if isinstance(value, dict)
         ]
 
-    def choose_naming(self, wanted: Sequence[Wanted], hints: Sequence[Hint] = ()) -> Naming:
-        """The renaming from adapter names to base names that places the most of `wanted`.
-
-        Candidates, in this order: as they are; the architecture's renames; each of these with a
-        leading component taken off, or with a prefix put before. The one that places most with
-        fitting shapes wins, and among equals the first. Where several prefixes do equally well
-        `hints` decide, and MatchError is raised if they do not.
-        """
-        best: Naming = _identity
-        most = (-1, -1)
-        for naming in self._namings(wanted):
-            score = self._score(naming, wanted)
-            if score > most:
-                best, most = naming, score
-            if score == (len(wanted), len(wanted)):
-                return self._instead(wanted, hints) or best
-        rooted: dict[str, Naming] = {}
-        for prefix, naming in self._prefixed(wanted):
-            score = self._score(naming, wanted)
-            if score > most:
-                best, most, rooted = naming, score, {prefix: naming}
-            elif score == most and rooted:
-                rooted.setdefault(prefix, naming)
-        if len(rooted) > 1 and 2 * most[0] >= len(wanted):  # less is another model's adapter
-            return rooted[self._chosen(list(rooted), hints)]
-        for prefix in rooted:
-            self._note_doubt(prefix.rstrip("."), hints)
-        return best
-
-    def _instead(self, wanted: Sequence[Wanted], hints: Sequence[Hint]) -> Naming | None:
-        """The part that takes everything too and that the class in the config names, where the
-        names fit as they are: beside towers with a root one may have none."""
-        classes = [hint for hint in hints if hint.field == "base_model_class"]
-        whole = {
-            prefix.rstrip("."): naming
-            for prefix, naming in (self._prefixed(wanted) if classes else ())
-            if self._score(naming, wanted) == (len(wanted), len(wanted))
-        }
-        part, hint = choose_part(list(whole), classes)
-        if part is None:
-            return None
-        text = (
-            f"The names fit as they are and in {part}; {hint.field} of its config, {hint.value}, "
-            f"is for {part}."
-        )
-        self.notices.append(Notice("component", text, self.base.label))
-        return whole[part]
-
-    def _note_doubt(self, part: str, hints: Sequence[Hint]) -> None:
-        hint = None if self.components else contradicts(part, hints)
-        if hint is not None:
-            text = (
-                f"The adapter went into {part}, the only part of the base that takes it, though "
-                f"{hint.field} of its config, {hint.value}, speaks of another part."
-            )
-            self.notices.append(Notice("component", text, self.base.label))
-
-    def _chosen(self, prefixes: list[str], hints: Sequence[Hint]) -> str:
-        """One of the parts of the base that take the whole adapter, by what its config says."""
-        parts = [prefix.rstrip(".") for prefix in prefixes]
-        chosen, hint = choose_part(parts, hints)
-        if chosen is None:
-            raise MatchError(
-                f"{self.base.label}: {enumerated(parts)} would each take the whole adapter, and "
-                "its config does not say for which part of the model it was trained.",
-                f"Choose with --components, for instance --components {parts[0]}.",
-            )
-        text = (
-            f"{enumerated(parts)} would each take the whole adapter; {hint.field} of its config, "
-            f"{hint.value}, is for {chosen}."
-        )
-        self.notices.append(Notice("component", text, self.base.label))
-        return f"{chosen}."
-
-    def _score(self, naming: Naming, wanted: Sequence[Wanted]) -> tuple[int, int]:
-        """How many of `wanted` find a tensor that fits, and how many find one at all."""
-        fitting = there = 0
-        for one in wanted:
-            name = naming(one.name)
-            if not self.admits(name):
-                continue
-            if self.has(name):
-                there += 1
-                info = self.base.tensors.get(name)
-                if info is None and self.tied is not None:
-                    info = self.base.tensors[self.tied.embedding]
-                fitting += info is not None and one.fits(info)
-        return fitting, there
+    @cached_property
+    def holdings(self) -> Holdings:
+        """The parameters of the base by their names in memory."""
+        return Holdings(self.base.tensors, self.base.config)
 
     def admits(self, name: str) -> bool:
         """Whether a tensor may be changed: all may, or those of the chosen components."""
         return not self.components or is_within(name, self.components)
 
+    def name_of(self, name: str) -> str | None:
+        """The name in the base's files of the parameter that an adapter calls `name`; None where no
+        tensor is that parameter and nothing else. A tied head has a name and no tensor."""
+        if name in self.base.tensors or (self.tied is not None and name == self.tied.head):
+            return name
+        same = self.holdings.same(name)
+        if same is not None:
+            return same.name
+        segments = self.holdings.names.segments
+        if self.tied is not None and segments(name) == segments(self.tied.head):
+            return self.tied.head
+        return None
+
+    def tensor_of(self, name: str) -> TensorInfo | None:
+        """The tensor of that parameter, which for a tied head is its embedding."""
+        found = self.name_of(name)
+        if found is not None and found not in self.base.tensors and self.tied is not None:
+            found = self.tied.embedding
+        return None if found is None else self.base.tensors[found]
+
+    def targets(
+        self, name: str, shape: tuple[int, int], experts: int | None = None
+    ) -> list[Target]:
+        """Where a delta goes that several tensors hold, or a part of one: see `Holdings.targets`.
+
+        Raises MisfitError where it has no place.
+        """
+        key = name, shape, experts
+        if key not in self._targets:
+            try:
+                self._targets[key] = self.holdings.targets(name, shape, experts)
+            except MisfitError as error:
+                self._targets[key] = str(error)
+        found = self._targets[key]
+        if isinstance(found, str):
+            raise MisfitError(found)
+        return found
+
+    def fits(self, one: Wanted, name: str) -> bool:
+        """Whether what an adapter changes has a place under this name."""
+        info = self.tensor_of(name)
+        if info is not None and (one.experts is None or len(info.shape) < 3):
+            return one.fits(info)
+        if one.whole:
+            return name in self.holdings
+        for shape in {one.matrix, one.matrix[::-1]} if one.experts is not None else {one.matrix}:
+            try:
+                return bool(self.targets(name, shape, one.experts))
+            except MisfitError:
+                continue
+        return False
+
     def has(self, name: str) -> bool:
-        """True if the base holds `name`, or ties it to a tensor it holds."""
-        return name in self.base.tensors or (self.tied is not None and name == self.tied.head)
-
-    @property
-    def _renames(self) -> list[Naming]:
-        keys = [key for key in (self.base.model_type, "") if key in ON_DISK]
-        return [_identity, *(_substitute(ON_DISK[key]) for key in keys)]
-
-    def _namings(self, wanted: Sequence[Wanted]) -> Iterator[Naming]:
-        heads = {one.name.partition(".")[0] for one in wanted}
-        roots = {name.partition(".")[0] for name in self.base.tensors}
-        yield from self._renames
-        own = kind_of(self.base.model_type)
-        for root in sorted(heads - roots):
-            if own and kind_of(root) not in (None, own):
-                continue  # a text tower's adapter is none for a vision tower without a root
-            for rename in self._renames:
-                yield _strip(root + ".", rename)
-
-    def _prefixed(self, wanted: Sequence[Wanted]) -> Iterator[tuple[str, Naming]]:
-        """The prefixes that make names of the base out of the most of `wanted`."""
-        for rename in self._renames:
-            renamed = {rename(one.name) for one in wanted}
-            counts = Counter(
-                name[: -len(end)]
-                for name in self.base.tensors
-                for end in _ends(name)
-                if end in renamed
-            )
-            for prefix, _ in counts.most_common(_PREFIXES):
-                yield prefix, _add(prefix, rename)
+        """Whether the base holds this parameter, in one tensor, in parts, or as a part of one."""
+        return self.name_of(name) is not None or all(
+            segment.memory in self.holdings for segment in self.holdings.names.segments(name)
+        )
 
     def place(self, tensor: str, kind: str, fan_in_fan_out: bool, shape: tuple[int, int]) -> Place:
         """Where a delta of this `(out, in)` goes: `tensor`, in the orientation it is stored in.
@@ -236,7 +159,12 @@ def in_memory(model: Checkpoint) -> Naming:
     Some models were saved without their head, and so without the name under which the class with
     the head holds them.
     """
-    rename = _substitute([*IN_MEMORY.get(model.model_type, []), *IN_MEMORY[""]])
+    names = Holdings(model.tensors, model.config).names
+
+    def rename(name: str) -> str:
+        segments = names.segments(name)
+        return segments[0].memory if len(segments) == 1 and segments[0].expert is None else name
+
     root = ROOTS.get(model.model_type, "")
     architectures = model.config.get("architectures") or []
     headless = not architectures or any(name.endswith("Model") and "LMHead" not in name
@@ -249,40 +177,3 @@ def in_memory(model: Checkpoint) -> Naming:
         return f"{root}.{rename(name)}" if inside else rename(name)
 
     return rooted
-
-
-def has_unknown_names(model: Checkpoint) -> bool:
-    """Whether transformers 5 may hold the modules of this model under names not known here."""
-    config = model.config
-    mixed = "vision_config" in config and ("text_config" in config or "llm_config" in config)
-    return model.model_type in RENAMED or (mixed and model.model_type not in PLAIN_PAIRS)
-
-
-def _identity(name: str) -> str:
-    return name
-
-
-def _ends(name: str) -> Iterator[str]:
-    """The dotted ends of a name, without itself: "b.c" and "c" of "a.b.c"."""
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
-
-
-def _substitute(rules: list[tuple[str, str]]) -> Naming:
-    def rename(name: str) -> str:
-        for pattern, replacement in rules:
-            name, count = re.subn(pattern, replacement, name)
-            if count:
-                break
-        return name
-
-    return rename
-
-
-def _strip(prefix: str, then: Naming) -> Naming:
-    return lambda name: then(name.removeprefix(prefix))
-
-
-def _add(prefix: str, then: Naming) -> Naming:
-    return lambda name: then(prefix + name)

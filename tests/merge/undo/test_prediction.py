@@ -53,7 +53,7 @@ def product_of(
 ) -> ExactProduct:
     factors = SimpleNamespace(left_right=lambda files: (b, a))
     place = Place("w", transposed=transposed)
-    delta: Any = SimpleNamespace(factors=factors, scale=scale, place=place)
+    delta: Any = SimpleNamespace(factors=factors, scale=scale, place=place, rows=None)
     stored = (a.shape[1], len(b)) if transposed else (len(b), a.shape[1])
     with FilePool() as files:
         return ExactProduct(delta, stored, files)

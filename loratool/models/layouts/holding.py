@@ -1,0 +1,300 @@
+"""Which tensors of a model hold which parameters, and where a change of one goes in the files.
+
+Files, transformers 4 and transformers 5 name and cut weights differently. `table` says what every
+tensor is in memory; here a delta and the tensors that hold its parameter are brought together: an
+expert of a stack, gate and up of one matrix, q, k and v of another. All of it is arithmetic on rows
+of matrices `[rows, columns]` as they are in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.models.layouts.place import Place
+from loratool.models.layouts.table import Names, Segment, Share, rope_order
+from loratool.storage.tensors import TensorInfo
+
+Rows = range | tuple[int, ...]
+
+
+class MisfitError(Exception):
+    """Why a delta has no place in a model, in words that follow the name of the delta."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Some rows of a delta `[out, in]`, all where `rows` is None, and the place where they go.
+
+    `member` is the number of the delta among those of a stack, None where there is one delta.
+    """
+
+    place: Place
+    rows: Rows | None = None
+    member: int | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a tensor holds of a parameter: its rows `own`, which are the rows `memory` of `size`.
+
+    `expert` is the matrix of a stack that it holds; None where it holds all, or there is no stack.
+    The tensor is transposed first where it lies so.
+    """
+
+    info: TensorInfo
+    expert: int | None
+    stacked: bool
+    transposed: bool
+    columns: int
+    size: int
+    memory: Rows
+    own: Rows
+
+    @property
+    def experts(self) -> int:
+        """How many matrices it holds."""
+        return self.info.shape[0] if self.stacked and self.expert is None else 1
+
+
+class Holdings:
+    """The parameters of one model, by their names in memory."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+        self.names = Names(config, tensors)
+        self._config = config
+        self._tensors = tensors
+        self._parts: dict[str, list[tuple[TensorInfo, Segment]]] = defaultdict(list)
+        for name, info in tensors.items():
+            for segment in self.names.segments(name):
+                self._parts[segment.memory].append((info, segment))
+        self._held: dict[tuple[str, bool], list[Held]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __contains__(self, memory: object) -> bool:
+        return memory in self._parts
+
+    def same(self, name: str) -> TensorInfo | None:
+        """The tensor that is the parameter called `name`, all of it and nothing else."""
+        segments = self.names.segments(name)
+        found = self._parts.get(segments[0].memory, []) if len(segments) == 1 else []
+        alike = len(found) == 1 and found[0][1] == segments[0] and segments[0].expert is None
+        return found[0][0] if alike else None
+
+    def held(self, memory: str, stacked: bool) -> list[Held]:
+        """The tensors that hold a parameter, which is a stack of matrices or one.
+
+        Raises MisfitError where an expert or a part is missing.
+        """
+        key = memory, stacked
+        if key not in self._held:
+            self._held[key] = _complete(memory, list(self._resolved(memory, stacked)))
+        return self._held[key]
+
+    def shape(self, memory: str, stacked: bool) -> tuple[int, int, int]:
+        """Matrices, rows and columns of a parameter in memory."""
+        held = self.held(memory, stacked)
+        experts = held[0].experts
+        if held[0].expert is not None:
+            experts = len({one.expert for one in held})
+        return experts, held[0].size, held[0].columns
+
+    def targets(self, name: str, shape: tuple[int, int], experts: int | None = None
+                ) -> list[Target]:  # fmt: skip
+        """Where all rows of a delta `(out, in)` for the weight `name` go.
+
+        With `experts` there is such a delta for each matrix of the parameter. Raises MisfitError
+        where rows have no place.
+        """
+        out, columns = shape
+        segments = self.names.segments(name)
+        found: list[Target] = []
+        for segment in segments:
+            stacked = experts is not None or segment.expert is not None
+            if segment.memory not in self:
+                raise MisfitError(f"the base has no {segment.memory}")
+            count, _, _ = self.shape(segment.memory, stacked)
+            if experts not in (None, count):
+                raise MisfitError(f"it has {experts} experts, {segment.memory} has {count}")
+            flipped = segment.transposed
+            held_by = self.held(segment.memory, stacked)
+            own = _rows(segment.into, columns if flipped else out)
+            size = held_by[0].size if segment.rows is not None else len(own)
+            memory = self._ordered(segment, _rows(segment.rows, size))
+            if len(memory) != len(own):
+                raise MisfitError(_shapes(segment, shape, held_by[0]))
+            for held in held_by:
+                if held.size != size or held.columns != (out if flipped else columns):
+                    raise MisfitError(_shapes(segment, shape, held))
+                if flipped and (memory != held.memory or len(own) != size):
+                    raise MisfitError(f"{held.info.name} is stored otherwise, and in parts")
+                found += _overlap(
+                    held, segment.expert, experts, memory, own, None if flipped else out
+                )
+        covered = sum(out if t.rows is None else len(t.rows) for t in found)
+        if covered != out * (experts or 1):
+            raise MisfitError(
+                f"{covered:,} of its {out * (experts or 1):,} rows have a place in the base"
+            )
+        return found
+
+    def _resolved(self, memory: str, stacked: bool) -> Iterator[Held]:
+        parts = [(info, s, self._is_flipped(info, s)) for info, s in self._parts[memory]]
+        blocks: dict[int | None, dict[int, int]] = defaultdict(dict)
+        for info, segment, flipped in parts:
+            if segment.rows is not None and segment.rows.index is not None:
+                rows, _ = _matrix(info, flipped, stacked and segment.expert is None)
+                blocks[segment.expert][segment.rows.index] = rows
+        for info, segment, flipped in parts:
+            expert, share = segment.expert, segment.rows
+            rows, columns = _matrix(info, flipped, stacked and expert is None)
+            own = _rows(segment.into, rows)
+            if share is not None and share.index is not None:
+                # Blocks of unequal sizes follow one another.
+                sizes = blocks[expert]
+                size = sum(sizes.values())
+                start = sum(sizes.get(i, 0) for i in range(share.index))
+                there = range(start, start + rows)
+            else:
+                size = _whole(share, len(own))
+                there = _rows(share, size)
+            placed = self._ordered(segment, there)
+            yield Held(info, expert, stacked, flipped, columns, size, placed, own)
+
+    def _ordered(self, segment: Segment, memory: range) -> Rows:
+        """Rows of a parameter in the order in which the file has them."""
+        if not segment.order:
+            return memory
+        heads: Any = self._config
+        for field in segment.order.removeprefix("rope:").split("."):
+            heads = heads.get(field) if isinstance(heads, Mapping) else None
+        if type(heads) is not int or heads < 1 or len(memory) % (2 * heads):
+            raise MisfitError(
+                f"rows of {segment.memory} are in another order in the file, which depends on "
+                f"{segment.order.removeprefix('rope:')} of config.json"
+            )
+        return tuple(memory[i] for i in rope_order(len(memory), heads))
+
+    def _is_flipped(self, info: TensorInfo, segment: Segment) -> bool:
+        """Whether a tensor lies transposed; where files have it both ways, by the hidden size."""
+        if not segment.maybe_transposed:
+            return segment.transposed
+        text = self._config.get("text_config") or self._config
+        hidden = text.get("hidden_size")
+        inwards = segment.memory.rpartition(".")[2].startswith("down")
+        rows, columns = info.shape[-2:]
+        if rows == columns:
+            raise MisfitError(f"{info.name} is square, and files have it both ways round")
+        return bool(hidden == (columns if inwards else rows))
+
+
+def _matrix(info: TensorInfo, flipped: bool, stack: bool) -> tuple[int, int]:
+    """Rows and columns of a tensor, or of each matrix in it, in the orientation of memory."""
+    axes = info.shape[1:] if stack else info.shape
+    rows, columns = axes[0] if axes else 1, math.prod(axes[1:])
+    return (columns, rows) if flipped else (rows, columns)
+
+
+def _rows(share: Share | None, size: int) -> range:
+    """The rows that are this share of `size` rows."""
+    rows = range(size) if share is None else share.of(size)
+    if rows is None:
+        raise MisfitError(f"{size} rows cannot be divided as they should")
+    return rows
+
+
+def _whole(share: Share | None, part: int) -> int:
+    """The number of rows of which `part` are this share."""
+    return part if share is None else round(part * share.step / (share.stop - share.start))
+
+
+def _complete(memory: str, held: list[Held]) -> list[Held]:
+    """The same in order. Raises MisfitError unless together they are the parameter, once."""
+    sizes = {(one.size, one.columns) for one in held}
+    if len(sizes) > 1:
+        raise MisfitError(f"the parts of {memory} in the base have different shapes")
+    counts: dict[int | None, int] = defaultdict(int)
+    for one in held:
+        counts[one.expert] += len(one.memory)
+    numbers = sorted(n for n in counts if n is not None)
+    if numbers and numbers != list(range(len(numbers))):
+        missing = next(i for i in range(numbers[-1]) if i not in counts)
+        raise MisfitError(f"expert {missing} of {memory} is missing in the base")
+    wrong = [one for one in held if counts[one.expert] != one.size]
+    if wrong:
+        what = "twice" if counts[wrong[0].expert] > wrong[0].size else "in part"
+        raise MisfitError(f"{memory} is in the base only {what}, see {wrong[0].info.name}")
+    return sorted(held, key=lambda one: (one.expert or 0, one.memory[0]))
+
+
+def _overlap(
+    held: Held, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
+) -> Iterator[Target]:
+    """The rows of a delta with `out` rows that a tensor has a place for.
+
+    `out` is None for a delta that lies transposed against the parameter, and is the whole of it.
+    """
+    if expert is not None and held.expert not in (None, expert):
+        return
+    common = _common(memory, own, held.memory, held.own)
+    if common is None:
+        return
+    rows, there = common
+    members: range | tuple[int | None, ...] = (None,)
+    if experts is not None:
+        members = (held.expert,) if held.expert is not None else range(held.experts)
+    for member in members:
+        number = member if expert is None else expert
+        place = Place(
+            held.info.name,
+            expert=number if held.stacked and held.expert is None else None,
+            rows=None if out is None else _unless_all(there, _rows_of(held)),
+            transposed=held.transposed != (out is None),
+        )
+        yield Target(place, None if out is None else _unless_all(rows, out), member)
+
+
+def _rows_of(held: Held) -> int:
+    return _matrix(held.info, held.transposed, held.stacked and held.expert is None)[0]
+
+
+@lru_cache(maxsize=1024)
+def _common(memory: Rows, own: range, theirs: Rows, there: Rows) -> tuple[Rows, Rows] | None:
+    """Rows of a delta, and those of a tensor, that are the same rows of the parameter."""
+    if memory == theirs:
+        return own, there
+    known = np.full(1 + max(max(memory), max(theirs)), -1)
+    known[np.asarray(theirs)] = np.asarray(there)
+    found = known[np.asarray(memory)]
+    here = found >= 0
+    if not here.any():
+        return None
+    return _tidy(np.asarray(own)[here]), _tidy(found[here])
+
+
+def _tidy(rows: npt.NDArray[np.int_]) -> Rows:
+    """As a range, where it is one."""
+    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    if step > 0 and (np.diff(rows) == step).all():
+        return range(int(rows[0]), int(rows[-1]) + 1, step)
+    return tuple(int(row) for row in rows)
+
+
+def _unless_all(rows: Rows, size: int) -> Rows | None:
+    return None if rows == range(size) else rows
+
+
+def _shapes(segment: Segment, delta: tuple[int, int], held: Held) -> str:
+    return (
+        f"its shapes do not fit: B·A is {list(delta)} there, {segment.memory} is "
+        f"{[held.size, held.columns]}"
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.experts import Packing
 from loratool.adapters.factors import Factors
 from loratool.errors import shown
 from loratool.notices import Notice
@@ -83,6 +84,8 @@ class Adapter:
     notices: list[Notice] = field(default_factory=list)
     declared: Declared = Declared()
     is_read: bool = False
+    #: How flat factors of expert stacks lie, where the user says so (`experts.Packing`).
+    expert_b_layout: Packing | None = None
     #: All shards, where there are several; `weights` is then their index, or the first.
     shards: tuple[Path, ...] = ()
     #: Files beside the factors whose tensors are parts of the adapter.

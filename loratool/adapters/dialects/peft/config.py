@@ -40,12 +40,12 @@ HONOURED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora",
     "fan_in_fan_out", "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
     "target_modules", "init_lora_weights", "ensure_weight_tying", "use_bdlora",
-    "base_model_name_or_path", "task_type",
+    "base_model_name_or_path", "task_type", "target_parameters", "lora_B_layout", "peft_version",
 }  # fmt: skip
 
 #: Fields that matter in training only, or say where the adapter came from.
 HARMLESS = {
-    "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules",
+    "auto_mapping", "revision", "inference_mode", "exclude_modules",
     "lora_dropout", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
     "monteclora_config", "qalora_group_size", "runtime_config", "merge_weights",
@@ -53,8 +53,6 @@ HARMLESS = {
 
 #: Fields that, when set, make `W + scale·B·A` the wrong formula.
 REFUSED = {
-    "target_parameters": "it adapts bare parameters (mixture-of-experts stacks), whose packing "
-    "loratool cannot place yet",
     "layer_replication": "it needs a base whose layers are copied first; build that base and "
     "remove the field",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens; no single weight "
@@ -88,7 +86,8 @@ _DECLARED = {
 _OF_LORA = {
     "r": NUMBER, "lora_alpha": NUMBER, "rank_pattern": _NUMBERS, "alpha_pattern": _NUMBERS,
     "use_rslora": _FLAG, "use_dora": _FLAG, "lora_bias": _FLAG, "target_modules": _SOME_NAMES,
-    "init_lora_weights": _TEXT | FLAG,
+    "init_lora_weights": _TEXT | FLAG, "target_parameters": NAMES | ABSENT,
+    "lora_B_layout": _TEXT, "peft_version": _TEXT,
     "bias": FieldType(f"one of {', '.join(_BIASES)}", lambda v: v in (None, *_BIASES)),
     "trainable_token_indices": COUNTS | table_of(COUNTS, "a table of such lists") | ABSENT,
     "use_bdlora": TABLE | ABSENT | _OFF,

@@ -9,6 +9,7 @@ from loratool.adapters.dialects.peft.names import plain_path
 from loratool.errors import listed
 from loratool.models.layouts.names import CLASSIFIERS, is_value_head, is_vocabulary
 from loratool.notices import Notice
+from loratool.paths import dotted_ends
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.words import counted
 
@@ -38,16 +39,21 @@ def _quoted(names: Collection[str]) -> str:
 
 
 def _absent_targets(adapter: Adapter, halves: Collection[str]) -> Iterator[Notice]:
-    targets = adapter.config.get("target_modules")
-    if not isinstance(targets, list):
-        return
-    paths = [*adapter.modules, *halves]
-    absent = [t for t in targets if not any(p == t or p.endswith(f".{t}") for p in paths)]
-    # PEFT targets an attention module by its own name, and `out_proj` comes along.
-    if absent and paths:
-        names = _quoted(sorted(absent))
-        text = f"target_modules names {names}, but no such module is in the file."
-        yield Notice("target-absent", text, ADAPTER_CONFIG)
+    modules = [*adapter.modules, *halves]
+    weights = [*(m.weight_name for m in adapter.modules.values()), *halves]
+    for field, what, paths in (
+        ("target_modules", "module", modules),
+        ("target_parameters", "parameter", weights),
+    ):
+        targets = adapter.config.get(field)
+        if not isinstance(targets, list):
+            continue
+        there = {end for path in paths for end in dotted_ends(path)}
+        # PEFT targets an attention module by its own name, and `out_proj` comes along.
+        absent = sorted(set(targets) - there)
+        if absent and paths:
+            text = f"{field} names {_quoted(absent)}, but no such {what} is in the file."
+            yield Notice("target-absent", text, ADAPTER_CONFIG)
 
 
 def _absent_saved_modules(adapter: Adapter) -> Iterator[Notice]:

@@ -20,6 +20,8 @@ from loratool.adapters.dialects.peft.config import (
 )
 from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
+from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
+from loratool.adapters.dialects.peft.wrappers import Pair
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
 from loratool.notices import Notice
@@ -72,6 +74,7 @@ def fill_adapter(adapter: Adapter) -> None:
         )
     if adapter.config:
         adapter.notices += config_notices(adapter.config)
+        adapter.notices += layout_notices(adapter.config.get("lora_B_layout") or "")
     else:
         adapter.notices.append(
             Notice(
@@ -89,8 +92,6 @@ def fill_adapter(adapter: Adapter) -> None:
         and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
     ]
     halves = _build_modules(adapter, parts)
-    if not adapter.config.get("enable_lora"):  # refused by its config already
-        _check_shapes(adapter)
     _check_placeholders(adapter)
     note_expectations(adapter, halves)
 
@@ -153,6 +154,11 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
     resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
+    bare = BareParameters(adapter, {
+        path: Pair(found.tensors["A"], found.tensors["B"])
+        for path, found in parts.items()
+        if resolve and not found.embedding and {"A", "B"} <= found.tensors.keys()
+    })  # fmt: skip
     halves: dict[str, list[str]] = {}
     wrong_ranks = []
     for path, found in parts.items():
@@ -164,6 +170,11 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
             stray = [t.name for slot, t in tensors.items() if slot != "rows"]
             if stray:
                 halves[path] = [plain_path(name).removeprefix(f"{path}.") for name in stray]
+            continue
+        if resolve and bare.take(path, resolve):
+            # PEFT gives a parameter neither a bias nor a magnitude.
+            more = tensors.keys() & {"bias", "magnitude"}
+            adapter.unknown += [tensors[slot].name for slot in sorted(more)]
             continue
         plain, kind = _kind(path, found, parts)
         a, b = tensors["A"], tensors["B"]
@@ -183,6 +194,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
             plain, kind, a, b, alpha, scale,
             tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
         )  # fmt: skip
+    bare.finish()
+    wrong_ranks += bare.troubles.pop("rank-mismatch", [])
     _refuse(
         adapter, "half-a-pair",
         "has lora_A but no lora_B, or the reverse, so nothing can be computed",
@@ -193,6 +206,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         "has another rank than the config gives; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
+    if not fused:  # which is refused by its config already
+        _check_shapes(adapter, bare.troubles)
     return set(halves)
 
 
@@ -245,7 +260,7 @@ _SHAPE_TROUBLES = {
     "apart, so no merged weight exists",
     "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
     "PEFT 0.2",
-    "target-parameters": "adapts a bare parameter (a stack of experts), which cannot be placed yet",
+    "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
     "quantised-factors": "holds integers or 8-bit floats, which loratool does not read as numbers; "
     "save the adapter in float16, bfloat16 or float32",
     "pair-mismatch": "has factors of different ranks",
@@ -268,24 +283,26 @@ def _check_placeholders(adapter: Adapter) -> None:
         adapter.notices.append(Notice("zero3-placeholder", text, empty[0], refused=True))
 
 
-def _check_shapes(adapter: Adapter) -> None:
-    """Refuse pairs that do not make a product; name the reason where it is a known one."""
-    troubles: dict[str, list[str]] = {code: [] for code in _SHAPE_TROUBLES}
+def _check_shapes(adapter: Adapter, found: dict[str, list[str]]) -> None:
+    """Refuse pairs that do not make a product; name the reason where it is a known one.
+
+    `found` are troubles that are known already, by code.
+    """
+    troubles = {code: [*found.get(code, ())] for code in _SHAPE_TROUBLES}
     for path, module in adapter.modules.items():
-        assert isinstance(module, LowRank)
-        a, b = module.a.shape, module.b.shape
+        a, b = (module.parts[name].shape for name in "AB")
         code = ""
-        if 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
+        if module.kind == "experts":
+            code = "" if all(t.is_float for t in module.tensors) else "quantised-factors"
+        elif 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
             code = "zero3-placeholder"
         elif len(a) > 2 and b[1] != a[0]:
             code = "grouped-convolution"
         elif len(b) > 2 and len(a) == 2:
             code = "enable-lora"
-        elif path.endswith((".base_layer", ".experts")):
-            code = "target-parameters"
-        elif not (module.a.is_float and module.b.is_float):
+        elif not all(t.is_float for t in module.parts.values()):
             code = "quantised-factors"
-        elif b[1] * module.blocks_b != a[0] or any(n != 1 for n in b[2:]):
+        elif not module.is_sound or any(n != 1 for n in b[2:]):
             code = "pair-mismatch"
         if code:
             troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")

@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import singledispatch
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +107,40 @@ class _Grown(Values):
         raw[known:] = 0
 
 
+@dataclass(frozen=True)
+class _JoinedTensor(TensorInfo):
+    """A tensor whose elements are those of others, one after the other. It is in no file."""
+
+    parts: tuple[TensorInfo, ...] = ()
+
+
+class _Joined(Values):
+    def __init__(self, info: _JoinedTensor, files: FilePool) -> None:
+        super().__init__(info)
+        self._parts = [values_of(part, files) for part in info.parts]
+        self._ends = list(accumulate(part.length for part in self._parts))
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        size = self.info.itemsize
+        done = 0
+        while low < high:
+            at = bisect_right(self._ends, low)
+            start = self._ends[at] - self._parts[at].length
+            stop = min(high, self._ends[at])
+            count = (stop - low) * size
+            self._parts[at].read_into(low - start, stop - start, raw[done : done + count])
+            low, done = stop, done + count
+
+
+def joined(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
+    """A tensor that holds the elements of `parts`, of one dtype, one after the other."""
+    first = parts[0]
+    return _JoinedTensor(
+        name, first.dtype, tuple(shape), first.file, first.start, stamp=first.stamp,
+        parts=tuple(parts),
+    )  # fmt: skip
+
+
 @singledispatch
 def values_of(info: TensorInfo, files: FilePool) -> Values:
     """The values of a tensor, read through `files` when they are asked for.
@@ -114,6 +151,11 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
     if info.zeros:
         return _Grown(info, values_of(info.stored, files))
     return _Dense(info, files) if info.strides is None else _Strided(info, files)
+
+
+@values_of.register
+def _(info: _JoinedTensor, files: FilePool) -> Values:
+    return _Joined(info, files)
 
 
 def _viewed(info: TensorInfo, files: FilePool) -> npt.NDArray[np.void]:

@@ -83,6 +83,10 @@ class Holdings:
     def __contains__(self, memory: object) -> bool:
         return memory in self._parts
 
+    def tensor(self, name: str) -> TensorInfo:
+        """A tensor by its name in the files."""
+        return self._tensors[name]
+
     def same(self, name: str) -> TensorInfo | None:
         """The tensor that is the parameter called `name`, all of it and nothing else."""
         segments = self.names.segments(name)

@@ -1,0 +1,101 @@
+"""Tensors of one layout put together from the files of another one, without a copy.
+
+Two models of one architecture may be cut differently: experts one by one or as a stack, q, k and v
+apart or together. To compare them, a tensor of the one is made of views of the other's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from loratool.models.layouts.holding import Holdings, MisfitError, Rows, Target
+from loratool.models.layouts.place import Place
+from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import joined
+
+
+def assembled(
+    holdings: Holdings, name: str, shape: Sequence[int], stack: bool = False
+) -> tuple[TensorInfo, set[str]]:
+    """The tensor that is called `name` and has this shape in another layout, and the names of the
+    tensors that it is made of here.
+
+    `stack` says that it has a matrix for each expert. Raises MisfitError where something of it is
+    not there, or parts have different dtypes.
+    """
+    axes = shape[1:] if stack else shape
+    out, columns = axes[0] if axes else 1, math.prod(axes[1:])
+    targets = holdings.targets(name, (out, columns), shape[0] if stack else None)
+    ordered = sorted(targets, key=lambda t: (t.member or 0, t.rows[0] if t.rows else 0))
+    parts = [part for target in ordered for part in _parts(holdings, target)]
+    names = {target.place.tensor for target in targets}
+    if len({part.dtype for part in parts}) > 1:
+        raise MisfitError(f"its parts have different dtypes, see {sorted(names)[0]}")
+    if len(parts) == 1:
+        return replace(
+            parts[0], name=name, shape=tuple(shape), strides=_kept(parts[0], shape)
+        ), names
+    return joined(name, shape, parts), names
+
+
+def view_of(info: TensorInfo, place: Place) -> Iterator[TensorInfo]:
+    """The rows of a tensor that a place speaks of, `[rows, columns]`, as views of it."""
+    strides = info.strides or _row_major(info.shape)
+    offset = 0
+    shape = info.shape
+    if place.expert is not None:
+        offset, shape, strides = place.expert * strides[0], shape[1:], strides[1:]
+    if place.transposed:
+        shape, strides = shape[::-1], strides[::-1]
+    runs: list[Rows] = [range(shape[0])] if place.rows is None else _runs(place.rows)
+    for rows in runs:
+        step = rows.step if isinstance(rows, range) else 1
+        yield replace(
+            info,
+            shape=(len(rows), *shape[1:]),
+            start=info.start + (offset + rows[0] * strides[0]) * info.itemsize,
+            strides=_unless_dense((len(rows), *shape[1:]), (strides[0] * step, *strides[1:])),
+        )
+
+
+def _parts(holdings: Holdings, target: Target) -> Iterator[TensorInfo]:
+    """Views of the rows of a target, in the order of the tensor that is put together."""
+    if isinstance(target.rows, range) and target.rows.step != 1:
+        raise MisfitError(f"the rows of {target.place.tensor} alternate with others")
+    place = target.place
+    if isinstance(target.rows, tuple):
+        raise MisfitError(f"the rows of {target.place.tensor} are in another order")
+    yield from view_of(holdings.tensor(place.tensor), place)
+
+
+def _runs(rows: Rows) -> list[Rows]:
+    """Rows as ranges, one after the other."""
+    if isinstance(rows, range):
+        return [rows]
+    runs: list[Rows] = []
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            runs.append(range(rows[first], rows[i - 1] + 1))
+            first = i
+    return runs
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _unless_dense(shape: Sequence[int], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    dense = all(n == 1 or s == d for n, s, d in zip(shape, strides, _row_major(shape), strict=True))
+    return None if dense else strides
+
+
+def _kept(part: TensorInfo, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The strides of a part that becomes a tensor of this shape."""
+    if part.strides is None or part.shape == tuple(shape):
+        return part.strides
+    if part.shape == tuple(shape)[-len(part.shape) :]:
+        return (0,) * (len(shape) - len(part.shape)) + part.strides
+    raise MisfitError(f"{part.name} lies otherwise in its file")

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.adapters.factors import Kind, Matrix, ModuleShape, Part
+from loratool.errors import unknown
 from loratool.storage.tensors import FilePool, TensorInfo, as_float32, block_elements, blocks
 from loratool.storage.values import values_of
 
@@ -28,12 +29,23 @@ from loratool.storage.values import values_of
 #: `[out, r, E]`; `grouped`, of Unsloth's older files, `[out, E, r]`; `stacked` `[E, out, r]`.
 Packing = Literal["rank-major", "grouped", "stacked"]
 
+#: What a user can say of a B of two axes.
+FLAT_PACKINGS: tuple[Packing, ...] = ("rank-major", "grouped")
+
 #: Bytes of sorted factors that are kept: both stacks of a layer, at the size of the largest models
 #: in float32 (47 MB), for two threads; or those of several smaller adapters.
 _KEPT = 192_000_000
 
 #: Elements in float32 that a batch of experts has.
 _BATCH = 4_000_000
+
+
+def flat_packing(name: str | None) -> Packing | None:
+    """The packing of this name. Raises UsageError for what is none."""
+    found = next((known for known in FLAT_PACKINGS if known == name), None)
+    if name is not None and found is None:
+        raise unknown("expert_b_layout", name, FLAT_PACKINGS)
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,21 +158,21 @@ class ExpertStack:
     def part_of(self, files: FilePool) -> Part:
         raise TypeError(f"{self.weight_name} has a Δ per expert")
 
-    def batches(self, files: FilePool) -> Iterator[tuple[range, Stack, Stack]]:
+    def batches(self, files: FilePool) -> Iterator[tuple[range, Matrices, Matrices]]:
         """Some experts at a time: their numbers, B `[n, out, r]` and A `[n, r, in]` in float32."""
         out, width = self.shape
         size = max(1, _BATCH // (self.rank * max(out, width)))
         for low, high in blocks(self.experts, size):
             yield range(low, high), self._b(files, low, high), self._a(files, low, high)
 
-    def _a(self, files: FilePool, low: int, high: int) -> Stack:
+    def _a(self, files: FilePool, low: int, high: int) -> Matrices:
         """A of experts `[low, high)`, `[n, r, in]`."""
         of_one = (self.rank, self.shape[1])
         return _of_experts(
             self.a, self.experts, of_one, "stacked", self.shares[0], low, high, files
         )
 
-    def _b(self, files: FilePool, low: int, high: int) -> Stack:
+    def _b(self, files: FilePool, low: int, high: int) -> Matrices:
         """B of experts `[low, high)`, `[n, out, r]`."""
         of_one = (self.shape[0], self.rank)
         packing: Packing = "stacked" if self.experts == 1 else self.packing
@@ -262,7 +274,7 @@ class ExpertPair:
 
 
 #: Matrices of several experts, `[n, rows, columns]`.
-Stack = npt.NDArray[np.float32]
+Matrices = npt.NDArray[np.float32]
 
 #: The stored values of a factor sorted by expert, `[E, rows, columns]`, in their own precision.
 _Sorted = npt.NDArray[Any]
@@ -277,7 +289,7 @@ def _of_experts(
     low: int,
     high: int,
     files: FilePool,
-) -> Stack:
+) -> Matrices:
     """The factors of experts `[low, high)`, each of the shape `of_one`, in float32."""
     size = math.prod(of_one)
     if shared:

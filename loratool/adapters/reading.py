@@ -7,7 +7,7 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.companions import read_companions
 from loratool.adapters.dialects import WRITTEN, claimed_by
-from loratool.adapters.experts import Packing
+from loratool.adapters.experts import flat_packing
 from loratool.adapters.files import Held, read_held
 from loratool.adapters.recognise import recognise
 from loratool.errors import AdapterError
@@ -17,14 +17,16 @@ from loratool.storage.hub.folder import locate
 from loratool.storage.jsonfile import read_json
 
 
-def read_adapter(source: str | Path, expert_b_layout: Packing | None = None) -> Adapter:
+def read_adapter(source: str | Path, expert_b_layout: str | None = None) -> Adapter:
     """Read the headers of an adapter directory or file; no tensor data is read.
 
-    `expert_b_layout` is how B of expert stacks lies, where the files do not tell.
+    `expert_b_layout` is how B of expert stacks lies where the files do not tell: "rank-major" as
+    PEFT's, or "grouped" as Unsloth's before unsloth-zoo 2026.9.6.
 
     The result is `is_read` where a dialect claims it; anything else that is readable is named by
     `format` and `description`. Raises FileError for what is damaged or not there.
     """
+    layout = flat_packing(expert_b_layout)
     place = locate(source)
     held = read_held(place.folder, place.file, source)
     folder = held.folder
@@ -43,7 +45,7 @@ def read_adapter(source: str | Path, expert_b_layout: Packing | None = None) -> 
     adapter.declared = (claim[0] if claim else WRITTEN).declared(config)
     if claim:
         adapter.is_read = True
-        adapter.expert_b_layout = expert_b_layout
+        adapter.expert_b_layout = layout
         if not place.file or held.entry in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
             # A file of another name, named alone, may have anything for neighbours.
             _add_companions(adapter, held)
@@ -83,7 +85,7 @@ def declared_in(folder: Path) -> Declared:
     return WRITTEN.declared(config)
 
 
-def read_lora(source: str | Path, expert_b_layout: Packing | None = None) -> Adapter:
+def read_lora(source: str | Path, expert_b_layout: str | None = None) -> Adapter:
     """Like `read_adapter`, for those who need LoRA modules: anything else is an AdapterError.
 
     What the adapter holds is on the disk afterwards, downloaded if it must be.

@@ -7,6 +7,7 @@ import click
 from loratool.cli.options import (
     base_option,
     components_option,
+    expert_b_layout_option,
     full_option,
     include_option,
     json_option,
@@ -20,6 +21,7 @@ from loratool.cli.options import (
 @click.argument("source")
 @base_option("Base model: adds coverage and ‖ΔW‖/‖W‖.")
 @components_option()
+@expert_b_layout_option()
 @full_option("One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
 @spectrum_option("Show each module's singular values.")
@@ -32,6 +34,7 @@ def inspect_command(
     source: str,
     base: str | None,
     components: tuple[str, ...],
+    expert_b_layout: str | None,
     full: bool,
     tensors: bool,
     spectrum: bool,
@@ -63,7 +66,7 @@ def inspect_command(
 
     report = run(
         source, base=base, components=components, spectrum=spectrum, norms=norms, layers=layers,
-        include=include,
+        include=include, expert_b_layout=expert_b_layout,
     )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -8,6 +8,7 @@ from loratool.cli.options import (
     allow_unmatched_option,
     components_option,
     dry_run_option,
+    expert_b_layout_option,
     json_option,
     model_dtype_option,
     output_option,
@@ -31,6 +32,7 @@ from loratool.storage.destination import Overwrite
 )
 @allow_unmatched_option()
 @components_option()
+@expert_b_layout_option()
 @click.option(
     "--tokenizer", type=click.Choice(["base", "adapter"]),
     help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
@@ -64,6 +66,7 @@ def merge_command(
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
+    expert_b_layout: str | None,
     tokenizer: str | None,
     again: bool,
     overwrite: Overwrite,
@@ -105,10 +108,10 @@ def merge_command(
     with common.progress_bar(not (quiet or as_json or dry_run), "merging") as progress:
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
-            allow_unmatched=allow_unmatched, components=components, tokenizer=tokenizer,
-            again=again, overwrite=overwrite, dry_run=dry_run,
-            reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
-            threads=threads, progress=progress,
+            allow_unmatched=allow_unmatched, components=components,
+            expert_b_layout=expert_b_layout, tokenizer=tokenizer, again=again,
+            overwrite=overwrite, dry_run=dry_run, reversible=reversible, verify=verify, push=push,
+            keep=not no_keep, private=private, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -85,6 +85,11 @@ components_option = _shared(
     "--components", multiple=True, metavar="NAME",
     help="Only this part of the base, e.g. text_model, where an adapter fits several; repeatable.",
 )  # fmt: skip
+expert_b_layout_option = _shared(
+    "--expert-b-layout", type=click.Choice(["rank-major", "grouped"]),
+    help="How lora_B of expert stacks lies where the adapter does not tell: rank-major as PEFT's, "
+         "grouped as Unsloth's before unsloth-zoo 2026.9.6. [default: rank-major]",
+)  # fmt: skip
 layer_option = _shared(
     "--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers."
 )

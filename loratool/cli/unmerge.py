@@ -7,6 +7,7 @@ import click
 from loratool.cli.options import (
     base_option,
     dry_run_option,
+    expert_b_layout_option,
     json_option,
     model_dtype_option,
     output_option,
@@ -28,6 +29,7 @@ from loratool.storage.destination import Overwrite
     "--subtract", is_flag=True, help="Do without the undo file: near the base, not exact."
 )
 @model_dtype_option("Dtype where it is subtracted. [default: the base's, if known]")
+@expert_b_layout_option()
 @overwrite_option("Replace OUT if it is there.")
 @dry_run_option("Say what would be done and lost; write nothing.")
 @threads_option()
@@ -41,6 +43,7 @@ def unmerge_command(
     base: str | None,
     subtract: bool,
     dtype: str | None,
+    expert_b_layout: str | None,
     overwrite: Overwrite,
     dry_run: bool,
     threads: int | None,
@@ -66,8 +69,8 @@ def unmerge_command(
     with common.progress_bar(not (quiet or as_json or dry_run), "unmerging") as progress:
         report = run(
             merged, adapters, output, weights=weights or None, base=base, dtype=dtype,
-            subtract=subtract, overwrite=overwrite, dry_run=dry_run, threads=threads,
-            progress=progress,
+            expert_b_layout=expert_b_layout, subtract=subtract, overwrite=overwrite,
+            dry_run=dry_run, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -10,6 +10,7 @@ from loratool.cli.options import (
     allow_unmatched_option,
     base_option,
     components_option,
+    expert_b_layout_option,
     full_option,
     json_option,
     quiet_option,
@@ -26,6 +27,7 @@ from loratool.errors import ReaderGone
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
+@expert_b_layout_option()
 @full_option("One line per module; do not fold layers.")
 @threads_option()
 @json_option()
@@ -39,6 +41,7 @@ def verify_command(
     weights: tuple[float, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
+    expert_b_layout: str | None,
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -63,7 +66,7 @@ def verify_command(
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components,
+            components=components, expert_b_layout=expert_b_layout,
             threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone

@@ -32,12 +32,15 @@ def gram(matrix: npt.NDArray[np.floating[Any]]) -> Float64:
 
 
 def singular_values(gram_b: Float64, gram_a: Float64) -> Float64:
-    """Singular values of B·A, largest first, `[r]`, from `BᵀB` and `A·Aᵀ`, both `[r, r]`."""
+    """Singular values of B·A, largest first, `[r]`, from `BᵀB` and `A·Aᵀ`, both `[r, r]`.
+
+    Of several products at once, `[n, r]`, from their matrices `[n, r, r]`.
+    """
     try:
         root = np.linalg.cholesky(gram_b)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(gram_b)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))
-    squares = np.linalg.eigvalsh(root.T @ gram_a @ root)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+    squares = np.linalg.eigvalsh(root.swapaxes(-1, -2) @ gram_a @ root)
     # Rounding can push a zero slightly below zero.
-    return np.asarray(np.sqrt(np.maximum(squares[::-1], 0.0)))
+    return np.asarray(np.sqrt(np.maximum(squares[..., ::-1], 0.0)))

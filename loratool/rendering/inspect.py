@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -102,7 +101,7 @@ def _module_table(modules: list[ModuleReport], full: bool, measured: bool) -> Ta
         headings,
         modules,
         lambda m: m.path,
-        lambda m: (m.kind, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora),
+        lambda m: (m.kind, m.experts, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora),
         _module_cells,
         full,
     )
@@ -117,7 +116,7 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
     stable = [m.stable_rank for m in group if m.stable_rank is not None]
     largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
     return {
-        "kind": one.kind,
+        "kind": one.kind if one.experts is None else counted(one.experts, "expert"),
         "r": str(one.rank) + (" DoRA" if one.dora else ""),
         "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
         "r/α": ("DoRA " if one.dora else "")
@@ -125,10 +124,10 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
         "scale": "?" if one.scale is None else f"{one.scale:.4g}",
         "A": shape_text(one.shapes["A"]),
         "B": shape_text(one.shapes["B"]),
-        "out×in": f"{one.shapes['B'][0]}×{math.prod(one.shapes['A'][1:])}"
-        if one.shapes["B"] else "–",
+        "out×in": ("" if one.experts is None else f"{one.experts} × ")
+        + (shape_text(one.shape) if all(one.shapes.values()) else "–"),
         "dtype": verbatim(one.dtype),
-        "‖ΔW‖": span_text([m.delta_norm for m in group]),
+        "‖ΔW‖": span_text([n for m in group for n in m.expert_norms or (m.delta_norm,)]),
         "σ₁": span_text([m.spectral_norm for m in group]),
         "σ₁ max": number_text(max(largest) if largest else None),
         "stable rank": span_text([m.stable_rank for m in group]),

@@ -15,10 +15,11 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
+from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
+from loratool.adapters.norms import DeltaNorms, norms_of
 from loratool.adapters.reading import read_adapter
 from loratool.errors import UsageError, explained_os_errors, listed, shown
-from loratool.linalg.spectrum import gram, singular_values
 from loratool.merging.coverage import BaseReport, cover
 from loratool.notices import Notice
 from loratool.paths import selected
@@ -33,13 +34,18 @@ from loratool.words import counted
 class ModuleReport:
     """One adapted module. Norms are of `scale·B·A`, None where they cannot be computed.
 
-    `stable_rank` is ‖ΔW‖_F² / σ₁²: how many directions carry the delta. `relative_norm` is
-    ‖ΔW‖_F / ‖W‖_F, known with a base.
+    `shape` is `[out, in]` of ΔW. `stable_rank` is ‖ΔW‖_F² / σ₁²: how many directions carry the
+    delta. `relative_norm` is ‖ΔW‖_F / ‖W‖_F, known with a base.
+
+    A stack of `experts` is one module, with the shape and rank of one expert. Its `delta_norm` is
+    that of all together, its `spectral_norm` the largest, its `stable_rank` the median and its
+    `singular_values` the means of the experts'. `dead_experts` are those with a zero factor.
     """
 
     path: str
     kind: str
     rank: int
+    shape: tuple[int, int]
     alpha: float | None
     scale: float | None
     shapes: dict[str, list[int]]
@@ -51,6 +57,10 @@ class ModuleReport:
     stable_rank: float | None = None
     singular_values: list[float] | None = None
     relative_norm: float | None = None
+    experts: int | None = None
+    dead_experts: int | None = None
+    #: The smallest and the largest norm of an expert's delta.
+    expert_norms: tuple[float, float] | None = None
 
 
 @dataclass
@@ -87,7 +97,11 @@ class InspectReport:
 
     def to_dict(self) -> dict[str, Any]:
         modules = [
-            {k: v for k, v in m.__dict__.items() if v is not None or k not in _OPTIONAL}
+            {
+                k: list(v) if isinstance(v, tuple) else v
+                for k, v in m.__dict__.items()
+                if v is not None or k not in _OPTIONAL
+            }
             for m in self.modules
         ]
         document: dict[str, Any] = {
@@ -122,7 +136,7 @@ class InspectReport:
         return document
 
 
-_OPTIONAL = {"singular_values", "relative_norm"}
+_OPTIONAL = {"singular_values", "relative_norm", "experts", "dead_experts", "expert_norms"}
 
 #: Adapters on the Hub up to this many bytes are downloaded for their norms without being asked.
 SMALL = 50_000_000
@@ -138,6 +152,7 @@ def inspect(
     norms: bool = False,
     layers: str | None = None,
     include: Sequence[str] = (),
+    expert_b_layout: str | None = None,
 ) -> InspectReport:
     """Report what is in an adapter directory or weights file, here or on the Hub.
 
@@ -153,6 +168,8 @@ def inspect(
         and of an adapter there with more than `SMALL` bytes.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
+    expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
+        (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
 
     Norms and singular values are computed in float64 from the r × r core, never from the dense
     product. No torch is imported.
@@ -160,14 +177,14 @@ def inspect(
     check_paths([source], [source], "loratool inspect SOURCE")
     if components and base is None:
         raise UsageError("--components are parts of a base.", "Add --base BASE.")
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, expert_b_layout)
     if spectrum or norms or adapter.nbytes <= SMALL:
         adapter.fetch()
     measured = adapter.is_here
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
     notices = [*adapter.notices, *note_scales(adapter)]
-    modules = [_describe(module) for module in chosen]
+    modules = [_describe(path, adapter.modules[path]) for path in paths]
     if measured:
         _measure(chosen, modules, spectrum, notices)
         _check_replaced(adapter, notices)
@@ -208,12 +225,15 @@ def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
     return {**adapter.replaced, **rows}
 
 
-def _describe(module: Factors) -> ModuleReport:
-    return ModuleReport(
-        module.path, module.kind, module.rank, module.alpha, module.scale,
+def _describe(path: str, module: Factors) -> ModuleReport:
+    report = ModuleReport(
+        path, module.kind, module.rank, module.shape, module.alpha, module.scale,
         {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
         module.magnitude is not None, module.parameters,
     )  # fmt: skip
+    if isinstance(module, ExpertStack):
+        report.experts = module.experts
+    return report
 
 
 def _measure(
@@ -222,13 +242,19 @@ def _measure(
     """Norms of all modules, each from its own factors; factors are read module by module."""
     sound = [(m, r) for m, r in zip(modules, reports, strict=True) if m.is_sound]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda pair: _fill_norms(pair[0], pair[1], files, spectrum), sound))
-    broken = [m.path for (m, _), code in zip(sound, found, strict=True) if code == "not-finite"]
-    silent = [
-        f"{m.path} ({code})"
-        for (m, _), code in zip(sound, found, strict=True)
-        if code in ("A", "B")
-    ]
+        found = list(pool.map(lambda pair: norms_of(pair[0], files), sound))
+    broken, silent, dead = [], [], []
+    for (_, report), norms in zip(sound, found, strict=True):
+        if norms is None:
+            continue
+        if not norms.finite:
+            broken.append(report.path)
+            continue
+        _fill(report, norms, spectrum)
+        if norms.idle:
+            silent.append(f"{report.path} ({norms.idle})")
+        elif norms.dead:
+            dead.append(f"{report.path}: {norms.dead} of {report.experts}")
     if broken:
         text = f"{counted(len(broken), 'module', 'holds')} NaN or infinity:\n{listed(broken)}"
         notices.append(Notice("not-finite", text, broken[0]))
@@ -236,28 +262,27 @@ def _measure(
         text = f"{counted(len(silent), 'module', 'has')} no effect: one of the factors is zero:\n"
         text += listed(silent)
         notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
+    if dead:
+        text = f"{counted(len(dead), 'stack', 'has')} experts without effect, with a factor of zero"
+        text += f", as those have that no token was sent to:\n{listed(dead)}"
+        notices.append(Notice("dead-experts", text, dead[0].partition(":")[0]))
 
 
-def _fill_norms(module: Factors, report: ModuleReport, files: FilePool, spectrum: bool) -> str:
-    """Fill the norms of one module. Returns what is odd: "not-finite", or "A" or "B" if zero."""
-    pair = module.left_right(files)
-    if pair is None:
-        return ""
-    b, a = pair
-    gram_b, gram_a = gram(b.T), gram(a)
-    if not (np.isfinite(gram_b).all() and np.isfinite(gram_a).all()):
-        return "not-finite"
-    if report.scale is not None:
-        values = abs(report.scale) * singular_values(gram_b, gram_a)
-        if not np.isfinite(np.sum(values**2)):
-            return "not-finite"
-        report.delta_norm = float(math.sqrt(float(np.sum(values**2))))
-        report.spectral_norm = float(values[0])
-        if values[0] > 0:
-            report.stable_rank = float((report.delta_norm / values[0]) ** 2)
-        if spectrum:
-            report.singular_values = [float(v) for v in values]
-    return "B" if not gram_b.any() else "A" if not gram_a.any() else ""
+def _fill(report: ModuleReport, norms: DeltaNorms, spectrum: bool) -> None:
+    if report.experts is not None:
+        report.dead_experts = norms.dead
+    if norms.values is None:
+        return
+    squares = np.sum(norms.values**2, axis=1)
+    first = norms.values[:, 0]
+    report.delta_norm = math.sqrt(float(np.sum(squares)))
+    report.spectral_norm = float(first.max())
+    if first.any():
+        report.stable_rank = float(np.median(squares[first > 0] / first[first > 0] ** 2))
+    if report.experts is not None:
+        report.expert_norms = math.sqrt(float(squares.min())), math.sqrt(float(squares.max()))
+    if spectrum:
+        report.singular_values = [float(v) for v in norms.values.mean(axis=0)]
 
 
 def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:

@@ -112,6 +112,7 @@ def merge(
     dtype: str | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    expert_b_layout: str | None = None,
     tokenizer: str | None = None,
     again: bool = False,
     overwrite: Overwrite = False,
@@ -138,6 +139,8 @@ def merge(
         that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
     components: the only parts of the base that adapters may go into, by the beginnings of names.
+    expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
+        (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
@@ -170,7 +173,7 @@ def merge(
     check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
     factors = check_weights(weights, sources)
-    plan = _planned(base, sources, factors, options, target, overwrite)
+    plan = _planned(base, sources, factors, options, target, overwrite, expert_b_layout)
     repository = None
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
@@ -219,11 +222,12 @@ def _planned(
     options: MergeOptions,
     target: Path,
     overwrite: Overwrite,
+    expert_b_layout: str | None,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
     check_output(target, [Path(base), *map(Path, adapters)], overwrite)
     checkpoint = open_checkpoint(base)
-    loras = [read_lora(source) for source in adapters]
+    loras = [read_lora(source, expert_b_layout) for source in adapters]
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))

@@ -102,6 +102,7 @@ def unmerge(
     weights: Sequence[float] | None = None,
     base: str | Path | None = None,
     dtype: str | None = None,
+    expert_b_layout: str | None = None,
     subtract: bool = False,
     overwrite: Overwrite = False,
     dry_run: bool = False,
@@ -120,6 +121,7 @@ def unmerge(
     base: originals, complete or in part (a directory, or one shard): what is there is copied, the
         rest subtracted. Not needed with an undo file.
     dtype: of the result where it is subtracted; the base's by default, if known.
+    expert_b_layout: as it was for `merge`.
     subtract: do without the undo file.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: report only; nothing is written.
@@ -143,7 +145,7 @@ def unmerge(
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
     checkpoint = open_checkpoint(merged)
-    loras = [read_lora(source) for source in sources]
+    loras = [read_lora(source, expert_b_layout) for source in sources]
     checkpoint.fetch()
     checkpoint.folder.fetch([PROVENANCE])
     fetch_undo(checkpoint.folder)

@@ -67,6 +67,7 @@ def verify(
     weights: Sequence[float] | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    expert_b_layout: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -75,7 +76,7 @@ def verify(
     Parameters
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
-    base, adapters, weights, allow_unmatched, components: as for `merge`.
+    base, adapters, weights, allow_unmatched, components, expert_b_layout: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
 
@@ -93,7 +94,7 @@ def verify(
     factors = check_weights(weights, sources)
     original = open_checkpoint(base)
     chosen = as_texts(components) or _recorded_components(merged)
-    loras = [read_lora(source) for source in sources]
+    loras = [read_lora(source, expert_b_layout) for source in sources]
     plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
     plan.notices += note_other_base(original, loras)
     for lora in loras:

@@ -21,7 +21,7 @@ from loratool.adapters.dialects.peft.config import (
 from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
-from loratool.adapters.dialects.peft.wrappers import Pair
+from loratool.adapters.dialects.peft.wrappers import WrappedPair
 from loratool.adapters.factors import Kind, LowRank
 from loratool.errors import listed
 from loratool.notices import Notice
@@ -155,7 +155,7 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     fused = bool(adapter.config.get("enable_lora"))
     resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
     bare = BareParameters(adapter, {
-        path: Pair(found.tensors["A"], found.tensors["B"])
+        path: WrappedPair(found.tensors["A"], found.tensors["B"])
         for path, found in parts.items()
         if resolve and not found.embedding and {"A", "B"} <= found.tensors.keys()
     })  # fmt: skip

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.peft.wrappers import Pair, Parameter, Wrappers, packings
+from loratool.adapters.dialects.peft.wrappers import Parameter, WrappedPair, Wrappers, packings
 from loratool.adapters.experts import ExpertStack, Packing
 from loratool.adapters.factors import LowRank
 from loratool.errors import AdapterError
@@ -47,7 +47,7 @@ class BareParameters:
     `troubles` collects, by code, what is wrong with them.
     """
 
-    def __init__(self, adapter: Adapter, pairs: Mapping[str, Pair]) -> None:
+    def __init__(self, adapter: Adapter, pairs: Mapping[str, WrappedPair]) -> None:
         self._adapter, self._pairs = adapter, pairs
         self._wrappers = Wrappers(adapter.config, pairs)
         self._layout = _said(adapter)

@@ -37,7 +37,7 @@ _KNOWN = {name for names in _REGISTERED for name in names}
 _UNNAMED = "target_parameters of the config names none of its parameters"
 
 
-class Pair(NamedTuple):
+class WrappedPair(NamedTuple):
     """lora_A and lora_B of one wrapper."""
 
     a: TensorInfo
@@ -64,7 +64,7 @@ class Wrappers:
     which, with the reason. All others are layers.
     """
 
-    def __init__(self, config: dict[str, Any], pairs: Mapping[str, Pair]) -> None:
+    def __init__(self, config: dict[str, Any], pairs: Mapping[str, WrappedPair]) -> None:
         self.parameters: dict[str, Parameter] = {}
         self.unclear: dict[str, str] = {}
         #: Names of parameters by the end of their module's path; "" is any module.
@@ -84,7 +84,7 @@ class Wrappers:
         for root, paths in nests.items():
             self._resolve(root, sorted(paths, key=len, reverse=True), pairs)
 
-    def _resolve(self, root: str, paths: Sequence[str], pairs: Mapping[str, Pair]) -> None:
+    def _resolve(self, root: str, paths: Sequence[str], pairs: Mapping[str, WrappedPair]) -> None:
         """`paths` are the keys of one module's wrappers, the innermost first."""
         named = self._named(root)
         plain = len(paths) == 1 and paths[0] == root
@@ -133,7 +133,9 @@ class Wrappers:
     def _automaton(self) -> Automaton:
         return Automaton(f"({self._pattern})$", Effort())
 
-    def _ordered(self, named: Collection[str], nested: Sequence[Pair]) -> tuple[list[str], str]:
+    def _ordered(
+        self, named: Collection[str], nested: Sequence[WrappedPair]
+    ) -> tuple[list[str], str]:
         """The parameters of nested wrappers, the innermost first; or [] and why nobody can tell."""
         shown = ", ".join(named)
         if not named:
@@ -168,7 +170,7 @@ def packings(a: Sequence[int], b: Sequence[int]) -> list[Packing]:
     return fits
 
 
-def _by_shape(nested: Sequence[Pair]) -> list[str]:
+def _by_shape(nested: Sequence[WrappedPair]) -> list[str]:
     """What the shapes of two wrappers say: names, the innermost first, or [].
 
     gate_up goes from H to 2·I and down from I to H, or both the other way round if swapped. With

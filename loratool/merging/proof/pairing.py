@@ -7,6 +7,7 @@ copy of a tied head. All of that is understood here; what remains is missing, ad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from loratool.merging.plan import Job, OutputShard, Plan
 from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.assembly import assembled
 from loratool.models.layouts.components import Wanted
+from loratool.models.layouts.holding import MisfitError
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_legacy_buffer
 from loratool.models.layouts.naming import choose_naming
 from loratool.notices import Notice
 from loratool.storage.header import read_header
+from loratool.storage.tensors import TensorInfo
 from loratool.streams.run import Run
 from loratool.words import counted
 
@@ -50,13 +54,12 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     _settle_heads(found, plan, jobs, merged, layout)
     taken = set()
     for job in jobs.values():
-        name = naming(job.name)
-        info = merged.tensors.get(name) or merged.tensors.get(job.name)
+        info, names = _merged_tensor(naming(job.name), job, layout)
         if info is None:
             if not is_legacy_buffer(job.name, job.source.shape):
                 found.findings.append(Finding(job.name, "missing", job.is_adapted))
             continue
-        taken.add(info.name)
+        taken |= names
         if info.shape != job.source.shape:
             note = f"{list(info.shape)} instead of {list(job.source.shape)}"
             found.findings.append(Finding(job.name, "shape", job.is_adapted, note=note))
@@ -71,6 +74,20 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
         if name not in taken and not is_legacy_buffer(name, info.shape):
             found.findings.append(Finding(name, "added", False))
     return found
+
+
+def _merged_tensor(name: str, job: Job, layout: Layout) -> tuple[TensorInfo | None, set[str]]:
+    """What the merged model has in the place of a job's tensor, and the names of its own tensors
+    that this is: where it is cut otherwise than the base, parts of several or a part of one."""
+    for called in (name, job.name):
+        own = layout.name_of(called)
+        if own is not None and own in layout.base.tensors:
+            return layout.base.tensors[own], {own}
+    for called in (name, job.name):
+        for stack in (False, True) if len(job.source.shape) == 3 else (False,):
+            with suppress(MisfitError):
+                return assembled(layout.holdings, called, job.source.shape, stack)
+    return None, set()
 
 
 def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None:

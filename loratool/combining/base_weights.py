@@ -12,7 +12,8 @@ from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition
 from loratool.merging.coverage import note_broken_base
-from loratool.merging.matching import Delta, match
+from loratool.merging.match import Delta
+from loratool.merging.matching import match
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.quantised import refuse_quantised

@@ -12,7 +12,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
-from loratool.merging.matching import Delta
+from loratool.merging.match import Delta
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import is_legacy_buffer
 from loratool.notices import Notice

@@ -14,7 +14,8 @@ from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
-from loratool.merging.matching import Match, match
+from loratool.merging.match import Match
+from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
 from loratool.models.checkpoint import Checkpoint, refuse_placeholders

@@ -84,9 +84,8 @@ def _merged_tensor(name: str, job: Job, layout: Layout) -> tuple[TensorInfo | No
         if own is not None and own in layout.base.tensors:
             return layout.base.tensors[own], {own}
     for called in (name, job.name):
-        for stack in (False, True) if len(job.source.shape) == 3 else (False,):
-            with suppress(MisfitError):
-                return assembled(layout.holdings, called, job.source.shape, stack)
+        with suppress(MisfitError):
+            return assembled(layout.holdings, called, job.source.shape)
     return None, set()
 
 

@@ -65,7 +65,7 @@ def outside_of(name: str, layout: Layout) -> str:
     return f"{name} is outside of what --components chose ({', '.join(layout.components)})"
 
 
-def not_there(found: Match, name: str, base: Checkpoint) -> str:
+def no_such(found: Match, name: str, base: Checkpoint) -> str:
     # The nearest name costs a comparison with every tensor of the base, and five are shown.
     near = nearest(name, base.tensors) if len(found.unmatched) < 5 else None
     return f"the base has no {name}" + (f" (nearest: {near})" if near else "")

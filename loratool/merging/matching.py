@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
-from loratool.merging.match import Delta, Match, not_there, outside_of
+from loratool.merging.match import Delta, Match, no_such, outside_of
 from loratool.merging.replacing import place_replaced
 from loratool.models.layouts.components import Hint, Wanted
 from loratool.models.layouts.holding import MisfitError, Target
@@ -57,7 +57,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         if not layout.admits(name):
             found.unmatched.append((rows.rows.name, outside_of(name, layout)))
         elif target is None:
-            found.unmatched.append((rows.rows.name, not_there(found, name, layout.base)))
+            found.unmatched.append((rows.rows.name, no_such(found, name, layout.base)))
         elif target.shape[1:] != rows.rows.shape[1:] or any(
             index >= target.shape[0] for index in rows.indices
         ):
@@ -95,7 +95,7 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
 def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> None:
     """Place a module whose weight the base holds in parts, or as a part of another one."""
     if not layout.has(name):
-        reason = not_there(found, name, layout.base)
+        reason = no_such(found, name, layout.base)
     elif module.kind != "linear":
         reason = f"the base holds {name} otherwise, which is known for linear layers only"
     elif module.bias is not None:

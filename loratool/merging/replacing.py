@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.adapters.adapter import Adapter
-from loratool.merging.match import Match, not_there, outside_of
+from loratool.merging.match import Match, no_such, outside_of
 from loratool.models.layouts.assembly import assembled, rest_of
 from loratool.models.layouts.holding import Holdings, MisfitError
 from loratool.models.layouts.layout import Layout
@@ -30,7 +30,7 @@ def place_replaced(found: Match, layout: Layout) -> None:
         elif target is None and layout.has(target_name):
             elsewhere[target_name] = info
         elif target is None:
-            found.unmatched.append((info.name, not_there(found, target_name, base)))
+            found.unmatched.append((info.name, no_such(found, target_name, base)))
         elif reason := _replacement_misfit(found.adapter, name, info, target):
             found.unmatched.append((info.name, reason))
         else:

@@ -42,7 +42,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Held:
+class Holder:
     """What a tensor holds of a parameter: its rows `own`, which are the rows `memory` of `size`.
 
     `expert` is the matrix of a stack that it holds; None where it holds all, or there is no stack.
@@ -75,7 +75,7 @@ class Holdings:
         for name, info in tensors.items():
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
-        self._held: dict[tuple[str, bool], list[Held]] = {}
+        self._held: dict[tuple[str, bool], list[Holder]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -94,7 +94,7 @@ class Holdings:
         alike = len(found) == 1 and found[0][1] == segments[0] and segments[0].expert is None
         return found[0][0] if alike else None
 
-    def held(self, memory: str, stacked: bool) -> list[Held]:
+    def held(self, memory: str, stacked: bool) -> list[Holder]:
         """The tensors that hold a parameter, which is a stack of matrices or one.
 
         Raises MisfitError where an expert or a part is missing.
@@ -151,7 +151,7 @@ class Holdings:
             )
         return found
 
-    def _resolved(self, memory: str, stacked: bool) -> Iterator[Held]:
+    def _resolved(self, memory: str, stacked: bool) -> Iterator[Holder]:
         parts = [(info, s, self._is_flipped(info, s)) for info, s in self._parts[memory]]
         blocks: dict[int | None, dict[int, int]] = defaultdict(dict)
         for info, segment, flipped in parts:
@@ -172,7 +172,7 @@ class Holdings:
                 size = _whole(share, len(own))
                 there = _rows(share, size)
             placed = self._ordered(segment, there)
-            yield Held(info, expert, stacked, flipped, columns, size, placed, own)
+            yield Holder(info, expert, stacked, flipped, columns, size, placed, own)
 
     def _ordered(self, segment: Segment, memory: range) -> Rows:
         """Rows of a parameter in the order in which the file has them."""
@@ -221,7 +221,7 @@ def _whole(share: Share | None, part: int) -> int:
     return part if share is None else round(part * share.step / (share.stop - share.start))
 
 
-def _complete(memory: str, held: list[Held]) -> list[Held]:
+def _complete(memory: str, held: list[Holder]) -> list[Holder]:
     """The same in order. Raises MisfitError unless together they are the parameter, once."""
     sizes = {(one.size, one.columns) for one in held}
     if len(sizes) > 1:
@@ -241,7 +241,7 @@ def _complete(memory: str, held: list[Held]) -> list[Held]:
 
 
 def _overlap(
-    held: Held, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
+    held: Holder, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
 ) -> Iterator[Target]:
     """The rows of a delta with `out` rows that a tensor has a place for.
 
@@ -267,7 +267,7 @@ def _overlap(
         yield Target(place, None if out is None else _unless_all(rows, out), member)
 
 
-def _rows_of(held: Held) -> int:
+def _rows_of(held: Holder) -> int:
     return _matrix(held.info, held.transposed, held.stacked and held.expert is None)[0]
 
 
@@ -297,7 +297,7 @@ def _unless_all(rows: Rows, size: int) -> Rows | None:
     return None if rows == range(size) else rows
 
 
-def _shapes(segment: Segment, delta: tuple[int, int], held: Held) -> str:
+def _shapes(segment: Segment, delta: tuple[int, int], held: Holder) -> str:
     return (
         f"its shapes do not fit: B·A is {list(delta)} there, {segment.memory} is "
         f"{[held.size, held.columns]}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.experts import Packing
+from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import Factors
 from loratool.errors import shown
 from loratool.notices import Notice

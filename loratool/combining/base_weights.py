@@ -69,6 +69,9 @@ class BaseWeights:
         if not np.isfinite(weight).all():
             self._broken.add(info.name)
             return {}
+        found = {i: own for i, own in found.items() if weight.shape == (len(own.b), own.a.shape[1])}
+        if not found:  # a part of what the adapter has in one: gate and up of an expert
+            return {}
         base = BaseDirections(weight)
         return {i: base.intruders(*own.factors()) for i, own in found.items()}
 

@@ -109,5 +109,8 @@ def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if flags:
         yield "configured", ", ".join(flags)
     chosen = config.get("target_modules")
-    named = ", ".join(sorted(map(str, chosen))) if isinstance(chosen, list) else str(chosen)
-    yield "targets", named
+    parameters = config.get("target_parameters") or []
+    modules = chosen if isinstance(chosen, list) else [str(chosen)]
+    if parameters and not chosen:
+        modules = []
+    yield "targets", ", ".join([*sorted(map(str, modules)), *sorted(parameters)])

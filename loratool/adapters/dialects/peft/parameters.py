@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.wrappers import Parameter, WrappedPair, Wrappers, packings
-from loratool.adapters.experts import ExpertStack, Packing
+from loratool.adapters.experts import ExpertStack
+from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import LowRank
 from loratool.errors import AdapterError
 from loratool.notices import Notice

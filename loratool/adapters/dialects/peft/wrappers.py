@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from loratool.adapters.dialects.peft.automaton import Automaton, Effort, PatternError
-from loratool.adapters.experts import Packing
+from loratool.adapters.expertvalues import Packing
 from loratool.errors import AdapterError
 from loratool.paths import dotted_ends
 from loratool.storage.fields import value_text

@@ -6,7 +6,7 @@ A plan is a list of jobs per output shard, one job per output tensor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +172,14 @@ def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: st
     dtype = MODEL_DTYPES[plan.dtype] or base_dtype
     if keep:
         dtype = source.dtype
-    job = Job(
-        name, dtype, source, action, tuple(edits.deltas), tuple(edits.biases), tuple(edits.rows),
-        checked=not keep,
-    )  # fmt: skip
     if not action:
-        if job.is_arithmetic:
+        if edits.deltas or edits.biases or edits.rows:
             action = "merge"
         elif edits.replacement is not None:
             action = "replace"
         else:
-            action = "copy" if job.is_verbatim else "cast"
-    return replace(job, action=action)
+            action = "copy" if dtype == source.dtype else "cast"
+    return Job(
+        name, dtype, source, action, tuple(edits.deltas), tuple(edits.biases), tuple(edits.rows),
+        checked=not keep,
+    )  # fmt: skip

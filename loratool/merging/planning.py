@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
-from loratool.merging.match import Match
+from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
@@ -118,7 +117,8 @@ def _collect(
     added: dict[str, TensorInfo] = {}
     for found, weight in zip(matches, plan.weights, strict=True):
         for delta in found.deltas:
-            edits[delta.tensor].deltas.append(replace(delta, weight=weight))
+            placed = Delta(delta.place, delta.factors, weight, delta.rows)
+            edits[delta.tensor].deltas.append(placed)
         for name, module in found.biases:
             edits[name].biases.append(_bias_term(module, weight))
         for name, rows in found.rows:

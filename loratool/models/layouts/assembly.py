@@ -52,7 +52,7 @@ def rest_of(holdings: Holdings, name: str, without: Collection[str]) -> dict[str
     rest = {}
     for segment in holdings.names.segments(name):
         if segment.memory not in without:
-            for held in holdings.held(segment.memory, segment.expert is not None):
+            for held in holdings.parameter(segment.memory, segment.expert is not None).held:
                 place = Place(held.info.name, rows=held.own, transposed=held.transposed)
                 rest[segment.memory] = next(iter(view_of(held.info, place)))
     return rest

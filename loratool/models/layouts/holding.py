@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -64,6 +64,24 @@ class Holder:
         return self.info.shape[0] if self.stacked and self.expert is None else 1
 
 
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter in memory: so many matrices `[rows, columns]`, and the tensors that hold them."""
+
+    experts: int
+    rows: int
+    columns: int
+    #: In the order of experts and rows; by expert, where each has tensors of its own.
+    held: tuple[Holder, ...]
+    by_expert: Mapping[int | None, Sequence[Holder]]
+
+    def of_expert(self, expert: int | None) -> Sequence[Holder]:
+        """The tensors that hold this matrix; all where it is None, or where one holds all."""
+        if expert is None or None in self.by_expert:
+            return self.held
+        return self.by_expert.get(expert, ())
+
+
 class Holdings:
     """The parameters of one model, by their names in memory."""
 
@@ -75,7 +93,9 @@ class Holdings:
         for name, info in tensors.items():
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
-        self._held: dict[tuple[str, bool], list[Holder]] = {}
+        self._parameters: dict[tuple[str, bool], Parameter] = {}
+        #: Rows of parts with the same share and size: there are thousands of each.
+        self._spans: dict[tuple[int, int, int], tuple[range, int, range]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -94,23 +114,18 @@ class Holdings:
         alike = len(found) == 1 and found[0][1] == segments[0] and segments[0].expert is None
         return found[0][0] if alike else None
 
-    def held(self, memory: str, stacked: bool) -> list[Holder]:
-        """The tensors that hold a parameter, which is a stack of matrices or one.
+    def parameter(self, memory: str, stacked: bool) -> Parameter:
+        """A parameter, which is a stack of matrices or one, by its name in memory.
 
-        Raises MisfitError where an expert or a part is missing.
+        Raises MisfitError where the model lacks it, an expert or a part of it.
         """
         key = memory, stacked
-        if key not in self._held:
-            self._held[key] = _complete(memory, list(self._resolved(memory, stacked)))
-        return self._held[key]
-
-    def shape(self, memory: str, stacked: bool) -> tuple[int, int, int]:
-        """Matrices, rows and columns of a parameter in memory."""
-        held = self.held(memory, stacked)
-        experts = held[0].experts
-        if held[0].expert is not None:
-            experts = len({one.expert for one in held})
-        return experts, held[0].size, held[0].columns
+        if key not in self._parameters:
+            if memory not in self._parts:
+                raise MisfitError(f"the base has no {memory}")
+            found = _complete(memory, list(self._resolved(memory, stacked)))
+            self._parameters[key] = found
+        return self._parameters[key]
 
     def targets(self, name: str, shape: tuple[int, int], experts: int | None = None
                 ) -> list[Target]:  # fmt: skip
@@ -124,21 +139,20 @@ class Holdings:
         found: list[Target] = []
         for segment in segments:
             stacked = experts is not None or segment.expert is not None
-            if segment.memory not in self:
-                raise MisfitError(f"the base has no {segment.memory}")
-            count, _, _ = self.shape(segment.memory, stacked)
-            if experts not in (None, count):
-                raise MisfitError(f"it has {experts} experts, {segment.memory} has {count}")
+            parameter = self.parameter(segment.memory, stacked)
+            if experts not in (None, parameter.experts):
+                raise MisfitError(
+                    f"it has {experts} experts, {segment.memory} has {parameter.experts}"
+                )
             flipped = segment.transposed
-            held_by = self.held(segment.memory, stacked)
             own = _rows(segment.into, columns if flipped else out)
-            size = held_by[0].size if segment.rows is not None else len(own)
+            size = parameter.rows if segment.rows is not None else len(own)
             memory = self._ordered(segment, _rows(segment.rows, size))
-            if len(memory) != len(own):
-                raise MisfitError(_shapes(segment, shape, held_by[0]))
-            for held in held_by:
-                if held.size != size or held.columns != (out if flipped else columns):
-                    raise MisfitError(_shapes(segment, shape, held))
+            if (len(memory), size) != (len(own), parameter.rows) or (
+                parameter.columns != (out if flipped else columns)
+            ):
+                raise MisfitError(_shapes(segment, shape, parameter))
+            for held in parameter.of_expert(segment.expert):
                 if flipped and (memory != held.memory or len(own) != size):
                     raise MisfitError(f"{held.info.name} is stored otherwise, and in parts")
                 found += _overlap(
@@ -161,16 +175,19 @@ class Holdings:
         for info, segment, flipped in parts:
             expert, share = segment.expert, segment.rows
             rows, columns = _matrix(info, flipped, stacked and expert is None)
-            own = _rows(segment.into, rows)
             if share is not None and share.index is not None:
                 # Blocks of unequal sizes follow one another.
                 sizes = blocks[expert]
-                size = sum(sizes.values())
+                own, size = range(rows), sum(sizes.values())
                 start = sum(sizes.get(i, 0) for i in range(share.index))
                 there = range(start, start + rows)
             else:
-                size = _whole(share, len(own))
-                there = _rows(share, size)
+                key = id(share), id(segment.into), rows
+                if key not in self._spans:
+                    own = _rows(segment.into, rows)
+                    size = _whole(share, len(own))
+                    self._spans[key] = own, size, _rows(share, size)
+                own, size, there = self._spans[key]
             placed = self._ordered(segment, there)
             yield Holder(info, expert, stacked, flipped, columns, size, placed, own)
 
@@ -221,23 +238,30 @@ def _whole(share: Share | None, part: int) -> int:
     return part if share is None else round(part * share.step / (share.stop - share.start))
 
 
-def _complete(memory: str, held: list[Holder]) -> list[Holder]:
-    """The same in order. Raises MisfitError unless together they are the parameter, once."""
-    sizes = {(one.size, one.columns) for one in held}
-    if len(sizes) > 1:
-        raise MisfitError(f"the parts of {memory} in the base have different shapes")
+def _complete(memory: str, held: list[Holder]) -> Parameter:
+    """The parameter of these tensors. Raises MisfitError unless they are all of it, once."""
+    size, columns = held[0].size, held[0].columns
+    by_expert: dict[int | None, list[Holder]] = defaultdict(list)
     counts: dict[int | None, int] = defaultdict(int)
     for one in held:
+        if (one.size, one.columns) != (size, columns):
+            raise MisfitError(f"the parts of {memory} in the base have different shapes")
+        by_expert[one.expert].append(one)
         counts[one.expert] += len(one.memory)
-    numbers = sorted(n for n in counts if n is not None)
-    if numbers and numbers != list(range(len(numbers))):
-        missing = next(i for i in range(numbers[-1]) if i not in counts)
-        raise MisfitError(f"expert {missing} of {memory} is missing in the base")
-    wrong = [one for one in held if counts[one.expert] != one.size]
-    if wrong:
-        what = "twice" if counts[wrong[0].expert] > wrong[0].size else "in part"
-        raise MisfitError(f"{memory} is in the base only {what}, see {wrong[0].info.name}")
-    return sorted(held, key=lambda one: (one.expert or 0, one.memory[0]))
+    experts = held[0].experts
+    if held[0].expert is not None:
+        experts = 1 + max(number for number in by_expert if number is not None)
+        missing = next((i for i in range(experts) if i not in by_expert), None)
+        if missing is not None:
+            raise MisfitError(f"expert {missing} of {memory} is missing in the base")
+    for expert, count in counts.items():
+        if count != size:
+            first = by_expert[expert][0].info.name
+            what = "twice" if count > size else "only in part"
+            raise MisfitError(f"the base has {memory} {what}, see {first}")
+        by_expert[expert].sort(key=lambda one: one.memory[0])
+    held.sort(key=lambda one: (one.expert or 0, one.memory[0]))
+    return Parameter(experts, size, columns, tuple(held), by_expert)
 
 
 def _overlap(
@@ -297,8 +321,8 @@ def _unless_all(rows: Rows, size: int) -> Rows | None:
     return None if rows == range(size) else rows
 
 
-def _shapes(segment: Segment, delta: tuple[int, int], held: Holder) -> str:
+def _shapes(segment: Segment, delta: tuple[int, int], parameter: Parameter) -> str:
     return (
         f"its shapes do not fit: B·A is {list(delta)} there, {segment.memory} is "
-        f"{[held.size, held.columns]}"
+        f"{[parameter.rows, parameter.columns]}"
     )

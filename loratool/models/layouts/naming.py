@@ -71,9 +71,11 @@ class _Search:
         fitting = there = 0
         for one in self.wanted:
             name = naming(one.name)
-            if self.layout.admits(name) and self.layout.has(name):
-                there += 1
-                fitting += self.layout.fits(one, name)
+            if not self.layout.admits(name):
+                continue
+            fits = self.layout.fits(one, name)
+            fitting += fits
+            there += fits or self.layout.has(name)
         return fitting, there
 
     def _means_the_same(self, one: Naming, other: Naming) -> bool:

@@ -1,10 +1,10 @@
-"""What the tensors of a model's files are in memory, by the table that was derived from transformers.
+"""What tensors of files are in memory, by the table that was derived from transformers.
 
 `layouts.json` has rules by model_type. A rule replaces a run of the parts of a name between dots:
 its pattern for files and its name in memory, with `#` for a number, `{e}` for an expert's number,
 and `^` and `$` for the two ends of the name. Each rule is applied at most once, in the list's
-order: those of the root to the whole name, then those of each part of the model (a sub-config with a
-model_type of its own) to what follows the part's path. Names that are those of memory already pass
+order: those of the root to the whole name, then those of each part of the model (a sub-config with
+a model_type of its own) to what follows the part's path. Names that are those of memory already pass
 through unchanged.
 """
 
@@ -98,15 +98,22 @@ class Rule(NamedTuple):
 
     disk: tuple[str, ...]
     memory: tuple[str, ...]
-    attributes: dict[str, Any]
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, value: Sequence[Any]) -> Rule:
+        """A rule from its form in the table."""
+        return cls(_split(value[0]), _split(value[1]), dict(*value[2:]))
 
 
 class Part(NamedTuple):
-    """Where a sub-config's model is, and its model_type where the config does not say."""
+    """Where a sub-config's model is, its model_type where the config does not say, and the class
+    whose entry it has, if not the type's."""
 
     key: str
     path: str
     model_type: str
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,7 @@ def read_table(data: Mapping[str, Any]) -> Table:
     entries = {}
     for group in data["groups"]:
         entry = Entry(
-            tuple(
-                Rule(_split(rule[0]), _split(rule[1]), dict(*rule[2:])) for rule in group["rules"]
-            ),
+            tuple(map(Rule.read, group["rules"])),
             tuple(Part(*part) for part in group.get("parts", ())),
             **{name: group[name] for name in ("head", "embedding") if name in group},
             tied=tuple((name, of) for name, of in group.get("tied", ())),
@@ -186,15 +191,18 @@ class Names:
         )
         self._number = re.compile(rf"(?<![^.]){kept}\d+(?![^.])")
         self._known: dict[str, list[tuple[Segment, tuple[int, ...], int | None]] | None] = {}
+        self._experts: dict[str, int] = {}
         self._experts = self._count_experts(names)
 
     def segments(self, name: str) -> tuple[Segment, ...]:
-        """What a tensor of this name is, whichever of the spellings it has; without rules, itself."""
+        """What a tensor of this name is, whichever spelling it has; without rules, itself."""
+        if "#" in name:
+            return (Segment(name),)
         key = self._number.sub("#", name)
         if key in self._known:
             known = self._known[key]
         else:
-            known = self._known[key] = self._fold(key, name)
+            known = self._known[key] = self._fold(key)
         if known is None:
             return (Segment(name),)
         numbers = self._number.findall(name)
@@ -215,8 +223,9 @@ class Names:
                 yield replace(template, memory=memory, expert=expert - start, experts=None)
         else:
             yield Segment(
-                memory, expert, template.experts, template.rows, template.into, template.stacked,
-                template.transposed, template.maybe_transposed, template.order,
+                memory, template.expert if expert is None else expert, template.experts,
+                template.rows, template.into, template.stacked, template.transposed,
+                template.maybe_transposed, template.order,
             )  # fmt: skip
 
     def _count_experts(self, names: Iterable[str]) -> dict[str, int]:
@@ -230,7 +239,7 @@ class Names:
                     counts[key] = max(counts.get(key, 0), segments[0].expert + 1)
         return counts
 
-    # --- which rules, for which part of the model ---------------------------------------------------
+    # --- which rules, for which part of the model -------------------------------------------------
 
     def _entry_of(self, config: Mapping[str, Any]) -> Entry:
         classes = config.get("architectures") or ()
@@ -249,7 +258,9 @@ class Names:
                 for step in part.key.split("."):
                     value = value.get(step) if isinstance(value, Mapping) else None
                 kind = value.get("model_type") if isinstance(value, Mapping) else None
-                entry = self._table.get(kind or part.model_type)
+                kind = kind or part.model_type
+                own = part.model if kind == part.model_type else ""
+                entry = self._table.get(own) or self._table.get(kind)
                 if entry is not None and entry.rules:
                     yield tuple(part.path.split(".")), "", entry.rules
             return
@@ -260,13 +271,13 @@ class Names:
                 if rules and kind:
                     yield (), kind, rules
 
-    # --- one name -------------------------------------------------------------------------------------
+    # --- one name ---------------------------------------------------------------------------------
 
-    def _fold(
-        self, key: str, name: str
-    ) -> list[tuple[Segment, tuple[int, ...], int | None]] | None:
+    def _fold(self, key: str) -> list[tuple[Segment, tuple[int, ...], int | None]] | None:
         """Segments of all names with this key, as templates with `%s` for a number, the places of
         their numbers and of the expert's among those of the name; None if it is as it is."""
+        if "^" in key or "$" in key:
+            return None
         count = iter(range(key.count("#") + 1))
         own = tuple(f"#{next(count)}" if part == "#" else part for part in key.split("."))
         found: list[tuple[tuple[str, ...], dict[str, Any]]] = [(own, {})]
@@ -278,7 +289,7 @@ class Names:
                 for rest, attributes in (
                     [(parts[len(parts) :], known)]
                     if at is None
-                    else _apply(rules, parts[at:], known)
+                    else apply_rules(rules, parts[at:], known)
                 )
             ]
         if found == [(own, {})]:
@@ -299,11 +310,11 @@ def _after(parts: tuple[str, ...], path: tuple[str, ...], kind: str) -> int | No
     return 0 if kind == "text" and not others else None
 
 
-def _apply(
-    rules: Sequence[Rule], parts: tuple[str, ...], attributes: dict[str, Any]
+def apply_rules(
+    rules: Sequence[Rule], parts: tuple[str, ...], attributes: Mapping[str, Any] | None = None
 ) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
     """All that the rules make of a name: one name, or several where a tensor is split."""
-    found = [(parts, attributes)]
+    found = [(parts, dict(attributes or {}))]
     at = 0
     while at < len(rules):
         end = at + 1
@@ -365,4 +376,6 @@ def _template(
     if "experts" in attributes:
         start, stop = attributes["experts"]
         values["experts"] = Fraction(start), Fraction(stop)
+    if expert is not None and not expert.startswith("#"):
+        return Segment(memory, int(expert), **values), places, None
     return Segment(memory, **values), places, None if expert is None else int(expert[1:])

@@ -79,14 +79,14 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
 def _merged_tensor(name: str, job: Job, layout: Layout) -> tuple[TensorInfo | None, set[str]]:
     """What the merged model has in the place of a job's tensor, and the names of its own tensors
     that this is: where it is cut otherwise than the base, parts of several or a part of one."""
-    for called in (name, job.name):
-        own = layout.name_of(called)
-        if own is not None and own in layout.base.tensors:
-            return layout.base.tensors[own], {own}
+    owns = [own for called in (name, job.name) if (own := layout.name_of(called))]
+    there = [layout.base.tensors[own] for own in owns if own in layout.base.tensors]
+    if there and there[0].shape == job.source.shape:
+        return there[0], {there[0].name}
     for called in (name, job.name):
         with suppress(MisfitError):
             return assembled(layout.holdings, called, job.source.shape)
-    return None, set()
+    return (there[0], {there[0].name}) if there else (None, set())
 
 
 def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None:

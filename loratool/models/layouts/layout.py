@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 from loratool.errors import BaseError, unknown
 from loratool.models.checkpoint import Checkpoint
@@ -32,12 +31,14 @@ class Layout:
         self.base = base
         #: The only parts of the base that an adapter may go into, by the beginnings of names.
         self.components = tuple(part.rstrip(".") for part in components)
+        #: The parameters of the base by their names in memory.
+        self.holdings = Holdings(base.tensors, base.config)
         #: What was decided.
         self.notices: list[Notice] = []
         for part in self.components:
             if not any(is_within(name, (part,)) for name in base.tensors):
                 raise unknown("component", part, parts_of(base.tensors))
-        self.tied = find_tied(base)
+        self.tied = find_tied(base, self.holdings)
         self._targets: dict[tuple[str, tuple[int, int], int | None], list[Target] | str] = {}
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
@@ -45,11 +46,6 @@ class Layout:
             for key, value in base.config.items()
             if isinstance(value, dict)
         ]
-
-    @cached_property
-    def holdings(self) -> Holdings:
-        """The parameters of the base by their names in memory."""
-        return Holdings(self.base.tensors, self.base.config)
 
     def admits(self, name: str) -> bool:
         """Whether a tensor may be changed: all may, or those of the chosen components."""

@@ -203,7 +203,8 @@ class Holdings:
                 f"rows of {segment.memory} are in another order in the file, which depends on "
                 f"{segment.order.removeprefix('rope:')} of config.json"
             )
-        return tuple(memory[i] for i in rope_order(len(memory), heads))
+        order = np.argsort(rope_order(len(memory), heads))
+        return tuple(memory[i] for i in order)
 
     def _is_flipped(self, info: TensorInfo, segment: Segment) -> bool:
         """Whether a tensor lies transposed; where files have it both ways, by the hidden size."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from importlib import resources
@@ -23,6 +23,8 @@ from loratool.models.layouts.components import kind_of
 
 #: The key of what holds for every model.
 _ALL = "*"
+#: What is not in a cache yet; None is that a name stays as it is.
+_UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,10 @@ class Entry:
 
     rules: tuple[Rule, ...] = ()
     parts: tuple[Part, ...] = ()
-    #: Names in memory of the output and input embeddings' modules, if not the usual ones.
+    #: Names in memory of the output and input embeddings' modules.
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
-    #: Parameters that the class itself ties: (the tied one, the one it is).
+    #: Parameters that the class itself can tie: (the tied one, the one it is).
     tied: tuple[tuple[str, str], ...] = ()
     #: Stacked parameters are [experts, in, out].
     transposed_experts: bool = False
@@ -135,22 +137,35 @@ class Entry:
 
 
 Table = Mapping[str, Entry]
+#: Segments with `%s` for a number, the places of their numbers and of an expert's in a name.
+_Templates = list[tuple[Segment, tuple[int, ...], int | None]]
 
 
 def read_table(data: Mapping[str, Any]) -> Table:
     """The entries of a table, by model_type or class."""
     entries = {}
     for group in data["groups"]:
+        parts = tuple(Part(*part) for part in group.get("parts", ()))
+        head = group.get("head", "lm_head")
+        embedding = group.get("embedding", usual_embedding(parts))
+        tied = group.get("tied", [[f"{head}.weight", f"{embedding}.weight"]])
         entry = Entry(
-            tuple(map(Rule.read, group["rules"])),
-            tuple(Part(*part) for part in group.get("parts", ())),
-            **{name: group[name] for name in ("head", "embedding") if name in group},
-            tied=tuple((name, of) for name, of in group.get("tied", ())),
+            rules=tuple(map(Rule.read, group["rules"])),
+            parts=parts,
+            head=head,
+            embedding=embedding,
+            tied=tuple((name, of) for name, of in tied),
             transposed_experts=group.get("transposed_experts", False),
             parameters={end: tuple(names) for end, names in group.get("parameters", {}).items()},
         )
         entries.update(dict.fromkeys(group["types"], entry))
     return entries
+
+
+def usual_embedding(parts: Iterable[Part]) -> str:
+    """Where the input embedding is, if an entry does not say: in the text's model."""
+    paths = [part.path for part in parts if part.key == "text_config"]
+    return f"{paths[0] if paths else 'model'}.embed_tokens"
 
 
 @cache
@@ -190,7 +205,7 @@ class Names:
             for part in sorted(literal)
         )
         self._number = re.compile(rf"(?<![^.]){kept}\d+(?![^.])")
-        self._known: dict[str, list[tuple[Segment, tuple[int, ...], int | None]] | None] = {}
+        self._known: dict[str, _Templates | None] = {}
         self._experts: dict[str, int] = {}
         self._experts = self._count_experts(names)
 
@@ -198,35 +213,31 @@ class Names:
         """What a tensor of this name is, whichever spelling it has; without rules, itself."""
         if "#" in name:
             return (Segment(name),)
-        key = self._number.sub("#", name)
-        if key in self._known:
-            known = self._known[key]
-        else:
+        numbers = self._number.findall(name)
+        key = self._number.sub("#", name) if numbers else name
+        known = self._known.get(key, _UNKNOWN)
+        if known is _UNKNOWN:
             known = self._known[key] = self._fold(key)
         if known is None:
             return (Segment(name),)
-        numbers = self._number.findall(name)
-        return tuple(
-            segment
-            for template, places, expert in known
-            for segment in self._filled(key, template, [numbers[i] for i in places],
-                                        None if expert is None else int(numbers[expert]))
-        )  # fmt: skip
-
-    def _filled(
-        self, key: str, template: Segment, numbers: list[str], expert: int | None
-    ) -> Iterator[Segment]:
-        memory = template.memory % tuple(numbers)
-        if template.experts is not None and expert is not None and key in self._experts:
-            start, stop = (int(share * self._experts[key]) for share in template.experts)
-            if start <= expert < stop:
-                yield replace(template, memory=memory, expert=expert - start, experts=None)
-        else:
-            yield Segment(
-                memory, template.expert if expert is None else expert, template.experts,
-                template.rows, template.into, template.stacked, template.transposed,
-                template.maybe_transposed, template.order,
-            )  # fmt: skip
+        filled = []
+        for template, places, expert in known:
+            made = object.__new__(
+                Segment
+            )  # with twenty thousand experts, __init__ is half the time
+            values = made.__dict__
+            values.update(template.__dict__)
+            values["memory"] = template.memory % tuple([numbers[at] for at in places])
+            if expert is not None:
+                values["expert"] = int(numbers[expert])
+                if template.experts is not None and key in self._experts:
+                    start, stop = (int(share * self._experts[key]) for share in template.experts)
+                    if not start <= values["expert"] < stop:
+                        continue
+                    values["expert"] -= start
+                    values["experts"] = None
+            filled.append(made)
+        return tuple(filled)
 
     def _count_experts(self, names: Iterable[str]) -> dict[str, int]:
         """How many experts there are, of names whose numbers are shared by two kinds of them."""
@@ -273,7 +284,7 @@ class Names:
 
     # --- one name ---------------------------------------------------------------------------------
 
-    def _fold(self, key: str) -> list[tuple[Segment, tuple[int, ...], int | None]] | None:
+    def _fold(self, key: str) -> _Templates | None:
         """Segments of all names with this key, as templates with `%s` for a number, the places of
         their numbers and of the expert's among those of the name; None if it is as it is."""
         if "^" in key or "$" in key:

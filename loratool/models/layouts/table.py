@@ -4,8 +4,7 @@
 its pattern for files and its name in memory, with `#` for a number, `{e}` for an expert's number,
 and `^` and `$` for the two ends of the name. Each rule is applied at most once, in the list's
 order: those of the root to the whole name, then those of each part of the model (a sub-config with
-a model_type of its own) to what follows the part's path. Names that are those of memory already pass
-through unchanged.
+a model_type of its own) to what follows the part's path. Names of memory pass through unchanged.
 """
 
 from __future__ import annotations
@@ -191,6 +190,7 @@ class Names:
     ) -> None:
         self._table = known_layouts() if table is None else table
         self.entry = self._entry_of(config)
+        self._parts: list[Entry] = []
         self._scopes = list(self._find_scopes(config))
         literal = {
             pattern[at - 1]
@@ -204,7 +204,7 @@ class Names:
             r"(?<!\d\.)" if part == "#" else rf"(?<!{re.escape(part)}\.)"
             for part in sorted(literal)
         )
-        self._number = re.compile(rf"(?<![^.]){kept}\d+(?![^.])")
+        self._number = re.compile(rf"(?<![^.]){kept}(\d+)(?![^.])")
         self._known: dict[str, _Templates | None] = {}
         self._experts: dict[str, int] = {}
         self._experts = self._count_experts(names)
@@ -213,8 +213,8 @@ class Names:
         """What a tensor of this name is, whichever spelling it has; without rules, itself."""
         if "#" in name:
             return (Segment(name),)
-        numbers = self._number.findall(name)
-        key = self._number.sub("#", name) if numbers else name
+        pieces = self._number.split(name)
+        key, numbers = "#".join(pieces[::2]), pieces[1::2]
         known = self._known.get(key, _UNKNOWN)
         if known is _UNKNOWN:
             known = self._known[key] = self._fold(key)
@@ -238,6 +238,19 @@ class Names:
                     values["experts"] = None
             filled.append(made)
         return tuple(filled)
+
+    @property
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """The stacked parameters of modules of the model and its parts; see Entry."""
+        found: dict[str, tuple[str, ...]] = {}
+        for entry in (*self._parts, self.entry):
+            found.update(entry.parameters)
+        return found
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether stacked parameters are [experts, in, out] in memory."""
+        return any(entry.transposed_experts for entry in (self.entry, *self._parts))
 
     def _count_experts(self, names: Iterable[str]) -> dict[str, int]:
         """How many experts there are, of names whose numbers are shared by two kinds of them."""
@@ -272,12 +285,14 @@ class Names:
                 kind = kind or part.model_type
                 own = part.model if kind == part.model_type else ""
                 entry = self._table.get(own) or self._table.get(kind)
+                self._parts += [entry] if entry is not None else []
                 if entry is not None and entry.rules:
                     yield tuple(part.path.split(".")), "", entry.rules
             return
         for key, value in config.items():
             if isinstance(value, Mapping) and value.get("model_type") in self._table:
                 rules = self._table[value["model_type"]].rules
+                self._parts.append(self._table[value["model_type"]])
                 kind = kind_of(key.removesuffix("_config"))
                 if rules and kind:
                     yield (), kind, rules

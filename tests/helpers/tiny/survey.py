@@ -72,9 +72,7 @@ class Survey:
                 (part for part in one.parts if is_below(full, part.path)), key=lambda p: len(p.path)
             )
             self._seen(owner).either_way[".".join(full.split(".")[-2:])] = None
-        config = json.loads(one.model.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(one.model).__name__]
-        self.spellings[name] = config, list(one.spellings())
+        self.spellings[name] = spellings_of(one)
 
     def _seen(self, part: Part) -> Seen:
         return self.types.setdefault(part.model_type, {}).setdefault(part.model, Seen())
@@ -102,6 +100,13 @@ class Survey:
             "transformers": transformers.__version__,
             "groups": [{"types": ["*"], "rules": GENERAL}, *groups.values()],
         }
+
+
+def spellings_of(model: Reversal) -> tuple[dict[str, Any], list[Step]]:
+    """The config.json of a model, and all that its tensors may be called."""
+    config = json.loads(model.model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model.model).__name__]
+    return config, list(model.spellings())
 
 
 def _entry(classes: list[Seen]) -> dict[str, Any]:

@@ -4,8 +4,7 @@
 its pattern for files and its name in memory, with `#` for a number, `{e}` for an expert's number,
 and `^` and `$` for the two ends of the name. Each rule is applied at most once, in the list's
 order: those of the root to the whole name, then those of each part of the model (a sub-config with
-a model_type of its own) to what follows the part's path. Names that are those of memory already pass
-through unchanged.
+a model_type of its own) to what follows the part's path. Names of memory pass through unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from importlib import resources
@@ -23,6 +22,8 @@ from loratool.models.layouts.components import kind_of
 
 #: The key of what holds for every model.
 _ALL = "*"
+#: What is not in a cache yet; None is that a name stays as it is.
+_UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,10 @@ class Entry:
 
     rules: tuple[Rule, ...] = ()
     parts: tuple[Part, ...] = ()
-    #: Names in memory of the output and input embeddings' modules, if not the usual ones.
+    #: Names in memory of the output and input embeddings' modules.
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
-    #: Parameters that the class itself ties: (the tied one, the one it is).
+    #: Parameters that the class itself can tie: (the tied one, the one it is).
     tied: tuple[tuple[str, str], ...] = ()
     #: Stacked parameters are [experts, in, out].
     transposed_experts: bool = False
@@ -135,22 +136,35 @@ class Entry:
 
 
 Table = Mapping[str, Entry]
+#: Segments with `%s` for a number, the places of their numbers and of an expert's in a name.
+_Templates = list[tuple[Segment, tuple[int, ...], int | None]]
 
 
 def read_table(data: Mapping[str, Any]) -> Table:
     """The entries of a table, by model_type or class."""
     entries = {}
     for group in data["groups"]:
+        parts = tuple(Part(*part) for part in group.get("parts", ()))
+        head = group.get("head", "lm_head")
+        embedding = group.get("embedding", usual_embedding(parts))
+        tied = group.get("tied", [[f"{head}.weight", f"{embedding}.weight"]])
         entry = Entry(
-            tuple(map(Rule.read, group["rules"])),
-            tuple(Part(*part) for part in group.get("parts", ())),
-            **{name: group[name] for name in ("head", "embedding") if name in group},
-            tied=tuple((name, of) for name, of in group.get("tied", ())),
+            rules=tuple(map(Rule.read, group["rules"])),
+            parts=parts,
+            head=head,
+            embedding=embedding,
+            tied=tuple((name, of) for name, of in tied),
             transposed_experts=group.get("transposed_experts", False),
             parameters={end: tuple(names) for end, names in group.get("parameters", {}).items()},
         )
         entries.update(dict.fromkeys(group["types"], entry))
     return entries
+
+
+def usual_embedding(parts: Iterable[Part]) -> str:
+    """Where the input embedding is, if an entry does not say: in the text's model."""
+    paths = [part.path for part in parts if part.key == "text_config"]
+    return f"{paths[0] if paths else 'model'}.embed_tokens"
 
 
 @cache
@@ -176,6 +190,7 @@ class Names:
     ) -> None:
         self._table = known_layouts() if table is None else table
         self.entry = self._entry_of(config)
+        self._parts: list[Entry] = []
         self._scopes = list(self._find_scopes(config))
         literal = {
             pattern[at - 1]
@@ -189,8 +204,8 @@ class Names:
             r"(?<!\d\.)" if part == "#" else rf"(?<!{re.escape(part)}\.)"
             for part in sorted(literal)
         )
-        self._number = re.compile(rf"(?<![^.]){kept}\d+(?![^.])")
-        self._known: dict[str, list[tuple[Segment, tuple[int, ...], int | None]] | None] = {}
+        self._number = re.compile(rf"(?<![^.]){kept}(\d+)(?![^.])")
+        self._known: dict[str, _Templates | None] = {}
         self._experts: dict[str, int] = {}
         self._experts = self._count_experts(names)
 
@@ -198,35 +213,44 @@ class Names:
         """What a tensor of this name is, whichever spelling it has; without rules, itself."""
         if "#" in name:
             return (Segment(name),)
-        key = self._number.sub("#", name)
-        if key in self._known:
-            known = self._known[key]
-        else:
+        pieces = self._number.split(name)
+        key, numbers = "#".join(pieces[::2]), pieces[1::2]
+        known = self._known.get(key, _UNKNOWN)
+        if known is _UNKNOWN:
             known = self._known[key] = self._fold(key)
         if known is None:
             return (Segment(name),)
-        numbers = self._number.findall(name)
-        return tuple(
-            segment
-            for template, places, expert in known
-            for segment in self._filled(key, template, [numbers[i] for i in places],
-                                        None if expert is None else int(numbers[expert]))
-        )  # fmt: skip
+        filled = []
+        for template, places, expert in known:
+            made = object.__new__(
+                Segment
+            )  # with twenty thousand experts, __init__ is half the time
+            values = made.__dict__
+            values.update(template.__dict__)
+            values["memory"] = template.memory % tuple([numbers[at] for at in places])
+            if expert is not None:
+                values["expert"] = int(numbers[expert])
+                if template.experts is not None and key in self._experts:
+                    start, stop = (int(share * self._experts[key]) for share in template.experts)
+                    if not start <= values["expert"] < stop:
+                        continue
+                    values["expert"] -= start
+                    values["experts"] = None
+            filled.append(made)
+        return tuple(filled)
 
-    def _filled(
-        self, key: str, template: Segment, numbers: list[str], expert: int | None
-    ) -> Iterator[Segment]:
-        memory = template.memory % tuple(numbers)
-        if template.experts is not None and expert is not None and key in self._experts:
-            start, stop = (int(share * self._experts[key]) for share in template.experts)
-            if start <= expert < stop:
-                yield replace(template, memory=memory, expert=expert - start, experts=None)
-        else:
-            yield Segment(
-                memory, template.expert if expert is None else expert, template.experts,
-                template.rows, template.into, template.stacked, template.transposed,
-                template.maybe_transposed, template.order,
-            )  # fmt: skip
+    @property
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """The stacked parameters of modules of the model and its parts; see Entry."""
+        found: dict[str, tuple[str, ...]] = {}
+        for entry in (*self._parts, self.entry):
+            found.update(entry.parameters)
+        return found
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether stacked parameters are [experts, in, out] in memory."""
+        return any(entry.transposed_experts for entry in (self.entry, *self._parts))
 
     def _count_experts(self, names: Iterable[str]) -> dict[str, int]:
         """How many experts there are, of names whose numbers are shared by two kinds of them."""
@@ -261,19 +285,21 @@ class Names:
                 kind = kind or part.model_type
                 own = part.model if kind == part.model_type else ""
                 entry = self._table.get(own) or self._table.get(kind)
+                self._parts += [entry] if entry is not None else []
                 if entry is not None and entry.rules:
                     yield tuple(part.path.split(".")), "", entry.rules
             return
         for key, value in config.items():
             if isinstance(value, Mapping) and value.get("model_type") in self._table:
                 rules = self._table[value["model_type"]].rules
+                self._parts.append(self._table[value["model_type"]])
                 kind = kind_of(key.removesuffix("_config"))
                 if rules and kind:
                     yield (), kind, rules
 
     # --- one name ---------------------------------------------------------------------------------
 
-    def _fold(self, key: str) -> list[tuple[Segment, tuple[int, ...], int | None]] | None:
+    def _fold(self, key: str) -> _Templates | None:
         """Segments of all names with this key, as templates with `%s` for a number, the places of
         their numbers and of the expert's among those of the name; None if it is as it is."""
         if "^" in key or "$" in key:

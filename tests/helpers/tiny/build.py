@@ -83,7 +83,8 @@ _SIZES = _named("""
     32: hidden_size d_model n_embd embed_dim dim hidden_dim out_hidden_size projection_dim
     32: word_embed_proj_dim encoder_hidden_size output_dim vision_output_dim projector_input_dim
     32: projector_output_dim projector_hidden_size image_text_hidden_size
-    32: cross_attention_hidden_size embedding_size d_latents linear_units output_hidden_size adapter_hidden_size embedding_dim
+    32: cross_attention_hidden_size embedding_size d_latents linear_units output_hidden_size
+    32: adapter_hidden_size embedding_dim
     32: shared_embedding_dim downsample_hidden_size lru_width attention_hidden_size rnn_hidden_size
     32: proj_out_dim
     48: intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff ffn_hidden_size

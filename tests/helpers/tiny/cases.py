@@ -11,6 +11,7 @@ from helpers.tiny import (
     state_space,
     vision,
     vision_language,
+    vision_stages,
 )
 
 CASES = {
@@ -22,4 +23,5 @@ CASES = {
     **encoders.CASES,
     **seq2seq.CASES,
     **vision.CASES,
+    **vision_stages.CASES,
 }

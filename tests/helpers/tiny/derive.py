@@ -18,10 +18,12 @@ import transformers
 
 from helpers.tiny.cases import CASES
 from helpers.tiny.reading_off import Piece, Rows
-from helpers.tiny.survey import Survey
+from helpers.tiny.reversal import Reversal, Step
+from helpers.tiny.survey import Survey, spellings_of
 from loratool.models.layouts import table as tables
 from loratool.models.layouts.table import Names, Segment, Share
 
+Spellings = dict[str, tuple[dict[str, Any], list[Step]]]
 PATH = Path(tables.__file__).with_name("layouts.json")
 
 
@@ -34,16 +36,22 @@ def survey(names: Iterable[str]) -> Survey:
     return found
 
 
+def spelled(names: Iterable[str]) -> Spellings:
+    """What these cases' tensors may be called."""
+    transformers.utils.logging.set_verbosity_error()
+    return {name: spellings_of(Reversal(CASES[name].make())) for name in names}
+
+
 def text_of(data: dict[str, Any]) -> str:
     """The table as it is written: a line for each group."""
     groups = ",\n".join(json.dumps(group, separators=(",", ":")) for group in data["groups"])
     return f'{{"transformers":"{data["transformers"]}","groups":[\n{groups}\n]}}\n'
 
 
-def faults(found: Survey, data: dict[str, Any]) -> Iterator[str]:
+def faults(found: Spellings, data: dict[str, Any]) -> Iterator[str]:
     """Every name of every class that the table does not read as transformers does."""
     table = tables.read_table(data)
-    for name, (config, steps) in found.spellings.items():
+    for name, (config, steps) in found.items():
         for step in steps:
             names = Names(config, step.after, table)
             for disk, pieces in step.pieces.items():
@@ -88,7 +96,7 @@ def main() -> int:
     torch.set_num_threads(1)
     found = survey(CASES)
     data = found.table()
-    wrong = list(faults(found, data))
+    wrong = list(faults(found.spellings, data))
     for line in wrong:
         print(line)
     print(f"{len(found.spellings)} classes, {len(data['groups'])} groups, split: {found.split}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,30 @@ def _sub_configs(
             yield from _sub_configs(value, f"{path}{key}.")
 
 
+def every(transform: Any) -> bool:
+    return True
+
+
+def unprefixed(transform: Any) -> bool:
+    """Whether it is no prefix that transformers drops or adds while loading, if it is there."""
+    return not isinstance(transform, PrefixChange)
+
+
+def arranging(transform: Any) -> bool:
+    """Whether it changes more than names: alone, as files of transformers 4.52 to 4.57 have it."""
+    return isinstance(transform, WeightConverter)
+
+
+def confined(transform: Any) -> bool:
+    """Whether it means its own part of the model: backwards Kimi's `blocks` of the vision tower
+    would reach the text's layers too."""
+    return transform._original_source_patterns not in (["blocks"], [r"blocks"])
+
+
+#: Which conversions make a spelling of files.
+SPELLINGS = (every, unprefixed, arranging, confined)
+
+
 class Reversal:
     """The conversions of one model, backwards: all, or only some."""
 
@@ -97,20 +121,28 @@ class Reversal:
                 owners = [p for p in self.parts if _is_under(scope, p.path)]
                 self._transforms.append((max(owners, key=lambda p: len(p.path)), transform))
 
-    def steps(self, prefixes: bool) -> list[Step]:
-        """One step for each part that has conversions, the inner ones first and the root last;
-        with or without the prefixes that transformers drops or adds while loading."""
+    def steps(self, wanted: Callable[[Any], bool]) -> list[Step]:
+        """One step for each part that has such conversions, the inner ones first, the root last."""
         found = []
         shapes = self.memory
         for part in sorted(self.parts, key=lambda part: -len(part.path)):
             own = [
                 transform
                 for owner, transform in self._transforms
-                if owner is part and (prefixes or not isinstance(transform, PrefixChange))
+                if owner is part and wanted(transform)
             ]
             if own:
                 found.append(self._step(part, shapes, own))
                 shapes = found[-1].after
+        return found
+
+    def maybe_transposed(self) -> list[str]:
+        """Parameters whose files may have them the other way round, which only the shape tells."""
+        found = []
+        for _, transform in self._transforms:
+            if any(getattr(op, "check_dims", False) for op in getattr(transform, "operations", ())):
+                (end,) = transform._original_target_patterns
+                found += [name for name in self.memory if name.endswith(end)]
         return found
 
     def spellings(self) -> Iterator[Step]:
@@ -118,15 +150,10 @@ class Reversal:
         files' with and without prefixes, and those between, of memory but for the experts or for
         what is inside a part."""
         root = self.parts[0]
-        keep = [
-            lambda owner, transform: True,
-            lambda owner, transform: not isinstance(transform, PrefixChange),
-            lambda owner, transform: owner is not root,
-            lambda owner, transform: isinstance(transform, WeightConverter),
-        ]
+        inner = [transform for owner, transform in self._transforms if owner is not root]
         seen: list[list[Any]] = [[]]
-        for wanted in keep:
-            own = [transform for owner, transform in self._transforms if wanted(owner, transform)]
+        every_one = [transform for _, transform in self._transforms]
+        for own in (*(list(filter(wanted, every_one)) for wanted in SPELLINGS), inner):
             if own not in seen:
                 seen.append(own)
                 yield self._step(root, self.memory, own)

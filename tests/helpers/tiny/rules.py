@@ -1,4 +1,4 @@
-"""Short rules that say what many facts say: runs of names, with as little around them as will do."""
+"""Short rules that say what many facts say: runs of names, with as little around as will do."""
 
 from __future__ import annotations
 

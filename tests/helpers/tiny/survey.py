@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ import transformers
 
 from helpers.tiny.build import Case
 from helpers.tiny.facts import Fact, Name, below, facts_of, is_below
-from helpers.tiny.reversal import Part, Reversal, Step
+from helpers.tiny.reversal import SPELLINGS, Part, Reversal, Step
 from helpers.tiny.rules import Unclear, rules_for
+from loratool.models.layouts.table import Part as TablePart
+from loratool.models.layouts.table import usual_embedding
 
 #: What every model's files may have, whatever its type: transformers' "legacy" conversions.
 GENERAL = [
@@ -33,6 +35,8 @@ class Seen:
     memory: dict[Name, None] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
     is_root: bool = False
+    #: Ends of names that files may have transposed.
+    either_way: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,9 +56,9 @@ class Survey:
             other = Reversal(case.make(other_sizes=True))
         except (ValueError, RuntimeError, TypeError):
             other = None
-        for prefixes in (True, False):
-            steps = one.steps(prefixes)
-            others = other.steps(prefixes) if other else [None] * len(steps)
+        for wanted in SPELLINGS:
+            steps = one.steps(wanted)
+            others = other.steps(wanted) if other else [None] * len(steps)
             for step, second in zip(steps, others, strict=True):
                 self._seen(step.part).facts.update(dict.fromkeys(facts_of(step, second)))
         for part in one.parts:
@@ -63,9 +67,12 @@ class Survey:
                     self._seen(part).memory[below(full, part.path)] = None
         root = self._seen(one.parts[0])
         root.known, root.is_root = _known(one), True
-        config = json.loads(one.model.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(one.model).__name__]
-        self.spellings[name] = config, list(one.spellings())
+        for full in one.maybe_transposed():
+            owner = max(
+                (part for part in one.parts if is_below(full, part.path)), key=lambda p: len(p.path)
+            )
+            self._seen(owner).either_way[".".join(full.split(".")[-2:])] = None
+        self.spellings[name] = spellings_of(one)
 
     def _seen(self, part: Part) -> Seen:
         return self.types.setdefault(part.model_type, {}).setdefault(part.model, Seen())
@@ -86,7 +93,7 @@ class Survey:
                 part[3:] = [] if part[3] not in entries else part[3:]
         groups: dict[str, dict[str, Any]] = {}
         for kind, entry in entries.items():
-            if entry["rules"] or len(entry) > 1:
+            if entry["rules"] or len(entry) > 1 or kind not in self.types:
                 key = json.dumps(entry, sort_keys=True)
                 groups.setdefault(key, {"types": [], **entry})["types"].append(kind)
         return {
@@ -95,23 +102,33 @@ class Survey:
         }
 
 
+def spellings_of(model: Reversal) -> tuple[dict[str, Any], list[Step]]:
+    """The config.json of a model, and all that its tensors may be called."""
+    config = json.loads(model.model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model.model).__name__]
+    return config, list(model.spellings())
+
+
 def _entry(classes: list[Seen]) -> dict[str, Any]:
     facts = _distinct(fact for seen in classes for fact in seen.facts)
     memory = dict.fromkeys(name for seen in classes for name in seen.memory)
     known: dict[str, Any] = {}
     for seen in classes:
         known.update(seen.known)
-    return {"rules": rules_for(facts, memory), **known}
+    either = sorted(name for seen in classes for name in seen.either_way)
+    rules = rules_for(facts, memory)
+    rules += [[f"{name}.$", name, {"maybe_transposed": True}] for name in dict.fromkeys(either)]
+    return {"rules": rules, **known}
 
 
 def _distinct(facts: Iterable[Fact]) -> list[Fact]:
     """Facts that are not the same but for a number."""
     found: dict[Any, Fact] = {}
     for fact in facts:
-        wild = [
-            tuple("#" if part.isdecimal() else part for part in name)
-            for name in (fact.disk, *(memory for memory, _ in fact.meanings))
-        ]
+        names = [fact.disk, *(memory for memory, _ in fact.meanings)]
+        wild = [tuple("#" if part.isdecimal() else part for part in name) for name in names]
+        if len({tuple(part for part in name if part.isdecimal()) for name in names}) > 1:
+            wild = names  # some of its numbers are words in memory
         found.setdefault((tuple(wild), tuple(text for _, text in fact.meanings)), fact)
     return list(found.values())
 
@@ -127,30 +144,35 @@ def _known(reversal: Reversal) -> dict[str, Any]:
     parts = [[part.key, part.path, part.model_type, part.model] for part in reversal.parts[1:]]
     if parts:
         found["parts"] = parts
-    for key, get, usual in (
-        ("head", model.get_output_embeddings, "lm_head"),
-        ("embedding", model.get_input_embeddings, "model.embed_tokens"),
-    ):
-        try:
-            name = names.get(id(get()), "")
-        except (AttributeError, NotImplementedError, TypeError):
-            name = ""
-        if name not in ("", usual):
-            found[key] = name
+    head = _name_of(names, model.get_output_embeddings)
+    embedding = _name_of(names, model.get_input_embeddings)
+    usual = usual_embedding([TablePart(*part) for part in parts])
+    if head not in ("", "lm_head"):
+        found["head"] = head
+    if embedding not in ("", usual):
+        found["embedding"] = embedding
     tied = getattr(model, "_tied_weights_keys", None)
-    if isinstance(tied, Mapping) and tied:
-        pairs = sorted([str(name), str(of)] for name, of in tied.items())
-        if pairs != [["lm_head.weight", "model.embed_tokens.weight"]]:
-            found["tied"] = pairs
+    pairs = [[str(name), str(of)] for name, of in tied.items()] if isinstance(tied, Mapping) else []
+    if (pairs or head) and pairs != [[f"{head}.weight", f"{embedding}.weight"]]:
+        found["tied"] = sorted(pairs)
     stacks = {}
     for name, module in model.named_modules():
         own = [key for key, value in module.named_parameters(recurse=False) if value.ndim >= 2]
-        if len(own) > 1 and type(module).__module__.partition(".")[0] != "torch":
-            if any(part.isdecimal() for part in name.split(".")):
-                end = ".".join(name.split(".")[-2:])
-                stacks[end.rpartition(".")[2] if end.split(".")[0].isdecimal() else end] = own
+        in_layer = any(part.isdecimal() for part in name.split("."))
+        if len(own) > 1 and in_layer and type(module).__module__.partition(".")[0] != "torch":
+            above, _, last = name.rpartition(".")
+            above = above.rpartition(".")[2]
+            stacks[last if above.isdecimal() else f"{above}.{last}"] = own
         if getattr(module, "is_transposed", False):
             found["transposed_experts"] = True
     if stacks:
         found["parameters"] = dict(sorted(stacks.items()))
     return found
+
+
+def _name_of(names: Mapping[int, str], get: Callable[[], Any]) -> str:
+    """The path of the module that a method of the class gives; empty if it gives none."""
+    try:
+        return names.get(id(get()), "")
+    except (AttributeError, NotImplementedError, TypeError):
+        return ""

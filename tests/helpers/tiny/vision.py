@@ -28,7 +28,6 @@ CASES = by_name(
         """
         AltCLIPModel BlipModel Blip2ForImageTextRetrieval ChineseCLIPModel CLIPModel
         CLIPSegModel MetaClip2Model SiglipModel Siglip2Model Tipsv2Model
-        
     """,
         image_and_text,
     ),

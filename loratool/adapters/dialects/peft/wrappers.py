@@ -86,7 +86,7 @@ class Wrappers:
 
     def _resolve(self, root: str, paths: Sequence[str], pairs: Mapping[str, WrappedPair]) -> None:
         """`paths` are the keys of one module's wrappers, the innermost first."""
-        named = self._named(root)
+        named = self._named(root, len(paths))
         plain = len(paths) == 1 and paths[0] == root
         module, _, leaf = root.rpartition(".")
         if plain and leaf in _KNOWN and _is_stack(*pairs[root]):
@@ -106,12 +106,13 @@ class Wrappers:
         if reason:
             self.unclear |= dict.fromkeys(paths, reason)
 
-    def _named(self, root: str) -> list[str]:
-        """The names of parameters of a module that the config means, each once."""
+    def _named(self, root: str, count: int) -> list[str]:
+        """The names of parameters of a module that the config means, each once, if `count` of them
+        are in the file."""
         found = [name for end in dotted_ends(root) for name in self._names.get(end, ())]
         # A name without a module means that parameter of any module, but not of a layer.
-        if "" in self._names and not found and not self._is_layer(root):
-            found = self._names[""]
+        if "" in self._names and len(found) < count and not self._is_layer(root):
+            found += self._names[""]
         return list(dict.fromkeys(found))
 
     def _is_layer(self, path: str) -> bool:

@@ -145,7 +145,7 @@ def test_experts_of_their_own_stay_modules(tmp_path: Path) -> None:
 UNCLEAR: dict[str, tuple[dict[str, Any], str, str]] = {
     "three names for two": (
         {"target_parameters": ["gate_up_proj", "down_proj", "up_proj"]}, "target-parameters",
-        "names gate_up_proj, down_proj, up_proj"),
+        "names gate_up_proj, down_proj and up_proj"),
     "unknown names": (
         {"target_parameters": ["experts.x", "experts.y"]}, "target-parameters", "inner"),
     "no multiple": ({"r": 5}, "rank-mismatch", "no multiple"),
@@ -165,6 +165,15 @@ def test_what_cannot_be_told_is_refused(name: str, tmp_path: Path) -> None:
     found = refusals(read_adapter(stacks(tmp_path, UP, DN, **change)))
     assert words in found.pop(code)
     assert set(found) <= {"magnitude-absent"}
+
+
+def test_more_experts_than_there_are_is_a_wrong_rank(tmp_path: Path) -> None:
+    """A rank that would make a file of 200,000 experts is refused before work per expert."""
+    tensors = {f"{PREFIX}{EXPERTS}.lora_A.weight": np.ones((200_000, 1), np.float16),
+               f"{PREFIX}{EXPERTS}.lora_B.weight": np.ones((1, 200_000), np.float16)}  # fmt: skip
+    config = {"r": 1, "target_parameters": ["down_proj"] * 2, "target_modules": []}
+    adapter = read_adapter(write_adapter(tmp_path, tensors, config))
+    assert "200000 experts" in refusals(adapter)["rank-mismatch"]
 
 
 def test_a_wrapper_that_is_missing_is_refused(tmp_path: Path) -> None:

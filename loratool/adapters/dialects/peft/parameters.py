@@ -30,6 +30,9 @@ _APART = ("fan_in_fan_out", "lora_bias", "use_dora")
 #: How much of a card is searched for the name of a program.
 _CARD, _LONGEST_CARD = "README.md", 200_000
 
+#: A hundred times as many as any model has; each is work.
+_MOST_EXPERTS = 50_000
+
 #: Rank, alpha and scale by the config, of a path.
 Resolve = Callable[[str], tuple[int, float, float]]
 
@@ -118,6 +121,9 @@ def _sizes(a: tuple[int, ...], b: tuple[int, ...], rank: int, flat: Packing) -> 
         what = f"the config gives {rank}, of which the {a[0]} rows of lora_A are no multiple"
         raise _Trouble("rank-mismatch", what)
     experts = a[0] if len(a) == 3 else a[0] // rank
+    if experts > _MOST_EXPERTS:
+        what = f"the config gives {rank}, by which lora_A would be of {experts} experts"
+        raise _Trouble("rank-mismatch", what)
     shared = len(a) == 3 and len(b) == 2 and b[1] == rank  # one B for all experts
     if shared or (len(b) == 2 and b[1] == experts * rank):
         return experts, flat

@@ -8,12 +8,14 @@ from loratool.cli.options import (
     allow_unmatched_option,
     components_option,
     dry_run_option,
+    initial_option,
     json_option,
     model_dtype_option,
     output_option,
     overwrite_option,
     private_option,
     quiet_option,
+    replicate_layers_option,
     threads_option,
     weight_option,
 )
@@ -31,6 +33,8 @@ from loratool.storage.destination import Overwrite
 )
 @allow_unmatched_option()
 @components_option()
+@initial_option()
+@replicate_layers_option()
 @click.option(
     "--tokenizer", type=click.Choice(["base", "adapter"]),
     help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
@@ -64,6 +68,8 @@ def merge_command(
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
+    initial: str | None,
+    replicate_layers: bool,
     tokenizer: str | None,
     again: bool,
     overwrite: Overwrite,
@@ -106,6 +112,7 @@ def merge_command(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components, tokenizer=tokenizer,
+            initial=initial, replicate_layers=replicate_layers,
             again=again, overwrite=overwrite, dry_run=dry_run,
             reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
             threads=threads, progress=progress,

@@ -85,6 +85,14 @@ components_option = _shared(
     "--components", multiple=True, metavar="NAME",
     help="Only this part of the base, e.g. text_model, where an adapter fits several; repeatable.",
 )  # fmt: skip
+initial_option = _shared(
+    "--initial", metavar="ADAPTER",
+    help="ADAPTER as it was before training, where its initialisation changed the base.",
+)  # fmt: skip
+replicate_layers_option = _shared(
+    "--replicate-layers", is_flag=True,
+    help="Copy layers of the base as layer_replication of the adapter says.",
+)  # fmt: skip
 layer_option = _shared(
     "--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers."
 )

@@ -11,8 +11,10 @@ from loratool.cli.options import (
     base_option,
     components_option,
     full_option,
+    initial_option,
     json_option,
     quiet_option,
+    replicate_layers_option,
     threads_option,
     weight_option,
 )
@@ -26,6 +28,8 @@ from loratool.errors import ReaderGone
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
+@initial_option()
+@replicate_layers_option()
 @full_option("One line per module; do not fold layers.")
 @threads_option()
 @json_option()
@@ -39,6 +43,8 @@ def verify_command(
     weights: tuple[float, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
+    initial: str | None,
+    replicate_layers: bool,
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -63,7 +69,7 @@ def verify_command(
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components,
+            components=components, initial=initial, replicate_layers=replicate_layers,
             threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone

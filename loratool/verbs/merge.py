@@ -17,9 +17,10 @@ from loratool.merging.identity import held_by, note_doing_nothing, note_other_ba
 from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
-from loratool.merging.planning import build_plan
 from loratool.merging.provenance import describe
 from loratool.merging.range_loss import RangeLoss, sample_range_loss
+from loratool.merging.replication import replicated
+from loratool.merging.residual_base import plan_on
 from loratool.merging.undo.sidefiles import keep_base, note_large, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
@@ -118,6 +119,8 @@ def merge(
     dry_run: bool = False,
     reversible: bool = False,
     verify: bool = False,
+    initial: str | Path | None = None,
+    replicate_layers: bool = False,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -138,6 +141,9 @@ def merge(
         that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
     components: the only parts of the base that adapters may go into, by the beginnings of names.
+    initial: an adapter as it was before training, where its initialisation changed the base
+        (`pissa_niter_N`, CorDA, LoRA-GA): what it holds is taken off the base first.
+    replicate_layers: copy layers of the base as the adapter's layer_replication says.
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
@@ -163,11 +169,12 @@ def merge(
     sources = as_list(adapters)
     options = MergeOptions(
         dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
-        push, keep, private,
+        push, keep, private, initial, replicate_layers,
     )  # fmt: skip
     options.check(output)
     output = output if output is not None else workplace(str(push))
-    check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
+    given = [base, output, *([] if initial is None else [initial])]
+    check_paths(given, sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
     factors = check_weights(weights, sources)
     plan = _planned(base, sources, factors, options, target, overwrite)
@@ -183,7 +190,7 @@ def merge(
             from loratool.publishing.shard_upload import space_needed
 
             report.bytes_needed = space_needed(plan) + side_files.nbytes
-    for adapter in plan.adapters:
+    for adapter in plan.inputs:
         refuse_not_finite(adapter)
     report.warnings += note_slips(plan.adapters, factors)
     report.warnings += note_doing_nothing(plan.adapters, factors)
@@ -221,18 +228,26 @@ def _planned(
     overwrite: Overwrite,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
-    check_output(target, [Path(base), *map(Path, adapters)], overwrite)
+    before = [options.initial] if options.initial is not None else []
+    check_output(target, [Path(base), *map(Path, [*adapters, *before])], overwrite)
     checkpoint = open_checkpoint(base)
     loras = [read_lora(source) for source in adapters]
+    initial = read_lora(options.initial) if options.initial is not None else None
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
-        path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
+        path.resolve()
+        for path in (
+            *checkpoint.files,
+            *(path for a in (*loras, *([initial] if initial else [])) for path in a.files),
+        )
     ]
     check_output(target, files, overwrite)
+    if options.replicate_layers:
+        checkpoint = replicated(checkpoint, loras)
     dtype, notices = options.dtype_for(checkpoint)
-    plan = build_plan(
-        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components
-    )  # fmt: skip
+    plan = plan_on(
+        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components, initial
+    )
     plan.notices += notices + note_other_base(checkpoint, loras)
     return plan
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,6 +31,10 @@ _SAMPLED = 6
 #: How near to one of the two the base must be, as a share of ‖X‖, and how much nearer than to the
 #: other.
 _NEAR, _NEARER = 0.6, 0.5
+#: How near to a residual base that has a multiple of X, which factors may come near by chance.
+_VERY_NEAR = 0.3
+#: The energy, as a share of the usual one, up to which a base has next to nothing there.
+_AVOIDED = 0.25
 
 
 def plan_on(
@@ -88,15 +93,16 @@ def _note(base: Checkpoint) -> Notice:
 def _is_residual(plan: Plan) -> bool | None:
     """Whether what the initialisation took is off the base already; None where it is not clear."""
     changed = {
-        id(module): adapter.declared
+        id(module): adapter.declared.changed_base
         for adapter in plan.adapters
         if _tells(adapter)
         for module in adapter.modules.values()
     }
+    tensors = plan.base.tensors
     deltas = [
         delta
         for job in plan.jobs
-        if job.source is plan.base.tensors.get(job.name)
+        if job.source is tensors.get(job.name)
         for delta in job.deltas
         if id(delta.factors) in changed
         and delta.factors.kind == "linear"
@@ -104,45 +110,67 @@ def _is_residual(plan: Plan) -> bool | None:
     ]
     sampled = deltas[:: max(1, math.ceil(len(deltas) / _SAMPLED))]
     plan.base.fetch({delta.tensor for delta in sampled})
-    published = residual = 0.0
-    measured = 0
+    found = []
     with FilePool() as files:
         for delta in sampled:
             pair = delta.factors.left_right(files)
-            whole = read_float32(plan.base.tensors[delta.tensor], files)
-            weight = delta.place.part(whole.reshape(plan.base.tensors[delta.tensor].shape))
-            if pair is None or not np.isfinite(weight).all():
-                continue
-            how = changed[id(delta.factors)].changed_base
-            found = _distances(how, delta, weight, *pair)
-            if found is not None:
-                published, residual = published + found[0] ** 2, residual + found[1] ** 2
-                measured += 1
-    if not measured:
+            info = tensors[delta.tensor]
+            weight = delta.place.part(read_float32(info, files).reshape(info.shape))
+            if pair is not None and np.isfinite(weight).all():
+                measured = _measured(changed[id(delta.factors)], delta, weight, *pair)
+                found += [measured] if measured is not None else []
+    if not found:
         return False  # nothing was taken, and nothing is there to be told apart
-    near, far = (math.sqrt(sum_ / measured) for sum_ in sorted((published, residual)))
+    return _judged(found)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The weight where X is large: how far it is from what a `published` base is there, and from
+    what a `residual` one is, as shares of ‖X‖.
+
+    `share` is its energy there, as a multiple of that of as many directions taken at random; `left`
+    what a residual base has there, as a multiple of X.
+    """
+
+    published: float
+    residual: float
+    share: float
+    left: float
+
+
+def _judged(found: Sequence[_Measured]) -> bool | None:
+    published = math.sqrt(sum(m.published**2 for m in found) / len(found))
+    residual = math.sqrt(sum(m.residual**2 for m in found) / len(found))
+    near, far = sorted((published, residual))
     if near > _NEAR or near > _NEARER * far:
         return None
-    return residual < published
+    if published < residual:
+        return False
+    # Factors that training led far away are near to nothing too; but they do not avoid the weight.
+    if all(m.left == 0 for m in found):
+        return True if max(m.share for m in found) < _AVOIDED else None
+    return True if near < _VERY_NEAR else None
 
 
-def _distances(
-    how: str, delta: Delta, weight: Matrix, b: Matrix, a: Matrix
-) -> tuple[float, float] | None:
-    """How far the weight is from what a published base is where X is large, and from what a
-    residual one is, as shares of ‖X‖; None without X."""
+def _measured(how: str, delta: Delta, weight: Matrix, b: Matrix, a: Matrix) -> _Measured | None:
+    """None where X is zero."""
     scale = delta.scale
     if how == "olora":
-        # The first r columns, of the weight as it is stored, are all Q_r·R_r: the residual base
-        # has (1 - scale) times them.
-        count = b.shape[1]
-        here = (weight.T if delta.place.transposed else weight)[:, :count]
-        held, left = b @ a[:, :count], 1 - scale
+        # The first r columns, of the weight as it is stored, are all Q_r·R_r: a residual base has
+        # 1 - scale times them.
+        stored = weight.T if delta.place.transposed else weight
+        here, held, left = stored[:, : b.shape[1]], b @ a[:, : b.shape[1]], 1 - scale
     else:
         directions = np.linalg.qr(a.T.astype(np.float64))[0].astype(np.float32)
         here, held, left = weight @ directions, scale * (b @ (a @ directions)), 0.0
     length = float(np.linalg.norm(held))
     if not length > 0 or here.shape != held.shape:
         return None
-    apart = float(np.linalg.norm(here - held)), float(np.linalg.norm(here - left * held))
-    return apart[0] / length, apart[1] / length
+    usual = float(np.linalg.norm(weight)) ** 2 * here.shape[1] / weight.shape[1]
+    return _Measured(
+        float(np.linalg.norm(here - held)) / length,
+        float(np.linalg.norm(here - left * held)) / length,
+        float(np.linalg.norm(here)) ** 2 / usual if usual > 0 else 0.0,
+        left,
+    )

@@ -9,6 +9,7 @@ thread.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -126,6 +127,11 @@ class RunningJob:
         """Load what the blocks share. Called before the first block, by one thread at a time."""
         with self._lock:
             _ = self._token_rows, self.loaded_taken, self.terms, self._biases
+
+    def long_before(self) -> Callable[[], None] | None:
+        """What may begin before the first block, because it takes long: a decomposition."""
+        derives = any(taken.how != "given" for taken in self.job.taken)
+        return self.prepare if derives else None
 
     def load(self, low: int, high: int, raw: Bytes | None = None) -> torch.Tensor:
         """Elements `[low, high)` of the source with trained token rows put in, flat, widened.

@@ -8,8 +8,10 @@ Source: peft/tuners/lora/layer.py (`pissa_init`, `olora_init`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +19,11 @@ import torch
 from loratool.adapters.factors import LowRank, Matrix
 from loratool.errors import ValueRangeError
 from loratool.linalg.truncation import truncated
+from loratool.merging.initial import Derivation
 from loratool.merging.matching import Delta
 from loratool.merging.plan import Taken
 from loratool.storage.values import Values
+from loratool.streams.workers import Workers
 from loratool.words import counted
 
 #: What lies nearer together than this share of the largest singular value, no float32
@@ -93,6 +97,18 @@ def derived(taken: Taken, values: Values) -> Delta:
         return computed(taken.delta, right.T, left.T * np.float32(factors.scale), doubt)
     left, right, doubt = _triangular(weight, factors.rank, place.tensor)
     return computed(taken.delta, left * np.float32(factors.scale), right, doubt)
+
+
+def seconds_for(cost: Derivation, threads: int) -> float:
+    """About how long decompositions take here, by one of a matrix of 512 rows; one per thread."""
+    size = 512
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(size, size, generator=generator).numpy()
+    with Workers(1) as workers:
+        started = time.perf_counter()
+        list(workers.in_order([partial(_principal, sample, 16, "a sample")]))
+        elapsed = time.perf_counter() - started
+    return elapsed * cost.flops / (11.0 * size**3) / max(1, min(threads, cost.matrices))
 
 
 class _Held:

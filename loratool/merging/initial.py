@@ -8,6 +8,7 @@ weight which of the two it is; numbers come later.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import same_adapter
@@ -25,6 +26,39 @@ _CONVERT = (
     "With PEFT it becomes an ordinary adapter, which takes any weight beside any other: "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
 )
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What it costs to derive what `how` took off the base: `flops` in float64, for `matrices`.
+
+    `seconds` is what that takes on this machine, about; None where nobody asked.
+    """
+
+    how: str
+    matrices: int
+    flops: float
+    seconds: float | None = None
+
+
+def derivation_of(plan: Plan) -> Derivation | None:
+    """The cost of a plan's decompositions; None where it has none.
+
+    PiSSA: the Gram matrix of the smaller side n, 2·n²·m, and all its eigenvectors, 9·n³ (Golub and
+    Van Loan, 8.3). OLoRA: r columns orthogonalised, and their products with all.
+    """
+    derived = [taken for job in plan.jobs for taken in job.taken if taken.how in DERIVED]
+    if not derived:
+        return None
+    flops = 0.0
+    for taken in derived:
+        small, large = sorted(taken.delta.factors.shape)
+        rank = taken.delta.factors.rank
+        if taken.how == "pissa":
+            flops += 2.0 * small**2 * large + 9.0 * small**3
+        else:
+            flops += 2.0 * small * large * rank + 4.0 * large * rank**2
+    return Derivation(derived[0].how, len(derived), flops)
 
 
 def takings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, explained_os_errors
 from loratool.merging.identity import held_by, note_doing_nothing, note_other_base, refuse_held
+from loratool.merging.initial import Derivation, derivation_of
 from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
@@ -40,6 +41,7 @@ from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.threads import cores
 from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
 
 if TYPE_CHECKING:
@@ -84,6 +86,8 @@ class MergeReport:
     lost: float | None = None
     #: In a dry run: what float16 would lose of the base's range, from a sample.
     range_loss: RangeLoss | None = None
+    #: What it costs to derive what an initialisation took off the base.
+    derivation: Derivation | None = None
     verified: bool = False
     #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
     pushed: str = ""
@@ -100,6 +104,8 @@ class MergeReport:
         found = document(self, "warnings")
         if self.range_loss is not None:
             found["range_loss"] = dict(self.range_loss.__dict__)
+        if self.derivation is not None:
+            found["derivation"] = dict(self.derivation.__dict__)
         return found
 
 
@@ -198,6 +204,11 @@ def merge(
         refuse_held(plan.base, plan.adapters)
     if dry_run:
         report.range_loss = sample_range_loss(plan)
+        if report.derivation is not None:
+            from loratool.merging.derivation import seconds_for
+
+            seconds = seconds_for(report.derivation, run.threads or min(8, cores()))
+            report.derivation = replace(report.derivation, seconds=seconds)
         if reversible:
             from loratool.merging.undo.sampling import undo_bytes
 
@@ -347,4 +358,5 @@ def _report(
         tokenizer=files.tokenizer.summary(),
         warnings=[*plan.notices, *files.notices, *rowless],
         kept=options.keep,
+        derivation=derivation_of(plan),
     )

@@ -59,7 +59,7 @@ def measure(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
     found: dict[str, Stats] = {}
     advance = run.counted(sum(pair.merged.nbytes for pair in pairs))
     with FilePool() as files, Workers(run.threads) as workers:
-        for name, nbytes, stats in workers.in_order(_calls(pairs, files)):
+        for name, nbytes, stats in workers.in_order(_calls(pairs, files, workers)):
             found.setdefault(name, Stats()).__iadd__(stats)
             advance(nbytes, name)
     for pair in pairs:
@@ -68,10 +68,10 @@ def measure(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
 
 
 def _calls(
-    pairs: Sequence[Pair], files: FilePool
+    pairs: Sequence[Pair], files: FilePool, workers: Workers
 ) -> Iterator[Callable[[], tuple[str, int, Stats]]]:
-    for pair in pairs:
-        running = _Comparing(pair, files)
+    parts = (_Comparing(pair, files) for pair in pairs)
+    for running in workers.ahead(parts, _Comparing.long_before):
         for low, high in blocks(running.length, running.task_elements):
             yield partial(running.task, low, high)
 

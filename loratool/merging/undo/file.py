@@ -104,7 +104,7 @@ class BaseTensor:
     `step` elements are coded to a chunk, and `sizes` are the bytes of the chunks; both are 0 and
     empty where the subtraction misses nothing. `whole` marks a tensor that is stored itself.
     `gains` counts the factors of each delta, 0 for plain ones. `taken` has four numbers for each
-    that was taken off: the delta in whose place, and out, k, in of the shapes `[out, k]`, `[k, in]`.
+    that was taken off: the delta in whose place, and out, k, in of `[out, k]`·`[k, in]`.
     """
 
     info: TensorInfo

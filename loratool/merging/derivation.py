@@ -50,7 +50,7 @@ class Computed(LowRank):
         return self.left, self.right
 
 
-def computed(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0) -> Delta:
+def computed_delta(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0) -> Delta:
     """`left [out, k] · right [k, in]` in the place of a delta, with the scale 1."""
     parts = delta.factors.parts
     factors = Computed(
@@ -61,13 +61,13 @@ def computed(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0) -> D
     return Delta(delta.place, factors)
 
 
-def folded(delta: Delta) -> Delta:
+def in_memory(delta: Delta) -> Delta:
     """A delta of B and A as two matrices in memory, the scale in the left one."""
     if isinstance(delta.factors, Computed):
         return delta
     pair = delta.factors.left_right()
     assert pair is not None
-    return computed(delta, pair[0] * np.float32(delta.scale), pair[1])
+    return computed_delta(delta, pair[0] * np.float32(delta.scale), pair[1])
 
 
 def derived(taken: Taken, values: Values) -> Delta:
@@ -88,15 +88,15 @@ def derived(taken: Taken, values: Values) -> Delta:
             "The file is damaged, or training diverged. Nothing was written.",
         )
     if not weight.any():
-        return computed(taken.delta, weight[:, :0], weight[:0])
+        return computed_delta(taken.delta, weight[:, :0], weight[:0])
     if taken.how == "pissa":
-        return computed(taken.delta, *_principal(weight, factors.rank, place.tensor))
+        return computed_delta(taken.delta, *_principal(weight, factors.rank, place.tensor))
     assert factors.scale is not None
     if place.transposed:  # PEFT decomposes what is stored
         left, right, doubt = _triangular(weight.T, factors.rank, place.tensor)
-        return computed(taken.delta, right.T, left.T * np.float32(factors.scale), doubt)
+        return computed_delta(taken.delta, right.T, left.T * np.float32(factors.scale), doubt)
     left, right, doubt = _triangular(weight, factors.rank, place.tensor)
-    return computed(taken.delta, left * np.float32(factors.scale), right, doubt)
+    return computed_delta(taken.delta, left * np.float32(factors.scale), right, doubt)
 
 
 def seconds_for(cost: Derivation, threads: int) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from loratool.merging.initial import Derivation
+from loratool.merging.report import MergeReport
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.storage.filenames import CONFIG
-from loratool.verbs.merge import MergeReport
 from loratool.words import format_bytes, percent
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class Workers:
         return in_order(self._pool, self._count, calls)
 
     def ahead(
-        self, parts: Iterable[P], early: Callable[[P], Callable[[], object] | None]
+        self, parts: Iterable[P], early: Callable[[Any], Callable[[], object] | None]
     ) -> Iterator[P]:
         """The parts in their order. What `early` says a part needs beforehand, and takes long,
         begins some parts before its turn; whoever needs it waits for it, and meets its errors."""

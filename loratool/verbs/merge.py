@@ -5,29 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.adapters.effect import note_slips
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, explained_os_errors
 from loratool.merging.identity import held_by, note_doing_nothing, note_other_base, refuse_held
-from loratool.merging.initial import Derivation, derivation_of
+from loratool.merging.initial import derivation_of
 from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
 from loratool.merging.provenance import describe
-from loratool.merging.range_loss import RangeLoss, sample_range_loss
+from loratool.merging.range_loss import sample_range_loss
 from loratool.merging.replication import replicated
+from loratool.merging.report import MergeReport
 from loratool.merging.residual_base import plan_on
 from loratool.merging.undo.sidefiles import keep_base, note_large, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.models.tokenizers import note_ids_without_rows
-from loratool.notices import Notice, document
 from loratool.publishing.target import merge_target, workplace
 from loratool.storage.destination import (
     Overwrite,
@@ -47,66 +47,6 @@ from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
     from loratool.storage.hub.repository import Repository
-
-
-@dataclass
-class MergeReport:
-    """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds.
-
-    `lost` is how much of the delta rounding took, ‖realised − Δ‖/‖Δ‖, on a sample of the blocks.
-    """
-
-    base: str
-    adapters: list[str]
-    #: What each adapter says it was trained on; "" where it does not.
-    trained_on: list[str]
-    weights: list[float]
-    output: str
-    dtype: str
-    dry_run: bool
-    shards: list[str]
-    modules: int
-    tensors: dict[str, int]
-    parameters: int
-    bytes_to_read: int
-    bytes_written: int
-    bytes_needed: int
-    bytes_free: int
-    reversible: bool
-    undo_bytes: int
-    changes: dict[str, list[str]]
-    config_changes: dict[str, Any]
-    side_files: list[str]
-    left_out: list[str]
-    #: Whose tokenizer goes along, in words; "" if there is none.
-    tokenizer: str
-    warnings: list[Notice] = field(default_factory=list)
-    subnormal: int = 0
-    zeroed: int = 0
-    lost: float | None = None
-    #: In a dry run: what float16 would lose of the base's range, from a sample.
-    range_loss: RangeLoss | None = None
-    #: What it costs to derive what an initialisation took off the base.
-    derivation: Derivation | None = None
-    verified: bool = False
-    #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
-    pushed: str = ""
-    commit: str = ""
-    created: bool = False
-    private: bool = False
-    #: Shards that an earlier run had uploaded.
-    resumed: list[str] = field(default_factory=list)
-    kept: bool = True
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
-        found = document(self, "warnings")
-        if self.range_loss is not None:
-            found["range_loss"] = dict(self.range_loss.__dict__)
-        if self.derivation is not None:
-            found["derivation"] = dict(self.derivation.__dict__)
-        return found
 
 
 @explained_os_errors()

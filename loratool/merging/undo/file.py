@@ -15,9 +15,7 @@ every safetensors file beside it for weights. Its entries:
 
 from __future__ import annotations
 
-import json
 import operator
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,69 +30,23 @@ from loratool.merging.undo.residual import (
     DamagedChunk,
     Distances,
     Positions,
-    compress,
     decode,
     decode_whole,
     decompress,
 )
+from loratool.merging.undo.writer import VERSIONS
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import check_model_config
 from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
-from loratool.storage.header import build_header, described, read_header
+from loratool.storage.header import described, read_header
 from loratool.storage.jsonfile import parse_json
-from loratool.storage.system import open_new, write_at
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_raw
 
-#: The second is the first with `taken` entries; it is written where there are any.
-VERSIONS = (1, 2)
-
 #: Refuse to unpack more than this for a header, a side file or the table of tensors.
 _MAX_UNPACKED = 1 << 30
-
-_LARGEST_OFFSET = 10**15
-
-
-class UndoWriter:
-    """Writes an undo file entry after entry, in the order of `add` and `append`.
-
-    A safetensors file begins with the sizes of its entries, which are known only at the end. So
-    room is kept for a header that names all of `entries`, and what is not needed becomes spaces.
-    """
-
-    def __init__(self, path: Path, entries: list[str]) -> None:
-        widest = [(name, "U8", (_LARGEST_OFFSET + i,)) for i, name in enumerate([*entries, "base"])]
-        self._room = len(build_header(widest, {"format": "loratool-undo"}))
-        self._entries: dict[str, int] = {}
-        self._fd = open_new(path)
-        self._end = self._room
-
-    def append(self, entry: str, data: bytes) -> None:
-        """Add to the newest entry, or begin a new one."""
-        if not data:
-            return
-        assert entry not in self._entries or entry == next(reversed(self._entries))
-        self._entries[entry] = self._entries.get(entry, 0) + len(data)
-        write_at(self._fd, memoryview(data), self._end)
-        self._end += len(data)
-
-    def finish(self, base: dict[str, Any]) -> int:
-        """Write the table of the base and the header, close; returns the size of the file."""
-        taken = any(row["taken"] for row in base["tensors"].values())
-        table = {"version": VERSIONS[taken], **base}
-        self.append("base", compress(json.dumps(table).encode()))
-        shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
-        header = build_header(shapes, {"format": "loratool-undo"}, self._room)
-        write_at(self._fd, memoryview(header), 0)
-        self.close()
-        return self._end
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from loratool.merging.arithmetic import MergeTask, Merging
-from loratool.merging.derivation import folded
+from loratool.merging.derivation import in_memory
 from loratool.merging.plan import Job, Plan
-from loratool.merging.undo.file import UndoWriter
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import (
     Distances,
@@ -32,6 +31,7 @@ from loratool.merging.undo.residual import (
     find,
 )
 from loratool.merging.undo.sidefiles import Kept
+from loratool.merging.undo.writer import UndoWriter
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
@@ -54,7 +54,7 @@ class RecordedMerging(Merging):
                 self.prepare()
                 self._reversal = Reversal(
                     self.job, self.source.dtype, self.files, self.gains,
-                    [folded(delta) for delta in self.taken],
+                    [in_memory(delta) for delta in self.taken],
                 )  # fmt: skip
         return self._reversal
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from loratool.errors import RestoreError
-from loratool.merging.derivation import computed
+from loratool.merging.derivation import computed_delta
 from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
 from loratool.merging.undo.prediction import Reversal
@@ -173,7 +173,9 @@ class ReversedPart(RestoredPart):
         ]
         tensors = [None if gain is None else torch.from_numpy(gain) for gain in gains]
         taken = [
-            computed(self.job.deltas[numbers[0]], *self.undo.taken(self.info.name, i, self.files))
+            computed_delta(
+                self.job.deltas[numbers[0]], *self.undo.taken(self.info.name, i, self.files)
+            )
             for i, numbers in enumerate(self.tensor.taken)
         ]
         return Reversal(self.job, self.info.dtype, self.files, tensors, taken)

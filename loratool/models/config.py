@@ -77,7 +77,9 @@ _SPELLED_OUT = {
     "no_rope_layer_interval": "no_rope_layers",
 }  # fmt: skip
 #: How fields are called that tell layers apart by their number, and those that only sound so.
-_BY_NUMBER = re.compile(r"layer|interval|pattern|period|offset|freq|every|sparse_step|block_type")
+_BY_NUMBER = re.compile(
+    r"layer|interval|pattern|period|offset|freq|every|first_k|sparse_step|block_type"
+)
 _OF_ALL = re.compile(r"layer_?norm\w*|(\w+_)?layer_?drop(out)?|(\w+_)?layer_?norm(_\w+)?")
 
 

@@ -61,7 +61,7 @@ def computed_delta(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0
     return Delta(delta.place, factors)
 
 
-def in_memory(delta: Delta) -> Delta:
+def scale_folded(delta: Delta) -> Delta:
     """A delta of B and A as two matrices in memory, the scale in the left one."""
     if isinstance(delta.factors, Computed):
         return delta

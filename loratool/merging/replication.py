@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from loratool.adapters.adapter import Adapter
 from loratool.errors import MatchError, UsageError, listed
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.config import layer_count, settings_by_layer
+from loratool.models.config import layer_count, lists_by_layer, settings_by_layer
 from loratool.storage.tensors import TensorInfo
 
 #: Where PEFT finds layers: `[model.]…layers`, `[bert.]encoder.layer` or `h`.
@@ -94,6 +94,10 @@ def _count_layers(base: Checkpoint) -> int:
                 "its config.json makes layers differ by their number, in a way that is not known: "
                 + ", ".join(odd)
             )
+        elif len(set(_contents(base).values())) > 1 and not lists_by_layer(base.config):
+            reason = (
+                "they are not alike, and no list in its config.json says which is of which kind"
+            )
     if reason:
         raise MatchError(
             f"{base.label}: its layers cannot be copied: {reason}.",
@@ -101,6 +105,16 @@ def _count_layers(base: Checkpoint) -> int:
             "from adapter_config.json.",
         )
     return len(numbers)
+
+
+def _contents(base: Checkpoint) -> dict[int, frozenset[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of each layer's tensors."""
+    found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
+    for name, info in base.tensors.items():
+        layer = _LAYER.fullmatch(name)
+        if layer:
+            found.setdefault(int(layer["number"]), set()).add((layer["rest"], info.shape))
+    return {number: frozenset(tensors) for number, tensors in found.items()}
 
 
 def _copied(base: Checkpoint, order: tuple[int, ...]) -> Replicated:

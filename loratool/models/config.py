@@ -89,12 +89,15 @@ def layer_count(config: dict[str, Any]) -> int | None:
     return found if type(found) is int else None
 
 
+def lists_by_layer(config: dict[str, Any]) -> set[str]:
+    """The fields that are a list with an entry for each layer."""
+    count = layer_count(config)
+    return {k for k in _PER_LAYER if isinstance(config.get(k), list) and len(config[k]) == count}
+
+
 def settings_by_layer(config: dict[str, Any]) -> list[str]:
     """The fields that make layers differ by their number, and are no list with one entry each."""
-    count = layer_count(config)
-    lists = {
-        key for key in _PER_LAYER if isinstance(config.get(key), list) and len(config[key]) == count
-    }
+    lists = lists_by_layer(config)
     found = []
     for key, value in config.items():
         settled = key in lists or key in _COUNTS or _SPELLED_OUT.get(key) in lists
@@ -109,11 +112,9 @@ def settings_by_layer(config: dict[str, Any]) -> list[str]:
 
 def _with_layers(config: dict[str, Any], order: list[int]) -> dict[str, Any]:
     """The config of a model whose layers are those of the old one in this order."""
-    count = layer_count(config)
     changed: dict[str, Any] = {key: len(order) for key in _COUNTS if key in config}
-    for key in _PER_LAYER:
-        if isinstance(config.get(key), list) and len(config[key]) == count:
-            changed[key] = [config[key][number] for number in order]
+    for key in lists_by_layer(config):
+        changed[key] = [config[key][number] for number in order]
     return {**config, **changed}
 
 

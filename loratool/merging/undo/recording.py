@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from loratool.merging.arithmetic import MergeTask, Merging
-from loratool.merging.derivation import in_memory
+from loratool.merging.derivation import scale_folded
 from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import (
@@ -54,7 +54,7 @@ class RecordedMerging(Merging):
                 self.prepare()
                 self._reversal = Reversal(
                     self.job, self.source.dtype, self.files, self.gains,
-                    [in_memory(delta) for delta in self.taken],
+                    [scale_folded(delta) for delta in self.taken],
                 )  # fmt: skip
         return self._reversal
 

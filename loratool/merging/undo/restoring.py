@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratool.errors import RestoreError
+from loratool.errors import FileError, RestoreError
 from loratool.merging.derivation import computed_delta
 from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
@@ -172,12 +172,16 @@ class ReversedPart(RestoredPart):
             for index in range(len(self.job.deltas))
         ]
         tensors = [None if gain is None else torch.from_numpy(gain) for gain in gains]
-        taken = [
-            computed_delta(
-                self.job.deltas[numbers[0]], *self.undo.taken(self.info.name, i, self.files)
-            )
-            for i, numbers in enumerate(self.tensor.taken)
-        ]
+        taken = []
+        for index, (place, out, _, width) in enumerate(self.tensor.taken):
+            fitting = self.job.deltas[place : place + 1]
+            if not fitting or fitting[0].place.shape(self.info.shape) != (out, width):
+                raise FileError(
+                    f"{self.undo.path}: it is damaged at taken:{self.info.name}:{index}.",
+                    "Fetch it again.",
+                )
+            pair = self.undo.taken(self.info.name, index, self.files)
+            taken.append(computed_delta(fitting[0], *pair))
         return Reversal(self.job, self.info.dtype, self.files, tensors, taken)
 
     def prepared(self) -> Reversal:

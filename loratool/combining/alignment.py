@@ -118,6 +118,14 @@ class Joined:
 def refuse_unusable(adapter: Adapter, verb: str) -> None:
     """Raise AdapterError for what stands in the way of any arithmetic with an adapter."""
     reasons = [n for n in adapter.notices if n.refused]
+    if adapter.declared.changed_base and not reasons:
+        raise AdapterError(
+            f"{adapter.label}: this adapter cannot be {verb}. Its initialisation "
+            f"({adapter.declared.changed_base}) also changed the base weights, so its factors are "
+            "not what training changed.",
+            "Convert it with PEFT first: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...). Or merge it into its base.",
+        )
     if reasons:
         raise AdapterError(
             f"{adapter.label}: this adapter cannot be {verb}.\n"

@@ -218,6 +218,7 @@ def _restore(
         options["dtype"],
         bool(options.get("allow_unmatched")),
         options.get("components") or (),
+        as_it_is=True,  # the undo file has what was taken off the base
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)

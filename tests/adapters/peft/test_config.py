@@ -94,7 +94,7 @@ REFUSED_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "enable_lora": ({"enable_lora": [True, False, True]}, "enable_lora"),
     **{
         init: ({"init_lora_weights": init}, f"init_lora_weights='{init}'")
-        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA")
+        for init in ("pissa_niter_4", "corda", "loftq", "lora_ga", "CorDA")
     },
     "unknown-field": ({"use_novel_scaling": True}, "use_novel_scaling"),
     "unknown-number": ({"delta_gain": 2.0}, "delta_gain"),

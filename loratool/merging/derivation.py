@@ -58,7 +58,7 @@ def computed_delta(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0
         left=np.ascontiguousarray(left, np.float32), right=np.ascontiguousarray(right, np.float32),
         doubt=doubt,
     )  # fmt: skip
-    return Delta(delta.place, factors)
+    return Delta(delta.place, factors, rows=delta.rows)
 
 
 def scale_folded(delta: Delta) -> Delta:

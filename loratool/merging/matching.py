@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
+from loratool.errors import listed
 from loratool.merging.match import Delta, Match, no_such, outside_of
 from loratool.merging.replacing import place_replaced
 from loratool.models.layouts.components import Hint, Wanted
@@ -19,7 +20,11 @@ from loratool.models.layouts.holding import MisfitError, Target
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
 from loratool.models.layouts.place import Place
+from loratool.notices import Notice
+from loratool.paths import pattern
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import same_bytes
+from loratool.words import counted
 
 
 def match(adapter: Adapter, layout: Layout) -> Match:
@@ -45,11 +50,17 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     ]
     found = Match(adapter, choose_naming(layout, wanted, hints))
     place_replaced(found, layout)
+    stacks = []
     for module in adapter.modules.values():
         if isinstance(module, ExpertStack):
-            _match_stack(found, layout, module)
+            stacks.append(module)
         else:
             _match_module(found, layout, module)
+    # The shapes of one stack may tell what those of a square one do not.
+    ways: set[bool] = set()
+    for stack in sorted(stacks, key=lambda stack: stack.shape[0] == stack.shape[1]):
+        _match_stack(found, layout, stack, ways)
+    _leave_copies(found, layout)
     for path, rows in adapter.token_rows.items():
         name = found.naming(f"{path}.weight")
         name = layout.name_of(name) or name
@@ -111,11 +122,11 @@ def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> No
     found.unmatched.append((module.path, reason))
 
 
-def _match_stack(found: Match, layout: Layout, stack: ExpertStack) -> None:
+def _match_stack(found: Match, layout: Layout, stack: ExpertStack, ways: set[bool]) -> None:
     """Place factors of a parameter that has a matrix for each expert.
 
     Their product is added as it is or transposed, which the shapes tell, and for square matrices
-    the version of PEFT that made the adapter.
+    the version of PEFT that made the adapter, or else `ways`: those of the stacks before it.
     """
     name = found.naming(stack.weight_name)
     single = (
@@ -134,10 +145,12 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack) -> None:
     swapped = next(iter(fitting), False)
     if len(fitting) == 2:
         told = stack.orientation(layout.holdings.names.entry.transposed_experts)
+        if told is None and len(ways) == 1:
+            told = next(iter(ways))
         if told is None:
             reason = (
                 f"its matrices are square, {list(stack.shape)}, and peft_version is not in its "
-                "config, so nothing tells which way round they are"
+                "config, so nothing tells whether they are added as they are or transposed"
             )
             fitting = {}
         else:
@@ -145,8 +158,35 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack) -> None:
     if not fitting:
         found.unmatched.append((stack.weight_name, reason))
         return
+    if len(fitting) == 1:
+        ways.add(swapped)
     pairs = [(t, stack.expert(t.member or 0, swapped)) for t in fitting[swapped]]
     _add_targets(found, layout, stack.weight_name, pairs)
+
+
+def _leave_copies(found: Match, layout: Layout) -> None:
+    """Leave out copies of factors for a module that several layers share (as in Zamba): files have
+    its weights under the number of the first layer, and adapters under that of each."""
+    lost = {what for what, _ in found.unmatched} & found.adapter.modules.keys()
+    placed: dict[str, Factors] = {}
+    for delta in found.deltas if lost else ():
+        placed.setdefault(pattern(delta.factors.path), delta.factors)
+    copies = []
+    for path in sorted(lost):
+        module, other = found.adapter.modules[path], placed.get(pattern(path))
+        if other is None or layout.has(found.naming(module.weight_name)):
+            continue
+        if len(module.tensors) == len(other.tensors) and all(
+            map(same_bytes, module.tensors, other.tensors)
+        ):
+            copies.append(path)
+    if copies:
+        found.unmatched = [lost for lost in found.unmatched if lost[0] not in copies]
+        text = (
+            f"{counted(len(copies), 'module', 'is')} the same as in another layer, whose weights "
+            f"the base has once for both:\n{listed(copies)}"
+        )
+        layout.notices.append(Notice("shared-modules", text, copies[0]))
 
 
 def _add_targets(

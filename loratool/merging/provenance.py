@@ -135,9 +135,9 @@ def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
 def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
     """What it adapts, modules that are alike but for the numbers in their paths taken together."""
     groups: dict[Any, list[str]] = {}
-    for m in adapter.modules.values():
-        key = pattern(m.path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
-        groups.setdefault(key, []).append(m.path)
+    for path, m in adapter.modules.items():
+        key = pattern(path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
+        groups.setdefault(key, []).append(path)
     return [
         {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
          "scale": scale, **({"dora": True} if dora else {})}

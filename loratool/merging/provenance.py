@@ -78,6 +78,9 @@ def describe_options(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if plan.components:
         options["components"] = list(plan.components)
+    layout = next(filter(None, (a.expert_b_layout for a in plan.adapters)), None)
+    if layout is not None:
+        options["expert_b_layout"] = layout
     if plan.initial is not None:
         options["initial"] = describe_adapter(plan.initial, 1.0)
     if isinstance(plan.base, Replicated):
@@ -220,7 +223,7 @@ _RECORD = {
         "undo": TABLE | ABSENT,
     },
     "options": {
-        "dtype": TEXT, "components": NAMES | ABSENT,
+        "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,
         "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT,
     },
     "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},

@@ -98,7 +98,10 @@ def verify(
     run = Run(threads, progress)
     factors = check_weights(weights, sources)
     original = open_checkpoint(base)
-    chosen = as_texts(components) or _recorded_components(merged)
+    told = _recorded_options(merged)
+    chosen = as_texts(components) or told.get("components") or []
+    expert_b_layout = expert_b_layout or told.get("expert_b_layout")
+    replicate_layers = replicate_layers or bool(told.get("replicate_layers"))
     loras = [read_lora(source, expert_b_layout) for source in sources]
     before = read_lora(initial, expert_b_layout) if initial is not None else None
     if replicate_layers:
@@ -130,10 +133,11 @@ def verify(
     return report
 
 
-def _recorded_components(merged: str | Path) -> Sequence[str]:
+def _recorded_options(merged: str | Path) -> dict[str, Any]:
     """What the merge was told, by the record beside a model on this disk."""
     record = read_record(Path(merged)) if Path(merged).is_dir() else None
-    return (record["options"].get("components") if record else None) or []
+    options: dict[str, Any] = record["options"] if record else {}
+    return options
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."

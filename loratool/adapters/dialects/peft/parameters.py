@@ -98,15 +98,6 @@ class BareParameters:
         stacks = [m for m in self._adapter.modules.values() if isinstance(m, ExpertStack)]
         if not stacks:
             return
-        counts: dict[str, dict[int, str]] = defaultdict(dict)
-        for stack in stacks:
-            if stack.experts > 1:
-                counts[stack.path].setdefault(stack.experts, stack.parameter)
-        for path, found in counts.items():
-            if len(found) > 1:
-                each = ", ".join(f"{name} {count}" for count, name in found.items())
-                what = f"by these ranks its parameters have not the same number of experts ({each})"
-                self.troubles["rank-mismatch"].append(f"{path}: {what}")
         self._adapter.notices += _notices(self._adapter, stacks, bool(self._layout))
 
 

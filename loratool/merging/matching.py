@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
-from loratool.errors import listed
 from loratool.merging.match import Delta, Match, no_such, outside_of
 from loratool.merging.replacing import place_replaced
 from loratool.models.layouts.components import Hint, Wanted
@@ -20,11 +19,7 @@ from loratool.models.layouts.holding import MisfitError, Target
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
 from loratool.models.layouts.place import Place
-from loratool.notices import Notice
-from loratool.paths import pattern
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import same_bytes
-from loratool.words import counted
 
 
 def match(adapter: Adapter, layout: Layout) -> Match:
@@ -60,7 +55,6 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     ways: set[bool] = set()
     for stack in sorted(stacks, key=lambda stack: stack.shape[0] == stack.shape[1]):
         _match_stack(found, layout, stack, ways)
-    _leave_copies(found, layout)
     for path, rows in adapter.token_rows.items():
         name = found.naming(f"{path}.weight")
         name = layout.name_of(name) or name
@@ -162,31 +156,6 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack, ways: set[boo
         ways.add(swapped)
     pairs = [(t, stack.expert(t.member or 0, swapped)) for t in fitting[swapped]]
     _add_targets(found, layout, stack.weight_name, pairs)
-
-
-def _leave_copies(found: Match, layout: Layout) -> None:
-    """Leave out copies of factors for a module that several layers share (as in Zamba): files have
-    its weights under the number of the first layer, and adapters under that of each."""
-    lost = {what for what, _ in found.unmatched} & found.adapter.modules.keys()
-    placed: dict[str, Factors] = {}
-    for delta in found.deltas if lost else ():
-        placed.setdefault(pattern(delta.factors.path), delta.factors)
-    copies = []
-    for path in sorted(lost):
-        module, other = found.adapter.modules[path], placed.get(pattern(path))
-        if other is None or layout.has(found.naming(module.weight_name)):
-            continue
-        if len(module.tensors) == len(other.tensors) and all(
-            map(same_bytes, module.tensors, other.tensors)
-        ):
-            copies.append(path)
-    if copies:
-        found.unmatched = [lost for lost in found.unmatched if lost[0] not in copies]
-        text = (
-            f"{counted(len(copies), 'module', 'is')} the same as in another layer, whose weights "
-            f"the base has once for both:\n{listed(copies)}"
-        )
-        layout.notices.append(Notice("shared-modules", text, copies[0]))
 
 
 def _add_targets(

@@ -222,9 +222,8 @@ class Names:
             return (Segment(name),)
         filled = []
         for template, places, expert in known:
-            made = object.__new__(
-                Segment
-            )  # with twenty thousand experts, __init__ is half the time
+            # There are tens of thousands of experts' tensors, and __init__ would be half the time.
+            made = object.__new__(Segment)
             values = made.__dict__
             values.update(template.__dict__)
             values["memory"] = template.memory % tuple([numbers[at] for at in places])

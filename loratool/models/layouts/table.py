@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from loratool.models.layouts.components import kind_of
+from loratool.models.layouts.rules import NameRule, apply_rules
 
 #: The key of what holds for every model.
 _ALL = "*"
@@ -94,19 +95,6 @@ def rope_order(rows: int, heads: int) -> tuple[int, ...]:
     )
 
 
-class Rule(NamedTuple):
-    """One replacement, and what the tensor is then."""
-
-    disk: tuple[str, ...]
-    memory: tuple[str, ...]
-    attributes: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, value: Sequence[Any]) -> Rule:
-        """A rule from its form in the table."""
-        return cls(_split(value[0]), _split(value[1]), dict(*value[2:]))
-
-
 class Part(NamedTuple):
     """Where a sub-config's model is, its model_type where the config does not say, and the class
     whose entry it has, if not the type's."""
@@ -118,10 +106,10 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayoutEntry:
     """What is known of one model_type."""
 
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[NameRule, ...] = ()
     parts: tuple[Part, ...] = ()
     #: Names in memory of the output and input embeddings' modules.
     head: str = "lm_head"
@@ -135,7 +123,7 @@ class Entry:
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-Table = Mapping[str, Entry]
+Table = Mapping[str, LayoutEntry]
 #: Segments with `%s` for a number, the places of their numbers and of an expert's in a name.
 _Templates = list[tuple[Segment, tuple[int, ...], int | None]]
 
@@ -148,8 +136,8 @@ def read_table(data: Mapping[str, Any]) -> Table:
         head = group.get("head", "lm_head")
         embedding = group.get("embedding", usual_embedding(parts))
         tied = group.get("tied", [[f"{head}.weight", f"{embedding}.weight"]])
-        entry = Entry(
-            rules=tuple(map(Rule.read, group["rules"])),
+        entry = LayoutEntry(
+            rules=tuple(map(NameRule.read, group["rules"])),
             parts=parts,
             head=head,
             embedding=embedding,
@@ -174,10 +162,6 @@ def known_layouts() -> Table:
     return read_table(json.loads(text))
 
 
-def _split(pattern: str) -> tuple[str, ...]:
-    return tuple(pattern.split(".")) if pattern else ()
-
-
 class Names:
     """How one model's tensors are called in memory.
 
@@ -190,7 +174,7 @@ class Names:
     ) -> None:
         self._table = known_layouts() if table is None else table
         self.entry = self._entry_of(config)
-        self._parts: list[Entry] = []
+        self._parts: list[LayoutEntry] = []
         self._scopes = list(self._find_scopes(config))
         literal = {
             pattern[at - 1]
@@ -222,9 +206,8 @@ class Names:
             return (Segment(name),)
         filled = []
         for template, places, expert in known:
-            made = object.__new__(
-                Segment
-            )  # with twenty thousand experts, __init__ is half the time
+            # There are tens of thousands of experts' tensors, and __init__ would be half the time.
+            made = object.__new__(Segment)
             values = made.__dict__
             values.update(template.__dict__)
             values["memory"] = template.memory % tuple([numbers[at] for at in places])
@@ -241,7 +224,7 @@ class Names:
 
     @property
     def parameters(self) -> dict[str, tuple[str, ...]]:
-        """The stacked parameters of modules of the model and its parts; see Entry."""
+        """The stacked parameters of modules of the model and its parts; see LayoutEntry."""
         found: dict[str, tuple[str, ...]] = {}
         for entry in (*self._parts, self.entry):
             found.update(entry.parameters)
@@ -265,16 +248,16 @@ class Names:
 
     # --- which rules, for which part of the model -------------------------------------------------
 
-    def _entry_of(self, config: Mapping[str, Any]) -> Entry:
+    def _entry_of(self, config: Mapping[str, Any]) -> LayoutEntry:
         classes = config.get("architectures") or ()
         keys = [*classes[:1], config.get("model_type")]
-        return next((self._table[key] for key in keys if key in self._table), Entry())
+        return next((self._table[key] for key in keys if key in self._table), LayoutEntry())
 
     def _find_scopes(
         self, config: Mapping[str, Any]
-    ) -> Iterator[tuple[tuple[str, ...], str, Sequence[Rule]]]:
+    ) -> Iterator[tuple[tuple[str, ...], str, Sequence[NameRule]]]:
         """(path, kind of part, rules): a path, or where that is not known a kind by its words."""
-        general = self._table.get(_ALL, Entry()).rules
+        general = self._table.get(_ALL, LayoutEntry()).rules
         yield (), "", (*self.entry.rules, *general)
         if self.entry.parts:
             for part in self.entry.parts:
@@ -334,55 +317,6 @@ def _after(parts: tuple[str, ...], path: tuple[str, ...], kind: str) -> int | No
     if kind in others:
         return len(kinds) - kinds[::-1].index(kind)
     return 0 if kind == "text" and not others else None
-
-
-def apply_rules(
-    rules: Sequence[Rule], parts: tuple[str, ...], attributes: Mapping[str, Any] | None = None
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """All that the rules make of a name: one name, or several where a tensor is split."""
-    found = [(parts, dict(attributes or {}))]
-    at = 0
-    while at < len(rules):
-        end = at + 1
-        while end < len(rules) and rules[end].disk == rules[at].disk:
-            end += 1
-        found = [
-            result
-            for one, known in found
-            for result in _replaced(rules[at:end], one, known) or [(one, known)]
-        ]
-        at = end
-    return found
-
-
-def _replaced(
-    rules: Sequence[Rule], parts: tuple[str, ...], attributes: dict[str, Any]
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """What these rules with one pattern make of a name; nothing if the pattern is not in it."""
-    pattern = rules[0].disk
-    ends = ("^", *parts, "$")
-    for at in range(len(ends) - len(pattern) + 1):
-        run = ends[at : at + len(pattern)]
-        if all(map(_fits, pattern, run)):
-            break
-    else:
-        return []
-    numbers = [part for want, part in zip(pattern, run, strict=True) if want == "#"]
-    expert = [part for want, part in zip(pattern, run, strict=True) if want == "{e}"]
-    results = []
-    for rule in rules:
-        order = iter(numbers)
-        memory = tuple(next(order) if part == "#" else part for part in rule.memory)
-        whole = (*ends[:at], *memory, *ends[at + len(pattern) :])
-        own = {**attributes, **rule.attributes, **({"expert": expert[0]} if expert else {})}
-        results.append((tuple(part for part in whole if part not in ("^", "$")), own))
-    return results
-
-
-def _fits(want: str, part: str) -> bool:
-    if want in ("#", "{e}"):
-        return part.startswith("#") or part.isdecimal()
-    return want == part
 
 
 def _template(

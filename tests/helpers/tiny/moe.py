@@ -12,7 +12,7 @@ CASES = by_name(
         PhimoeForCausalLM MiniMaxM2ForCausalLM AfmoeForCausalLM AriaTextForCausalLM
         SolarOpenForCausalLM ExaoneMoeForCausalLM Cohere2MoeForCausalLM MellumForCausalLM
         AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM BeamForCausalLM
-        DeepseekV3ForCausalLM FlintForCausalLM GraniteMoeSWAForCausalLM HYV3ForCausalLM
+         GraniteMoeSWAForCausalLM HYV3ForCausalLM
         HYV4ForCausalLM Kolibri1ForCausalLM LagunaForCausalLM LaraMiniForCausalLM
         MixtralForCausalLM OlmoeForCausalLM Qwen3MoeForCausalLM Qwen4ExpForCausalLM
     """,
@@ -21,6 +21,8 @@ CASES = by_name(
     Case("HunYuanMoEV1ForCausalLM", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}, inputs=text),
     Case("FlexOlmoForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}, inputs=text),
     Case("DeepseekV2ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
+    Case("FlintForCausalLM", {"mlp_only_layers": [0]}, inputs=text),
+    Case("DeepseekV3ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
     Case("Glm4MoeForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
     Case(
         "Dots1ForCausalLM",

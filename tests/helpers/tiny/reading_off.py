@@ -128,11 +128,9 @@ def _described(values: Numbers, shape: tuple[int, ...]) -> dict[str, Any]:
 def _as_matrix(values: Numbers, whole: Numbers) -> dict[str, Any] | None:
     """How `values` are rows of `whole`, or of its transpose."""
     for transposed in (False, True):
-        source = whole.T if transposed and whole.ndim == 2 else whole
-        kept = values.T if transposed and values.ndim == 2 else values
+        kept = values.T if transposed else values
         if kept.shape[1:] != whole.shape[1:] or (transposed and whole.ndim != 2):
             continue
-        del source
         firsts = whole.reshape(len(whole), -1)[:, 0]
         lookup = {int(first): at for at, first in enumerate(firsts)}
         at = [lookup.get(int(first), -1) for first in kept.reshape(len(kept), -1)[:, 0]]

@@ -9,7 +9,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from helpers.tiny.facts import Fact, Name
-from loratool.models.layouts.table import Rule, apply_rules
+from loratool.models.layouts.rules import NameRule, apply_rules
 
 #: A replacement of a run of a name: where it begins and ends, and what comes in its place, with
 #: what is said beside it. A tensor that becomes several has several of these.
@@ -57,7 +57,7 @@ def rules_for(facts: Iterable[Fact], memory: Iterable[Name]) -> list[list[Any]]:
     else:
         raise Unclear(".".join(wrong[0].fact.disk))
     for name in plain:
-        (result,) = apply_rules(list(map(Rule.read, rules)), name[1:-1])
+        (result,) = apply_rules(list(map(NameRule.read, rules)), name[1:-1])
         if result != (name[1:-1], {}):
             raise Unclear(f"{'.'.join(name[1:-1])} becomes {'.'.join(result[0])}")
     return rules
@@ -290,7 +290,7 @@ def _holds(rules: list[list[Any]], fact: Fact) -> bool:
     name = tuple("0" if part == "{e}" else part for part in fact.disk)
     found = [
         (memory, {key: value for key, value in attributes.items() if key != "expert"})
-        for memory, attributes in apply_rules(list(map(Rule.read, rules)), name)
+        for memory, attributes in apply_rules(list(map(NameRule.read, rules)), name)
     ]
     wanted = [(memory, json.loads(text)) for memory, text in fact.meanings]
     return sorted(map(repr, found)) == sorted(map(repr, wanted))

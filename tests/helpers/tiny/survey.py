@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from helpers.tiny.build import Case
 from helpers.tiny.facts import Fact, Name, below, facts_of, is_below
@@ -88,6 +89,11 @@ class Survey:
                 ordered = sorted(classes, key=lambda name: (not classes[name].is_root, name))
                 for name in ordered:
                     entries[kind if name == ordered[0] else name] = _entry([classes[name]])
+        # What transformers reads as another type, and no class here showed.
+        for kind, as_kind in _MODEL_TO_CONVERSION_PATTERN.items():
+            rules = entries.get(as_kind, {}).get("rules")
+            if rules and kind[0].islower() and not entries.get(kind, {}).get("rules"):
+                entries[kind] = {**entries.get(kind, {}), "rules": rules}
         for entry in entries.values():
             for part in entry.get("parts", ()):
                 part[3:] = [] if part[3] not in entries else part[3:]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from helpers.tiny.build import DROP, Case, by_name
-from helpers.tiny.inputs import image64, wave
+from helpers.tiny.inputs import image, image64, wave
 
 _RESNET = {
     "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1],
@@ -85,6 +85,15 @@ CASES = by_name(
             "decoder_hidden_size": 16,
         },
     ),
+    Case("Dinov2ForImageClassification", {"use_swiglu_ffn": True}, image, name="Dinov2-swiglu"),
+    Case(
+        "Dinov2WithRegistersForImageClassification",
+        {"use_swiglu_ffn": True},
+        image,
+        name="Dinov2WithRegisters-swiglu",
+    ),
+    Case("ViTMAEForPreTraining", {"decoder_hidden_size": 32, "decoder_intermediate_size": 48}),
+    Case("TimesFm2_5ModelForPrediction"),
     Case("VideoMAEForVideoClassification"),
     Case(
         "DPTForDepthEstimation",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -135,7 +135,7 @@ class Holdings:
         where rows have no place.
         """
         out, columns = shape
-        segments = self.names.segments(name)
+        segments = self._numbered(self.names.segments(name))
         found: list[Target] = []
         for segment in segments:
             stacked = experts is not None or segment.expert is not None
@@ -163,6 +163,23 @@ class Holdings:
             raise MisfitError(
                 f"{covered:,} of its {out * (experts or 1):,} rows have a place in the base"
             )
+        return found
+
+    def _numbered(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Segments whose experts have the numbers of their own stack, where files number the
+        experts of several stacks on; the stacks here tell how many there are."""
+        if all(segment.experts is None for segment in segments):
+            return segments
+        found = []
+        for segment in segments:
+            if segment.experts is None or segment.expert is None:
+                found.append(segment)
+                continue
+            start, stop = segment.experts
+            count = self.parameter(segment.memory, True).experts
+            number = segment.expert - int(start * count / (stop - start))
+            if 0 <= number < count:
+                found.append(replace(segment, expert=number, experts=None))
         return found
 
     def _resolved(self, memory: str, stacked: bool) -> Iterator[Holder]:

@@ -25,8 +25,11 @@ CASES = by_name(
     ),
     *plain(
         """
-        SpeechT5Model
+
     """,
         image,
     ),
+    *plain("""
+        SpeechT5Model
+    """),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.tiny.build import Case, by_name, plain
+from helpers.tiny.build import DROP, Case, by_name, plain
 from helpers.tiny.inputs import text
 
 CASES = by_name(
@@ -13,16 +13,16 @@ CASES = by_name(
         ApertusForCausalLM Ernie4_5ForCausalLM VaultGemmaForCausalLM DogeForCausalLM
         DiffLlamaForCausalLM Ministral3ForCausalLM BioGptForCausalLM XGLMForCausalLM
         ModernBertDecoderForCausalLM BitNetForCausalLM GlmForCausalLM NanoChatForCausalLM
-        YoutuForCausalLM JinaEmbeddingsV3Model Apertus1p5TextForCausalLM BartForCausalLM
+         JinaEmbeddingsV3Model Apertus1p5TextForCausalLM BartForCausalLM
         BertLMHeadModel BertGenerationDecoder BigBirdForCausalLM BigBirdPegasusForCausalLM
         BlenderbotForCausalLM BlenderbotSmallForCausalLM BloomForCausalLM
         CamembertForCausalLM CohereForCausalLM CwmForCausalLM Data2VecTextForCausalLM
         DoryForCausalLM ElectraForCausalLM Emu3ForCausalLM ErnieForCausalLM
         LlamaForCausalLM FalconForCausalLM GemmaForCausalLM Gemma2ForCausalLM
         Gemma3ForCausalLM Gemma4UnifiedForCausalLM Glm4ForCausalLM GPT2LMHeadModel
-        GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM GptOssForCausalLM GPTJForCausalLM
+        GPTNeoXForCausalLM GPTNeoXJapaneseForCausalLM GptOssForCausalLM
         GraniteForCausalLM GraniteSWAForCausalLM HeliumForCausalLM HrmTextForCausalLM
-        HyperCLOVAXForCausalLM Jais2ForCausalLM Lfm3ForCausalLM MarianForCausalLM
+        HyperCLOVAXForCausalLM Jais2ForCausalLM MarianForCausalLM
         MBartForCausalLM MegatronBertForCausalLM MiniMaxM3VLForCausalLM MistralForCausalLM
         MllamaForCausalLM MvpForCausalLM OlmoForCausalLM Olmo2ForCausalLM
         OpenAIGPTLMHeadModel OPTForCausalLM PegasusForCausalLM PhiForCausalLM
@@ -30,7 +30,7 @@ CASES = by_name(
         Qwen3ForCausalLM RemBertForCausalLM RobertaForCausalLM
         RobertaPreLayerNormForCausalLM RoFormerForCausalLM SmolLM3ForCausalLM
         StableLmForCausalLM Starcoder2ForCausalLM TrOCRForCausalLM WhisperForCausalLM
-        XLMRobertaForCausalLM XLMRobertaXLForCausalLM XLNetLMHeadModel XmodForCausalLM
+        XLMRobertaForCausalLM XLMRobertaXLForCausalLM XLNetLMHeadModel
     """,
         text,
     ),
@@ -51,4 +51,9 @@ CASES = by_name(
         },
         inputs=text,
     ),
+    Case("YoutuForCausalLM", {"head_dim": DROP}, inputs=text),
+    Case("Lfm3ForCausalLM", {"layer_types": ["conv", "full_attention"]}, inputs=text),
+    *plain("""
+        GPTJForCausalLM XmodForCausalLM
+    """),
 )

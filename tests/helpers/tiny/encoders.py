@@ -11,7 +11,7 @@ CASES = by_name(
         ModernBertForMaskedLM XLMRobertaForMaskedLM EuroBertForMaskedLM AlbertForMaskedLM
         ElectraForMaskedLM MPNetForMaskedLM RoFormerForMaskedLM NomicBertForMaskedLM
         NomicBertModel GteForMaskedLM XLMRobertaXLForMaskedLM CamembertForMaskedLM
-        ConvBertForMaskedLM SqueezeBertForMaskedLM XmodForMaskedLM
+        ConvBertForMaskedLM SqueezeBertForMaskedLM
         ModernBertForSequenceClassification XLMRobertaForSequenceClassification
         DebertaV2ForMaskedLM BigBirdForMaskedLM DebertaForMaskedLM BertForMaskedLM
         Data2VecTextForMaskedLM DistilBertForMaskedLM ErnieForMaskedLM FNetForMaskedLM
@@ -25,10 +25,14 @@ CASES = by_name(
     ),
     *plain(
         """
-        OpenAIPrivacyFilterModel LayoutLMv3Model
+
     """,
         image,
     ),
     Case("EsmForMaskedLM", {"vocab_size": 96, "mask_token_id": 5, "pad_token_id": 1}, inputs=text),
     Case("LongformerForMaskedLM", {"attention_window": [4, 4]}),
+    *plain("""
+        XmodForMaskedLM OpenAIPrivacyFilterModel
+        LayoutLMv3Model
+    """),
 )

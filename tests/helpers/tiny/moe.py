@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from helpers.tiny.build import Case, by_name, plain
+from helpers.tiny.build import DROP, Case, by_name, plain
 from helpers.tiny.inputs import pair, text
+
+_MLA = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "head_dim": DROP,
+    "num_experts_per_tok": 2,
+}
 
 CASES = by_name(
     *plain(
@@ -11,22 +18,28 @@ CASES = by_name(
         Qwen2MoeForCausalLM GraniteMoeForCausalLM GraniteMoeSharedForCausalLM
         PhimoeForCausalLM MiniMaxM2ForCausalLM AfmoeForCausalLM AriaTextForCausalLM
         SolarOpenForCausalLM ExaoneMoeForCausalLM Cohere2MoeForCausalLM MellumForCausalLM
-        AXK1ForCausalLM AXK2ForCausalLM BailingHybridForCausalLM BeamForCausalLM
+           BeamForCausalLM
          GraniteMoeSWAForCausalLM HYV3ForCausalLM
         HYV4ForCausalLM Kolibri1ForCausalLM LagunaForCausalLM LaraMiniForCausalLM
-        MixtralForCausalLM OlmoeForCausalLM Qwen3MoeForCausalLM Qwen4ExpForCausalLM
+        MixtralForCausalLM OlmoeForCausalLM Qwen3MoeForCausalLM
     """,
         text,
     ),
     Case("HunYuanMoEV1ForCausalLM", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}, inputs=text),
     Case("FlexOlmoForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}, inputs=text),
-    Case("DeepseekV2ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
+    Case("DeepseekV2ForCausalLM", _MLA, inputs=text),
     Case("FlintForCausalLM", {"mlp_only_layers": [0]}, inputs=text),
-    Case("DeepseekV3ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
+    Case("DeepseekV3ForCausalLM", _MLA, inputs=text),
     Case("Glm4MoeForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
     Case(
         "Dots1ForCausalLM",
-        {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
+        {
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "head_dim": DROP,
+            "num_experts_per_tok": 2,
+        },
         inputs=text,
     ),
     Case(
@@ -36,10 +49,8 @@ CASES = by_name(
     Case(
         "MiMoV2FlashForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text
     ),
-    Case(
-        "DeepseekV32ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text
-    ),
-    Case("GlmMoeDsaForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
+    Case("DeepseekV32ForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}),
+    Case("GlmMoeDsaForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}),
     Case(
         "Qwen3NextForCausalLM", {"layer_types": ["linear_attention", "full_attention"]}, inputs=text
     ),
@@ -107,7 +118,7 @@ CASES = by_name(
     ),
     Case(
         "LongcatFlashForCausalLM",
-        {"num_layers": 1, "zero_expert_num": 2, "moe_topk": 2},
+        {"num_layers": 1, "zero_expert_num": 2, "head_dim": 4, "moe_topk": 2},
         inputs=text,
     ),
     Case(
@@ -139,4 +150,14 @@ CASES = by_name(
         {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
         inputs=pair,
     ),
+    Case("AXK1ForCausalLM", {"head_dim": DROP, "num_experts_per_tok": 2}, inputs=text),
+    Case("AXK2ForCausalLM", {"head_dim": DROP, "num_experts_per_tok": 2}),
+    Case(
+        "BailingHybridForCausalLM",
+        {"layer_types": ["linear_attention", "full_attention"], "num_experts_per_tok": 2},
+        inputs=text,
+    ),
+    *plain("""
+        Qwen4ExpForCausalLM
+    """),
 )

@@ -8,7 +8,7 @@ from helpers.tiny.inputs import text
 CASES = by_name(
     *plain(
         """
-        RwkvForCausalLM xLSTMForCausalLM
+        RwkvForCausalLM
     """,
         text,
     ),
@@ -56,4 +56,7 @@ CASES = by_name(
         },
         inputs=text,
     ),
+    *plain("""
+        xLSTMForCausalLM
+    """),
 )

@@ -12,23 +12,33 @@ CASES = by_name(
         Data2VecVisionForImageClassification DeiTForImageClassification
         DeiTForImageClassificationWithTeacher Dinov2ForImageClassification
         Dinov2WithRegistersForImageClassification IJepaForImageClassification
-        ImageGPTForImageClassification MetaClip2ForImageClassification
-        ShieldGemma2ForImageClassification SiglipForImageClassification
-        Siglip2ForImageClassification ViTForImageClassification
-        ViTMSNForImageClassification RfDetrForObjectDetection YolosForObjectDetection
-        Data2VecVisionForSemanticSegmentation CLIPVisionModel CLIPTextModel
-        SiglipVisionModel Siglip2VisionModel ChineseCLIPVisionModel MLCDVisionModel
-        PixtralVisionModel Dinov2Model DINOv3ViTModel ViTMAEModel VideoMAEModel VivitModel
-        PixioModel Sapiens2Model Tipsv2VisionModel Tipsv2TextModel VitDetModel
-        TimesFm2_5Model VisionTextDualEncoderModel Owlv2Model OwlViTModel
+         MetaClip2ForImageClassification
+         SiglipForImageClassification
+         ViTForImageClassification
+        ViTMSNForImageClassification YolosForObjectDetection
+         CLIPVisionModel
+        SiglipVisionModel ChineseCLIPVisionModel MLCDVisionModel
+        PixtralVisionModel Dinov2Model DINOv3ViTModel ViTMAEModel
+        PixioModel Sapiens2Model Tipsv2VisionModel VitDetModel
+
     """,
         image,
     ),
     *plain(
         """
-        AltCLIPModel BlipModel Blip2ForImageTextRetrieval ChineseCLIPModel CLIPModel
-        CLIPSegModel MetaClip2Model SiglipModel Siglip2Model Tipsv2Model
+        AltCLIPModel BlipModel ChineseCLIPModel CLIPModel
+        CLIPSegModel MetaClip2Model SiglipModel Tipsv2Model
     """,
         image_and_text,
     ),
+    *plain("""
+        ImageGPTForImageClassification ShieldGemma2ForImageClassification
+        Siglip2ForImageClassification RfDetrForObjectDetection
+        Data2VecVisionForSemanticSegmentation CLIPTextModel
+        Siglip2VisionModel VideoMAEModel
+        VivitModel Tipsv2TextModel
+        TimesFm2_5Model VisionTextDualEncoderModel
+        Owlv2Model OwlViTModel
+        Blip2ForImageTextRetrieval Siglip2Model
+    """),
 )

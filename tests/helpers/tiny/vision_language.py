@@ -13,7 +13,7 @@ CASES = by_name(
         PaliGemmaForConditionalGeneration Mistral3ForConditionalGeneration
         InternVLForConditionalGeneration Idefics3ForConditionalGeneration
         SmolVLMForConditionalGeneration Idefics2ForConditionalGeneration
-        Llama4ForConditionalGeneration AyaVisionForConditionalGeneration
+         AyaVisionForConditionalGeneration
         Cohere2VisionForConditionalGeneration Lfm2VlForConditionalGeneration
         FuyuForCausalLM Qwen2AudioForConditionalGeneration VoxtralForConditionalGeneration
         Ovis2ForConditionalGeneration DeepseekVLForConditionalGeneration GitForCausalLM
@@ -234,4 +234,5 @@ CASES = by_name(
         {"vision_config.global_attn_indexes": [1], "vision_config.output_channels": 32},
         inputs=text,
     ),
+    Case("Llama4ForConditionalGeneration"),
 )

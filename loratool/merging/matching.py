@@ -138,7 +138,7 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack, ways: set[boo
             reason = reason or str(error)
     swapped = next(iter(fitting), False)
     if len(fitting) == 2:
-        told = stack.orientation(layout.holdings.names.entry.transposed_experts)
+        told = stack.orientation(layout.holdings.names.transposed_experts)
         if told is None and len(ways) == 1:
             told = next(iter(ways))
         if told is None:

@@ -22,21 +22,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import loratool
-from loratool.errors import RestoreError
 from loratool.models.layouts.table import Names
 
-#: Every sort of layout once, and the families that most adapters are made for.
-SAMPLE = """
-    Qwen2MoeForCausalLM DeepseekV3ForCausalLM MixtralForCausalLM GraniteMoeForCausalLM
-    PhimoeForCausalLM NemotronHForCausalLM JetMoeForCausalLM AriaTextForCausalLM
-    KimiLinearForCausalLM Gemma3ForConditionalGeneration
-    LlavaNextForConditionalGeneration Qwen2VLForConditionalGeneration
-    Qwen3VLMoeForConditionalGeneration MllamaForConditionalGeneration
-    Qwen2AudioForConditionalGeneration Ernie4_5_VLMoeForConditionalGeneration
-    Kimi_K25ForConditionalGeneration JanusForConditionalGeneration NomicBertForMaskedLM
-    GteForMaskedLM Dinov2Model ViTModel DetrModel WhisperForConditionalGeneration
-    GPT2LMHeadModel BloomForCausalLM T5ForConditionalGeneration
-""".split()
+#: Every sort of layout, and the families that most adapters are made for.
+SAMPLE = [
+    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM", "MixtralForCausalLM", "MiniMaxM2ForCausalLM", "GraniteMoeForCausalLM",
+    "PhimoeForCausalLM", "NemotronHForCausalLM", "JetMoeForCausalLM", "AriaTextForCausalLM",
+    "KimiLinearForCausalLM", "LongcatFlashForCausalLM", "Gemma3ForConditionalGeneration",
+    "LlavaNextForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+    "Mistral3ForConditionalGeneration", "InternVLForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration", "MllamaForConditionalGeneration",
+    "VoxtralForConditionalGeneration", "Qwen2AudioForConditionalGeneration",
+    "Ernie4_5_VLMoeForConditionalGeneration", "Kimi_K25ForConditionalGeneration",
+    "NomicBertForMaskedLM", "GteForMaskedLM", "JinaEmbeddingsV3Model", "Dinov2Model", "ViTForImageClassification",
+    "SwinForImageClassification", "SegformerForImageClassification", "DetrForObjectDetection", "VideoMAEModel", "MambaForCausalLM",
+    "OlmoHybridForCausalLM", "SeamlessM4TForTextToText", "BlipForConditionalGeneration",
+]  # fmt: skip
+
+#: One of each sort, for what depends on the layout alone.
+FEW = [
+    "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM", "JetMoeForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration", "Kimi_K25ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration", "NomicBertForMaskedLM", "ViTForImageClassification",
+]  # fmt: skip
 
 #: What PEFT cannot wrap or cannot merge itself, by the words of its error or of torch's.
 BEYOND_PEFT = (
@@ -45,7 +55,11 @@ BEYOND_PEFT = (
 )  # fmt: skip
 
 
-ALL = [pytest.param(name, marks=() if name in SAMPLE else (pytest.mark.layouts,)) for name in CASES]
+def all_with(sample: list[str]) -> list[object]:
+    """All classes, those of the sample without a marker."""
+    return [
+        pytest.param(name, marks=() if name in sample else (pytest.mark.layouts,)) for name in CASES
+    ]
 
 
 @dataclass
@@ -127,7 +141,7 @@ def unlike(model: nn.Module, expected: State) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", all_with(SAMPLE))
 def test_a_merge_is_peft_s_in_both_layouts(name: str, tmp_path: Path) -> None:
     """Experts, split and renamed weights: the file loads as the function that was trained."""
     trial = make(name, tmp_path)
@@ -161,7 +175,7 @@ def trial_tied(trial: Trial, name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", all_with(FEW))
 def test_undo_gives_the_base_back(name: str, tmp_path: Path) -> None:
     """Bit for bit with an undo file, and within rounding by subtraction."""
     trial = make(name, tmp_path)
@@ -171,16 +185,14 @@ def test_undo_gives_the_base_back(name: str, tmp_path: Path) -> None:
     before, after = read(trial.base("files")), read(back)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    try:
-        loratool.unmerge(out, trial.adapter, tmp_path / "less", subtract=True)
-    except RestoreError as error:
-        assert "added" in str(error)  # a head that was the embedding's matrix
-    else:
-        less = read(tmp_path / "less")
-        assert all(torch.allclose(before[k].float(), less[k].float(), atol=1e-5) for k in before)
+    if read(out).keys() != before.keys():
+        return  # a head that was the embedding's matrix is no subtraction's to take away
+    loratool.unmerge(out, trial.adapter, tmp_path / "less", subtract=True)
+    less = read(tmp_path / "less")
+    assert all(torch.allclose(before[k].float(), less[k].float(), atol=1e-5) for k in before)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", all_with(FEW))
 def test_adapters_with_the_names_of_files(name: str, tmp_path: Path) -> None:
     """What was trained with transformers 4 has the names of files, experts one by one: the base
     may have either layout, and what loads is the same."""

@@ -8,8 +8,8 @@ from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.holding import Rows
 from loratool.models.layouts.layout import Layout, Naming
+from loratool.models.layouts.parameter import Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 

@@ -15,9 +15,10 @@ from loratool.adapters.factors import Factors
 from loratool.merging.match import Delta, Match, no_such, outside_of
 from loratool.merging.replacing import place_replaced
 from loratool.models.layouts.components import Hint, Wanted
-from loratool.models.layouts.holding import MisfitError, Target
+from loratool.models.layouts.holding import Target
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
+from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 

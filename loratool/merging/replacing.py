@@ -5,9 +5,10 @@ from __future__ import annotations
 from loratool.adapters.adapter import Adapter
 from loratool.merging.match import Match, no_such, outside_of
 from loratool.models.layouts.assembly import assembled, rest_of
-from loratool.models.layouts.holding import Holdings, MisfitError
+from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_value_head, is_vocabulary, is_vocabulary_bias
+from loratool.models.layouts.parameter import MisfitError
 from loratool.models.tasks import CLASSIFYING
 from loratool.storage.tensors import TensorInfo
 
@@ -56,7 +57,9 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
     used: set[str] = set()
     for name in targets:
         try:
-            info, names = assembled(holdings, name, layout.base.tensors[name].shape)
+            info, names = assembled(
+                holdings, name, layout.base.tensors[name].shape, layout.holdings
+            )
         except MisfitError as error:
             found.unmatched.append((name, str(error)))
         else:

@@ -10,32 +10,36 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from loratool.models.layouts.holding import Holdings, MisfitError, Rows, Target
+from loratool.models.layouts.holding import Holdings, Target
+from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import joined
 
 
-def assembled(holdings: Holdings, name: str, shape: Sequence[int]) -> tuple[TensorInfo, set[str]]:
-    """The tensor that is called `name` and has this shape in another layout, and the names of the
-    tensors that it is made of here.
+def assembled(
+    holdings: Holdings, name: str, shape: Sequence[int], other: Holdings
+) -> tuple[TensorInfo, set[str]]:
+    """The tensor that is called `name` and has this shape in another model, put together from the
+    tensors of this one; and the names of these.
 
     Raises MisfitError where something of it is not there, or parts have different dtypes.
     """
-    if len(shape) != 3:
-        return _assembled(holdings, name, shape, False)
-    try:
-        return _assembled(holdings, name, shape, True)
-    except MisfitError:  # a convolution
-        return _assembled(holdings, name, shape, False)
+    if len(shape) == 3:
+        try:
+            return _assembled(holdings, name, shape, True, other)
+        except MisfitError:
+            if not name.endswith(".weight"):  # which a convolution has
+                raise
+    return _assembled(holdings, name, shape, False, other)
 
 
 def _assembled(
-    holdings: Holdings, name: str, shape: Sequence[int], stack: bool
+    holdings: Holdings, name: str, shape: Sequence[int], stack: bool, other: Holdings
 ) -> tuple[TensorInfo, set[str]]:
     axes = shape[1:] if stack else shape
     out, columns = axes[0] if axes else 1, math.prod(axes[1:])
-    targets = holdings.targets(name, (out, columns), shape[0] if stack else None)
+    targets = holdings.targets(name, (out, columns), shape[0] if stack else None, other)
     ordered = sorted(targets, key=lambda t: (t.member or 0, t.rows[0] if t.rows else 0))
     parts = [part for target in ordered for part in _parts(holdings, target)]
     names = {target.place.tensor for target in targets}

@@ -18,15 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loratool.models.layouts.parameter import Holder, MisfitError, Parameter, Rows, complete
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.table import Names, Segment, Share, rope_order
 from loratool.storage.tensors import TensorInfo
-
-Rows = range | tuple[int, ...]
-
-
-class MisfitError(Exception):
-    """Why a delta has no place in a model, in words that follow the name of the delta."""
 
 
 @dataclass(frozen=True)
@@ -39,47 +34,6 @@ class Target:
     place: Place
     rows: Rows | None = None
     member: int | None = None
-
-
-@dataclass(frozen=True)
-class Holder:
-    """What a tensor holds of a parameter: its rows `own`, which are the rows `memory` of `size`.
-
-    `expert` is the matrix of a stack that it holds; None where it holds all, or there is no stack.
-    The tensor is transposed first where it lies so.
-    """
-
-    info: TensorInfo
-    expert: int | None
-    stacked: bool
-    transposed: bool
-    columns: int
-    size: int
-    memory: Rows
-    own: Rows
-
-    @property
-    def experts(self) -> int:
-        """How many matrices it holds."""
-        return self.info.shape[0] if self.stacked and self.expert is None else 1
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter in memory: so many matrices `[rows, columns]`, and the tensors that hold them."""
-
-    experts: int
-    rows: int
-    columns: int
-    #: In the order of experts and rows; by expert, where each has tensors of its own.
-    held: tuple[Holder, ...]
-    by_expert: Mapping[int | None, Sequence[Holder]]
-
-    def of_expert(self, expert: int | None) -> Sequence[Holder]:
-        """The tensors that hold this matrix; all where it is None, or where one holds all."""
-        if expert is None or None in self.by_expert:
-            return self.held
-        return self.by_expert.get(expert, ())
 
 
 class Holdings:
@@ -123,16 +77,22 @@ class Holdings:
         if key not in self._parameters:
             if memory not in self._parts:
                 raise MisfitError(f"the base has no {memory}")
-            found = _complete(memory, list(self._resolved(memory, stacked)))
+            found = complete(memory, list(self._resolved(memory, stacked)))
             self._parameters[key] = found
         return self._parameters[key]
 
-    def targets(self, name: str, shape: tuple[int, int], experts: int | None = None
-                ) -> list[Target]:  # fmt: skip
+    def targets(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        experts: int | None = None,
+        stored_in: Holdings | None = None,
+    ) -> list[Target]:
         """Where all rows of a delta `(out, in)` for the weight `name` go.
 
-        With `experts` there is such a delta for each matrix of the parameter. Raises MisfitError
-        where rows have no place.
+        With `experts` there is such a delta for each matrix of the parameter. With `stored_in` it
+        is no delta, but a tensor of another model, which may lie as that model has it. Raises
+        MisfitError where rows have no place.
         """
         out, columns = shape
         segments = self._numbered(self.names.segments(name))
@@ -145,9 +105,14 @@ class Holdings:
                     f"it has {experts} experts, {segment.memory} has {parameter.experts}"
                 )
             flipped = segment.transposed
+            if stored_in is not None and segment.maybe_transposed:
+                flipped = shape != (parameter.rows, parameter.columns)
             own = _rows(segment.into, columns if flipped else out)
             size = parameter.rows if segment.rows is not None else len(own)
-            memory = self._ordered(segment, _rows(segment.rows, size))
+            if stored_in is not None and segment.rows is not None and segment.rows.count:
+                memory = stored_in.rows_of(name, segment.memory, stacked)
+            else:
+                memory = self._ordered(segment, _rows(segment.rows, size))
             if (len(memory), size) != (len(own), parameter.rows) or (
                 parameter.columns != (out if flipped else columns)
             ):
@@ -164,6 +129,13 @@ class Holdings:
                 f"{covered:,} of its {out * (experts or 1):,} rows have a place in the base"
             )
         return found
+
+    def rows_of(self, name: str, memory: str, stacked: bool) -> Rows:
+        """The rows of a parameter that a tensor holds."""
+        for held in self.parameter(memory, stacked).held:
+            if held.info.name == name:
+                return held.memory
+        raise MisfitError(f"{name} is no part of {memory}")
 
     def _numbered(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """Segments whose experts have the numbers of their own stack, where files number the
@@ -254,32 +226,6 @@ def _rows(share: Share | None, size: int) -> range:
 def _whole(share: Share | None, part: int) -> int:
     """The number of rows of which `part` are this share."""
     return part if share is None else round(part * share.step / (share.stop - share.start))
-
-
-def _complete(memory: str, held: list[Holder]) -> Parameter:
-    """The parameter of these tensors. Raises MisfitError unless they are all of it, once."""
-    size, columns = held[0].size, held[0].columns
-    by_expert: dict[int | None, list[Holder]] = defaultdict(list)
-    counts: dict[int | None, int] = defaultdict(int)
-    for one in held:
-        if (one.size, one.columns) != (size, columns):
-            raise MisfitError(f"the parts of {memory} in the base have different shapes")
-        by_expert[one.expert].append(one)
-        counts[one.expert] += len(one.memory)
-    experts = held[0].experts
-    if held[0].expert is not None:
-        experts = 1 + max(number for number in by_expert if number is not None)
-        missing = next((i for i in range(experts) if i not in by_expert), None)
-        if missing is not None:
-            raise MisfitError(f"expert {missing} of {memory} is missing in the base")
-    for expert, count in counts.items():
-        if count != size:
-            first = by_expert[expert][0].info.name
-            what = "twice" if count > size else "only in part"
-            raise MisfitError(f"the base has {memory} {what}, see {first}")
-        by_expert[expert].sort(key=lambda one: one.memory[0])
-    held.sort(key=lambda one: (one.expert or 0, one.memory[0]))
-    return Parameter(experts, size, columns, tuple(held), by_expert)
 
 
 def _overlap(

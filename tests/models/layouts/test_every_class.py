@@ -36,8 +36,9 @@ SAMPLE = [
     "Qwen3VLMoeForConditionalGeneration", "MllamaForConditionalGeneration",
     "VoxtralForConditionalGeneration", "Qwen2AudioForConditionalGeneration",
     "Ernie4_5_VLMoeForConditionalGeneration", "Kimi_K25ForConditionalGeneration",
-    "NomicBertForMaskedLM", "GteForMaskedLM", "JinaEmbeddingsV3Model", "Dinov2Model", "ViTForImageClassification",
-    "SwinForImageClassification", "SegformerForImageClassification", "DetrForObjectDetection", "VideoMAEModel", "MambaForCausalLM",
+    "NomicBertForMaskedLM", "GteForMaskedLM", "JinaEmbeddingsV3Model", "Dinov2Model",
+    "ViTForImageClassification", "SwinForImageClassification", "SegformerForImageClassification",
+    "DetrForObjectDetection", "VideoMAEModel", "MambaForCausalLM",
     "OlmoHybridForCausalLM", "SeamlessM4TForTextToText", "BlipForConditionalGeneration",
 ]  # fmt: skip
 

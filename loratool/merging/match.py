@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.experts import ExpertPair
 from loratool.adapters.factors import Factors
 from loratool.errors import AdapterError, nearest
 from loratool.models.checkpoint import Checkpoint
@@ -27,6 +28,12 @@ class Delta:
     weight: float = 1.0
     #: Rows of Δ that go there; all of them where it is None.
     rows: Rows | None = None
+
+    @property
+    def module(self) -> str:
+        """What of the adapter it is of: the path of a layer, or the name of a stack."""
+        pair = self.factors
+        return pair.stack.weight_name if isinstance(pair, ExpertPair) else pair.path
 
     @property
     def tensor(self) -> str:

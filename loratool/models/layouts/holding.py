@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.layouts.parameter import Holder, MisfitError, Parameter, Rows, complete
+from loratool.models.layouts.parameter import Holder, MemoryParameter, MisfitError, Rows, complete
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.table import Names, Segment, Share, rope_order
 from loratool.storage.tensors import TensorInfo
@@ -47,7 +47,7 @@ class Holdings:
         for name, info in tensors.items():
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
-        self._parameters: dict[tuple[str, bool], Parameter] = {}
+        self._parameters: dict[tuple[str, bool], MemoryParameter] = {}
         #: Rows of parts with the same share and size: there are thousands of each.
         self._spans: dict[tuple[int, int, int], tuple[range, int, range]] = {}
 
@@ -68,7 +68,7 @@ class Holdings:
         alike = len(found) == 1 and found[0][1] == segments[0] and segments[0].expert is None
         return found[0][0] if alike else None
 
-    def parameter(self, memory: str, stacked: bool) -> Parameter:
+    def parameter(self, memory: str, stacked: bool) -> MemoryParameter:
         """A parameter, which is a stack of matrices or one, by its name in memory.
 
         Raises MisfitError where the model lacks it, an expert or a part of it.
@@ -285,7 +285,7 @@ def _unless_all(rows: Rows, size: int) -> Rows | None:
     return None if rows == range(size) else rows
 
 
-def _shapes(segment: Segment, delta: tuple[int, int], parameter: Parameter) -> str:
+def _shapes(segment: Segment, delta: tuple[int, int], parameter: MemoryParameter) -> str:
     return (
         f"its shapes do not fit: B·A is {list(delta)} there, {segment.memory} is "
         f"{[parameter.rows, parameter.columns]}"

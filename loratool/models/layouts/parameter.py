@@ -39,7 +39,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class MemoryParameter:
     """A parameter in memory: so many matrices `[rows, columns]`, and the tensors that hold them."""
 
     experts: int
@@ -56,7 +56,7 @@ class Parameter:
         return self.by_expert.get(expert, ())
 
 
-def complete(memory: str, held: list[Holder]) -> Parameter:
+def complete(memory: str, held: list[Holder]) -> MemoryParameter:
     """The parameter of these tensors. Raises MisfitError unless they are all of it, once."""
     size, columns = held[0].size, held[0].columns
     by_expert: dict[int | None, list[Holder]] = defaultdict(list)
@@ -79,4 +79,4 @@ def complete(memory: str, held: list[Holder]) -> Parameter:
             raise MisfitError(f"the base has {memory} {what}, see {first}")
         by_expert[expert].sort(key=lambda one: one.memory[0])
     held.sort(key=lambda one: (one.expert or 0, one.memory[0]))
-    return Parameter(experts, size, columns, tuple(held), by_expert)
+    return MemoryParameter(experts, size, columns, tuple(held), by_expert)

@@ -24,12 +24,12 @@ def place_replaced(found: Match, layout: Layout) -> None:
         tied_head = layout.tied is not None and target_name == layout.tied.head
         if target is None and tied_head and layout.tied is not None:
             target = base.tensors[layout.tied.embedding].renamed(target_name)
-        if target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):
+        if target is None and layout.has(target_name):
+            elsewhere[target_name] = info
+        elif target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):
             found.added[name] = info
         elif not layout.admits(target_name):
             found.unmatched.append((info.name, outside_of(target_name, layout)))
-        elif target is None and layout.has(target_name):
-            elsewhere[target_name] = info
         elif target is None:
             found.unmatched.append((info.name, no_such(found, target_name, base)))
         elif reason := _replacement_misfit(found.adapter, name, info, target):
@@ -46,16 +46,19 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
     What the adapter does not replace of such a tensor is the base's own.
     """
     segments = layout.holdings.names.segments
-    wanted = {s.memory for name in replaced for s in segments(name)}
-    targets = [n for n in layout.base.tensors if any(s.memory in wanted for s in segments(n))]
     there = {s.memory for name in replaced for s in segments(name)}
+    targets = [n for n in layout.base.tensors if any(s.memory in there for s in segments(n))]
     pieces = dict(replaced)
     for name in targets:
         if not {s.memory for s in segments(name)} <= there:
             pieces |= rest_of(layout.holdings, name, there)
+    pieces = {name: info.renamed(name) for name, info in pieces.items()}
     holdings = Holdings(pieces, layout.base.config)
     used: set[str] = set()
     for name in targets:
+        if not layout.admits(name):
+            found.unmatched.append((name, outside_of(name, layout)))
+            continue
         try:
             info, names = assembled(
                 holdings, name, layout.base.tensors[name].shape, layout.holdings

@@ -1,11 +1,10 @@
-"""What the tensors of a model's files are in memory, by the table that was derived from transformers.
+"""What tensors of files are in memory, by the table that was derived from transformers.
 
 `layouts.json` has rules by model_type. A rule replaces a run of the parts of a name between dots:
 its pattern for files and its name in memory, with `#` for a number, `{e}` for an expert's number,
 and `^` and `$` for the two ends of the name. Each rule is applied at most once, in the list's
-order: those of the root to the whole name, then those of each part of the model (a sub-config with a
-model_type of its own) to what follows the part's path. Names that are those of memory already pass
-through unchanged.
+order: those of the root to the whole name, then those of each part of the model (a sub-config with
+a model_type of its own) to what follows the part's path. Names of memory pass through unchanged.
 """
 
 from __future__ import annotations
@@ -13,16 +12,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
 from loratool.models.layouts.components import kind_of
+from loratool.models.layouts.rules import NameRule, apply_rules
 
 #: The key of what holds for every model.
 _ALL = "*"
+#: What is not in a cache yet; None is that a name stays as it is.
+_UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -93,32 +95,26 @@ def rope_order(rows: int, heads: int) -> tuple[int, ...]:
     )
 
 
-class Rule(NamedTuple):
-    """One replacement, and what the tensor is then."""
-
-    disk: tuple[str, ...]
-    memory: tuple[str, ...]
-    attributes: dict[str, Any]
-
-
 class Part(NamedTuple):
-    """Where a sub-config's model is, and its model_type where the config does not say."""
+    """Where a sub-config's model is, its model_type where the config does not say, and the class
+    whose entry it has, if not the type's."""
 
     key: str
     path: str
     model_type: str
+    model: str = ""
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayoutEntry:
     """What is known of one model_type."""
 
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[NameRule, ...] = ()
     parts: tuple[Part, ...] = ()
-    #: Names in memory of the output and input embeddings' modules, if not the usual ones.
+    #: Names in memory of the output and input embeddings' modules.
     head: str = "lm_head"
     embedding: str = "model.embed_tokens"
-    #: Parameters that the class itself ties: (the tied one, the one it is).
+    #: Parameters that the class itself can tie: (the tied one, the one it is).
     tied: tuple[tuple[str, str], ...] = ()
     #: Stacked parameters are [experts, in, out].
     transposed_experts: bool = False
@@ -127,20 +123,25 @@ class Entry:
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-Table = Mapping[str, Entry]
+Table = Mapping[str, LayoutEntry]
+#: Segments with `%s` for a number, the places of their numbers and of an expert's in a name.
+_Templates = list[tuple[Segment, tuple[int, ...], int | None]]
 
 
 def read_table(data: Mapping[str, Any]) -> Table:
     """The entries of a table, by model_type or class."""
     entries = {}
     for group in data["groups"]:
-        entry = Entry(
-            tuple(
-                Rule(_split(rule[0]), _split(rule[1]), dict(*rule[2:])) for rule in group["rules"]
-            ),
-            tuple(Part(*part) for part in group.get("parts", ())),
-            **{name: group[name] for name in ("head", "embedding") if name in group},
-            tied=tuple((name, of) for name, of in group.get("tied", ())),
+        parts = tuple(Part(*part) for part in group.get("parts", ()))
+        head = group.get("head", "lm_head")
+        embedding = group.get("embedding", usual_embedding(parts))
+        tied = group.get("tied", [[f"{head}.weight", f"{embedding}.weight"]])
+        entry = LayoutEntry(
+            rules=tuple(map(NameRule.read, group["rules"])),
+            parts=parts,
+            head=head,
+            embedding=embedding,
+            tied=tuple((name, of) for name, of in tied),
             transposed_experts=group.get("transposed_experts", False),
             parameters={end: tuple(names) for end, names in group.get("parameters", {}).items()},
         )
@@ -148,15 +149,17 @@ def read_table(data: Mapping[str, Any]) -> Table:
     return entries
 
 
+def usual_embedding(parts: Iterable[Part]) -> str:
+    """Where the input embedding is, if an entry does not say: in the text's model."""
+    paths = [part.path for part in parts if part.key == "text_config"]
+    return f"{paths[0] if paths else 'model'}.embed_tokens"
+
+
 @cache
 def known_layouts() -> Table:
     """The table of the package."""
     text = resources.files("loratool.models.layouts").joinpath("layouts.json").read_text("utf-8")
     return read_table(json.loads(text))
-
-
-def _split(pattern: str) -> tuple[str, ...]:
-    return tuple(pattern.split(".")) if pattern else ()
 
 
 class Names:
@@ -171,6 +174,7 @@ class Names:
     ) -> None:
         self._table = known_layouts() if table is None else table
         self.entry = self._entry_of(config)
+        self._parts: list[LayoutEntry] = []
         self._scopes = list(self._find_scopes(config))
         literal = {
             pattern[at - 1]
@@ -184,40 +188,52 @@ class Names:
             r"(?<!\d\.)" if part == "#" else rf"(?<!{re.escape(part)}\.)"
             for part in sorted(literal)
         )
-        self._number = re.compile(rf"(?<![^.]){kept}\d+(?![^.])")
-        self._known: dict[str, list[tuple[Segment, tuple[int, ...], int | None]] | None] = {}
+        self._number = re.compile(rf"(?<![^.]){kept}(\d+)(?![^.])")
+        self._known: dict[str, _Templates | None] = {}
+        self._experts: dict[str, int] = {}
         self._experts = self._count_experts(names)
 
     def segments(self, name: str) -> tuple[Segment, ...]:
-        """What a tensor of this name is, whichever of the spellings it has; without rules, itself."""
-        key = self._number.sub("#", name)
-        if key in self._known:
-            known = self._known[key]
-        else:
-            known = self._known[key] = self._fold(key, name)
+        """What a tensor of this name is, whichever spelling it has; without rules, itself."""
+        if "#" in name:
+            return (Segment(name),)
+        pieces = self._number.split(name)
+        key, numbers = "#".join(pieces[::2]), pieces[1::2]
+        known = self._known.get(key, _UNKNOWN)
+        if known is _UNKNOWN:
+            known = self._known[key] = self._fold(key)
         if known is None:
             return (Segment(name),)
-        numbers = self._number.findall(name)
-        return tuple(
-            segment
-            for template, places, expert in known
-            for segment in self._filled(key, template, [numbers[i] for i in places],
-                                        None if expert is None else int(numbers[expert]))
-        )  # fmt: skip
+        filled = []
+        for template, places, expert in known:
+            # There are tens of thousands of experts' tensors, and __init__ would be half the time.
+            made = object.__new__(Segment)
+            values = made.__dict__
+            values.update(template.__dict__)
+            values["memory"] = template.memory % tuple([numbers[at] for at in places])
+            if expert is not None:
+                values["expert"] = int(numbers[expert])
+                if template.experts is not None and key in self._experts:
+                    start, stop = (int(share * self._experts[key]) for share in template.experts)
+                    if not start <= values["expert"] < stop:
+                        continue
+                    values["expert"] -= start
+                    values["experts"] = None
+            filled.append(made)
+        return tuple(filled)
 
-    def _filled(
-        self, key: str, template: Segment, numbers: list[str], expert: int | None
-    ) -> Iterator[Segment]:
-        memory = template.memory % tuple(numbers)
-        if template.experts is not None and expert is not None and key in self._experts:
-            start, stop = (int(share * self._experts[key]) for share in template.experts)
-            if start <= expert < stop:
-                yield replace(template, memory=memory, expert=expert - start, experts=None)
-        else:
-            yield Segment(
-                memory, expert, template.experts, template.rows, template.into, template.stacked,
-                template.transposed, template.maybe_transposed, template.order,
-            )  # fmt: skip
+    @property
+    def parameters(self) -> dict[str, tuple[str, ...]]:
+        """The stacked parameters of modules of the model and its parts; see LayoutEntry."""
+        found: dict[str, tuple[str, ...]] = {}
+        for entry in (*self._parts, self.entry):
+            found.update(entry.parameters)
+        return found
+
+    @property
+    def transposed_experts(self) -> bool:
+        """Whether stacked parameters are [experts, in, out] in memory."""
+        return any(entry.transposed_experts for entry in (self.entry, *self._parts))
 
     def _count_experts(self, names: Iterable[str]) -> dict[str, int]:
         """How many experts there are, of names whose numbers are shared by two kinds of them."""
@@ -230,18 +246,18 @@ class Names:
                     counts[key] = max(counts.get(key, 0), segments[0].expert + 1)
         return counts
 
-    # --- which rules, for which part of the model ---------------------------------------------------
+    # --- which rules, for which part of the model -------------------------------------------------
 
-    def _entry_of(self, config: Mapping[str, Any]) -> Entry:
+    def _entry_of(self, config: Mapping[str, Any]) -> LayoutEntry:
         classes = config.get("architectures") or ()
         keys = [*classes[:1], config.get("model_type")]
-        return next((self._table[key] for key in keys if key in self._table), Entry())
+        return next((self._table[key] for key in keys if key in self._table), LayoutEntry())
 
     def _find_scopes(
         self, config: Mapping[str, Any]
-    ) -> Iterator[tuple[tuple[str, ...], str, Sequence[Rule]]]:
+    ) -> Iterator[tuple[tuple[str, ...], str, Sequence[NameRule]]]:
         """(path, kind of part, rules): a path, or where that is not known a kind by its words."""
-        general = self._table.get(_ALL, Entry()).rules
+        general = self._table.get(_ALL, LayoutEntry()).rules
         yield (), "", (*self.entry.rules, *general)
         if self.entry.parts:
             for part in self.entry.parts:
@@ -249,24 +265,28 @@ class Names:
                 for step in part.key.split("."):
                     value = value.get(step) if isinstance(value, Mapping) else None
                 kind = value.get("model_type") if isinstance(value, Mapping) else None
-                entry = self._table.get(kind or part.model_type)
+                kind = kind or part.model_type
+                own = part.model if kind == part.model_type else ""
+                entry = self._table.get(own) or self._table.get(kind)
+                self._parts += [entry] if entry is not None else []
                 if entry is not None and entry.rules:
                     yield tuple(part.path.split(".")), "", entry.rules
             return
         for key, value in config.items():
             if isinstance(value, Mapping) and value.get("model_type") in self._table:
                 rules = self._table[value["model_type"]].rules
+                self._parts.append(self._table[value["model_type"]])
                 kind = kind_of(key.removesuffix("_config"))
                 if rules and kind:
                     yield (), kind, rules
 
-    # --- one name -------------------------------------------------------------------------------------
+    # --- one name ---------------------------------------------------------------------------------
 
-    def _fold(
-        self, key: str, name: str
-    ) -> list[tuple[Segment, tuple[int, ...], int | None]] | None:
+    def _fold(self, key: str) -> _Templates | None:
         """Segments of all names with this key, as templates with `%s` for a number, the places of
         their numbers and of the expert's among those of the name; None if it is as it is."""
+        if "^" in key or "$" in key:
+            return None
         count = iter(range(key.count("#") + 1))
         own = tuple(f"#{next(count)}" if part == "#" else part for part in key.split("."))
         found: list[tuple[tuple[str, ...], dict[str, Any]]] = [(own, {})]
@@ -278,7 +298,7 @@ class Names:
                 for rest, attributes in (
                     [(parts[len(parts) :], known)]
                     if at is None
-                    else _apply(rules, parts[at:], known)
+                    else apply_rules(rules, parts[at:], known)
                 )
             ]
         if found == [(own, {})]:
@@ -299,55 +319,6 @@ def _after(parts: tuple[str, ...], path: tuple[str, ...], kind: str) -> int | No
     return 0 if kind == "text" and not others else None
 
 
-def _apply(
-    rules: Sequence[Rule], parts: tuple[str, ...], attributes: dict[str, Any]
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """All that the rules make of a name: one name, or several where a tensor is split."""
-    found = [(parts, attributes)]
-    at = 0
-    while at < len(rules):
-        end = at + 1
-        while end < len(rules) and rules[end].disk == rules[at].disk:
-            end += 1
-        found = [
-            result
-            for one, known in found
-            for result in _replaced(rules[at:end], one, known) or [(one, known)]
-        ]
-        at = end
-    return found
-
-
-def _replaced(
-    rules: Sequence[Rule], parts: tuple[str, ...], attributes: dict[str, Any]
-) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """What these rules with one pattern make of a name; nothing if the pattern is not in it."""
-    pattern = rules[0].disk
-    ends = ("^", *parts, "$")
-    for at in range(len(ends) - len(pattern) + 1):
-        run = ends[at : at + len(pattern)]
-        if all(map(_fits, pattern, run)):
-            break
-    else:
-        return []
-    numbers = [part for want, part in zip(pattern, run, strict=True) if want == "#"]
-    expert = [part for want, part in zip(pattern, run, strict=True) if want == "{e}"]
-    results = []
-    for rule in rules:
-        order = iter(numbers)
-        memory = tuple(next(order) if part == "#" else part for part in rule.memory)
-        whole = (*ends[:at], *memory, *ends[at + len(pattern) :])
-        own = {**attributes, **rule.attributes, **({"expert": expert[0]} if expert else {})}
-        results.append((tuple(part for part in whole if part not in ("^", "$")), own))
-    return results
-
-
-def _fits(want: str, part: str) -> bool:
-    if want in ("#", "{e}"):
-        return part.startswith("#") or part.isdecimal()
-    return want == part
-
-
 def _template(
     parts: tuple[str, ...], attributes: dict[str, Any]
 ) -> tuple[Segment, tuple[int, ...], int | None]:
@@ -365,4 +336,6 @@ def _template(
     if "experts" in attributes:
         start, stop = attributes["experts"]
         values["experts"] = Fraction(start), Fraction(stop)
+    if expert is not None and not expert.startswith("#"):
+        return Segment(memory, int(expert), **values), places, None
     return Segment(memory, **values), places, None if expert is None else int(expert[1:])

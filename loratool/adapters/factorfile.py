@@ -136,7 +136,9 @@ class AdapterWriter:
         """Write the file, each module with its rank: cut, or filled up with zeros. Nothing can be
         added afterwards, and the scratch file is gone."""
         producers: list[Callable[[], Bytes]] = [
-            partial(self._read, self._kept[outline.path], half, rank)
+            partial(
+                self._stacked if outline.kind == "experts" else self._alone, outline, half, rank
+            )
             for outline, rank in zip(outlines, ranks, strict=True)
             for half in "AB"
         ]
@@ -152,8 +154,26 @@ class AdapterWriter:
             file.close()
         self._close()
 
-    def _read(self, kept: _Kept, half: str, rank: int) -> Bytes:
+    def _alone(self, outline: ModuleShape, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""
+        rows = self._rows(self._kept[outline.path], half, rank)
+        # Kept as [k, out], B is written as [out, k].
+        return rows.reshape(-1).view(np.uint8) if half == "A" else _flat(rows.T)
+
+    def _stacked(self, outline: ModuleShape, half: str, rank: int) -> Bytes:
+        """The same of a stack: all its matrices are `[E·k, in]`, and `[out, k·E]` with
+        the number of the matrix fastest. Those that are not kept are zero."""
+        length = outline.shape[1 if half == "A" else 0]
+        bits = _UNSIGNED[DTYPE_BITS[self.dtype] // 8]
+        stack = np.zeros((outline.experts, rank, length), bits)
+        for number in range(outline.experts):
+            kept = self._kept.get(f"{outline.path}.{number}")
+            if kept is not None:
+                stack[number] = self._rows(kept, half, rank)
+        return _flat(stack if half == "A" else stack.transpose(2, 1, 0))
+
+    def _rows(self, kept: _Kept, half: str, rank: int) -> npt.NDArray[Any]:
+        """`A [k, in]`, or `Bᵀ [k, out]`, at this rank."""
         out, width = kept.outline.shape
         size = DTYPE_BITS[self.dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
@@ -165,10 +185,11 @@ class AdapterWriter:
             if not count:
                 raise OSError(errno.EIO, "the scratch file is shorter than what was written")
             target, position = target[count:], position + count
-        if half == "A":
-            return rows.reshape(-1)
-        elements = rows.view(_UNSIGNED[size]).T  # kept as [k, out], written as [out, k]
-        return np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
+        return rows.view(_UNSIGNED[size])
+
+
+def _flat(values: npt.NDArray[Any]) -> Bytes:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def note_ranks(ranks: list[int]) -> Notice:

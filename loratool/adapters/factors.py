@@ -29,12 +29,23 @@ class ModuleShape:
 
     `out` are the rows of B and `inner` the dimensions of A beside the rank: `(in,)`, and for
     convolutions `(in, *kernel)`.
+
+    Of a stack ("experts") `path` is the name of the parameter, and there are factors of these
+    shapes for each of `experts` matrices. `above` counts the parameters of its module that are
+    adapted too and that the module registered later.
     """
 
     path: str
     kind: Kind
     out: int
     inner: tuple[int, ...]
+    experts: int = 1
+    above: int = 0
+
+    @property
+    def owner(self) -> str:
+        """The module that holds it."""
+        return self.path.rpartition(".")[0] if self.kind == "experts" else self.path
 
     @property
     def shape(self) -> tuple[int, int]:

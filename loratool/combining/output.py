@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -139,9 +140,10 @@ def _extras(joined: Joined, dtype: str) -> list[Extra]:
             info = module.magnitude
             key = WRITTEN.magnitude_key(module.path)
             extras.append(Extra(key, info.dtype, info.shape, partial(raw_blocks, info)))
+    adapted = Counter(parts[0].module.outline.owner for parts in joined.modules.values())
     for saved in joined.saved.values():
         info = saved.sources[0][1]
-        key = WRITTEN.saved_key(saved.name, info.name, joined.modules)
+        key = WRITTEN.saved_key(saved.name, info.name, adapted)
         extras.append(Extra(key, info.dtype, info.shape, partial(_saved_bytes, saved)))
     for rows in joined.token_rows.values():
         info = rows.rows

@@ -7,8 +7,10 @@ done again with a higher rank.
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -70,12 +72,57 @@ class Decomposed:
         return self.cut + more, self.least + more
 
 
+def joined_stacks(found: Iterable[Decomposed]) -> list[Decomposed]:
+    """The same with one for all matrices of a stack, where the first of them is."""
+    units: dict[str, list[Decomposed]] = defaultdict(list)
+    for one in found:
+        units[one.part.unit].append(one)
+    return [_joined(own) if own[0].part.stack else own[0] for own in units.values()]
+
+
+def _joined(found: list[Decomposed]) -> Decomposed:
+    """All matrices of a stack as one: their k-th singular values count together as the k-th."""
+    part = replace(found[0].part, name=found[0].part.unit)
+    sizes = [f.size for f in found]
+    size = Size(
+        energy=math.fsum(s.energy for s in sizes), weight=math.fsum(s.weight for s in sizes),
+        changed=any(s.changed for s in sizes), noise=math.fsum(s.noise for s in sizes),
+    )  # fmt: skip
+    alive = [f for f in found if f.changed]
+    if not alive:
+        return Decomposed(part, size, noise=size.changed)
+    values = _together([f.values for f in alive])
+    spectrum = _together([np.concatenate([f.values, f.following]) for f in alive])
+    # Rounding alone is held by no factors.
+    noise = math.fsum(f.size.energy for f in found if f.noise)
+    kept = [float((f.values**2).sum()) for f in alive]
+    lost = [f.rounding for f in alive if f.rounding is not None]
+    rounding = None
+    if len(lost) == len(alive) and sum(kept) > 0:
+        rounding = math.sqrt(
+            math.fsum(k * r**2 for k, r in zip(kept, lost, strict=True)) / sum(kept)
+        )
+    return Decomposed(
+        part, size, values, spectrum[len(values) :], noise + math.fsum(f.cut for f in alive),
+        noise + math.fsum(f.least for f in alive), rounding, max(f.passes for f in alive),
+    )  # fmt: skip
+
+
+def _together(values: Sequence[Float64]) -> Float64:
+    """Singular values of several matrices, which get their ranks together."""
+    squares = np.zeros(max(map(len, values)))
+    for own in values:
+        squares[: len(own)] += own**2
+    return np.sqrt(squares)
+
+
 @dataclass(frozen=True)
 class Policy:
     """How the ranks are chosen: by `criterion`, or such that the file is no larger than `budget`.
 
     With `uniform` all modules get the same. No rank is above what the widest matrix has.
-    `cost(part)` are the bytes of one rank of a module, and `size(parts, ranks)` those of the file.
+    `cost(part)` are the bytes of one rank of a module, and `size(parts, ranks)` those of the file;
+    of a stack they are given one matrix, and count all.
     """
 
     criterion: Criterion
@@ -84,24 +131,34 @@ class Policy:
     budget: int | None = None
     uniform: bool = False
 
-    def ranks(self, found: Sequence[Decomposed]) -> list[int]:
-        """The rank of each module, which may be higher than what was computed of it."""
+    def ranks(self, found: Sequence[Decomposed]) -> dict[str, int]:
+        """The rank of each module, by unit; it may be higher than what was computed of it.
+
+        All matrices of a stack have one: the highest that one of them needs. Where it depends on
+        errors, a rank of a stack counts as one of a module, of all its matrices together.
+        """
+        units = [one.part.unit for one in found]
         if self.criterion.rank is not None:
             widest = widest_of([f.part for f in found])
-            return [min(self.criterion.rank, widest)] * len(found)
+            return dict.fromkeys(units, min(self.criterion.rank, widest))
+        stacks = joined_stacks(found)
+        parts = [f.part for f in stacks]
         if self.budget is not None and self.uniform:
-            return [self.even([f.part for f in found])] * len(found)
-        if self.budget is not None:
-            return self._spread(found, self.budget)
-        if self.uniform and found:
-            return [max(len(f.values) for f in found)] * len(found)
-        return [len(f.values) for f in found]
+            ranks = [self.even(parts)] * len(parts)
+        elif self.budget is not None:
+            ranks = self._spread(parts, [f.values for f in stacks], self.budget)
+        elif self.uniform and found:
+            ranks = [max(len(f.values) for f in found)] * len(parts)
+        else:
+            ranks = [len(f.values) for f in stacks]
+        return dict(zip([part.unit for part in parts], ranks, strict=True))
 
-    def even(self, parts: Sequence[Counterpart]) -> int:
+    def even(self, found: Sequence[Counterpart]) -> int:
         """The one rank for which the budget is enough, up to the largest that a module can have.
 
         Raises UsageError if it is not enough for one.
         """
+        parts = by_unit(found)
         budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
         if self.size(parts, [1] * len(parts)) > budget:
             raise _too_small(budget, costs, "all modules")
@@ -111,12 +168,13 @@ class Policy:
             rank -= 1
         return rank
 
-    def _spread(self, found: Sequence[Decomposed], budget: int) -> list[int]:
-        parts = [f.part for f in found]
+    def _spread(
+        self, parts: Sequence[Counterpart], values: Sequence[Float64], budget: int
+    ) -> list[int]:
         costs = [self.cost(part) for part in parts]
         rest = budget - (self.size(parts, [1] * len(parts)) - sum(costs))
         while True:
-            ranks = spread([f.values for f in found], costs, rest)
+            ranks = spread(values, costs, rest)
             if not any(ranks):
                 raise _too_small(budget, min(costs), "the smallest module")
             alive = [(part, rank) for part, rank in zip(parts, ranks, strict=True) if rank]
@@ -124,6 +182,11 @@ class Policy:
             if over <= 0:
                 return ranks
             rest -= over  # larger ranks have more digits in the header
+
+
+def by_unit(parts: Iterable[Counterpart]) -> list[Counterpart]:
+    """One of the matrices of each stack, and all other parts."""
+    return list({part.unit: part for part in parts}.values())
 
 
 def _too_small(budget: int, least: int, what: str) -> UsageError:
@@ -140,8 +203,9 @@ def widest_of(parts: Sequence[Counterpart]) -> int:
 
 
 def cost(part: Counterpart, dtype: str) -> int:
-    """Bytes of one rank of a module."""
-    return sum(sum(outline.shape) for outline in part.outlines) * DTYPE_BITS[dtype] // 8
+    """Bytes of one rank of a module, or of the stack that it is of."""
+    elements = sum(outline.experts * sum(outline.shape) for outline in part.filed())
+    return elements * DTYPE_BITS[dtype] // 8
 
 
 @dataclass
@@ -174,21 +238,23 @@ class Extraction:
 
     def decompose(
         self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
-    ) -> tuple[list[Decomposed], list[int]]:
-        """Factors for all parts that changed, put into `writer`; and the rank each is to have."""
+    ) -> tuple[list[Decomposed], dict[str, int]]:
+        """Factors for all parts that changed, put into `writer`; and by unit the rank each is to
+        have."""
         criterion = policy.criterion
         if policy.budget is not None:
-            guess = policy.budget // max(1, sum(policy.cost(part) for part in parts))
+            guess = policy.budget // max(1, sum(policy.cost(part) for part in by_unit(parts)))
             guess = max(guess if policy.uniform else 2 * guess, _LEAST)
             criterion = Criterion(rank=min(guess, criterion.max_rank or LARGEST_RANK))
         found = self._pass([(part, criterion) for part in parts], writer, self.advance)
         while True:
             alive = [f for f in found if f.changed]
             if not alive:
-                return found, []
+                return found, {}
             ranks = policy.ranks(alive)
             again = []
-            for own, rank in zip(alive, ranks, strict=True):
+            for own in alive:
+                rank = ranks[own.part.unit]
                 # A budget may want more of a module that it takes all of what is known.
                 open_ended = policy.budget is not None and not policy.uniform
                 short = rank > len(own.values) or (open_ended and rank == len(own.values))
@@ -273,7 +339,7 @@ class Extraction:
         )  # fmt: skip
         left, right = result.left.cpu().numpy(), result.right.cpu().numpy()
         b, a = (right, left.T) if part.place.transposed else (left, right.T)
-        data = [factor_bytes(part.module, b, a, self.dtype)]
+        data = [factor_bytes(part.outline.path, b, a, self.dtype)]
         if part.twin:
             data.append(factor_bytes(part.twin, a.T, b.T, self.dtype))
         lost = None if self.dtype == "F32" else rounding_loss(b, a, data[0], self.dtype)

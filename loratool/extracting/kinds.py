@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 from loratool.adapters.dialects import WRITTEN
-from loratool.models.checkpoint import Checkpoint
+from loratool.extracting.parameters import Parameter, is_bare
 from loratool.models.layouts.names import CLASSIFIERS, is_lookup
-from loratool.storage.tensors import TensorInfo
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
 #: Linear maps that are no module of their own in current models: PEFT could not adapt them.
@@ -25,26 +25,45 @@ _UNADAPTABLE = {
 }
 
 
-def group_of(name: str, info: TensorInfo, tuned: Checkpoint) -> Group:
-    tensors = tuned.tensors
-    path, _, leaf = name.rpartition(".")
-    own = info.name.rpartition(".")[0]
-    weight = tensors.get(f"{own}.weight")
-    if info.name.endswith((".gamma", ".beta")) or (weight is not None and len(weight.shape) == 1):
+def group_of(
+    path: str, parameter: Parameter, parameters: Mapping[str, Parameter], model_type: str
+) -> Group:
+    """The group of a parameter whose name in an adapter is `path`; `parameters` are those of its
+    model by their names in memory."""
+    module, _, leaf = path.rpartition(".")
+    own = parameter.name.rpartition(".")[0]
+    weight = parameters.get(f"{own}.weight")
+    if leaf in ("gamma", "beta") or (weight is not None and len(weight.info.shape) == 1):
         return "norms"
-    if WRITTEN.saved_unit(path) != path or path.endswith(CLASSIFIERS):
+    if is_bare(path) and leaf.endswith("bias"):
+        return "biases"
+    if parameter.members:
+        return "linears" if len(parameter.info.shape) == 3 else "others"
+    if WRITTEN.saved_unit(module) != module or module.endswith(CLASSIFIERS):
         return "heads"
     if leaf == "bias":
         return "biases"
     parent = own.rpartition(".")[0]
-    attention = any(f"{p}.in_proj_weight" in tensors for p in (own, parent))
-    fixed = _UNADAPTABLE.get(tuned.model_type)
-    if leaf != "weight" or attention or _ROUTER.search(path) or (fixed and fixed.search(path)):
+    attention = any(f"{p}.in_proj_weight" in parameters for p in (own, parent))
+    fixed = _UNADAPTABLE.get(model_type)
+    if leaf != "weight" or attention or _routes(own, parameters):
         return "others"
-    if len(info.shape) == 2:
-        return "embeddings" if is_lookup(path) else "linears"
+    if fixed and fixed.search(module):
+        return "others"
+    shape = parameter.info.shape
+    if len(shape) == 2:
+        return "embeddings" if is_lookup(module) else "linears"
     # Convolutions with one input channel are grouped ones, whose factors PEFT cannot shape, and
-    # weights of three axes that are not called so are experts.
-    axes = len(info.shape)
-    convolves = axes in (4, 5) or (axes == 3 and "conv" in path.rpartition(".")[2])
-    return "convs" if convolves and info.shape[1] > 1 else "others"
+    # other weights of three axes are not called so.
+    axes = len(shape)
+    convolves = axes in (4, 5) or (axes == 3 and "conv" in module.rpartition(".")[2])
+    return "convs" if convolves and shape[1] > 1 else "others"
+
+
+def _routes(path: str, parameters: Mapping[str, Parameter]) -> bool:
+    """Whether a module chooses among experts: by its name, or as what is called so beside them."""
+    if _ROUTER.search(path):
+        return True
+    parent, _, leaf = path.rpartition(".")
+    beside = f"{parent}.experts." if parent else "experts."
+    return leaf in ("gate", "router") and any(name.startswith(beside) for name in parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from loratool.adapters.factors import ModuleShape
 from loratool.dtypes import dtype_name
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts
-from loratool.extracting.decomposition import Decomposed, Policy
+from loratool.extracting.decomposition import Decomposed, Policy, joined_stacks
 from loratool.extracting.selection import ON_REQUEST
 from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
@@ -21,11 +22,8 @@ from loratool.notices import Notice
 from loratool.paths import ranged_names
 from loratool.words import agreeing, counted, format_bytes, percent
 
-#: Modules of which models in memory have one tensor for all.
+#: Modules of which models in memory mostly have one tensor for all.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-#: Architectures of which PEFT 0.21 was seen to load such factors rightly.
-_EXPERTS_READ = {"mixtral", "qwen3_moe", "olmoe"}
-
 
 #: From this share on, rounding to half precision is worth a warning.
 _LARGE_ROUNDING = 0.01
@@ -77,9 +75,20 @@ class Outcome:
 
     @property
     def placed(self) -> list[tuple[ModuleShape, int]]:
-        """The places that get factors, and their ranks."""
+        """The places that get factors, and their ranks; a stack is one."""
         pairs = zip(self.factors, self.ranks, strict=True)
-        return [(outline, rank) for f, rank in pairs if rank for outline in f.part.outlines]
+        placed = [(f.part, rank) for f, rank in pairs if rank]
+        orders: dict[str, list[int]] = defaultdict(list)
+        for part, _ in placed:
+            if part.stack:
+                orders[part.module].append(part.stack.order)
+        return [
+            (outline, rank)
+            for part, rank in placed
+            for later in [sum(o > part.stack.order for o in orders[part.module])
+                          if part.stack else 0]
+            for outline in part.filed(later)
+        ]  # fmt: skip
 
 
 def energy_of(found: Sequence[Decomposed]) -> float:
@@ -93,7 +102,7 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     Raises ValueRangeError if there is nothing that an adapter could hold.
     """
     by_name = {f.part.name: f for f in found}
-    ordered = [by_name[part.name] for part in pairs.found]
+    ordered = joined_stacks([by_name[part.name] for part in pairs.found])
     changed = [f for f in ordered if f.changed]
     fates: dict[str, list[Decomposed]] = {
         fate: [f for f in changed if f.part.fate == fate]
@@ -193,10 +202,12 @@ def _note_ranks(outcome: Outcome, asked: int) -> None:
         text = f"No module changed by more than rank {needed}; --rank {needed} holds as much."
         outcome.notices.append(Notice("rank-not-needed", text))
     if asked:
-        shapes = {f.part.module: f.part.outline.shape for f in outcome.factors}
+        shapes = {f.part.outline.path: f.part.outline.shape for f in outcome.factors}
         outcome.notices += note_too_wide(asked, shapes)
     dropped = [
-        f.part.module for f, rank in zip(outcome.factors, outcome.ranks, strict=True) if not rank
+        f.part.outline.path
+        for f, rank in zip(outcome.factors, outcome.ranks, strict=True)
+        if not rank
     ]
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
@@ -258,29 +269,14 @@ def _note_saved(outcome: Outcome) -> None:
             "Leave them out with --skip or --exclude if the adapter should be small."
         )
         outcome.notices.append(Notice("saved-large", text))
-    stacks = [
-        f.part for f in outcome.whole if ".experts" in f.part.name and f.part.group == "others"
-    ]
-    if stacks:
-        text = (
-            "Stacks of experts have no factors and are saved whole "
-            f"({counted(len(stacks), 'tensor')})."
-        )
-        outcome.notices.append(Notice("experts-whole", text, stacks[0].name))
 
 
 def _note_experts(outcome: Outcome, kind: str) -> None:
-    ranks = [rank for _, rank in outcome.placed]
-    experts = [f.part.module for f in outcome.factors if _EXPERT.search(f.part.module)]
-    if experts and kind not in _EXPERTS_READ:
+    experts = [f.part.module for f in outcome.factors if _EXPERT.search(f"{f.part.module}.")]
+    if experts:
         text = (
-            f"transformers 5 holds the experts of a {kind} in one tensor, and PEFT 0.21 may not "
-            "apply factors for each of them. merge does."
+            f"The experts of a {kind} are not in the table of layouts. transformers 5 may hold "
+            "those of a layer in one tensor, and PEFT then not apply factors for each of them. "
+            "merge does."
         )
         outcome.notices.append(Notice("experts-in-peft", text, experts[0]))
-    elif experts and len(set(ranks)) > 1:
-        text = (
-            "transformers 5 holds all experts of a layer in one tensor, for which PEFT needs "
-            "one rank: leave out --patterns to load this adapter with it."
-        )
-        outcome.notices.append(Notice("ranks-of-experts", text, experts[0]))

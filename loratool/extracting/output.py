@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -80,7 +81,7 @@ def write(
         policy = choosing(options, others, pairs, work.dtype)
         factors, ranks = work.decompose(parts, policy, folder.writer)
         outcome = gather(pairs, [*others, *factors])
-        outcome.ranks = ranks
+        outcome.ranks = [ranks[f.part.unit] for f in outcome.factors]
         outlines = [outline for outline, _ in outcome.placed]
         final = [rank for _, rank in outcome.placed]
         outcome.nbytes = folder.finish(outlines, final, _extras(outcome), run.threads)
@@ -88,7 +89,8 @@ def write(
         saved = [name for f in outcome.whole for name in f.part.names]
         folder.write_config(
             Recipe(
-                outlines, final, saved, modules=pairs.modules, base_name=base_name,
+                outlines, final, saved, modules=pairs.modules, stacks=pairs.stacks,
+                base_name=base_name,
                 task_type=_task(tuned, saved),
                 tied=any(f.part.twin for f in (*outcome.factors, *outcome.whole)),
                 transposes=pairs.fan_in_fan_out,
@@ -96,7 +98,9 @@ def write(
         )  # fmt: skip
         folder.copy(beside)
         if verify:
-            outcome.verified = _verified(outcome, base, folder.path, pairs, work, run.threads)
+            outcome.verified = _verified(
+                outcome, base, tuned, folder.path, pairs, work, run.threads
+            )
         for model in (base, tuned):
             model.folder.refuse_changed()
         folder.write_record(_record(base, tuned, outcome, options))
@@ -131,7 +135,7 @@ def _tensors(outcome: Outcome, dtype: str) -> list[tuple[str, str, tuple[int, ..
 
 def _extras(outcome: Outcome) -> list[Extra]:
     """The tensors that are saved whole, a tied one under both of its names."""
-    modules = dict.fromkeys(outline.path for outline, _ in outcome.placed)
+    modules = Counter(outline.owner for outline, _ in outcome.placed)
     return [
         Extra(
             WRITTEN.saved_key(name, name, modules), f.part.tuned.dtype, f.part.tuned.shape,
@@ -169,6 +173,7 @@ def _new_tokenizer(base: Checkpoint, tuned: Checkpoint) -> dict[str, Path]:
 def _verified(
     outcome: Outcome,
     base: Checkpoint,
+    tuned: Checkpoint,
     folder: Path,
     pairs: Counterparts,
     work: Extraction,
@@ -176,7 +181,7 @@ def _verified(
 ) -> float:
     """The error of base + adapter, which must be what the singular values say."""
     saved = [f.part.name for f in outcome.whole]
-    off, size = distance(base, folder, pairs.found, saved, work.advance, threads)
+    off, size = distance(base, tuned, folder, pairs, saved, work.advance, threads)
     cut, _ = outcome.lost
     rounded = sum(f.size.energy * (f.rounding or 0) ** 2 for f in outcome.factors)
     if off > 1.02 * math.sqrt(cut + rounded) + 1e-5 * size:
@@ -204,7 +209,7 @@ def _record(
             "held": max(0.0, 1 - lost),
             "error": math.sqrt(lost),
             "modules": {
-                f.part.module: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
+                f.part.outline.path: {"rank": rank, "kept": 1 - f.at(rank)[0] / f.size.energy}
                 for f, rank in zip(outcome.factors, outcome.ranks, strict=True)
             },
             "saved": [f.part.name for f in outcome.whole],

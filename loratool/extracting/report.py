@@ -30,7 +30,9 @@ class ExtractedModule:
     the factors, `error` ‖Δ - B·A‖/‖Δ‖, and no factors of this rank have an error below
     `best_error`. `noise` is ‖·‖ of what storing the tuned weights rounded off, over ‖Δ‖, and
     `rounding` what the factors' dtype adds to the error. `stable_rank` is ‖Δ‖²/σ₁². A dry run
-    knows neither `rank` nor what depends on it.
+    knows neither `rank` nor what depends on it. A stack of experts is one module, with the `shape`
+    and the rank of one expert and all else of all of them: their k-th singular values are one, the
+    root of the sum of their squares.
     """
 
     path: str
@@ -225,7 +227,7 @@ def _held_by_rank(held: Outcome) -> dict[int, float]:
 
 
 def _module(found: Decomposed, rank: int | None) -> ExtractedModule:
-    size, outline = found.size, found.part.outline
+    size, outline = found.size, found.part.filed()[0]
     module = ExtractedModule(
         path=outline.path,
         kind=outline.kind,
@@ -251,7 +253,7 @@ def _module(found: Decomposed, rank: int | None) -> ExtractedModule:
 
 
 def _other(found: Decomposed, why: str = "") -> OtherTensor:
-    info = found.part.tuned
+    info = found.part.stack.whole if found.part.stack else found.part.tuned
     numbers = found.part.is_comparable and info.is_float
     norm = math.sqrt(found.size.energy) if numbers else None
     return OtherTensor(found.part.name, info.shape, info.nbytes, norm, why)

@@ -58,34 +58,39 @@ def test_each_kind_goes_where_peft_can_load_it(tmp_path: Path) -> None:
     kinds = {m.path: m.kind for m in report.modules if m.kind != "linear"}
     assert kinds == {
         "model.embed_tokens": "embedding", "model.vision.conv": "conv", "model.audio.conv1": "conv",
+        "model.layers.0.mlp.experts.gate_up_proj": "experts",
     }  # fmt: skip
     whole = {t.name for t in report.saved}
     assert whole >= {
-        "model.scale", "model.temperature", "model.layers.0.mlp.experts.gate_up_proj",
+        "model.scale", "model.temperature",
         "model.layers.0.mlp.gate.weight", "model.vision.depthwise.weight", "model.position_ids",
         "model.embed_positions.weight", "classifier.dense.weight", "score.weight",
         "model.vision.conv.bias",
     }  # fmt: skip
     assert not any(f"{m.path}.weight" in whole for m in report.modules)
-    (stack,) = [n for n in report.warnings if n.code == "experts-whole"]
-    assert "saved whole (1 tensor)." in stack.message
 
 
 @pytest.mark.parametrize(
-    ("kind", "path"),
-    [("jetmoe", "mlp.input_linear"), ("granitemoe", "block_sparse_moe.input_linear")],
-)
+    ("kind", "stack", "parameter"),
+    [
+        ("jetmoe", "mlp.input_linear.weight", "mlp.input_linear.weight"),
+        ("granitemoe", "block_sparse_moe.input_linear.weight",
+         "block_sparse_moe.experts.gate_up_proj"),
+    ],
+)  # fmt: skip
 def test_experts_that_are_one_weight_are_no_convolution(
-    tmp_path: Path, kind: str, path: str
+    tmp_path: Path, kind: str, stack: str, parameter: str
 ) -> None:
     """JetMoE's and GraniteMoE's files keep all experts in `input_linear.weight` [experts, out, in].
-    PEFT has no adapter for such a module, so it is saved whole."""
-    name = f"model.layers.0.{path}.weight"
+    Each expert gets factors, in the parameter that memory has."""
+    name = f"model.layers.0.{stack}"
     state = model() | {name: random_for("e", 3, 8, 6).float()}
     pair = Pair(tmp_path, state, moved(state, name, f"{Q0}.weight"), model_type=kind)
     report = pair.extract(rank=2)
-    assert [m.path for m in report.modules] == [Q0]
-    assert [t.shape for t in report.saved] == [(3, 8, 6)]
+    assert {m.path: m.kind for m in report.modules} == {
+        Q0: "linear", f"model.layers.0.{parameter}": "experts",
+    }  # fmt: skip
+    assert not report.saved
 
 
 def test_norms_are_saved_with_both_tensors(tmp_path: Path) -> None:

@@ -116,13 +116,26 @@ def products(folder: Path) -> State:
         path = re.split(r"\.lora_(?:embedding_)?A", name.removeprefix(PREFIX))[0]
         rank = of_pattern(config["rank_pattern"], path, config["r"])
         alpha = of_pattern(config["alpha_pattern"], path, config["lora_alpha"])
-        assert (a.shape[0], b.shape[1]) == (rank, rank), path
         assert alpha == rank, path
+        if a.shape[0] != rank:
+            found[_stack_of(config, path)] = torch.einsum(
+                "ore,eri->eoi", b.double().reshape(len(b), rank, -1),
+                a.double().reshape(-1, rank, a.shape[1]),
+            )  # fmt: skip
+            continue
+        assert (a.shape[0], b.shape[1]) == (rank, rank), path
         delta = b.double().reshape(len(b), -1) @ a.double().reshape(len(a), -1)
         if "embedding" in name:
             delta = delta.T
         found[f"{path}.weight"] = delta.reshape(len(delta), *a.shape[1:]) if a.ndim > 2 else delta
     return found
+
+
+def _stack_of(config: dict[str, Any], path: str) -> str:
+    """The one parameter of a module that target_parameters means."""
+    ends = [entry.rpartition(".") for entry in config["target_parameters"]]
+    (leaf,) = {leaf for end, _, leaf in ends if f".{path}".endswith(f".{end}")}
+    return f"{path}.{leaf}"
 
 
 def of_pattern(patterns: dict[str, int], path: str, default: int) -> int:
@@ -211,7 +224,11 @@ def assert_selected(folder: Path, state: State) -> None:
     """By PEFT's rules the config means exactly the modules with factors, and those saved."""
     config = config_of(folder)
     modules = {name.rpartition(".")[0] for name in state}
-    adapted = {name.removesuffix(".weight") for name in products(folder)}
+    parameters = config.get("target_parameters") or []
+    names = products(folder).keys()
+    bare = {n for n in names if any(f".{n}".endswith(f".{entry}") for entry in parameters)}
+    assert {n for n in state if any(f".{n}".endswith(f".{entry}") for entry in parameters)} == bare
+    adapted = {name.removesuffix(".weight") for name in names - bare}
     assert {m for m in modules if selects(config, m)} == adapted
     wanted = config["modules_to_save"] or []
     whole = {m for m in modules if any(m.endswith(name) for name in wanted)}
@@ -245,7 +262,7 @@ def odd_model() -> State:
 
 def assert_accounted(report: loratool.ExtractReport, base: State, tuned: State) -> None:
     """Every tensor that differs is in modules, saved or left, once; all others are counted."""
-    names = [f"{m.path}.weight" for m in report.modules]
+    names = [m.path if m.kind == "experts" else f"{m.path}.weight" for m in report.modules]
     names += [t.name for t in (*report.saved, *report.left)]
     assert len(set(names)) == len(names)
     differ = {

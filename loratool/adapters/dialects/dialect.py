@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ class Recipe:
     all ranks are the same. `sources` are the adapters that it is made of.
 
     An adapter that is made of two models has none. For it `modules` are the paths of all modules of
-    the model that hold tensors, and `base_name`, `task_type` and `transposes` say what is known.
+    the model that hold tensors, `stacks` the names of its parameters with a matrix per expert, and
+    `base_name`, `task_type` and `transposes` say what is known.
     """
 
     outlines: Sequence[ModuleShape]
@@ -37,6 +38,7 @@ class Recipe:
     biased: bool = False
     scaled: bool = False
     modules: Collection[str] = ()
+    stacks: Collection[str] = ()
     base_name: str | None = None
     task_type: str | None = None
     tied: bool = False
@@ -93,10 +95,10 @@ class WritableDialect(Dialect):
     def magnitude_key(self, path: str) -> str: ...
 
     @abstractmethod
-    def saved_key(self, name: str, key: str, adapted: Collection[str]) -> str:
+    def saved_key(self, name: str, key: str, adapted: Mapping[str, int]) -> str:
         """The key of a tensor `name` that replaces one of the base, and was called `key` before.
 
-        `adapted` are the paths of the modules that have factors.
+        `adapted` says of how many parameters of a module there are factors, by its path.
         """
 
     @abstractmethod
@@ -116,3 +118,8 @@ class WritableDialect(Dialect):
         self, saved: Iterable[str], modules: Collection[str], adapted: Collection[str]
     ) -> list[str]:
         """The modules among those of the tensors `saved` that the config lists as saved whole."""
+
+    @abstractmethod
+    def registered(self, names: Collection[str]) -> Sequence[str] | None:
+        """These parameters of one module, and perhaps more, in the order in which it registers
+        them, which is that of their keys; None where no such module is known."""

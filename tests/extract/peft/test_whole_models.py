@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.adapters import codes
 from helpers.architectures import ARCHITECTURES, BART, T5, Architecture, pair_of_texts
 from helpers.models import read
 from helpers.tuning import EXACT, FUSED, MODELS, WARNINGS, Tuning, computed, load_peft, tune
@@ -15,28 +14,13 @@ from helpers.tuning import EXACT, FUSED, MODELS, WARNINGS, Tuning, computed, loa
 from loratool.errors import MatchError
 
 #: Which PEFT 0.21 loads wrongly or not at all under transformers 5, and the warning that says so.
-WARNED = {
-    **dict.fromkeys(("qwen2-moe", "deepseek-v3"), "experts-in-peft"),
-    **dict.fromkeys(("granite-moe", "phi-moe", "llava", "gemma3-images", "qwen2-vl"),
-                    "names-in-memory"),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WARNED)
-def test_what_peft_may_not_load_is_said_and_merges(name: str, tmp_path: Path) -> None:
-    """Where names or experts differ in memory, a warning says so, and merge gives the tuned one."""
-    work = tune(tmp_path, MODELS[name])
-    report = work.extract(patterns="experts" not in str(sorted(read(work.base))))
-    assert WARNED[name] in [notice.code for notice in report.warnings]
-    before = computed(work.found.load(work.base), work.found.inputs())
-    assert work.error(work.merged(), before) < EXACT
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in WARNED])
+@pytest.mark.parametrize("name", MODELS)
 def test_extracted_adapter_gives_the_tuned_model(name: str, tmp_path: Path) -> None:
     """Every parameter of a fine-tune is in its adapter, in a place where PEFT puts it back."""
     work = tune(tmp_path, MODELS[name])
-    report = work.extract(patterns="experts" not in str(sorted(read(work.base))))
+    report = work.extract(patterns=True)
     assert report.unchanged == 0
     assert report.left == []
     work.check(None, *WARNINGS.get(name, ()))
@@ -98,14 +82,6 @@ class OtherTuned(Tuning):
     @property
     def tuned(self) -> Path:
         return self.folder / "expected"
-
-
-def test_experts_with_ranks_of_their_own_are_warned_of(tmp_path: Path) -> None:
-    """PEFT needs one rank for all experts of a layer, and the report says how to get that."""
-    report = tune(tmp_path, MODELS["mixtral"]).extract(energy=0.8, patterns=True)
-    notice = next(n for n in report.warnings if n.code == "ranks-of-experts")
-    assert "leave out --patterns" in notice.message
-    assert "ranks-of-experts" not in codes(tune(tmp_path / "one", MODELS["mixtral"]).extract())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])

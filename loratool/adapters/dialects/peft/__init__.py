@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from loratool.adapters.dialects.peft.config import (
     name_list,
 )
 from loratool.adapters.dialects.peft.keys import fill_adapter
+from loratool.adapters.dialects.peft.wrappers import registered
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
 from loratool.models.layouts.names import CLASSIFIERS
@@ -63,7 +64,7 @@ class Peft(WritableDialect):
     def magnitude_key(self, path: str) -> str:
         return names.magnitude_key(path)
 
-    def saved_key(self, name: str, key: str, adapted: Collection[str]) -> str:
+    def saved_key(self, name: str, key: str, adapted: Mapping[str, int]) -> str:
         return names.saved_key(name, key, adapted)
 
     def rows_key(self, key: str) -> str:
@@ -79,6 +80,9 @@ class Peft(WritableDialect):
         self, saved: Iterable[str], modules: Collection[str], adapted: Collection[str]
     ) -> list[str]:
         return targets.saved_modules(saved, modules, adapted)
+
+    def registered(self, names: Collection[str]) -> Sequence[str] | None:
+        return registered(names)
 
 
 def _declared(config: dict[str, Any]) -> Declared:

@@ -131,7 +131,7 @@ def _place(
     else:
         # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
         # gives to the wrapped original, so the tensor means the original itself.
-        name = path.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+        name = re.sub(r"(\.token_adapter)?(\.base_layer)+\.", ".", path)
         _claim(adapter, adapter.replaced, name, info)
 
 

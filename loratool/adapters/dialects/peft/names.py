@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from loratool.adapters.factors import ModuleShape
 
@@ -15,6 +15,11 @@ def factor_shapes(
 ) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
     """The keys and shapes of lora_A and lora_B of a module at this rank."""
     path = _PREFIX + _stored_path(outline)
+    if outline.kind == "experts":
+        rows = outline.experts * rank
+        return (f"{path}.lora_A.weight", (rows, *outline.inner)), (
+            f"{path}.lora_B.weight", (outline.out, rows),
+        )  # fmt: skip
     if outline.kind == "embedding":
         return (f"{path}.lora_embedding_A", (rank, *outline.inner)), (
             f"{path}.lora_embedding_B", (outline.out, rank),
@@ -28,7 +33,8 @@ def factor_shapes(
 def _stored_path(outline: ModuleShape) -> str:
     if outline.kind == "attention-out":
         return f"{outline.path.removesuffix('.out_proj')}.base_layer.out_proj"
-    return outline.path
+    # The wrapper of the parameter that was registered first is the innermost one.
+    return outline.owner + ".base_layer" * outline.above
 
 
 def bias_key(path: str) -> str:
@@ -39,14 +45,15 @@ def magnitude_key(path: str) -> str:
     return f"{_PREFIX}{path}.lora_magnitude_vector"
 
 
-def saved_key(name: str, key: str, adapted: Collection[str]) -> str:
+def saved_key(name: str, key: str, adapted: Mapping[str, int]) -> str:
     """The key of a tensor `name` that replaces one of the base, and was called `key` in its file.
 
-    The original of an adapted module is called `base_layer`; there it is the one to replace.
+    The original of an adapted module is called `base_layer`, once for each of its `adapted`
+    parameters; there it is the one to replace.
     """
     owner, _, leaf = name.rpartition(".")
     if owner in adapted:
-        return f"{_PREFIX}{owner}.base_layer.{leaf}"
+        return f"{_PREFIX}{owner}{'.base_layer' * adapted[owner]}.{leaf}"
     plain = plain_path(key)
     kept = ".token_adapter.base_layer." in plain
     return _PREFIX + (plain if kept else name)

@@ -11,28 +11,43 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.config import rank_pattern
+from loratool.adapters.factors import ModuleShape
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.paths import dotted_ends
 
 _PREFIX = "base_model.model."
 
 
+#: Ends of names that PEFT 0.21 takes for parts of experts where the model has stacks of them,
+#: wherever they stand: it turns them into target_parameters, and loses the layers called so.
+_REWRITTEN = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+#: The version of PEFT by whose rules stacks are written. Where they are square only this tells
+#: which way round the factors are.
+_VERSION = "0.21.2"
+
+
 def extracted_config(recipe: Recipe) -> dict[str, Any]:
     """The config of an adapter made of two models, whose scale is 1: `alpha = r`."""
     outlines, ranks, saved, modules = recipe.outlines, recipe.ranks, recipe.saved, recipe.modules
-    paths = [outline.path for outline in outlines]
     rank = max(ranks, default=1)
-    patterns = rank_pattern(outlines, ranks) if len(set(ranks)) > 1 else {}
+    by_weight = {o.path for o in outlines if recipe.stacks and _is_rewritten(o)}
+    named_so = [replace(o, path=f"{o.path}.weight") if o.path in by_weight else o for o in outlines]
+    patterns = rank_pattern(named_so, ranks) if len(set(ranks)) > 1 else {}
     biases = [n.rpartition(".")[0] for n in saved if n.endswith(".bias")]
     every = {m[:i] for m in modules for i, letter in enumerate(m) if letter == "."} | {*modules}
-    whole = saved_modules(saved, modules, set(paths))
+    owners = {outline.owner for outline in outlines}
+    whole = saved_modules(saved, modules, owners)
     loose = [path for path in biases if saved_unit(path) not in whole]
-    named = _saved_names(whole, every, paths)
+    named = _saved_names(whole, every, sorted(owners))
+    paths = [o.path for o in outlines if o.kind != "experts" and o.path not in by_weight]
     targets, excluded = _targets(paths, {m for m in every if not _inside(m, named)})
+    parameters = _parameters(named_so, modules, recipe.stacks, by_weight)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": recipe.task_type,
@@ -52,9 +67,34 @@ def extracted_config(recipe: Recipe) -> dict[str, Any]:
         "alpha_pattern": dict(patterns),
         "init_lora_weights": True,
     }
+    if parameters:
+        config |= {"target_parameters": parameters, "peft_version": _VERSION}
     if recipe.tied:
         config["ensure_weight_tying"] = True
     return config
+
+
+def _is_rewritten(outline: ModuleShape) -> bool:
+    return outline.kind == "linear" and outline.path.rpartition(".")[2] in _REWRITTEN
+
+
+def _parameters(
+    outlines: Sequence[ModuleShape],
+    modules: Collection[str],
+    stacks: Collection[str],
+    by_weight: Collection[str],
+) -> list[str]:
+    """target_parameters: stacks, and the weights of layers that go by them.
+
+    As short as they can be without meaning another one: two parts of a name, or more.
+    """
+    wanted = {o.path for o in outlines if o.kind == "experts"} | {f"{p}.weight" for p in by_weight}
+    others = ({*stacks} | {f"{module}.weight" for module in modules}) - wanted
+    ambiguous = {end for name in others for end in dotted_ends(name)} if wanted else set()
+    return sorted({
+        next((end for end in [*dotted_ends(name)][-2::-1] if end not in ambiguous), name)
+        for name in wanted
+    })  # fmt: skip
 
 
 def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] | str, list[str]]:
@@ -63,6 +103,8 @@ def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] 
     Last parts of names with what they mean too many of excluded, or full paths; an expression
     where a path is the end of another one.
     """
+    if not paths:
+        return [], []
     wanted = set(paths)
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     others = sorted(m for m in modules if m not in wanted and _ends(m, leaves))

@@ -152,13 +152,21 @@ class Wrappers:
             return [], f"target_parameters names {shown}, but the file has {len(nested)} of them"
         if len(named) == 1:
             return list(named), ""
-        order = next((known for known in _REGISTERED if set(named) <= set(known)), None)
+        order = registered(named)
         if order is None:
             return [], f"no model is known that has {shown}, so which is the inner one is unknown"
         names = sorted(named, key=order.index)
         found = _by_shape(nested) if len(nested) == 2 else []
         # A model that registers them the other way round; the shapes never fit both ways.
         return found if set(found) == set(names) else names, ""
+
+
+def registered(names: Collection[str]) -> tuple[str, ...] | None:
+    """The parameters of the module that has these, in its order; None where none is known. One
+    alone has no order."""
+    if len(names) == 1:
+        return tuple(names)
+    return next((known for known in _REGISTERED if set(names) <= set(known)), None)
 
 
 def _is_stack(a: TensorInfo, b: TensorInfo) -> bool:

@@ -44,6 +44,9 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         )
         if value
     ]
+    for one in wanted:
+        for segment in layout.holdings.names.segments(one.name):
+            layout.holdings.known_rows[segment.memory] = one.shape[0]
     found = Match(adapter, choose_naming(layout, wanted, hints))
     place_replaced(found, layout)
     stacks = []
@@ -194,11 +197,11 @@ def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
 def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:
     """The tensor that a delta or token rows change, or None.
 
-    A replacement from the same adapter comes first; a tied head is its embedding.
+    A replacement from the same adapter comes first; what is tied is the tensor that it is.
     """
     name = layout.name_of(name) or name
     target = found.replaced.get(name) or layout.base.tensors.get(name)
-    if target is None and layout.tied is not None and name == layout.tied.head:
-        embedding = layout.tied.embedding
-        target = found.replaced.get(embedding) or layout.base.tensors[embedding]
+    if target is None and name in layout.aliases:
+        whole = layout.aliases[name]
+        target = found.replaced.get(whole) or layout.base.tensors[whole]
     return target

@@ -18,7 +18,7 @@ from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.replication import Replicated
-from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
+from loratool.merging.tying import refuse_unlike_vocabularies, settle_ties
 from loratool.models.checkpoint import Checkpoint, refuse_placeholders
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import (
@@ -70,10 +70,10 @@ def build_plan(
     if not as_it_is:
         for taken in takings(plan, matches, layout, edits):
             edits[taken.delta.tensor].taken.append(taken)
-    new_head = settle_tied(plan, layout, edits)
+    new = settle_ties(plan, layout, edits)
     refuse_unlike_vocabularies(plan, edits)
     _resize_biases(plan, edits)
-    _fill_shards(plan, edits, added, new_head)
+    _fill_shards(plan, edits, added, new)
     _note_config(plan, edits, added)
     if isinstance(base, Replicated):
         plan.config_changes["layers"] = list(base.order)
@@ -225,19 +225,17 @@ def _resize_biases(plan: Plan, edits: dict[str, Edits]) -> None:
 
 
 def _fill_shards(
-    plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new_head: Job | None
+    plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new: list[Job]
 ) -> None:
     """One job per tensor, in the base's order, wide dtypes first so that data stays aligned."""
     for shard, names in plan.base.shards.items():
         jobs = [make_job(plan, n, plan.base.tensors[n], edits.get(n, Edits())) for n in names]
-        if new_head is not None and any(_same_place(new_head, job) for job in jobs):
-            jobs.append(new_head)
-            new_head = None
-        plan.shards[shard] = jobs
+        beside = [job for job in new if any(_same_place(job, other) for other in jobs)]
+        new = [job for job in new if job not in beside]
+        plan.shards[shard] = jobs + beside
     last = list(plan.shards)[-1]
     plan.shards[last] += [make_job(plan, n, info, Edits(), "add") for n, info in added.items()]
-    if new_head is not None:
-        plan.shards[last].append(new_head)
+    plan.shards[last] += new
     for jobs in plan.shards.values():
         jobs.sort(key=lambda job: -DTYPE_BITS[job.dtype])
 

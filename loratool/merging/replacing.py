@@ -21,9 +21,8 @@ def place_replaced(found: Match, layout: Layout) -> None:
         target_name = found.naming(name)
         target_name = layout.name_of(target_name) or layout.name_of(name) or target_name
         target = base.tensors.get(target_name)
-        tied_head = layout.tied is not None and target_name == layout.tied.head
-        if target is None and tied_head and layout.tied is not None:
-            target = base.tensors[layout.tied.embedding].renamed(target_name)
+        if target is None and target_name in layout.aliases:
+            target = base.tensors[layout.aliases[target_name]].renamed(target_name)
         if target is None and layout.has(target_name):
             elsewhere[target_name] = info
         elif target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):

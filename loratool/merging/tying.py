@@ -20,7 +20,29 @@ from loratool.notices import Notice
 from loratool.storage.values import same_bytes
 
 
-def settle_tied(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> Job | None:
+def settle_ties(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> list[Job]:
+    """Keep the function of a model in which matrices are one that an adapter changes apart.
+
+    Returns the jobs of those that the base's files do not hold.
+    """
+    head = _settle_head(plan, layout, edits)
+    jobs = [] if head is None else [head]
+    for name, whole in layout.aliases.items():
+        if layout.tied is not None and name == layout.tied.head:
+            continue
+        own = edits.pop(name, Edits())
+        if own or edits.get(whole):
+            source = plan.base.tensors[whole].renamed(name)
+            jobs.append(replace(make_job(plan, name, source, own, "add"), untied=True))
+            text = (
+                f"{whole} and {name} were one matrix and now differ: both are written. "
+                "transformers 5 reads both; older versions tie them again."
+            )
+            plan.notices.append(Notice("untied", text, name))
+    return jobs
+
+
+def _settle_head(plan: Plan, layout: Layout, edits: dict[str, Edits]) -> Job | None:
     """Keep the function of a model whose head is its input embedding's matrix.
 
     In PEFT's forward pass an adapter on one of the two leaves the other alone. The merged model

@@ -45,6 +45,9 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     found = Pairing()
     jobs = {job.name: job for job in plan.jobs}
     layout, own = Layout(merged), Layout(plan.base)
+    for name, before in plan.base.tensors.items():
+        if any(segment.memory == name for segment in own.holdings.names.segments(name)):
+            layout.holdings.known_rows[name] = before.shape[0] if before.shape else 1
     naming = choose_naming(
         layout,
         [
@@ -54,6 +57,10 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
         ],
     )
     _settle_heads(found, plan, jobs, merged, layout, own.tied)
+    for name, whole in own.aliases.items():
+        is_head = own.tied is not None and name == own.tied.head
+        if name in jobs and not is_head and layout.name_of(name) not in merged.tensors:
+            _tie_again(found, jobs, name, whole)
     taken = set()
     for job in jobs.values():
         info, names = _merged_tensor(naming(job.name), job, layout, own.holdings)
@@ -111,6 +118,20 @@ def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None
         )
 
 
+def _tie_again(found: Pairing, jobs: dict[str, Job], name: str, whole: str) -> None:
+    """Put the deltas of a matrix that the merge made apart into the one that it was, as PEFT does."""
+    alone, both = jobs.pop(name), jobs[whole]
+    jobs[whole] = replace(both, deltas=(*both.deltas, *alone.deltas))
+    found.notices.append(
+        Notice(
+            "tied-together",
+            f"{whole} and {name} stayed one matrix, as in PEFT's merge, so "
+            "what adapts one changes the other too; in the adapter's own forward pass it "
+            "does not. `loratool merge` unties them.",
+        )
+    )
+
+
 def _settle_heads(
     found: Pairing,
     plan: Plan,
@@ -127,17 +148,8 @@ def _settle_heads(
     if head is not None and stays_tied:
         del jobs[base.head]
         if plan.config_changes.get("tie_word_embeddings") is False:
-            # As PEFT does: both deltas go into the one matrix.
-            together = (*embedding.deltas, *head.deltas)
-            jobs[base.embedding] = replace(embedding, deltas=together)
-            found.notices.append(
-                Notice(
-                    "tied-together",
-                    f"{base.embedding} and {base.head} stayed one matrix, as in PEFT's merge, so "
-                    "what adapts one changes the other too; in the adapter's own forward pass it "
-                    "does not. `loratool merge` unties them.",
-                )
-            )
+            jobs[base.head] = head
+            _tie_again(found, jobs, base.head, base.embedding)
     elif plan.config_changes.get("tie_word_embeddings") is False and layout.tied is not None:
         found.notices.append(
             Notice(

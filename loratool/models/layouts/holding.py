@@ -48,6 +48,9 @@ class Holdings:
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
         self._parameters: dict[tuple[str, bool], MemoryParameter] = {}
+        #: Rows of parameters as adapters have them: where a tensor holds several, of unequal sizes,
+        #: nothing else tells how many are whose.
+        self.known_rows: dict[str, int] = {}
         #: Rows of parts with the same share and size: there are thousands of each.
         self._spans: dict[tuple[int, int, int], tuple[range, int, range]] = {}
 
@@ -107,7 +110,11 @@ class Holdings:
             flipped = segment.transposed
             if stored_in is not None and segment.maybe_transposed:
                 flipped = shape != (parameter.rows, parameter.columns)
-            own = _rows(segment.into, columns if flipped else out)
+            height = columns if flipped else out
+            if segment.into is not None and segment.into.count:
+                own = self._block(name, segment, height)
+            else:
+                own = _rows(segment.into, height)
             size = parameter.rows if segment.rows is not None else len(own)
             if stored_in is not None and segment.rows is not None and segment.rows.count:
                 memory = stored_in.rows_of(name, segment.memory, stacked)
@@ -137,6 +144,32 @@ class Holdings:
                 return held.memory
         raise MisfitError(f"{name} is no part of {memory}")
 
+    def _block(self, name: str, segment: Segment, height: int) -> range:
+        """The rows of a tensor that hold one of several parameters of unequal sizes."""
+        assert segment.into is not None
+        sizes: dict[int, int | None] = {
+            s.into.index: self._rows_in_memory(s.memory)
+            for s in self.names.segments(name)
+            if s.into is not None and s.into.index is not None
+        }
+        unknown = [i for i, rows in sizes.items() if rows is None]
+        if len(unknown) == 1 and len(sizes) == segment.into.count:
+            sizes[unknown[0]] = height - sum(rows or 0 for rows in sizes.values())
+        index = segment.into.index or 0
+        before = [sizes.get(i) for i in range(index)]
+        own = sizes.get(index)
+        if own is None or None in before:
+            raise MisfitError(
+                f"{name} holds it beside others, and nothing tells which rows are whose"
+            )
+        start = sum(rows or 0 for rows in before)
+        return range(start, start + own)
+
+    def _rows_in_memory(self, memory: str) -> int | None:
+        """How many rows a parameter has, if it has a tensor of its own, or an adapter tells."""
+        alone = [info for info, s in self._parts.get(memory, ()) if s.into is None]
+        return alone[0].shape[0] if alone else self.known_rows.get(memory)
+
     def _numbered(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """Segments whose experts have the numbers of their own stack, where files number the
         experts of several stacks on; the stacks here tell how many there are."""
@@ -164,7 +197,10 @@ class Holdings:
         for info, segment, flipped in parts:
             expert, share = segment.expert, segment.rows
             rows, columns = _matrix(info, flipped, stacked and expert is None)
-            if share is not None and share.index is not None:
+            if segment.into is not None and segment.into.count:
+                own = self._block(info.name, segment, rows)
+                size, there = len(own), range(len(own))
+            elif share is not None and share.index is not None:
                 # Blocks of unequal sizes follow one another.
                 sizes = blocks[expert]
                 own, size = range(rows), sum(sizes.values())

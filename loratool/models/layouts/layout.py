@@ -18,7 +18,7 @@ from loratool.models.layouts.holding import Holdings, Target
 from loratool.models.layouts.names import CONV1D, LANGUAGE_HEAD, ROOTS, SHARED
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
-from loratool.models.layouts.tying import find_tied
+from loratool.models.layouts.tying import find_tied, other_ties
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 
@@ -40,6 +40,10 @@ class Layout:
             if not any(is_within(name, (part,)) for name in base.tensors):
                 raise unknown("component", part, parts_of(base.tensors))
         self.tied = find_tied(base, self.holdings)
+        #: Names that no tensor has, and the tensors that they are: the tied head's and others'.
+        self.aliases = other_ties(base, self.holdings, self.tied)
+        if self.tied is not None and not self.tied.head_on_disk:
+            self.aliases[self.tied.head] = self.tied.embedding
         self._targets: dict[tuple[str, tuple[int, int], int | None], list[Target] | str] = {}
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
@@ -55,22 +59,19 @@ class Layout:
     def name_of(self, name: str) -> str | None:
         """The name in the base's files of the parameter that an adapter calls `name`; None where no
         tensor is that parameter and nothing else. A tied head has a name and no tensor."""
-        if name in self.base.tensors or (self.tied is not None and name == self.tied.head):
+        if name in self.base.tensors or name in self.aliases:
             return name
         same = self.holdings.same(name)
         if same is not None:
             return same.name
         segments = self.holdings.names.segments
-        if self.tied is not None and segments(name) == segments(self.tied.head):
-            return self.tied.head
-        return None
+        own = segments(name)
+        return next((alias for alias in self.aliases if segments(alias) == own), None)
 
     def tensor_of(self, name: str) -> TensorInfo | None:
         """The tensor of that parameter, which for a tied head is its embedding."""
         found = self.name_of(name)
-        if found is not None and found not in self.base.tensors and self.tied is not None:
-            found = self.tied.embedding
-        return None if found is None else self.base.tensors[found]
+        return None if found is None else self.base.tensors[self.aliases.get(found, found)]
 
     def targets(
         self, name: str, shape: tuple[int, int], experts: int | None = None

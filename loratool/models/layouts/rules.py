@@ -18,6 +18,13 @@ class NameRule(NamedTuple):
         """A rule from its form in the table."""
         return cls(_split(value[0]), _split(value[1]), dict(*value[2:]))
 
+    def below(self, key: str) -> NameRule:
+        """The same for a part of a model, whose config is found under a key of the whole one's."""
+        kind, _, where = self.attributes.get("order", "").partition(":")
+        if not kind:
+            return self
+        return self._replace(attributes={**self.attributes, "order": f"{kind}:{key}.{where}"})
+
 
 def _split(pattern: str) -> tuple[str, ...]:
     return tuple(pattern.split(".")) if pattern else ()

@@ -45,6 +45,8 @@ def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
     has_head = any(LM_CLASS.search(name) for name in architectures)
     entry = holdings.names.entry
     in_memory = f"{entry.head}.weight"
+    if entry.tied and in_memory not in dict(entry.tied):
+        return None  # its class ties other matrices, if any
     embedding = holdings.same(dict(entry.tied).get(in_memory, f"{entry.embedding}.weight"))
     if embedding is not None:
         embeddings = [embedding.name]
@@ -63,6 +65,27 @@ def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
     masked = any(MASKED_CLASS.search(name) for name in architectures)
     separable = not masked and name.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
     return Tied(embeddings[0], name, bool(heads), has_head, separable)
+
+
+def other_ties(base: Checkpoint, holdings: Holdings, main: Tied | None) -> dict[str, str]:
+    """Matrices that are another tensor's beside the head, as in BLIP and LUKE: what they are called,
+    which no file has, and the tensor that they are.
+
+    Those that more than two names have together (T5, SeamlessM4T) are none of them.
+    """
+    if base.config.get("tie_word_embeddings") is False:
+        return {}
+    pairs = holdings.names.entry.tied
+    found = {}
+    for name, of in pairs:
+        there = holdings.same(of)
+        alone = sum(other == of for _, other in pairs) == 1
+        if name.endswith(".weight") and there is not None and alone and name not in holdings:
+            found[name] = there.name
+    if main is not None:
+        found.pop(main.head, None)
+        found = {name: of for name, of in found.items() if of != main.embedding}
+    return found
 
 
 def _name_in_files(head: str, embedding: str, holdings: Holdings) -> str:

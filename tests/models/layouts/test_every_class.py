@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import loratool
+from loratool.errors import MatchError
 from loratool.models.layouts.table import Names
 
 #: Every sort of layout, and the families that most adapters are made for.
@@ -52,8 +53,18 @@ FEW = [
 #: What PEFT cannot wrap or cannot merge itself, by the words of its error or of torch's.
 BEYOND_PEFT = (
     "Target modules", "not supported", "cannot be applied", "timm", "Please specify",
-    "not compatible", "incompatible with",
+    "not compatible", "incompatible with", "not auto",
 )  # fmt: skip
+
+#: Where PEFT's forward pass reads a weight past its own layer, so that it computes something else
+#: than its own merge; and what masks its input at random.
+PAST_THE_LAYER = {
+    "JambaForCausalLM": "dt_proj", "WavLMForCTC": "attention", "SiglipModel": "pooling head",
+    "ViTMAEModel": "random masks", "LongcatFlashForCausalLM": "experts without weights",
+}  # fmt: skip
+
+#: What a merge refuses, with a word of why.
+REFUSED = {"ZambaForCausalLM": "shared_transf"}
 
 
 def all_with(sample: list[str]) -> list[object]:
@@ -121,6 +132,10 @@ def make(name: str, folder: Path) -> Trial:
         if any(words in str(error) for words in BEYOND_PEFT):
             pytest.skip(f"PEFT or transformers: {str(error).splitlines()[0][:100]}")
         raise
+    if name in REFUSED:
+        with pytest.raises(MatchError, match=REFUSED[name]):
+            loratool.merge(folder / "files", folder / "adapter", folder / "out")
+        pytest.skip(f"refused: {REFUSED[name]}")
     inputs = case.inputs() if case.inputs else None
     expected = outputs(adapted, inputs) if inputs else None
     merged = adapted.merge_and_unload()
@@ -150,7 +165,7 @@ def test_a_merge_is_peft_s_in_both_layouts(name: str, tmp_path: Path) -> None:
         out = tmp_path / f"out-{layout}"
         loratool.merge(trial.base(layout), trial.adapter, out, dtype="float32")
         loaded = trial.load(out)
-        same = trial.expected is not None and trial.inputs is not None
+        same = trial.expected is not None and name not in PAST_THE_LAYER
         if same:
             got = outputs(loaded, trial.inputs or {})
             assert got is not None
@@ -217,6 +232,7 @@ def test_adapters_with_the_names_of_files(name: str, tmp_path: Path) -> None:
         segments = names.segments(key)
         if (
             value.ndim == 2
+            and key.endswith(".weight")
             and all(s.memory in linear or s.expert is not None for s in segments)
             and not any(s.transposed for s in segments)
         ):

@@ -14,12 +14,13 @@ from loratool.version import __version__
 if TYPE_CHECKING:
     from loratool.errors import LoraToolError
     from loratool.extracting.report import ExtractReport
+    from loratool.merging.report import MergeReport
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare
     from loratool.verbs.extract import extract
     from loratool.verbs.inspect import InspectReport, inspect
-    from loratool.verbs.merge import MergeReport, merge
+    from loratool.verbs.merge import merge
     from loratool.verbs.push import PushReport, push
     from loratool.verbs.resize import ResizeReport, resize
     from loratool.verbs.unmerge import UnmergeReport, unmerge

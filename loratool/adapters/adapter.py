@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.experts import Packing
+from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import Factors
 from loratool.errors import shown
 from loratool.notices import Notice
@@ -39,8 +39,11 @@ class Declared:
     class in memory and `model_library` where that is from. `saved_modules` are the ends of the
     names of modules that were trained whole, `heads` those and the heads that belong to the task.
     `transposes` says that the weights of the linear layers are stored `[in, out]`, `ties_head` that
-    embedding and head were changed alike. `library` is what loads the adapter as it is ("" for
-    nothing), and `settings` are lines for people: what, and its value.
+    embedding and head were changed alike. `changed_base` names the initialisation that also took
+    something off the base's weights, in small letters ("" where none did), `layer_ranges` the
+    layers of the base, as ranges [start, end), that the model in training was made of (() where
+    they were its own). `library` is what loads the adapter as it is ("" for nothing), and
+    `settings` are lines for people: what, and its value.
     """
 
     peft_type: str | None = None
@@ -53,6 +56,8 @@ class Declared:
     heads: frozenset[str] = frozenset()
     transposes: bool = False
     ties_head: bool = False
+    changed_base: str = ""
+    layer_ranges: tuple[tuple[int, int], ...] = ()
     library: str = ""
     settings: tuple[tuple[str, str], ...] = ()
 

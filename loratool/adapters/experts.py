@@ -2,39 +2,24 @@
 
 PEFT trains bare parameters (`target_parameters`) with all experts' factors in two matrices. An
 `ExpertStack` is such an entry of an adapter; `expert` gives the pair of one expert, which is what a
-merge places. In A an expert's rows lie together, in B mostly not, so that one expert's B touches
-all of it: B is then sorted by expert once and kept while its neighbours are asked for.
+merge places.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
+from loratool.adapters.expertvalues import Matrices, Packing, of_experts
 from loratool.adapters.factors import Kind, Matrix, ModuleShape, Part
 from loratool.errors import unknown
-from loratool.storage.tensors import FilePool, TensorInfo, as_float32, block_elements, blocks
-from loratool.storage.values import values_of
-
-#: How B holds its experts, whether its axes are apart or flattened. `rank-major`, PEFT's way, is
-#: `[out, r, E]`; `grouped`, of Unsloth's older files, `[out, E, r]`; `stacked` `[E, out, r]`.
-Packing = Literal["rank-major", "grouped", "stacked"]
+from loratool.storage.tensors import FilePool, TensorInfo, blocks
 
 #: What a user can say of a B of two axes.
 FLAT_PACKINGS: tuple[Packing, ...] = ("rank-major", "grouped")
-
-#: Bytes of sorted factors that are kept: both stacks of a layer, at the size of the largest models
-#: in float32 (47 MB), for two threads; or those of several smaller adapters.
-_KEPT = 192_000_000
 
 #: Elements in float32 that a batch of experts has.
 _BATCH = 4_000_000
@@ -168,15 +153,13 @@ class ExpertStack:
     def _a(self, files: FilePool, low: int, high: int) -> Matrices:
         """A of experts `[low, high)`, `[n, r, in]`."""
         of_one = (self.rank, self.shape[1])
-        return _of_experts(
-            self.a, self.experts, of_one, "stacked", self.shares[0], low, high, files
-        )
+        return of_experts(self.a, self.experts, of_one, "stacked", self.shares[0], low, high, files)
 
     def _b(self, files: FilePool, low: int, high: int) -> Matrices:
         """B of experts `[low, high)`, `[n, out, r]`."""
         of_one = (self.shape[0], self.rank)
         packing: Packing = "stacked" if self.experts == 1 else self.packing
-        return _of_experts(self.b, self.experts, of_one, packing, self.shares[1], low, high, files)
+        return of_experts(self.b, self.experts, of_one, packing, self.shares[1], low, high, files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,91 +254,3 @@ class ExpertPair:
     def part_of(self, files: FilePool) -> Part:
         b, a = self.left_right(files)
         return lambda rows, columns: b[rows] @ a[:, columns]
-
-
-#: Matrices of several experts, `[n, rows, columns]`.
-Matrices = npt.NDArray[np.float32]
-
-#: The stored values of a factor sorted by expert, `[E, rows, columns]`, in their own precision.
-_Sorted = npt.NDArray[Any]
-
-
-def _of_experts(
-    info: TensorInfo,
-    experts: int,
-    of_one: tuple[int, int],
-    packing: Packing,
-    shared: bool,
-    low: int,
-    high: int,
-    files: FilePool,
-) -> Matrices:
-    """The factors of experts `[low, high)`, each of the shape `of_one`, in float32."""
-    size = math.prod(of_one)
-    if shared:
-        values = values_of(info, files).floats(0, size).reshape(1, *of_one)
-        return np.broadcast_to(values, (high - low, *of_one))
-    if packing == "stacked" and info.strides is None:
-        return values_of(info, files).floats(low * size, high * size).reshape(-1, *of_one)
-    chosen = _kept_of(files).get(info, (experts, *of_one), packing, files)[low:high]
-    return as_float32(chosen.reshape(-1).view(np.uint8), info.dtype).reshape(chosen.shape)
-
-
-class _Entry:
-    """One factor, sorted when it is asked for first; who comes meanwhile waits."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.values: _Sorted | None = None
-
-
-class _Kept:
-    """Factors sorted by expert, the latest ones that were asked for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[TensorInfo, _Entry] = OrderedDict()
-
-    def get(
-        self, info: TensorInfo, shape: tuple[int, int, int], packing: Packing, files: FilePool
-    ) -> _Sorted:
-        with self._lock:
-            entry = self._entries.setdefault(info, _Entry())
-            self._entries.move_to_end(info)
-            while len(self._entries) > 1 and sum(t.nbytes for t in self._entries) > _KEPT:
-                self._entries.popitem(last=False)
-        with entry.lock:
-            if entry.values is None:
-                entry.values = _sorted(info, shape, packing, files)
-            return entry.values
-
-
-#: What is kept of the files of a pool, as long as there is the pool.
-_KEPT_OF: WeakKeyDictionary[FilePool, _Kept] = WeakKeyDictionary()
-_KEPT_LOCK = threading.Lock()
-
-
-def _kept_of(files: FilePool) -> _Kept:
-    with _KEPT_LOCK:
-        return _KEPT_OF.setdefault(files, _Kept())
-
-
-def _sorted(
-    info: TensorInfo, shape: tuple[int, int, int], packing: Packing, files: FilePool
-) -> _Sorted:
-    """The values of a factor as `[E, rows, columns]`, read in blocks."""
-    experts, _, columns = shape
-    values = values_of(info, files)
-    bits = np.dtype(f"u{info.itemsize}")
-    if packing == "stacked":
-        return values.bytes(0, values.length).view(bits).reshape(shape)
-    result = np.empty(shape, bits)
-    row = columns * experts
-    for low, high in blocks(info.numel, block_elements(row)):
-        part = values.bytes(low, high).view(bits)
-        here = result[:, low // row : high // row]
-        if packing == "grouped":
-            here[:] = part.reshape(-1, experts, columns).transpose(1, 0, 2)
-        else:
-            here[:] = part.reshape(-1, columns, experts).transpose(2, 0, 1)
-    return result

@@ -5,6 +5,8 @@ A stack of experts is measured expert by expert; its norm is that of all deltas 
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,19 +44,40 @@ class DeltaNorms:
         return int(np.count_nonzero(self.zero_a | self.zero_b))
 
 
-def norms_of(module: Factors, files: FilePool) -> DeltaNorms | None:
-    """Read a module's factors and measure them; None where there is no B and A."""
-    grams = _grams_of(module, files)
-    if grams is None:
-        return None
+def norms_of(modules: Sequence[Factors], files: FilePool) -> list[DeltaNorms | None]:
+    """Read the factors of modules and measure each; None where there is no B and A."""
+    grams = [_grams_of(module, files) for module in modules]
+    values = _singular_values([pair for pair in grams if pair is not None])
+    return [
+        None if pair is None else _norms(module.scale, pair, next(values))
+        for module, pair in zip(modules, grams, strict=True)
+    ]
+
+
+def _norms(scale: float | None, grams: tuple[_Grams, _Grams], unscaled: _Grams) -> DeltaNorms:
     gram_b, gram_a = grams
     finite = bool(np.isfinite(gram_b).all() and np.isfinite(gram_a).all())
     values = None
-    if finite and module.scale is not None:
-        values = abs(module.scale) * singular_values(gram_b, gram_a)
+    if finite and scale is not None:
+        values = abs(scale) * unscaled
         finite = bool(np.isfinite(np.sum(values**2)))
     zero_a, zero_b = (np.asarray(~part.any(axis=(1, 2))) for part in (gram_a, gram_b))
     return DeltaNorms(finite, values if finite else None, zero_a, zero_b)
+
+
+def _singular_values(pairs: Sequence[tuple[_Grams, _Grams]]) -> Iterator[_Grams]:
+    """Those of each pair, `[n, r]`: all of one rank together, which are many small ones mostly."""
+    found: dict[int, _Grams] = {}
+    of_rank: dict[int, list[int]] = defaultdict(list)
+    for number, (gram_b, _) in enumerate(pairs):
+        of_rank[gram_b.shape[-1]].append(number)
+    for numbers in of_rank.values():
+        gram_b, gram_a = (np.concatenate([pairs[n][side] for n in numbers]) for side in (0, 1))
+        for part in (gram_b, gram_a):
+            part[~np.isfinite(part)] = 0.0  # nothing is said of those
+        ends = np.cumsum([len(pairs[n][0]) for n in numbers])[:-1]
+        found |= zip(numbers, np.split(singular_values(gram_b, gram_a), ends), strict=True)
+    return (found[number] for number in range(len(pairs)))
 
 
 def _grams_of(module: Factors, files: FilePool) -> tuple[_Grams, _Grams] | None:
@@ -65,12 +88,12 @@ def _grams_of(module: Factors, files: FilePool) -> tuple[_Grams, _Grams] | None:
             for _, bs, as_ in module.batches(files)
             for b, a in zip(bs, as_, strict=True)
         ]
-    else:
-        pair = module.left_right(files)
-        if pair is None:
-            return None
-        pairs = [_gram_pair(*pair)]
-    return np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
+        return np.stack([b for b, _ in pairs]), np.stack([a for _, a in pairs])
+    pair = module.left_right(files)
+    if pair is None:
+        return None
+    gram_b, gram_a = _gram_pair(*pair)
+    return gram_b[None], gram_a[None]
 
 
 def _gram_pair(b: Matrix, a: Matrix) -> tuple[_Grams, _Grams]:

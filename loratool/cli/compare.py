@@ -9,6 +9,7 @@ import click
 from loratool.cli.options import (
     base_option,
     components_option,
+    expert_b_layout_option,
     full_option,
     include_option,
     json_option,
@@ -30,6 +31,7 @@ from loratool.errors import ReaderGone
 )  # fmt: skip
 @base_option("Base model: counts new singular directions (intruders); slow for large matrices.")
 @components_option()
+@expert_b_layout_option()
 @layer_option()
 @include_option()
 @full_option()
@@ -45,6 +47,7 @@ def compare_command(
     tolerance: float,
     base: str | None,
     components: tuple[str, ...],
+    expert_b_layout: str | None,
     layers: str | None,
     include: tuple[str, ...],
     full: bool,
@@ -74,7 +77,7 @@ def compare_command(
     with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
         report = compare(
             adapters, weights=weights or None, tolerance=tolerance, base=base,
-            components=components, layers=layers,
+            components=components, expert_b_layout=expert_b_layout, layers=layers,
             include=include, threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone

@@ -9,12 +9,14 @@ from loratool.cli.options import (
     components_option,
     dry_run_option,
     expert_b_layout_option,
+    initial_option,
     json_option,
     model_dtype_option,
     output_option,
     overwrite_option,
     private_option,
     quiet_option,
+    replicate_layers_option,
     threads_option,
     weight_option,
 )
@@ -33,6 +35,8 @@ from loratool.storage.destination import Overwrite
 @allow_unmatched_option()
 @components_option()
 @expert_b_layout_option()
+@initial_option()
+@replicate_layers_option()
 @click.option(
     "--tokenizer", type=click.Choice(["base", "adapter"]),
     help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
@@ -67,6 +71,8 @@ def merge_command(
     allow_unmatched: bool,
     components: tuple[str, ...],
     expert_b_layout: str | None,
+    initial: str | None,
+    replicate_layers: bool,
     tokenizer: str | None,
     again: bool,
     overwrite: Overwrite,
@@ -109,9 +115,10 @@ def merge_command(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
-            expert_b_layout=expert_b_layout, tokenizer=tokenizer, again=again,
-            overwrite=overwrite, dry_run=dry_run, reversible=reversible, verify=verify, push=push,
-            keep=not no_keep, private=private, threads=threads, progress=progress,
+            expert_b_layout=expert_b_layout, initial=initial, replicate_layers=replicate_layers,
+            tokenizer=tokenizer, again=again, overwrite=overwrite, dry_run=dry_run,
+            reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
+            threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

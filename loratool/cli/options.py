@@ -90,6 +90,14 @@ expert_b_layout_option = _shared(
     help="How lora_B of expert stacks lies where the adapter does not tell: rank-major as PEFT's, "
          "grouped as Unsloth's before unsloth-zoo 2026.9.6. [default: rank-major]",
 )  # fmt: skip
+initial_option = _shared(
+    "--initial", metavar="ADAPTER",
+    help="ADAPTER as it was before training, where its initialisation changed the base.",
+)  # fmt: skip
+replicate_layers_option = _shared(
+    "--replicate-layers", is_flag=True,
+    help="Copy layers of the base as layer_replication of the adapter says.",
+)  # fmt: skip
 layer_option = _shared(
     "--layer", "layers", metavar="N[-M][,…]", help="Only modules of these layers."
 )

@@ -12,8 +12,10 @@ from loratool.cli.options import (
     components_option,
     expert_b_layout_option,
     full_option,
+    initial_option,
     json_option,
     quiet_option,
+    replicate_layers_option,
     threads_option,
     weight_option,
 )
@@ -28,6 +30,8 @@ from loratool.errors import ReaderGone
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
 @expert_b_layout_option()
+@initial_option()
+@replicate_layers_option()
 @full_option("One line per module; do not fold layers.")
 @threads_option()
 @json_option()
@@ -42,6 +46,8 @@ def verify_command(
     allow_unmatched: bool,
     components: tuple[str, ...],
     expert_b_layout: str | None,
+    initial: str | None,
+    replicate_layers: bool,
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -66,7 +72,8 @@ def verify_command(
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components, expert_b_layout=expert_b_layout,
+            components=components, expert_b_layout=expert_b_layout, initial=initial,
+            replicate_layers=replicate_layers,
             threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone

@@ -16,6 +16,7 @@ import numpy as np
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
+from loratool.combining.stacks import Unstacked, refuse_stacks
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
 from loratool.linalg.chance import SINGLE
@@ -117,6 +118,14 @@ class Joined:
 def refuse_unusable(adapter: Adapter, verb: str) -> None:
     """Raise AdapterError for what stands in the way of any arithmetic with an adapter."""
     reasons = [n for n in adapter.notices if n.refused]
+    if adapter.declared.changed_base and not reasons:
+        raise AdapterError(
+            f"{adapter.label}: this adapter cannot be {verb}. Its initialisation "
+            f"({adapter.declared.changed_base}) also changed the base weights, so its factors are "
+            "not what training changed.",
+            "Convert it with PEFT first: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...). Or merge it into its base.",
+        )
     if reasons:
         raise AdapterError(
             f"{adapter.label}: this adapter cannot be {verb}.\n"
@@ -135,13 +144,16 @@ def join(
     weights: Sequence[float],
     verb: str,
     with_dora: bool = False,
+    with_stacks: bool = False,
 ) -> Joined:
     """Put adapters side by side; those with weight 0 are left out.
 
-    Raises AdapterError for an adapter that has no such arithmetic (DoRA, unless `with_dora`), and
-    MatchError where adapters give one module different shapes.
+    Raises AdapterError for an adapter that has no such arithmetic (DoRA, unless `with_dora`, and
+    stacks of experts, unless `with_stacks`), and MatchError where adapters give one module
+    different shapes.
     """
     joined = Joined(list(adapters), list(weights))
+    unstacked = Unstacked()
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         refuse_unusable(adapter, verb)
         if weight == 0:
@@ -150,10 +162,12 @@ def join(
             continue
         if not with_dora:
             _refuse_dora(adapter, verb)
+        if not with_stacks:
+            refuse_stacks(adapter, verb)
         # Whether square weights are stored [in, out] does not matter among adapters.
         joined.notices += [n for n in adapter.notices if n.code != "square-conv1d"]
         joined.notices += note_scales(adapter, weight)
-        for path, module in adapter.modules.items():
+        for path, module in unstacked.modules(adapter):
             joined.modules.setdefault(path, []).append(Contribution(index, weight, module))
     _refuse_unlike_modules(joined)
     _compare_names(joined)

@@ -12,7 +12,8 @@ from loratool.errors import MatchError, listed
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition
 from loratool.merging.coverage import note_broken_base
-from loratool.merging.matching import Delta, match
+from loratool.merging.match import Delta
+from loratool.merging.matching import match
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.quantised import refuse_quantised
@@ -67,6 +68,9 @@ class BaseWeights:
         weight = delta.place.part(read_float32(info, files))
         if not np.isfinite(weight).all():
             self._broken.add(info.name)
+            return {}
+        found = {i: own for i, own in found.items() if weight.shape == (len(own.b), own.a.shape[1])}
+        if not found:  # a part of what the adapter has in one: gate and up of an expert
             return {}
         base = BaseDirections(weight)
         return {i: base.intruders(*own.factors()) for i, own in found.items()}

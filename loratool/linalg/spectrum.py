@@ -39,8 +39,10 @@ def singular_values(gram_b: Float64, gram_a: Float64) -> Float64:
     try:
         root = np.linalg.cholesky(gram_b)
     except np.linalg.LinAlgError:
+        if gram_b.ndim > 2:  # one that has no such factor is no reason to do without for the others
+            return np.stack([singular_values(*one) for one in zip(gram_b, gram_a, strict=True)])
         values, vectors = np.linalg.eigh(gram_b)
-        root = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
     squares = np.linalg.eigvalsh(root.swapaxes(-1, -2) @ gram_a @ root)
     # Rounding can push a zero slightly below zero.
     return np.asarray(np.sqrt(np.maximum(squares[..., ::-1], 0.0)))

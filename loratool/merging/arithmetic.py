@@ -1,13 +1,15 @@
 """What happens to the values of one tensor, block by block.
 
-A block is a run of whole rows, widened to float32; the factors' product for these rows is added,
-the result is rounded once and checked. Blocks of a tensor can be computed in any order and by any
+A block is a run of whole rows, widened to float32; what an initialisation took off the base before
+training is taken off, the factors' product for these rows is added, the result is rounded once and
+checked. Blocks of a tensor can be computed in any order and by any
 thread.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +19,8 @@ import torch
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
+from loratool.merging.derivation import derived
+from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import LoadedDelta
 from loratool.merging.rounding import (
@@ -68,6 +72,16 @@ class RunningJob:
         return BLOCKS_PER_TASK * self.block_elements
 
     @cached_property
+    def taken(self) -> list[Delta]:
+        """What was taken off the base before training, in numbers; the whole tensor is read."""
+        return [derived(one, self.values) for one in self.job.taken]
+
+    @cached_property
+    def loaded_taken(self) -> list[LoadedDelta]:
+        shape = self.source.shape
+        return [LoadedDelta(delta, shape, self.files, self.work) for delta in self.taken]
+
+    @cached_property
     def terms(self) -> list[LoadedDelta]:
         shape = self.source.shape
         terms = [LoadedDelta(delta, shape, self.files, self.work) for delta in self.job.deltas]
@@ -83,7 +97,8 @@ class RunningJob:
         for low, high in blocks(self.source.numel, self.block_elements):
             window = term.window(low // self.columns, high // self.columns)
             if window is not None:
-                part = window.of(self.load(low, high).view(-1, self.columns))
+                values = self.as_trained(self.load(low, high), low, high)
+                part = window.of(values.view(-1, self.columns))
                 direction = part + term.product(window)
                 total += direction.double().square_().sum(dim=0)
         return total.sqrt_().to(self.work)
@@ -111,7 +126,12 @@ class RunningJob:
     def prepare(self) -> None:
         """Load what the blocks share. Called before the first block, by one thread at a time."""
         with self._lock:
-            _ = self._token_rows, self.terms, self._biases
+            _ = self._token_rows, self.loaded_taken, self.terms, self._biases
+
+    def long_before(self) -> Callable[[], None] | None:
+        """What may begin before the first block, because it takes long: a decomposition."""
+        derives = any(taken.how != "given" for taken in self.job.taken)
+        return self.prepare if derives else None
 
     def load(self, low: int, high: int, raw: Bytes | None = None) -> torch.Tensor:
         """Elements `[low, high)` of the source with trained token rows put in, flat, widened.
@@ -173,11 +193,27 @@ class RunningJob:
             count_underflow(magnitudes, values, unchanged, self.job.dtype, counts)
 
     def add(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        """Add the deltas and bias terms of elements `[low, high)` to `values`, in place."""
+        """Make `values`, elements `[low, high)` of the base, those of the merged model, in place,
+        but for rounding: what was taken off before training, the deltas and the bias terms."""
+        self.as_trained(values, low, high)
         matrix = values.view(-1, self.columns)
         _apply(matrix, self.terms, low // self.columns, high // self.columns)
         for bias in self._biases:
             values += bias[low:high]
+        return values
+
+    def as_trained(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Turn elements `[low, high)` of the base into those that training began with, in place:
+        they were rounded to the base's dtype then."""
+        if self.loaded_taken:
+            matrix = values.view(-1, self.columns)
+            first, last = low // self.columns, high // self.columns
+            for taken in self.loaded_taken:
+                window = taken.window(first, last)
+                if window is not None:
+                    part = window.of(matrix)
+                    part -= taken.product(window)
+            values.copy_(values.to(TORCH[self.source.dtype]))
         return values
 
     def explain_values(self) -> None:

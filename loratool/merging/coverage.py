@@ -14,7 +14,8 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter
 from loratool.errors import listed
 from loratool.merging.identity import note_other_base
-from loratool.merging.matching import Delta, match
+from loratool.merging.match import Delta
+from loratool.merging.matching import match
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_token_embedding

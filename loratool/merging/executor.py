@@ -105,7 +105,10 @@ def _write(
 ) -> Written:
     part = recorder.part if recorder else Merging
     shards = {
-        output.name: Shard(output.header, (part(job, files) for job in output.jobs))
+        output.name: Shard(
+            output.header,
+            workers.ahead((part(job, files) for job in output.jobs), Merging.long_before),
+        )
         for output in outputs
     }
     digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}

@@ -29,6 +29,8 @@ class MergeOptions:
     push: str | None = None
     keep: bool = True
     private: bool = False
+    initial: str | Path | None = None
+    replicate_layers: bool = False
 
     def check(self, output: str | Path | None) -> None:
         """Raise UsageError for options that contradict each other."""
@@ -46,6 +48,11 @@ class MergeOptions:
             raise UsageError("No output given.", hint + more)
         if output is not None and not self.keep:
             raise UsageError("--no-keep leaves nothing here.", "Omit -o, or --no-keep.")
+        if self.reversible and self.replicate_layers:
+            raise UsageError(
+                "--reversible gives back the base, which --replicate-layers leaves as it is.",
+                "Omit --reversible, and keep the base.",
+            )
         if self.reversible and not self.keep:
             raise UsageError(
                 "--reversible reads the base to its end, and --no-keep deletes base shards as it "

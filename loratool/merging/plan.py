@@ -6,13 +6,13 @@ A plan is a list of jobs per output shard, one job per output tensor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
-from loratool.merging.matching import Delta
+from loratool.merging.match import Delta
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import is_legacy_buffer
 from loratool.notices import Notice
@@ -29,11 +29,24 @@ class BiasTerm:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What an initialisation took off a weight before training, rounded to the weight's dtype.
+
+    `how` is "pissa" or "olora" where it is derived from the weight, with place and rank of the
+    trained `delta`; "given" where `delta` itself is it: the factors before training.
+    """
+
+    how: str
+    delta: Delta
+
+
+@dataclass(frozen=True)
 class Job:
     """How one output tensor comes about.
 
-    `source` is read (from the base, or from an adapter that replaces the tensor), the deltas, bias
-    terms and token rows are applied in float32, and the result is rounded once to `dtype`.
+    `source` is read (from the base, or from an adapter that replaces the tensor), what was `taken`
+    off it before training is, the deltas, bias terms and token rows are applied in float32, and the
+    result is rounded once to `dtype`.
     `action` names it for people: copy, cast, merge, replace or add.
     """
 
@@ -44,6 +57,7 @@ class Job:
     deltas: tuple[Delta, ...] = ()
     biases: tuple[BiasTerm, ...] = ()
     rows: tuple[TokenRows, ...] = ()
+    taken: tuple[Taken, ...] = ()
     #: A copy of the embedding that becomes a head of its own.
     untied: bool = False
     #: False for integers and for legacy buffers, which may hold -inf by design.
@@ -115,6 +129,8 @@ class Plan:
     dtype: str
     allow_unmatched: bool = False
     components: tuple[str, ...] = ()
+    #: The adapter before training, where it says what was taken off the base.
+    initial: Adapter | None = None
     shards: dict[str, list[Job]] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
@@ -130,8 +146,13 @@ class Plan:
         return [OutputShard(name, tuple(jobs)) for name, jobs in self.shards.items()]
 
     @property
+    def inputs(self) -> list[Adapter]:
+        """The adapters, and what one of them was before training."""
+        return [*self.adapters, *([self.initial] if self.initial else [])]
+
+    @property
     def bytes_to_read(self) -> int:
-        return sum(j.source.nbytes for j in self.jobs) + sum(a.nbytes for a in self.adapters)
+        return sum(j.source.nbytes for j in self.jobs) + sum(a.nbytes for a in self.inputs)
 
     @property
     def bytes_to_write(self) -> int:
@@ -139,7 +160,7 @@ class Plan:
 
     def refuse_changed(self) -> None:
         """Raise FileError if a file of the base or of an adapter changed since it was read."""
-        for folder in (self.base.folder, *(adapter.folder for adapter in self.adapters)):
+        for folder in (self.base.folder, *(adapter.folder for adapter in self.inputs)):
             folder.refuse_changed()
 
     def counts(self) -> dict[str, int]:
@@ -157,6 +178,7 @@ class Edits:
     deltas: list[Delta] = field(default_factory=list)
     biases: list[BiasTerm] = field(default_factory=list)
     rows: list[TokenRows] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
     replacement: TensorInfo | None = None
 
     def __bool__(self) -> bool:
@@ -172,15 +194,14 @@ def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: st
     dtype = MODEL_DTYPES[plan.dtype] or base_dtype
     if keep:
         dtype = source.dtype
-    job = Job(
-        name, dtype, source, action, tuple(edits.deltas), tuple(edits.biases), tuple(edits.rows),
-        checked=not keep,
-    )  # fmt: skip
     if not action:
-        if job.is_arithmetic:
+        if edits.deltas or edits.biases or edits.rows:
             action = "merge"
         elif edits.replacement is not None:
             action = "replace"
         else:
-            action = "copy" if job.is_verbatim else "cast"
-    return replace(job, action=action)
+            action = "copy" if dtype == source.dtype else "cast"
+    return Job(
+        name, dtype, source, action, tuple(edits.deltas), tuple(edits.biases), tuple(edits.rows),
+        tuple(edits.taken), checked=not keep,
+    )  # fmt: skip

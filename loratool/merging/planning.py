@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, listed
-from loratool.merging.matching import Match, match
+from loratool.merging.initial import takings
+from loratool.merging.match import Delta, Match
+from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
+from loratool.merging.replication import Replicated
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_tied
 from loratool.models.checkpoint import Checkpoint, refuse_placeholders
 from loratool.models.layouts.layout import Layout
@@ -40,37 +42,53 @@ def build_plan(
     dtype: str = "float16",
     allow_unmatched: bool = False,
     components: Sequence[str] = (),
+    initial: Adapter | None = None,
+    as_it_is: bool = False,
 ) -> Plan:
     """Plan `W + Σ weight·scale·B·A` for every tensor of `base`.
 
     `components` are the only parts of the base that adapters may go into, by the beginnings of
-    names. Raises BaseError for a quantised base, AdapterError for an adapter that has no merged
-    form, and MatchError where a part of an adapter finds no place (unless `allow_unmatched`).
+    names. Of the adapter whose initialisation changed the base, `initial` is what it was before
+    training; with `as_it_is` the base is the changed one already. Raises BaseError for a quantised
+    base, AdapterError for an adapter that has no merged form, and MatchError where a part of an
+    adapter finds no place (unless `allow_unmatched`).
     """
     refuse_quantised(base)
     refuse_placeholders(base)
     plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched, tuple(components))
+    plan.initial = initial
     plan.notices += base.notices
     layout = Layout(base, components)
     matches = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        _refuse_unmergeable(plan, adapter)
+        _refuse_unmergeable(plan, adapter, as_it_is)
         plan.notices += note_scales(adapter, weight)
         matches.append(match(adapter, layout))
     plan.notices += layout.notices
     _refuse_unmatched(plan, matches)
     edits, added = _collect(plan, matches, layout)
+    if not as_it_is:
+        for taken in takings(plan, matches, layout, edits):
+            edits[taken.delta.tensor].taken.append(taken)
     new_head = settle_tied(plan, layout, edits)
     refuse_unlike_vocabularies(plan, edits)
     _resize_biases(plan, edits)
     _fill_shards(plan, edits, added, new_head)
     _note_config(plan, edits, added)
-    plan.modules = sum(len(m.deltas) for m in matches)
+    if isinstance(base, Replicated):
+        plan.config_changes["layers"] = list(base.order)
+    plan.modules = sum(len({delta.module for delta in m.deltas}) for m in matches)
     return plan
 
 
-def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
-    tolerated = ("unknown-tensors", "half-a-pair") if plan.allow_unmatched else ()
+def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
+    tolerated = ["unknown-tensors", "half-a-pair"] if plan.allow_unmatched else []
+    # What was taken off the base is known then, or off it already.
+    settled = ["base-changing-init"] if plan.initial or as_it_is else []
+    settled += ["repeated-init"] if as_it_is else []
+    if isinstance(plan.base, Replicated):
+        settled.append("layer-replication")
+    tolerated += settled
     reasons = [n for n in adapter.notices if n.refused and n.code not in tolerated]
     if reasons:
         raise AdapterError(
@@ -79,7 +97,7 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter) -> None:
             "`loratool inspect` shows what is in it.",
         )
     # The base's config.json settles what the adapter alone leaves open about square weights.
-    settled = ("square-conv1d",) if plan.base.model_type else ()
+    settled += ["square-conv1d"] if plan.base.model_type else []
     plan.notices += [
         n
         for n in adapter.notices
@@ -117,7 +135,8 @@ def _collect(
     added: dict[str, TensorInfo] = {}
     for found, weight in zip(matches, plan.weights, strict=True):
         for delta in found.deltas:
-            edits[delta.tensor].deltas.append(replace(delta, weight=weight))
+            placed = Delta(delta.place, delta.factors, weight, delta.rows)
+            edits[delta.tensor].deltas.append(placed)
         for name, module in found.biases:
             edits[name].biases.append(_bias_term(module, weight))
         for name, rows in found.rows:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loratool.merging.matching import Delta
+from loratool.merging.match import Delta
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32

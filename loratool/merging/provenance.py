@@ -16,6 +16,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, RestoreError, listed
 from loratool.merging.plan import Plan
+from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
 from loratool.storage.fields import (
@@ -50,15 +51,13 @@ def describe(
         "schema_version": 1,
         "command": command,
         "versions": versions("torch", "numpy"),
-        "options": {
-            "dtype": plan.dtype,
-            "weights": plan.weights,
-            "allow_unmatched": plan.allow_unmatched,
-            **({"components": list(plan.components)} if plan.components else {}),
+        "options": describe_options(plan),
+        "base": {
+            **describe_model(original(plan.base)),
+            "adapters": [entry.document for entry in held],
         },
-        "base": {**describe_model(plan.base), "adapters": [entry.document for entry in held]},
         "adapters": [
-            describe_adapter(adapter, weight)
+            {**describe_adapter(adapter, weight), **_taken_before(adapter, plan)}
             for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
         ],
         "result": {
@@ -70,6 +69,32 @@ def describe(
         },
         "shards": shards,
     }
+
+
+def describe_options(plan: Plan) -> dict[str, Any]:
+    """What a merge was told beside base, adapters and output."""
+    options: dict[str, Any] = {
+        "dtype": plan.dtype, "weights": plan.weights, "allow_unmatched": plan.allow_unmatched,
+    }  # fmt: skip
+    if plan.components:
+        options["components"] = list(plan.components)
+    layout = next(filter(None, (a.expert_b_layout for a in plan.adapters)), None)
+    if layout is not None:
+        options["expert_b_layout"] = layout
+    if plan.initial is not None:
+        options["initial"] = describe_adapter(plan.initial, 1.0)
+    if isinstance(plan.base, Replicated):
+        options["replicate_layers"] = True
+    return options
+
+
+def _taken_before(adapter: Adapter, plan: Plan) -> dict[str, str]:
+    """Where an adapter's initialisation changed the base: how it was taken off before the merge,
+    "" where the base was the changed one already."""
+    changed = bool(adapter.declared.changed_base)
+    if not changed and (plan.initial is None or len(plan.adapters) > 1):
+        return {}
+    return {"taken": next((taken.how for job in plan.jobs for taken in job.taken), "")}
 
 
 def describe_model(model: Checkpoint) -> dict[str, Any]:
@@ -113,9 +138,9 @@ def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
 def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
     """What it adapts, modules that are alike but for the numbers in their paths taken together."""
     groups: dict[Any, list[str]] = {}
-    for m in adapter.modules.values():
-        key = pattern(m.path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
-        groups.setdefault(key, []).append(m.path)
+    for path, m in adapter.modules.items():
+        key = pattern(path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
+        groups.setdefault(key, []).append(path)
     return [
         {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
          "scale": scale, **({"dora": True} if dora else {})}
@@ -188,7 +213,7 @@ _HASHES = table_of(TEXT, "a table of hashes")
 _TABLES = list_of(TABLE, "a list of tables")
 _PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
 _ADAPTER = {
-    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES,
+    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES, "taken": _TEXT,
     "modules": _TABLES,
 }  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
@@ -198,8 +223,8 @@ _RECORD = {
         "undo": TABLE | ABSENT,
     },
     "options": {
-        "dtype": TEXT, "components": NAMES | ABSENT,
-        "allow_unmatched": FLAG | ABSENT,
+        "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,
+        "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT,
     },
     "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},
     "result": {"tensors": TABLE},

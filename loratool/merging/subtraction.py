@@ -16,6 +16,7 @@ from loratool.errors import RestoreError, listed
 from loratool.merging.plan import Edits, Plan, make_job
 from loratool.merging.planning import build_plan
 from loratool.merging.proof.findings import judge
+from loratool.merging.provenance import merged_into, weights_sha256
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.storage.tensors import TensorInfo
 from loratool.streams.run import Run
@@ -42,9 +43,10 @@ def plan_subtraction(
 ) -> Subtraction:
     """Plan `merged - Σ weight·scale·B·A`. Raises RestoreError if `base` holds other originals."""
     options = record.get("options", {})
+    _refuse_other_beginning(merged, adapters, record)
     how = bool(options.get("allow_unmatched")), options.get("components") or ()
-    plan = build_plan(merged, adapters, [-w for w in weights], dtype, *how)
-    forward = build_plan(merged, adapters, weights, dtype, *how)
+    plan = build_plan(merged, adapters, [-w for w in weights], dtype, *how, as_it_is=True)
+    forward = build_plan(merged, adapters, weights, dtype, *how, as_it_is=True)
     originals = {}
     if base is not None:
         originals = _originals(base, merged, forward, bool(record), run)
@@ -55,6 +57,28 @@ def plan_subtraction(
         ]
         plan.shards[shard].sort(key=lambda job: -DTYPE_BITS[job.dtype])
     return Subtraction(plan, forward, originals)
+
+
+def _refuse_other_beginning(
+    merged: Checkpoint, adapters: Sequence[Adapter], record: dict[str, Any]
+) -> None:
+    """Raise RestoreError where more was done to the base than that deltas were added."""
+    if any(adapter.declared.layer_ranges for adapter in adapters):
+        raise RestoreError(
+            "The merge copied layers of the base, and subtraction does not take copies away.",
+            "Keep the base: a merge never changes it.",
+        )
+    where = merged.directory
+    held = [*merged_into(where), *merged_into(where, of_base=True)] if record else []
+    taken = {entry.weights_sha256: entry.document.get("taken") for entry in held}
+    for adapter in adapters:
+        what = taken.get(weights_sha256(adapter)) if taken else None
+        if what or (adapter.declared.changed_base and what is None):
+            raise RestoreError(
+                f"{adapter.label}: its initialisation changed the base, so what is left when its "
+                "delta is subtracted is not the base.",
+                "The undo file that `loratool merge --reversible` writes takes back all of it.",
+            )
 
 
 def _originals(

@@ -42,7 +42,8 @@ def parts_within(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the new dtype, vocabulary, tying, labels and class; all else as it was."""
+    """config.json with the new dtype, vocabulary, tying, layers, labels and class; all else as it
+    was."""
     if dtype != "base":
         config = _with_dtype(config, dtype, top=True)
     for key in ("vocab_size", "tie_word_embeddings"):
@@ -52,6 +53,8 @@ def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) 
                 config["text_config"] = {**nested, key: changes[key]}
             if key in config or not isinstance(nested, dict) or key == "tie_word_embeddings":
                 config[key] = changes[key]
+    if "layers" in changes:
+        config = _with_layers(config, changes["layers"])
     if "num_labels" in changes:
         count = changes["num_labels"]
         if len(config.get("id2label") or {}) != count:
@@ -61,6 +64,58 @@ def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) 
         stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", config["architectures"][0])
         config["architectures"] = [stem + changes["architecture"]]
     return config
+
+
+#: What config.json calls the number of layers.
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+#: Lists with an entry for each layer.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+#: Rules for what such a list spells out, which goes first where it is there.
+_SPELLED_OUT = {
+    "max_window_layers": "layer_types", "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types", "full_attention_interval": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+}  # fmt: skip
+#: How fields are called that tell layers apart by their number, and those that only sound so.
+_BY_NUMBER = re.compile(
+    r"layer|interval|pattern|period|offset|freq|every|first_k|sparse_step|block_type"
+)
+_OF_ALL = re.compile(r"layer_?norm\w*|(\w+_)?layer_?drop(out)?|(\w+_)?layer_?norm(_\w+)?")
+
+
+def layer_count(config: dict[str, Any]) -> int | None:
+    """The number of layers that config.json says; None where it does not."""
+    found = next((config[key] for key in _COUNTS if key in config), None)
+    return found if type(found) is int else None
+
+
+def lists_by_layer(config: dict[str, Any]) -> set[str]:
+    """The fields that are a list with an entry for each layer."""
+    count = layer_count(config)
+    return {k for k in _PER_LAYER if isinstance(config.get(k), list) and len(config[k]) == count}
+
+
+def settings_by_layer(config: dict[str, Any]) -> list[str]:
+    """The fields that make layers differ by their number, and are no list with one entry each."""
+    lists = lists_by_layer(config)
+    found = []
+    for key, value in config.items():
+        settled = key in lists or key in _COUNTS or _SPELLED_OUT.get(key) in lists
+        if key == "max_window_layers" and not config.get("use_sliding_window"):
+            settled = True
+        if key == "decoder_sparse_step" and value == 1:
+            settled = True
+        if value and not settled and _BY_NUMBER.search(key) and not _OF_ALL.fullmatch(key):
+            found.append(key)
+    return found
+
+
+def _with_layers(config: dict[str, Any], order: list[int]) -> dict[str, Any]:
+    """The config of a model whose layers are those of the old one in this order."""
+    changed: dict[str, Any] = {key: len(order) for key in _COUNTS if key in config}
+    for key in lists_by_layer(config):
+        changed[key] = [config[key][number] for number in order]
+    return {**config, **changed}
 
 
 def _with_dtype(config: dict[str, Any], dtype: str, top: bool) -> dict[str, Any]:

@@ -21,7 +21,13 @@ from loratool.errors import FileError, HubError, explained_os_errors
 from loratool.merging.executor import Written
 from loratool.merging.plan import OutputShard, Plan
 from loratool.merging.proof.pairing import check_written
-from loratool.merging.provenance import describe_adapter, describe_model, versions
+from loratool.merging.provenance import (
+    describe_adapter,
+    describe_model,
+    describe_options,
+    versions,
+)
+from loratool.merging.replication import original
 from loratool.merging.rounding import Counts
 from loratool.notices import Notice
 from loratool.publishing.card_upload import card_upload
@@ -200,10 +206,11 @@ def fingerprint(plan: Plan) -> str:
     base = plan.base
     files = [] if origin_of(base.source) else [_stamp(path) for path in base.files]
     document = [
-        describe_model(base),
+        describe_model(original(base)),
         files,
         [describe_adapter(a, w) for a, w in zip(plan.adapters, plan.weights, strict=True)],
-        plan.dtype,
+        describe_options(plan),
+        plan.config_changes,
         plan.counts(),
         versions("torch", "numpy"),
     ]

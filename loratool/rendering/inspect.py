@@ -71,7 +71,9 @@ def _lora_facts(facts: Table, report: InspectReport) -> None:
         facts.add_row("found", found)
     chosen = len(report.modules)
     shown = "" if chosen == report.total_modules else f" ({chosen} shown)"
-    facts.add_row("modules", f"{report.total_modules}{shown}")
+    stacks = sum((m.experts or 1) > 1 for m in report.modules)
+    experts = f", {counted(stacks, 'stack')} of experts" if stacks else ""
+    facts.add_row("modules", f"{report.total_modules}{experts}{shown}")
     if report.saved:
         names = [f"{name} {shape_text(shape)}" for name, shape in report.saved.items()]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -116,7 +118,7 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
     stable = [m.stable_rank for m in group if m.stable_rank is not None]
     largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
     return {
-        "kind": one.kind if one.experts is None else counted(one.experts, "expert"),
+        "kind": counted(one.experts, "expert") if one.experts and one.experts > 1 else one.kind,
         "r": str(one.rank) + (" DoRA" if one.dora else ""),
         "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
         "r/α": ("DoRA " if one.dora else "")
@@ -124,7 +126,7 @@ def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
         "scale": "?" if one.scale is None else f"{one.scale:.4g}",
         "A": shape_text(one.shapes["A"]),
         "B": shape_text(one.shapes["B"]),
-        "out×in": ("" if one.experts is None else f"{one.experts} × ")
+        "out×in": (f"{one.experts} × " if one.experts and one.experts > 1 else "")
         + (shape_text(one.shape) if all(one.shapes.values()) else "–"),
         "dtype": verbatim(one.dtype),
         "‖ΔW‖": span_text([n for m in group for n in m.expert_norms or (m.delta_norm,)]),

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from loratool.merging.initial import Derivation
+from loratool.merging.report import MergeReport
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.storage.filenames import CONFIG
-from loratool.verbs.merge import MergeReport
 from loratool.words import format_bytes, percent
+
+
+def _derivation(cost: Derivation) -> str:
+    name = {"pissa": "PiSSA", "olora": "OLoRA"}[cost.how]
+    tera = float(f"{cost.flops / 1e12:.2g}")
+    each = "its matrix" if cost.matrices == 1 else f"each of {cost.matrices} matrices"
+    text = f"{name}: one decomposition of {each}, about {tera:,.6g} TFLOP in float64"
+    if cost.seconds is None:
+        return text
+    units = ((3600, "h"), (60, "min"), (1, "s"))
+    size, unit = next((u for u in units if cost.seconds >= 1.5 * u[0]), units[-1])
+    return f"{text}, about {max(1, round(cost.seconds / size))} {unit} here"
 
 
 def show_merge(report: MergeReport, verbose: bool) -> None:
@@ -33,6 +46,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             facts.add_row(words[action], ", ".join(map(verbatim, shown)) + more)
     if verbose:
         facts.add_row("merged", "\n".join(map(verbatim, report.changes["merge"])))
+    if report.derivation is not None:
+        facts.add_row("initialisation", _derivation(report.derivation))
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
         facts.add_row(CONFIG, verbatim(changed))

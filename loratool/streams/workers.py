@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from loratool.streams.threads import R, cores, in_order
 #: Blocks that one worker computes before it hands its result over: handing work from thread to
 #: thread costs about as much as a tenth of a block.
 BLOCKS_PER_TASK = 8
+
+
+P = TypeVar("P")
 
 
 class Workers:
@@ -52,6 +56,21 @@ class Workers:
     def in_order(self, calls: Iterable[Callable[[], R]]) -> Iterator[R]:
         """The results of `calls` in their order, with two calls per worker in flight."""
         return in_order(self._pool, self._count, calls)
+
+    def ahead(
+        self, parts: Iterable[P], early: Callable[[Any], Callable[[], object] | None]
+    ) -> Iterator[P]:
+        """The parts in their order. What `early` says a part needs beforehand, and takes long,
+        begins some parts before its turn; whoever needs it waits for it, and meets its errors."""
+        waiting: deque[P] = deque()
+        for part in parts:
+            call = early(part)
+            if call is not None:
+                self._pool.submit(call)
+            waiting.append(part)
+            if len(waiting) > self._count:
+                yield waiting.popleft()
+        yield from waiting
 
     def take(self, size: int) -> Bytes:
         """A buffer of at least `size` bytes with arbitrary content; give it back after use."""

@@ -93,6 +93,7 @@ def compare(
     tolerance: float = TOLERANCE,
     base: str | Path | None = None,
     components: str | Sequence[str] = (),
+    expert_b_layout: str | None = None,
     layers: str | None = None,
     include: Sequence[str] = (),
     threads: int | None = None,
@@ -107,6 +108,7 @@ def compare(
     tolerance: relative difference up to which two deltas count as equal.
     base: base model; counts intruder dimensions, which takes an eigendecomposition per module.
     components: the only parts of the base that the adapters may go into.
+    expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell; see `merge`.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
     progress: called with (modules done, modules in all, module).
@@ -126,8 +128,8 @@ def compare(
         )
     factors = check_weights(weights, sources)
     check_sizes(factors)
-    loras = [read_lora(source) for source in sources]
-    joined = join(loras, [1.0] * len(loras), "compared", with_dora=True)
+    loras = [read_lora(source, expert_b_layout) for source in sources]
+    joined = join(loras, [1.0] * len(loras), "compared", with_dora=True, with_stacks=True)
     joined.notices += [
         notice
         for lora, factor in zip(loras, factors, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from loratool.merging.coverage import BaseReport, cover
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.fields import strict
-from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import count_not_finite
 from loratool.verbs.inputs import as_texts, check_paths
 from loratool.words import counted
@@ -138,6 +139,9 @@ class InspectReport:
 
 _OPTIONAL = {"singular_values", "relative_norm", "experts", "dead_experts", "expert_norms"}
 
+#: Modules that one thread measures in a go.
+_AT_A_TIME = 64
+
 #: Adapters on the Hub up to this many bytes are downloaded for their norms without being asked.
 SMALL = 50_000_000
 
@@ -242,7 +246,8 @@ def _measure(
     """Norms of all modules, each from its own factors; factors are read module by module."""
     sound = [(m, r) for m, r in zip(modules, reports, strict=True) if m.is_sound]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda pair: norms_of(pair[0], files), sound))
+        groups = [[m for m, _ in sound[low:high]] for low, high in blocks(len(sound), _AT_A_TIME)]
+        found = [n for norms in pool.map(lambda g: norms_of(g, files), groups) for n in norms]
     broken, silent, dead = [], [], []
     for (_, report), norms in zip(sound, found, strict=True):
         if norms is None:
@@ -273,14 +278,15 @@ def _fill(report: ModuleReport, norms: DeltaNorms, spectrum: bool) -> None:
         report.dead_experts = norms.dead
     if norms.values is None:
         return
-    squares = np.sum(norms.values**2, axis=1)
-    first = norms.values[:, 0]
-    report.delta_norm = math.sqrt(float(np.sum(squares)))
-    report.spectral_norm = float(first.max())
-    if first.any():
-        report.stable_rank = float(np.median(squares[first > 0] / first[first > 0] ** 2))
+    squares: list[float] = np.sum(norms.values**2, axis=1).tolist()
+    first: list[float] = norms.values[:, 0].tolist()
+    report.delta_norm = math.sqrt(math.fsum(squares))
+    report.spectral_norm = max(first)
+    if any(first):
+        stable = [s / f**2 for s, f in zip(squares, first, strict=True) if f]
+        report.stable_rank = statistics.median(stable)
     if report.experts is not None:
-        report.expert_norms = math.sqrt(float(squares.min())), math.sqrt(float(squares.max()))
+        report.expert_norms = math.sqrt(min(squares)), math.sqrt(max(squares))
     if spectrum:
         report.singular_values = [float(v) for v in norms.values.mean(axis=0)]
 

@@ -5,27 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.adapters.effect import note_slips
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.errors import HubError, explained_os_errors
 from loratool.merging.identity import held_by, note_doing_nothing, note_other_base, refuse_held
+from loratool.merging.initial import derivation_of
 from loratool.merging.options import MergeOptions
 from loratool.merging.output import write_model
 from loratool.merging.plan import Plan
-from loratool.merging.planning import build_plan
 from loratool.merging.provenance import describe
-from loratool.merging.range_loss import RangeLoss, sample_range_loss
+from loratool.merging.range_loss import sample_range_loss
+from loratool.merging.replication import replicated
+from loratool.merging.report import MergeReport
+from loratool.merging.residual_base import plan_on
 from loratool.merging.undo.sidefiles import keep_base, note_large, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.models.tokenizers import note_ids_without_rows
-from loratool.notices import Notice, document
 from loratool.publishing.target import merge_target, workplace
 from loratool.storage.destination import (
     Overwrite,
@@ -39,67 +41,12 @@ from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.threads import cores
 from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
 
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
     from loratool.storage.hub.repository import Repository
-
-
-@dataclass
-class MergeReport:
-    """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds.
-
-    `lost` is how much of the delta rounding took, ‖realised − Δ‖/‖Δ‖, on a sample of the blocks.
-    """
-
-    base: str
-    adapters: list[str]
-    #: What each adapter says it was trained on; "" where it does not.
-    trained_on: list[str]
-    weights: list[float]
-    output: str
-    dtype: str
-    dry_run: bool
-    shards: list[str]
-    modules: int
-    tensors: dict[str, int]
-    parameters: int
-    bytes_to_read: int
-    bytes_written: int
-    bytes_needed: int
-    bytes_free: int
-    reversible: bool
-    undo_bytes: int
-    changes: dict[str, list[str]]
-    config_changes: dict[str, Any]
-    side_files: list[str]
-    left_out: list[str]
-    #: Whose tokenizer goes along, in words; "" if there is none.
-    tokenizer: str
-    warnings: list[Notice] = field(default_factory=list)
-    subnormal: int = 0
-    zeroed: int = 0
-    lost: float | None = None
-    #: In a dry run: what float16 would lose of the base's range, from a sample.
-    range_loss: RangeLoss | None = None
-    verified: bool = False
-    #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
-    pushed: str = ""
-    commit: str = ""
-    created: bool = False
-    private: bool = False
-    #: Shards that an earlier run had uploaded.
-    resumed: list[str] = field(default_factory=list)
-    kept: bool = True
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
-        found = document(self, "warnings")
-        if self.range_loss is not None:
-            found["range_loss"] = dict(self.range_loss.__dict__)
-        return found
 
 
 @explained_os_errors()
@@ -119,6 +66,8 @@ def merge(
     dry_run: bool = False,
     reversible: bool = False,
     verify: bool = False,
+    initial: str | Path | None = None,
+    replicate_layers: bool = False,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -141,6 +90,9 @@ def merge(
     components: the only parts of the base that adapters may go into, by the beginnings of names.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
         (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
+    initial: an adapter as it was before training, where its initialisation changed the base
+        (`pissa_niter_N`, CorDA, LoRA-GA): what it holds is taken off the base first.
+    replicate_layers: copy layers of the base as the adapter's layer_replication says.
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
@@ -166,11 +118,12 @@ def merge(
     sources = as_list(adapters)
     options = MergeOptions(
         dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
-        push, keep, private,
+        push, keep, private, initial, replicate_layers,
     )  # fmt: skip
     options.check(output)
     output = output if output is not None else workplace(str(push))
-    check_paths([base, output], sources, "loratool merge BASE ADAPTER -o OUT")
+    given = [base, output, *([] if initial is None else [initial])]
+    check_paths(given, sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
     factors = check_weights(weights, sources)
     plan = _planned(base, sources, factors, options, target, overwrite, expert_b_layout)
@@ -186,7 +139,7 @@ def merge(
             from loratool.publishing.shard_upload import space_needed
 
             report.bytes_needed = space_needed(plan) + side_files.nbytes
-    for adapter in plan.adapters:
+    for adapter in plan.inputs:
         refuse_not_finite(adapter)
     report.warnings += note_slips(plan.adapters, factors)
     report.warnings += note_doing_nothing(plan.adapters, factors)
@@ -194,6 +147,11 @@ def merge(
         refuse_held(plan.base, plan.adapters)
     if dry_run:
         report.range_loss = sample_range_loss(plan)
+        if report.derivation is not None:
+            from loratool.merging.derivation import seconds_for
+
+            seconds = seconds_for(report.derivation, run.threads or min(8, cores()))
+            report.derivation = replace(report.derivation, seconds=seconds)
         if reversible:
             from loratool.merging.undo.sampling import undo_bytes
 
@@ -225,18 +183,26 @@ def _planned(
     expert_b_layout: str | None,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
-    check_output(target, [Path(base), *map(Path, adapters)], overwrite)
+    before = [options.initial] if options.initial is not None else []
+    check_output(target, [Path(base), *map(Path, [*adapters, *before])], overwrite)
     checkpoint = open_checkpoint(base)
     loras = [read_lora(source, expert_b_layout) for source in adapters]
+    initial = read_lora(options.initial, expert_b_layout) if options.initial is not None else None
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
-        path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
+        path.resolve()
+        for path in (
+            *checkpoint.files,
+            *(path for a in (*loras, *([initial] if initial else [])) for path in a.files),
+        )
     ]
     check_output(target, files, overwrite)
+    if options.replicate_layers:
+        checkpoint = replicated(checkpoint, loras)
     dtype, notices = options.dtype_for(checkpoint)
-    plan = build_plan(
-        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components
-    )  # fmt: skip
+    plan = plan_on(
+        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components, initial
+    )
     plan.notices += notices + note_other_base(checkpoint, loras)
     return plan
 
@@ -336,4 +302,5 @@ def _report(
         tokenizer=files.tokenizer.summary(),
         warnings=[*plan.notices, *files.notices, *rowless],
         kept=options.keep,
+        derivation=derivation_of(plan),
     )

@@ -145,11 +145,12 @@ def unmerge(
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
     checkpoint = open_checkpoint(merged)
-    loras = [read_lora(source, expert_b_layout) for source in sources]
-    checkpoint.fetch()
     checkpoint.folder.fetch([PROVENANCE])
-    fetch_undo(checkpoint.folder)
     record = read_record(checkpoint.directory) if checkpoint.is_directory else None
+    told = record["options"].get("expert_b_layout") if record else None
+    loras = [read_lora(source, expert_b_layout or told) for source in sources]
+    checkpoint.fetch()
+    fetch_undo(checkpoint.folder)
     undo = None if subtract else open_undo(checkpoint, record)
     inputs = [
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
@@ -218,6 +219,7 @@ def _restore(
         options["dtype"],
         bool(options.get("allow_unmatched")),
         options.get("components") or (),
+        as_it_is=True,  # the undo file has what was taken off the base
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)

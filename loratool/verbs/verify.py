@@ -14,11 +14,12 @@ from loratool.adapters.reading import read_lora
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
-from loratool.merging.planning import build_plan
 from loratool.merging.proof.findings import Finding, Stats, judge
 from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
 from loratool.merging.provenance import read_record
+from loratool.merging.replication import replicated
+from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised import refuse_quantised
 from loratool.notices import Notice, document
@@ -68,6 +69,8 @@ def verify(
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
     expert_b_layout: str | None = None,
+    initial: str | Path | None = None,
+    replicate_layers: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -76,7 +79,8 @@ def verify(
     Parameters
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
-    base, adapters, weights, allow_unmatched, components, expert_b_layout: as for `merge`.
+    base, adapters, weights, allow_unmatched, components: as for `merge`.
+    expert_b_layout, initial, replicate_layers: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
 
@@ -89,15 +93,22 @@ def verify(
 
     started = time.perf_counter()
     sources = as_list(adapters)
-    check_paths([merged, base], sources, "loratool verify MERGED --base BASE ADAPTER")
+    given = [merged, base, *([] if initial is None else [initial])]
+    check_paths(given, sources, "loratool verify MERGED --base BASE ADAPTER")
     run = Run(threads, progress)
     factors = check_weights(weights, sources)
     original = open_checkpoint(base)
-    chosen = as_texts(components) or _recorded_components(merged)
+    told = _recorded_options(merged)
+    chosen = as_texts(components) or told.get("components") or []
+    expert_b_layout = expert_b_layout or told.get("expert_b_layout")
+    replicate_layers = replicate_layers or bool(told.get("replicate_layers"))
     loras = [read_lora(source, expert_b_layout) for source in sources]
-    plan = build_plan(original, loras, factors, "base", allow_unmatched, chosen)
+    before = read_lora(initial, expert_b_layout) if initial is not None else None
+    if replicate_layers:
+        original = replicated(original, loras)
+    plan = plan_on(original, loras, factors, "base", allow_unmatched, chosen, before)
     plan.notices += note_other_base(original, loras)
-    for lora in loras:
+    for lora in plan.inputs:
         refuse_not_finite(lora)
     report = _report(plan, merged)
     try:
@@ -122,10 +133,11 @@ def verify(
     return report
 
 
-def _recorded_components(merged: str | Path) -> Sequence[str]:
+def _recorded_options(merged: str | Path) -> dict[str, Any]:
     """What the merge was told, by the record beside a model on this disk."""
     record = read_record(Path(merged)) if Path(merged).is_dir() else None
-    return (record["options"].get("components") if record else None) or []
+    options: dict[str, Any] = record["options"] if record else {}
+    return options
 
 
 _QUANTISED = "Verify the model as it was merged, before it was quantised."

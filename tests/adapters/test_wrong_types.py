@@ -50,6 +50,7 @@ CONFIG = {
     "init_lora_weights": True, "trainable_token_indices": None, "ensure_weight_tying": False,
     "use_bdlora": None, "exclude_modules": None, "layers_to_transform": None, "lora_dropout": 0.0,
     "inference_mode": True, "peft_version": "0.21.2", "target_parameters": None,
+    "lora_B_layout": None,
 }  # fmt: skip
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False,

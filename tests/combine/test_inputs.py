@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.adapters import HEAD, PREFIX, WEIGHTS, Q, lora, pair, write_adapter
 from helpers.combining import fails
+from helpers.experts import DOWN, GATE_UP, expert_pairs, stacks
 from helpers.permissions import permissions_that_count
 from helpers.places import FIXTURES
 
@@ -22,10 +23,10 @@ def test_dora_is_refused(tmp_path: Path, out: Path) -> None:
     assert "loratool merge" in error.hint
 
 
-def test_bare_parameters_are_refused(tmp_path: Path, out: Path) -> None:
-    """target_parameters of mixture-of-experts stacks are refused by name."""
-    source = lora(tmp_path / "moe", target_parameters=["experts.down_proj"])
-    fails(AdapterError, [source], out, "target_parameters", str(source))
+def test_stacks_of_experts_are_refused(tmp_path: Path, out: Path) -> None:
+    """Stacks of experts (target_parameters) are refused by name, all of them in one error."""
+    source = stacks(tmp_path / "moe", expert_pairs(3, 12, 8, 4), expert_pairs(3, 8, 6, 4))
+    fails(AdapterError, [source], out, "target_parameters", str(source), GATE_UP, DOWN)
 
 
 def test_weights_without_their_config_are_refused(tmp_path: Path, out: Path) -> None:

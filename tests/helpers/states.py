@@ -9,8 +9,8 @@ import torch
 
 import loratool
 from helpers.files import ADAPTED, NORM, OTHER, State, load, lora_on, random_of, write_base
+from loratool.merging.report import MergeReport
 from loratool.storage.tensors import BLOCK_ELEMENTS
-from loratool.verbs.merge import MergeReport
 
 TORCH = {
     "float16": torch.float16, "bfloat16": torch.bfloat16,

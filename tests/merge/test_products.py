@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from loratool.adapters.factors import Kind, LowRank, Matrix, ModuleShape, Part
 from loratool.extracting.difference import Difference
 from loratool.merging.executor import execute
-from loratool.merging.matching import Delta
+from loratool.merging.match import Delta
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.products import ExactProduct, LoadedDelta, Placement

@@ -21,6 +21,7 @@ import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.merging.arithmetic import RunningJob
+from loratool.merging.derivation import Computed
 from loratool.merging.plan import Job
 from loratool.merging.proof.findings import BINS, Stats
 from loratool.merging.proof.rounding_paths import RoundingPaths
@@ -41,6 +42,10 @@ _PIECE = 1 << 17
 _NOISE = 16.0
 
 
+#: The unit in the last place of float32, of a number near 1.
+_EPS = 2.0**-23
+
+
 @dataclass(frozen=True)
 class Pair:
     """A merged tensor and the job that should give it; the job's dtype is the tensor's."""
@@ -54,7 +59,7 @@ def measure(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
     found: dict[str, Stats] = {}
     advance = run.counted(sum(pair.merged.nbytes for pair in pairs))
     with FilePool() as files, Workers(run.threads) as workers:
-        for name, nbytes, stats in workers.in_order(_calls(pairs, files)):
+        for name, nbytes, stats in workers.in_order(_calls(pairs, files, workers)):
             found.setdefault(name, Stats()).__iadd__(stats)
             advance(nbytes, name)
     for pair in pairs:
@@ -63,10 +68,10 @@ def measure(pairs: Sequence[Pair], run: Run) -> dict[str, Stats]:
 
 
 def _calls(
-    pairs: Sequence[Pair], files: FilePool
+    pairs: Sequence[Pair], files: FilePool, workers: Workers
 ) -> Iterator[Callable[[], tuple[str, int, Stats]]]:
-    for pair in pairs:
-        running = _Comparing(pair, files)
+    parts = (_Comparing(pair, files) for pair in pairs)
+    for running in workers.ahead(parts, _Comparing.long_before):
         for low, high in blocks(running.length, running.task_elements):
             yield partial(running.task, low, high)
 
@@ -239,6 +244,8 @@ class _Comparing(RunningJob):
         deviation = (got - x).abs_()
         delta = x - w
         noise = (w.abs() + x.abs()).add_(reach).mul_(_NOISE * torch.finfo(self.work).eps / 2)
+        if self.taken:
+            noise += self._doubt(low, w)
         noise.add_(ulp(x, self.job.dtype), alpha=0.5)
         same = got == expected
         once = deviation <= noise
@@ -264,12 +271,36 @@ class _Comparing(RunningJob):
     def _reach(self, low: int, high: int) -> torch.Tensor:
         """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
         total = torch.zeros(high - low, dtype=self.work)
-        for term in self.terms:
+        for term in (*self.terms, *self.loaded_taken):
             window = term.window(low // self.columns, high // self.columns)
             if window is not None:
                 part = window.of(total.view(-1, self.columns))
                 part += term.reach(window)
         return total
+
+    def _doubt(self, low: int, w: torch.Tensor) -> torch.Tensor:
+        """How far the values that training began with may be others on another machine.
+
+        `w` are those of the base, from element `low` on. What was taken off them has an error of
+        its own, and where the difference lies on the edge between two values of the base's dtype,
+        it may have gone to either side.
+        """
+        first, last = low // self.columns, (low + len(w)) // self.columns
+        left, doubt = w.clone(), w.abs().mul_(_EPS)
+        for delta, term in zip(self.taken, self.loaded_taken, strict=True):
+            window = term.window(first, last)
+            if window is not None:
+                derived = delta.factors
+                share = derived.doubt if isinstance(derived, Computed) else _EPS
+                window.of(left.view(-1, self.columns)).sub_(term.product(window))
+                window.of(doubt.view(-1, self.columns)).add_(term.reach(window), alpha=share)
+        step = ulp(left, self.source.dtype)
+        off = (left - left.to(TORCH[self.source.dtype]).to(self.work)).abs_()
+        doubt += step * (off + doubt >= step / 2)
+        for gain in self.gains:
+            if gain is not None:
+                doubt *= max(1.0, float(gain.abs().max()))
+        return doubt
 
 
 def _count_steps(merged: Bytes, expected: Bytes, itemsize: int, stats: Stats) -> None:

@@ -7,6 +7,7 @@ copy of a tied head. All of that is understood here; what remains is missing, ad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,12 +16,17 @@ from loratool.merging.plan import Job, OutputShard, Plan
 from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import Finding
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.assembly import assembled
 from loratool.models.layouts.components import Wanted
+from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_legacy_buffer
 from loratool.models.layouts.naming import choose_naming
+from loratool.models.layouts.parameter import MisfitError
+from loratool.models.layouts.tying import Tied
 from loratool.notices import Notice
 from loratool.storage.header import read_header
+from loratool.storage.tensors import TensorInfo
 from loratool.streams.run import Run
 from loratool.words import counted
 
@@ -38,7 +44,7 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
     """Find the merged tensor of every job."""
     found = Pairing()
     jobs = {job.name: job for job in plan.jobs}
-    layout = Layout(merged)
+    layout, own = Layout(merged), Layout(plan.base)
     naming = choose_naming(
         layout,
         [
@@ -47,16 +53,15 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
             if name in plan.base.tensors
         ],
     )
-    _settle_heads(found, plan, jobs, merged, layout)
+    _settle_heads(found, plan, jobs, merged, layout, own.tied)
     taken = set()
     for job in jobs.values():
-        name = naming(job.name)
-        info = merged.tensors.get(name) or merged.tensors.get(job.name)
+        info, names = _merged_tensor(naming(job.name), job, layout, own.holdings)
         if info is None:
             if not is_legacy_buffer(job.name, job.source.shape):
                 found.findings.append(Finding(job.name, "missing", job.is_adapted))
             continue
-        taken.add(info.name)
+        taken |= names
         if info.shape != job.source.shape:
             note = f"{list(info.shape)} instead of {list(job.source.shape)}"
             found.findings.append(Finding(job.name, "shape", job.is_adapted, note=note))
@@ -71,6 +76,21 @@ def pair_up(plan: Plan, merged: Checkpoint) -> Pairing:
         if name not in taken and not is_legacy_buffer(name, info.shape):
             found.findings.append(Finding(name, "added", False))
     return found
+
+
+def _merged_tensor(
+    name: str, job: Job, layout: Layout, base: Holdings
+) -> tuple[TensorInfo | None, set[str]]:
+    """What the merged model has in the place of a job's tensor, and the names of its own tensors
+    that this is: where it is cut otherwise than the base, parts of several or a part of one."""
+    owns = [own for called in (name, job.name) if (own := layout.name_of(called))]
+    there = [layout.base.tensors[own] for own in owns if own in layout.base.tensors]
+    if there and there[0].shape == job.source.shape:
+        return there[0], {there[0].name}
+    for called in (name, job.name):
+        with suppress(MisfitError):
+            return assembled(layout.holdings, called, job.source.shape, base)
+    return (there[0], {there[0].name}) if there else (None, set())
 
 
 def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None:
@@ -92,10 +112,14 @@ def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None
 
 
 def _settle_heads(
-    found: Pairing, plan: Plan, jobs: dict[str, Job], merged: Checkpoint, layout: Layout
+    found: Pairing,
+    plan: Plan,
+    jobs: dict[str, Job],
+    merged: Checkpoint,
+    layout: Layout,
+    base: Tied | None,
 ) -> None:
     """Make the jobs fit what the merged model does with a head that is its embedding's matrix."""
-    base = Layout(plan.base).tied
     if base is None:
         return
     head, embedding = jobs.get(base.head), jobs[base.embedding]

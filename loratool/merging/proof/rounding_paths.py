@@ -39,6 +39,8 @@ class RoundingPaths:
         """
         cast = self._stored(w)
         stats.tried += len(w)
+        if self.job.job.taken:
+            w = self.job.as_trained(w.clone(), low, low + len(w))
         for name, values in self._predictions(w, x, low):
             hit = (values == got) & torch.isfinite(values)
             missed = len(w) - int(hit.sum())

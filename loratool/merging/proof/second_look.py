@@ -54,6 +54,7 @@ def look_for_adapters(
         for pair in pairs
         if pair.job.name in unclear
         and len(pair.job.deltas) > 1
+        and not pair.job.taken
         and all(delta.factors.adds for delta in pair.job.deltas)
     ]
     shares = attribute(asked, run)

@@ -6,6 +6,7 @@ every safetensors file beside it for weights. Its entries:
 * `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`
 * `whole:NAME`      all elements of a tensor that was replaced, in compressed pieces
 * `gain:NAME:k`     the k-th factor that DoRA multiplied NAME's rows or columns with
+* `taken:NAME:k`    what an initialisation took off NAME before training: two matrices, float32
 * `header:FILE`     the first bytes of a base shard, compressed
 * `file:PATH`       a file of the base that is not in the output as it was, compressed
 * `base`            compressed JSON: every tensor with dtype, shape, sha256 and the sizes of its
@@ -14,9 +15,7 @@ every safetensors file beside it for weights. Its entries:
 
 from __future__ import annotations
 
-import json
 import operator
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,71 +24,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loratool.adapters.factors import Matrix
 from loratool.errors import FileError
 from loratool.merging.undo.residual import (
     DamagedChunk,
     Distances,
     Positions,
-    compress,
     decode,
     decode_whole,
     decompress,
 )
+from loratool.merging.undo.writer import VERSIONS
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import check_model_config
 from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
-from loratool.storage.header import build_header, described, read_header
+from loratool.storage.header import described, read_header
 from loratool.storage.jsonfile import parse_json
-from loratool.storage.system import open_new, write_at
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_raw
 
-VERSION = 1
-
 #: Refuse to unpack more than this for a header, a side file or the table of tensors.
 _MAX_UNPACKED = 1 << 30
-
-_LARGEST_OFFSET = 10**15
-
-
-class UndoWriter:
-    """Writes an undo file entry after entry, in the order of `add` and `append`.
-
-    A safetensors file begins with the sizes of its entries, which are known only at the end. So
-    room is kept for a header that names all of `entries`, and what is not needed becomes spaces.
-    """
-
-    def __init__(self, path: Path, entries: list[str]) -> None:
-        widest = [(name, "U8", (_LARGEST_OFFSET + i,)) for i, name in enumerate([*entries, "base"])]
-        self._room = len(build_header(widest, {"format": "loratool-undo"}))
-        self._entries: dict[str, int] = {}
-        self._fd = open_new(path)
-        self._end = self._room
-
-    def append(self, entry: str, data: bytes) -> None:
-        """Add to the newest entry, or begin a new one."""
-        if not data:
-            return
-        assert entry not in self._entries or entry == next(reversed(self._entries))
-        self._entries[entry] = self._entries.get(entry, 0) + len(data)
-        write_at(self._fd, memoryview(data), self._end)
-        self._end += len(data)
-
-    def finish(self, base: dict[str, Any]) -> int:
-        """Write the table of the base and the header, close; returns the size of the file."""
-        self.append("base", compress(json.dumps({"version": VERSION, **base}).encode()))
-        shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
-        header = build_header(shapes, {"format": "loratool-undo"}, self._room)
-        write_at(self._fd, memoryview(header), 0)
-        self.close()
-        return self._end
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 @dataclass(frozen=True)
@@ -98,7 +55,8 @@ class BaseTensor:
 
     `step` elements are coded to a chunk, and `sizes` are the bytes of the chunks; both are 0 and
     empty where the subtraction misses nothing. `whole` marks a tensor that is stored itself.
-    `gains` counts the factors of each delta, 0 for plain ones.
+    `gains` counts the factors of each delta, 0 for plain ones. `taken` has four numbers for each
+    that was taken off: the delta in whose place, and out, k, in of `[out, k]`·`[k, in]`.
     """
 
     info: TensorInfo
@@ -107,6 +65,7 @@ class BaseTensor:
     step: int
     sizes: tuple[int, ...]
     gains: tuple[int, ...]
+    taken: tuple[tuple[int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +129,14 @@ class Undo:
         entry = self._entries.get(f"gain:{name}:{index}")
         return None if entry is None else read_raw(entry, files).view(dtype)
 
+    def taken(self, name: str, index: int, files: FilePool) -> tuple[Matrix, Matrix]:
+        """The two matrices whose product was taken off a tensor before the deltas were added."""
+        _, out, rank, width = self.tensors[name].taken[index]
+        if not rank:
+            return np.zeros((out, 0), np.float32), np.zeros((0, width), np.float32)
+        values = read_raw(self._entries[f"taken:{name}:{index}"], files).view("f4")
+        return values[: out * rank].reshape(out, rank), values[out * rank :].reshape(rank, width)
+
     def _chunk(self, kind: str, name: str, low: int, files: FilePool) -> bytes:
         entry = self._entries.get(f"{kind}:{name}")
         if entry is None:
@@ -216,7 +183,7 @@ def read_undo(path: Path) -> Undo:
         raise FileError(f"{path}: not an undo file of loratool.", "Check the path.")
     with FilePool() as files, _Damage(path, "base"):
         table = parse_json(_unpack(entries["base"], files), f"{path}: its table")
-        if table["version"] != VERSION:
+        if table["version"] not in VERSIONS:
             raise FileError(
                 f"{path}: it was written by a later loratool (undo version {table['version']}).",
                 "Use that version.",
@@ -262,9 +229,20 @@ def _tensors(table: dict[str, Any]) -> Iterator[tuple[str, BaseTensor]]:
         yield (
             name,
             BaseTensor(
-                info, t["sha256"], t["whole"], t["step"], tuple(t["sizes"]), tuple(t["gains"])
+                info,
+                t["sha256"],
+                t["whole"],
+                t["step"],
+                tuple(t["sizes"]),
+                tuple(t["gains"]),
+                tuple(map(_four, t.get("taken", ()))),
             ),
         )
+
+
+def _four(numbers: list[int]) -> tuple[int, int, int, int]:
+    place, out, rank, width = map(operator.index, numbers)
+    return place, out, rank, width
 
 
 def _check(undo: Undo) -> None:
@@ -288,6 +266,14 @@ def _check(undo: Undo) -> None:
             if count and undo._entries[gain].nbytes != count * size:
                 raise ValueError(f"{gain} does not hold {count} factors")
             expected |= {gain} if count else set()
+        for index, (place, out, rank, width) in enumerate(tensor.taken):
+            entry_name = f"taken:{name}:{index}"
+            size = 4 * rank * (out + width)
+            if not 0 <= place < len(tensor.gains) or min(out, rank, width) < 0:
+                raise ValueError(f"{entry_name} has no place")
+            if size and undo._entries[entry_name].nbytes != size:
+                raise ValueError(f"{entry_name} does not hold its two matrices")
+            expected |= {entry_name} if size else set()
     if undo._entries.keys() != expected:
         raise ValueError("its entries are not those of its table")
     named = [name for shard in undo.shards for name in shard.tensors]

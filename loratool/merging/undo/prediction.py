@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 
+from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import ExactProduct
 from loratool.merging.rounding import TORCH
@@ -29,15 +30,22 @@ class Reversal:
 
     `gains` holds for each delta what DoRA multiplied rows or columns with, in the order of the
     deltas, and None for plain ones; while a merge runs they may still be filling up, row by row.
+    `taken` is what was taken off the base before the deltas, and goes back onto it.
     """
 
     def __init__(
-        self, job: Job, base_dtype: str, files: FilePool, gains: Sequence[torch.Tensor | None]
+        self,
+        job: Job,
+        base_dtype: str,
+        files: FilePool,
+        gains: Sequence[torch.Tensor | None],
+        taken: Sequence[Delta] = (),
     ) -> None:
         self.job = job
         self.files = files
         self.columns = job.columns
         self.gains = gains
+        self.taken = taken
         self._lock = threading.Lock()
         self.base_dtype = TORCH[base_dtype]
         self.work = torch.float64 if base_dtype == "F64" else torch.float32
@@ -45,6 +53,10 @@ class Reversal:
     @cached_property
     def products(self) -> list[ExactProduct]:
         return [ExactProduct(delta, self.job.source.shape, self.files) for delta in self.job.deltas]
+
+    @cached_property
+    def _given_back(self) -> list[ExactProduct]:
+        return [ExactProduct(delta, self.job.source.shape, self.files) for delta in self.taken]
 
     @cached_property
     def _biases(self) -> list[torch.Tensor]:
@@ -56,7 +68,7 @@ class Reversal:
     def _prepare(self) -> None:
         """Load what the blocks share, by one thread."""
         with self._lock:
-            _ = self.products, self._biases
+            _ = self.products, self._given_back, self._biases
 
     def predict(self, low: int, high: int, data: Bytes) -> Bytes:
         """The predicted base bytes of elements `[low, high)`, from their output bytes.
@@ -80,6 +92,11 @@ class Reversal:
                 usable = torch.isfinite(by) & (by != 0)
                 part /= torch.where(usable, by, torch.ones_like(by))
             part -= product.product(window, self.work)
+        for product in self._given_back:
+            window = product.window(first, last)
+            if window is not None:
+                part = window.of(matrix)
+                part += product.product(window, self.work)
         if any(gain is not None for gain in self.gains):
             back.nan_to_num_()  # the sign of a NaN from ∞ - ∞ depends on the processor
         predicted = scratch.get("predicted", high - low, self.base_dtype)

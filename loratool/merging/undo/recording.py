@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from loratool.merging.arithmetic import MergeTask, Merging
+from loratool.merging.derivation import scale_folded
 from loratool.merging.plan import Job, Plan
-from loratool.merging.undo.file import UndoWriter
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import (
     Distances,
@@ -31,6 +31,7 @@ from loratool.merging.undo.residual import (
     find,
 )
 from loratool.merging.undo.sidefiles import Kept
+from loratool.merging.undo.writer import UndoWriter
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
@@ -51,7 +52,10 @@ class RecordedMerging(Merging):
         if self._reversal is None:
             with self._lock:
                 self.prepare()
-                self._reversal = Reversal(self.job, self.source.dtype, self.files, self.gains)
+                self._reversal = Reversal(
+                    self.job, self.source.dtype, self.files, self.gains,
+                    [scale_folded(delta) for delta in self.taken],
+                )  # fmt: skip
         return self._reversal
 
     def begin(self, low: int, high: int, workers: Workers) -> MergeTask:
@@ -126,6 +130,7 @@ class UndoRecorder:
         names += [f"whole:{name}" for name in self.plan.base.tensors if name not in self._of_base]
         for name, job in self._of_base.items():
             names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
+            names += [f"taken:{name}:{i}" for i in range(len(job.taken))]
         names += [f"header:{file}" for file in self._headers]
         return names + [f"file:{name}" for name in self.kept.files]
 
@@ -164,17 +169,31 @@ class UndoRecorder:
             self._table[name] = {
                 "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
                 "gains": [],
+                "taken": [],
             }  # fmt: skip
         return self._table[name]
 
     def _end_tensor(self, part: RecordedMerging) -> None:
         if not part.job.is_verbatim:
+            self._keep_taken(part)
             gains = self._table[part.job.name]["gains"]
             for index, gain in enumerate(part.gains):
                 gains.append(0 if gain is None else gain.numel())
                 if gain is not None:
                     entry = f"gain:{part.job.name}:{index}"
                     self._writer.append(entry, gain.numpy().tobytes())
+
+    def _keep_taken(self, part: RecordedMerging) -> None:
+        """Store what was taken off the base: another machine would decompose it otherwise."""
+        places = [delta.place for delta in part.job.deltas]
+        for index, delta in enumerate(part.reversal.taken):
+            pair = delta.factors.left_right()
+            assert pair is not None
+            left, right = pair
+            numbers = [places.index(delta.place), left.shape[0], *right.shape]
+            self._table[part.job.name]["taken"].append(numbers)
+            entry = f"taken:{part.job.name}:{index}"
+            self._writer.append(entry, left.tobytes() + right.tobytes())
 
     def finish(self, files: FilePool, workers: Workers) -> None:
         """Store what was replaced, the files of the base and the table, and close."""

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratool.errors import RestoreError
+from loratool.errors import FileError, RestoreError
+from loratool.merging.derivation import computed_delta
 from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
 from loratool.merging.undo.prediction import Reversal
@@ -171,7 +172,17 @@ class ReversedPart(RestoredPart):
             for index in range(len(self.job.deltas))
         ]
         tensors = [None if gain is None else torch.from_numpy(gain) for gain in gains]
-        return Reversal(self.job, self.info.dtype, self.files, tensors)
+        taken = []
+        for index, (place, out, _, width) in enumerate(self.tensor.taken):
+            fitting = self.job.deltas[place : place + 1]
+            if not fitting or fitting[0].place.shape(self.info.shape) != (out, width):
+                raise FileError(
+                    f"{self.undo.path}: it is damaged at taken:{self.info.name}:{index}.",
+                    "Fetch it again.",
+                )
+            pair = self.undo.taken(self.info.name, index, self.files)
+            taken.append(computed_delta(fitting[0], *pair))
+        return Reversal(self.job, self.info.dtype, self.files, tensors, taken)
 
     def prepared(self) -> Reversal:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,12 @@ _ROW_BYTES = 250
 def undo_bytes(plan: Plan) -> int:
     """About how many bytes the undo file of a merge will have."""
     of_base = {job.name for job in plan.jobs if job.source is plan.base.tensors.get(job.name)}
-    recorded = [job for job in plan.jobs if job.name in of_base and not job.is_verbatim]
+    # Deriving what was taken off would decompose matrices, and it costs little more than rounding.
+    recorded = [
+        replace(job, taken=tuple(t for t in job.taken if t.how == "given"))
+        for job in plan.jobs
+        if job.name in of_base and not job.is_verbatim
+    ]
     whole = [info for name, info in plan.base.tensors.items() if name not in of_base]
     coded = elements = 0
     with FilePool() as files, Workers(1) as workers:
@@ -40,7 +46,10 @@ def undo_bytes(plan: Plan) -> int:
     total = sum(job.source.numel for job in recorded)
     # A replaced tensor is stored compressed, to about three quarters for trained weights.
     stored = sum(3 * info.nbytes // 4 for info in whole)
-    return round(coded * total / max(1, elements)) + stored + _ROW_BYTES * len(plan.base.tensors)
+    pairs = [t.delta.factors for job in plan.jobs for t in job.taken]
+    taken = sum(4 * factors.rank * sum(factors.shape) for factors in pairs)
+    rows = _ROW_BYTES * len(plan.base.tensors)
+    return round(coded * total / max(1, elements)) + stored + taken + rows
 
 
 def changed_by_cycle(forward: Plan, backward: Plan) -> float:

@@ -7,37 +7,59 @@ apart or together. To compare them, a tensor of the one is made of views of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from loratool.models.layouts.holding import Holdings, MisfitError, Rows, Target
+from loratool.models.layouts.holding import Holdings, Target
+from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import joined
 
 
 def assembled(
-    holdings: Holdings, name: str, shape: Sequence[int], stack: bool = False
+    holdings: Holdings, name: str, shape: Sequence[int], other: Holdings
 ) -> tuple[TensorInfo, set[str]]:
-    """The tensor that is called `name` and has this shape in another layout, and the names of the
-    tensors that it is made of here.
+    """The tensor that is called `name` and has this shape in another model, put together from the
+    tensors of this one; and the names of these.
 
-    `stack` says that it has a matrix for each expert. Raises MisfitError where something of it is
-    not there, or parts have different dtypes.
+    Raises MisfitError where something of it is not there, or parts have different dtypes.
     """
+    if len(shape) == 3:
+        try:
+            return _assembled(holdings, name, shape, True, other)
+        except MisfitError:
+            if not name.endswith(".weight"):  # which a convolution has
+                raise
+    return _assembled(holdings, name, shape, False, other)
+
+
+def _assembled(
+    holdings: Holdings, name: str, shape: Sequence[int], stack: bool, other: Holdings
+) -> tuple[TensorInfo, set[str]]:
     axes = shape[1:] if stack else shape
     out, columns = axes[0] if axes else 1, math.prod(axes[1:])
-    targets = holdings.targets(name, (out, columns), shape[0] if stack else None)
+    targets = holdings.targets(name, (out, columns), shape[0] if stack else None, other)
     ordered = sorted(targets, key=lambda t: (t.member or 0, t.rows[0] if t.rows else 0))
     parts = [part for target in ordered for part in _parts(holdings, target)]
     names = {target.place.tensor for target in targets}
     if len({part.dtype for part in parts}) > 1:
-        raise MisfitError(f"its parts have different dtypes, see {sorted(names)[0]}")
+        raise MisfitError(f"its parts have different dtypes, see {min(names)}")
     if len(parts) == 1:
-        return replace(
-            parts[0], name=name, shape=tuple(shape), strides=_kept(parts[0], shape)
-        ), names
+        found = replace(parts[0], name=name, shape=tuple(shape))
+        return replace(found, strides=_kept(parts[0], shape)), names
     return joined(name, shape, parts), names
+
+
+def rest_of(holdings: Holdings, name: str, without: Collection[str]) -> dict[str, TensorInfo]:
+    """The parts of a tensor that hold other parameters than these, by their names in memory."""
+    rest = {}
+    for segment in holdings.names.segments(name):
+        if segment.memory not in without:
+            for held in holdings.parameter(segment.memory, segment.expert is not None).held:
+                place = Place(held.info.name, rows=held.own, transposed=held.transposed)
+                rest[segment.memory] = next(iter(view_of(held.info, place)))
+    return rest
 
 
 def view_of(info: TensorInfo, place: Place) -> Iterator[TensorInfo]:

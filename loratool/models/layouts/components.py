@@ -110,6 +110,22 @@ def kind_of(name: str) -> str | None:
     return None
 
 
+def may_be(one: str, other: str, whole: str | None) -> bool:
+    """Whether the part of a model that names begin with in one place, `one`, can be the part that
+    they begin with in another, `other`, in a model of the kind `whole`.
+
+    Only beginnings that say nothing but what a part reads are known well enough for that; one that
+    says nothing at all (`model.`) is of text.
+    """
+    kinds = []
+    for path in (one, other):
+        parts = [part for part in path.split(".") if part]
+        if any(not (_words(part) <= _NEUTRAL or kind_of(part) in _KINDS) for part in parts):
+            return False
+        kinds.append(next((kind for part in parts if (kind := kind_of(part)) in _KINDS), None))
+    return (kinds[1] or whole) in (None, kinds[0] or "text")
+
+
 def is_within(name: str, parts: Iterable[str]) -> bool:
     """Whether a tensor lies in one of these parts of a model."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)

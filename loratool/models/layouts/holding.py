@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from loratool.models.layouts.parameter import Holder, MemoryParameter, MisfitError, Rows, complete
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.table import Names, Segment, Share, rope_order
 from loratool.storage.tensors import TensorInfo
-
-Rows = range | tuple[int, ...]
-
-
-class MisfitError(Exception):
-    """Why a delta has no place in a model, in words that follow the name of the delta."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +36,6 @@ class Target:
     member: int | None = None
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a tensor holds of a parameter: its rows `own`, which are the rows `memory` of `size`.
-
-    `expert` is the matrix of a stack that it holds; None where it holds all, or there is no stack.
-    The tensor is transposed first where it lies so.
-    """
-
-    info: TensorInfo
-    expert: int | None
-    stacked: bool
-    transposed: bool
-    columns: int
-    size: int
-    memory: Rows
-    own: Rows
-
-    @property
-    def experts(self) -> int:
-        """How many matrices it holds."""
-        return self.info.shape[0] if self.stacked and self.expert is None else 1
-
-
 class Holdings:
     """The parameters of one model, by their names in memory."""
 
@@ -75,7 +47,9 @@ class Holdings:
         for name, info in tensors.items():
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
-        self._held: dict[tuple[str, bool], list[Held]] = {}
+        self._parameters: dict[tuple[str, bool], MemoryParameter] = {}
+        #: Rows of parts with the same share and size: there are thousands of each.
+        self._spans: dict[tuple[int, int, int], tuple[range, int, range]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -94,51 +68,56 @@ class Holdings:
         alike = len(found) == 1 and found[0][1] == segments[0] and segments[0].expert is None
         return found[0][0] if alike else None
 
-    def held(self, memory: str, stacked: bool) -> list[Held]:
-        """The tensors that hold a parameter, which is a stack of matrices or one.
+    def parameter(self, memory: str, stacked: bool) -> MemoryParameter:
+        """A parameter, which is a stack of matrices or one, by its name in memory.
 
-        Raises MisfitError where an expert or a part is missing.
+        Raises MisfitError where the model lacks it, an expert or a part of it.
         """
         key = memory, stacked
-        if key not in self._held:
-            self._held[key] = _complete(memory, list(self._resolved(memory, stacked)))
-        return self._held[key]
+        if key not in self._parameters:
+            if memory not in self._parts:
+                raise MisfitError(f"the base has no {memory}")
+            found = complete(memory, list(self._resolved(memory, stacked)))
+            self._parameters[key] = found
+        return self._parameters[key]
 
-    def shape(self, memory: str, stacked: bool) -> tuple[int, int, int]:
-        """Matrices, rows and columns of a parameter in memory."""
-        held = self.held(memory, stacked)
-        experts = held[0].experts
-        if held[0].expert is not None:
-            experts = len({one.expert for one in held})
-        return experts, held[0].size, held[0].columns
-
-    def targets(self, name: str, shape: tuple[int, int], experts: int | None = None
-                ) -> list[Target]:  # fmt: skip
+    def targets(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        experts: int | None = None,
+        stored_in: Holdings | None = None,
+    ) -> list[Target]:
         """Where all rows of a delta `(out, in)` for the weight `name` go.
 
-        With `experts` there is such a delta for each matrix of the parameter. Raises MisfitError
-        where rows have no place.
+        With `experts` there is such a delta for each matrix of the parameter. With `stored_in` it
+        is no delta, but a tensor of another model, which may lie as that model has it. Raises
+        MisfitError where rows have no place.
         """
         out, columns = shape
-        segments = self.names.segments(name)
+        segments = self._numbered(self.names.segments(name))
         found: list[Target] = []
         for segment in segments:
             stacked = experts is not None or segment.expert is not None
-            if segment.memory not in self:
-                raise MisfitError(f"the base has no {segment.memory}")
-            count, _, _ = self.shape(segment.memory, stacked)
-            if experts not in (None, count):
-                raise MisfitError(f"it has {experts} experts, {segment.memory} has {count}")
+            parameter = self.parameter(segment.memory, stacked)
+            if experts not in (None, parameter.experts):
+                raise MisfitError(
+                    f"it has {experts} experts, {segment.memory} has {parameter.experts}"
+                )
             flipped = segment.transposed
-            held_by = self.held(segment.memory, stacked)
+            if stored_in is not None and segment.maybe_transposed:
+                flipped = shape != (parameter.rows, parameter.columns)
             own = _rows(segment.into, columns if flipped else out)
-            size = held_by[0].size if segment.rows is not None else len(own)
-            memory = self._ordered(segment, _rows(segment.rows, size))
-            if len(memory) != len(own):
-                raise MisfitError(_shapes(segment, shape, held_by[0]))
-            for held in held_by:
-                if held.size != size or held.columns != (out if flipped else columns):
-                    raise MisfitError(_shapes(segment, shape, held))
+            size = parameter.rows if segment.rows is not None else len(own)
+            if stored_in is not None and segment.rows is not None and segment.rows.count:
+                memory = stored_in.rows_of(name, segment.memory, stacked)
+            else:
+                memory = self._ordered(segment, _rows(segment.rows, size))
+            if (len(memory), size) != (len(own), parameter.rows) or (
+                parameter.columns != (out if flipped else columns)
+            ):
+                raise MisfitError(_shapes(segment, shape, parameter))
+            for held in parameter.of_expert(segment.expert):
                 if flipped and (memory != held.memory or len(own) != size):
                     raise MisfitError(f"{held.info.name} is stored otherwise, and in parts")
                 found += _overlap(
@@ -151,7 +130,31 @@ class Holdings:
             )
         return found
 
-    def _resolved(self, memory: str, stacked: bool) -> Iterator[Held]:
+    def rows_of(self, name: str, memory: str, stacked: bool) -> Rows:
+        """The rows of a parameter that a tensor holds."""
+        for held in self.parameter(memory, stacked).held:
+            if held.info.name == name:
+                return held.memory
+        raise MisfitError(f"{name} is no part of {memory}")
+
+    def _numbered(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Segments whose experts have the numbers of their own stack, where files number the
+        experts of several stacks on; the stacks here tell how many there are."""
+        if all(segment.experts is None for segment in segments):
+            return segments
+        found = []
+        for segment in segments:
+            if segment.experts is None or segment.expert is None:
+                found.append(segment)
+                continue
+            start, stop = segment.experts
+            count = self.parameter(segment.memory, True).experts
+            number = segment.expert - int(start * count / (stop - start))
+            if 0 <= number < count:
+                found.append(replace(segment, expert=number, experts=None))
+        return found
+
+    def _resolved(self, memory: str, stacked: bool) -> Iterator[Holder]:
         parts = [(info, s, self._is_flipped(info, s)) for info, s in self._parts[memory]]
         blocks: dict[int | None, dict[int, int]] = defaultdict(dict)
         for info, segment, flipped in parts:
@@ -161,18 +164,21 @@ class Holdings:
         for info, segment, flipped in parts:
             expert, share = segment.expert, segment.rows
             rows, columns = _matrix(info, flipped, stacked and expert is None)
-            own = _rows(segment.into, rows)
             if share is not None and share.index is not None:
                 # Blocks of unequal sizes follow one another.
                 sizes = blocks[expert]
-                size = sum(sizes.values())
+                own, size = range(rows), sum(sizes.values())
                 start = sum(sizes.get(i, 0) for i in range(share.index))
                 there = range(start, start + rows)
             else:
-                size = _whole(share, len(own))
-                there = _rows(share, size)
+                key = id(share), id(segment.into), rows
+                if key not in self._spans:
+                    own = _rows(segment.into, rows)
+                    size = _whole(share, len(own))
+                    self._spans[key] = own, size, _rows(share, size)
+                own, size, there = self._spans[key]
             placed = self._ordered(segment, there)
-            yield Held(info, expert, stacked, flipped, columns, size, placed, own)
+            yield Holder(info, expert, stacked, flipped, columns, size, placed, own)
 
     def _ordered(self, segment: Segment, memory: range) -> Rows:
         """Rows of a parameter in the order in which the file has them."""
@@ -186,7 +192,8 @@ class Holdings:
                 f"rows of {segment.memory} are in another order in the file, which depends on "
                 f"{segment.order.removeprefix('rope:')} of config.json"
             )
-        return tuple(memory[i] for i in rope_order(len(memory), heads))
+        order = np.argsort(rope_order(len(memory), heads))
+        return tuple(memory[i] for i in order)
 
     def _is_flipped(self, info: TensorInfo, segment: Segment) -> bool:
         """Whether a tensor lies transposed; where files have it both ways, by the hidden size."""
@@ -221,27 +228,8 @@ def _whole(share: Share | None, part: int) -> int:
     return part if share is None else round(part * share.step / (share.stop - share.start))
 
 
-def _complete(memory: str, held: list[Held]) -> list[Held]:
-    """The same in order. Raises MisfitError unless together they are the parameter, once."""
-    sizes = {(one.size, one.columns) for one in held}
-    if len(sizes) > 1:
-        raise MisfitError(f"the parts of {memory} in the base have different shapes")
-    counts: dict[int | None, int] = defaultdict(int)
-    for one in held:
-        counts[one.expert] += len(one.memory)
-    numbers = sorted(n for n in counts if n is not None)
-    if numbers and numbers != list(range(len(numbers))):
-        missing = next(i for i in range(numbers[-1]) if i not in counts)
-        raise MisfitError(f"expert {missing} of {memory} is missing in the base")
-    wrong = [one for one in held if counts[one.expert] != one.size]
-    if wrong:
-        what = "twice" if counts[wrong[0].expert] > wrong[0].size else "in part"
-        raise MisfitError(f"{memory} is in the base only {what}, see {wrong[0].info.name}")
-    return sorted(held, key=lambda one: (one.expert or 0, one.memory[0]))
-
-
 def _overlap(
-    held: Held, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
+    held: Holder, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
 ) -> Iterator[Target]:
     """The rows of a delta with `out` rows that a tensor has a place for.
 
@@ -267,7 +255,7 @@ def _overlap(
         yield Target(place, None if out is None else _unless_all(rows, out), member)
 
 
-def _rows_of(held: Held) -> int:
+def _rows_of(held: Holder) -> int:
     return _matrix(held.info, held.transposed, held.stacked and held.expert is None)[0]
 
 
@@ -297,8 +285,8 @@ def _unless_all(rows: Rows, size: int) -> Rows | None:
     return None if rows == range(size) else rows
 
 
-def _shapes(segment: Segment, delta: tuple[int, int], held: Held) -> str:
+def _shapes(segment: Segment, delta: tuple[int, int], parameter: MemoryParameter) -> str:
     return (
         f"its shapes do not fit: B·A is {list(delta)} there, {segment.memory} is "
-        f"{[held.size, held.columns]}"
+        f"{[parameter.rows, parameter.columns]}"
     )

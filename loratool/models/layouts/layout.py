@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 from loratool.errors import BaseError, unknown
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted, is_within, parts_of
-from loratool.models.layouts.holding import Holdings, MisfitError, Target
+from loratool.models.layouts.holding import Holdings, Target
 from loratool.models.layouts.names import CONV1D, LANGUAGE_HEAD, ROOTS, SHARED
+from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.tying import find_tied
 from loratool.notices import Notice
@@ -32,12 +32,14 @@ class Layout:
         self.base = base
         #: The only parts of the base that an adapter may go into, by the beginnings of names.
         self.components = tuple(part.rstrip(".") for part in components)
+        #: The parameters of the base by their names in memory.
+        self.holdings = Holdings(base.tensors, base.config)
         #: What was decided.
         self.notices: list[Notice] = []
         for part in self.components:
             if not any(is_within(name, (part,)) for name in base.tensors):
                 raise unknown("component", part, parts_of(base.tensors))
-        self.tied = find_tied(base)
+        self.tied = find_tied(base, self.holdings)
         self._targets: dict[tuple[str, tuple[int, int], int | None], list[Target] | str] = {}
         #: Where each architecture's modules are: models of several parts have a config for each.
         self._model_types = [("", base.model_type)] + [
@@ -45,11 +47,6 @@ class Layout:
             for key, value in base.config.items()
             if isinstance(value, dict)
         ]
-
-    @cached_property
-    def holdings(self) -> Holdings:
-        """The parameters of the base by their names in memory."""
-        return Holdings(self.base.tensors, self.base.config)
 
     def admits(self, name: str) -> bool:
         """Whether a tensor may be changed: all may, or those of the chosen components."""

@@ -1,4 +1,4 @@
-"""Names of architectures, each list once: how they rename, store, tie and call their parts.
+"""Names of architectures that the table lacks: how they store, tie and call their parts.
 
 All of it is declared, per `model_type` where that matters; nothing is read off a shape.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import re
 
-Rules = list[tuple[str, str]]
-
-# --- orientation and renames ----------------------------------------------------------------------
+# --- orientation and roots ------------------------------------------------------------------------
 
 #: Modules of class transformers.pytorch_utils.Conv1D, whose weight is stored [in, out].
 CONV1D = {
@@ -18,71 +16,6 @@ CONV1D = {
     "imagegpt": r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$",
     "decision_transformer": r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$",
 }
-
-_DINOV2 = [
-    ("attention.attention.query", "attention.q_proj"),
-    ("attention.attention.key", "attention.k_proj"),
-    ("attention.attention.value", "attention.v_proj"),
-    ("attention.output.dense", "attention.o_proj"),
-]
-_VIT = [
-    *((f"encoder.layer.#.{disk}", f"layers.#.{memory}") for disk, memory in _DINOV2),
-    ("encoder.layer.#.intermediate.dense", "layers.#.mlp.fc1"),
-    ("encoder.layer.#.output.dense", "layers.#.mlp.fc2"),
-    ("encoder.layer.#", "layers.#"),
-]
-
-#: Parts of names on disk and in memory (transformers 5) where they differ, by model_type; "#" is a
-#: number, and the first row that fits is taken. "" is for all. Source: transformers'
-#: conversion_mapping.py.
-_RENAMED_PARTS = {
-    "gpt_neox": [("embed_out", "lm_head")],
-    "mixtral": [("block_sparse_moe.gate", "mlp.gate")],
-    "": [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")],
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": _DINOV2,
-    "swin": [
-        ("attention.self.query", "attention.q_proj"),
-        ("attention.self.key", "attention.k_proj"),
-        ("attention.self.value", "attention.v_proj"),
-        ("attention.self.relative_position_bias_table",
-         "attention.relative_position_bias.relative_position_bias_table"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
-    ],
-    **dict.fromkeys(("vit", "deit", "beit", "ijepa", "vit_mae", "vit_msn", "vivit",
-                     "audio-spectrogram-transformer"), _VIT),
-}  # fmt: skip
-
-
-def _rules(rows: Rules, to_disk: bool) -> Rules:
-    """Patterns and replacements of these rows, one way or the other."""
-    found = []
-    for disk, memory in rows:
-        old, new = (memory, disk) if to_disk else (disk, memory)
-        pattern = re.escape(old).replace(r"\#", r"(\d+)")
-        found.append((rf"(^|\.){pattern}(?=\.|$)", r"\1" + new.replace("#", r"\2")))
-    return found
-
-
-#: From names in memory to those on disk, and the other way, by model_type.
-ON_DISK = {kind: _rules(rows, True) for kind, rows in _RENAMED_PARTS.items()}
-IN_MEMORY = {kind: _rules(rows, False) for kind, rows in _RENAMED_PARTS.items()}
-
-#: Architectures whose files transformers 5 reads under other names, in ways not known here.
-RENAMED = {
-    "aria", "aya_vision", "colqwen2", "conditional_detr", "d_fine", "deepseek_ocr2", "deepseek_v4",
-    "deformable_detr", "detr", "emu3", "ernie4_5_moe", "ernie4_5_vl_moe", "esm", "fuyu", "gemma3n",
-    "got_ocr2", "granitemoe", "granitemoehybrid", "granitemoeshared", "gte", "hunyuan_vl",
-    "internvl", "jina_embeddings_v3", "kimi_k25", "kimi_linear", "lw_detr", "maskformer", "mimi",
-    "mimo_v2_flash", "minimax", "minimax_m2", "mllama", "nemotron_h", "nomic_bert", "olmo_hybrid",
-    "phimoe", "qwen2_audio", "qwen2_5_vl", "qwen2_vl", "qwen3_5_text", "rf_detr", "rt_detr",
-    "rt_detr_v2", "sapiens2", "segformer", "timesfm2_5", "videomae", "video_llava", "yolos",
-}  # fmt: skip
-
-#: Models of text and images whose names are the same on disk and in memory.
-PLAIN_PAIRS = {"clip", "chinese_clip", "siglip", "siglip2", "metaclip_2", "xclip", "altclip"}
 
 #: What the class with a head puts before the names of models that were saved without it.
 ROOTS = {
@@ -119,14 +52,6 @@ _LANGUAGE_HEADS = (
     "vocab_projector", "generator_lm_head", r"predictions\.decoder",
 )  # fmt: skip
 LANGUAGE_HEAD = re.compile(rf"(^|\.)({'|'.join(_LANGUAGE_HEADS)})\.weight$")
-
-#: The head of an architecture where it is not lm_head.
-HEAD_NAMES = {
-    **dict.fromkeys(("bert", "deberta", "deberta-v2", "mobilebert"), "cls.predictions.decoder"),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), "lm_head.decoder"),
-    "whisper": "proj_out", "distilbert": "vocab_projector", "electra": "generator_lm_head",
-    "albert": "predictions.decoder", "gpt_neox": "embed_out",
-}  # fmt: skip
 
 #: A part of the head that has a column for every token.
 TOKENS_BY_COLUMN = {"mobilebert": "cls.predictions.dense.weight"}

@@ -11,7 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from loratool.errors import MatchError
-from loratool.models.layouts.components import Hint, Wanted, choose_part, contradicts, kind_of
+from loratool.models.layouts.components import (
+    Hint,
+    Wanted,
+    choose_part,
+    contradicts,
+    kind_of,
+    may_be,
+)
 from loratool.models.layouts.layout import Layout, Naming
 from loratool.notices import Notice
 from loratool.words import enumerated
@@ -71,9 +78,11 @@ class _Search:
         fitting = there = 0
         for one in self.wanted:
             name = naming(one.name)
-            if self.layout.admits(name) and self.layout.has(name):
-                there += 1
-                fitting += self.layout.fits(one, name)
+            if not self.layout.admits(name):
+                continue
+            fits = self.layout.fits(one, name)
+            fitting += fits
+            there += fits or self.layout.has(name)
         return fitting, there
 
     def _means_the_same(self, one: Naming, other: Naming) -> bool:
@@ -112,8 +121,9 @@ class _Search:
         counts = Counter(name[: -len(end)] for name in known for end in _ends(name) if end in rest)
         if stripped:
             counts[""] = sum(name in known for name in rest)
+        own = kind_of(self.layout.base.model_type)
         for prefix, count in counts.most_common(_PREFIXES):
-            if count and prefix != stripped:
+            if count and prefix != stripped and (not stripped or may_be(stripped, prefix, own)):
                 yield prefix, self._moved(stripped, prefix)
 
     def _moved(self, stripped: str, prefix: str) -> Naming:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.names import (
-    HEAD_NAMES,
     LANGUAGE_HEAD,
     LM_CLASS,
     MASKED_CLASS,
@@ -32,23 +32,44 @@ class Tied:
     separable: bool
 
 
-def find_tied(base: Checkpoint) -> Tied | None:
-    """The tied pair of a base with a language-model head; None where nothing is tied."""
+def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
+    """The tied pair of a base with a language-model head; None where nothing is tied.
+
+    The table has the names of both in memory; a model that it lacks, or that was saved without the
+    name of its part, has them by their usual names.
+    """
     flag = base.config.get("tie_word_embeddings")
     if flag is None:
         flag = (base.config.get("text_config") or {}).get("tie_word_embeddings")
     architectures = base.config.get("architectures") or []
     has_head = any(LM_CLASS.search(name) for name in architectures)
-    embeddings = [n for n in base.tensors if TOKEN_EMBEDDING.search(n)]
-    heads = [n for n in base.tensors if LANGUAGE_HEAD.search(n)]
+    entry = holdings.names.entry
+    in_memory = f"{entry.head}.weight"
+    embedding = holdings.same(dict(entry.tied).get(in_memory, f"{entry.embedding}.weight"))
+    if embedding is not None:
+        embeddings = [embedding.name]
+        known = holdings.same(in_memory)
+        heads = [] if known is None else [known.name]
+    else:
+        embeddings = [n for n in base.tensors if TOKEN_EMBEDDING.search(n)]
+        heads = [n for n in base.tensors if LANGUAGE_HEAD.search(n)]
     headless = bool(architectures) and all(a.endswith("Model") for a in architectures)
     if flag is False or not (has_head or headless) or len(embeddings) != 1:
         return None
     if heads and flag is None and base.model_type not in TIED_BY_DEFAULT:
         # Two matrices on disk and nothing said about tying: they are two.
         return None
-    name = HEAD_NAMES.get(base.model_type, "lm_head") + ".weight"
+    name = heads[0] if heads else _name_in_files(in_memory, embeddings[0], holdings)
     masked = any(MASKED_CLASS.search(name) for name in architectures)
-    head = heads[0] if heads else name
-    separable = not masked and head.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
-    return Tied(embeddings[0], head, bool(heads), has_head, separable)
+    separable = not masked and name.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
+    return Tied(embeddings[0], name, bool(heads), has_head, separable)
+
+
+def _name_in_files(head: str, embedding: str, holdings: Holdings) -> str:
+    """How a head that the files do not hold is called there, if their names are not memory's."""
+    segments = holdings.names.segments
+    beside = f"{embedding.partition('.')[0]}.lm_head.weight"
+    for name in ("embed_out.weight", beside):
+        if name != head and [s.memory for s in segments(name)] == [head]:
+            return name
+    return head

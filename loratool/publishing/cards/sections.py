@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.models.checkpoint import Checkpoint
 from loratool.paths import pattern, ranged
@@ -203,13 +204,15 @@ def _input_table(facts: Facts) -> str:
 
 def _module_table(adapter: Adapter) -> str:
     """One line for the modules that differ only in the numbers of their path."""
-    groups: dict[Any, list[Factors]] = {}
-    for module in adapter.modules.values():
-        key = pattern(module.path), module.kind, module.shape, module.magnitude is not None
-        groups.setdefault(key, []).append(module)
+    groups: dict[Any, dict[str, Factors]] = {}
+    for path, module in adapter.modules.items():
+        experts = module.experts if isinstance(module, ExpertStack) else 1
+        kind = f"{experts} experts" if experts > 1 else module.kind
+        key = pattern(path), kind, module.shape, module.magnitude is not None
+        groups.setdefault(key, {})[path] = module
     rows = []
-    for (_, kind, shape, dora), group in groups.items():
-        paths = [m.path for m in group]
+    for (_, kind, shape, dora), modules in groups.items():
+        paths, group = list(modules), list(modules.values())
         rows.append([
             code(ranged(paths)), f"{kind}, DoRA" if dora else kind, f"{len(group):,}",
             f"{shape[0]}×{shape[1]}", span(m.rank for m in group),

@@ -9,8 +9,9 @@ from typing import Any
 from helpers.files import load, raw_bytes
 from helpers.unmerging import UNDO
 
-from loratool.merging.undo.file import UndoWriter, read_undo
+from loratool.merging.undo.file import read_undo
 from loratool.merging.undo.residual import decompress
+from loratool.merging.undo.writer import UndoWriter
 from loratool.storage.header import read_header
 
 

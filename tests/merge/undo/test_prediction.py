@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from loratool.adapters.factors import LowRank
-from loratool.merging.matching import Delta
+from loratool.merging.match import Delta
 from loratool.merging.products import ExactProduct, on_grid
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import FilePool, TensorInfo

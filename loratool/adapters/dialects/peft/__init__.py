@@ -10,7 +10,13 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Recipe, WritableDialect
 from loratool.adapters.dialects.peft import names, targets
-from loratool.adapters.dialects.peft.config import check_config, joined_config, name_list
+from loratool.adapters.dialects.peft.config import (
+    check_config,
+    init_that_changed,
+    joined_config,
+    layer_ranges,
+    name_list,
+)
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.wrappers import registered
 from loratool.adapters.factors import ModuleShape
@@ -94,6 +100,8 @@ def _declared(config: dict[str, Any]) -> Declared:
         heads=frozenset(saved) | frozenset(CLASSIFIERS if task in CLASSIFYING else ()),
         transposes=bool(config.get("fan_in_fan_out")),
         ties_head=bool(config.get("ensure_weight_tying")),
+        changed_base=init_that_changed(config),
+        layer_ranges=layer_ranges(config),
         library="peft" if config.get("peft_type") else "",
         settings=tuple(_settings(config)),
     )
@@ -113,5 +121,8 @@ def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if flags:
         yield "configured", ", ".join(flags)
     chosen = config.get("target_modules")
-    named = ", ".join(sorted(map(str, chosen))) if isinstance(chosen, list) else str(chosen)
-    yield "targets", named
+    parameters = config.get("target_parameters") or []
+    modules = chosen if isinstance(chosen, list) else [str(chosen)]
+    if parameters and not chosen:
+        modules = []
+    yield "targets", ", ".join([*sorted(map(str, modules)), *sorted(parameters)])

@@ -30,6 +30,7 @@ from loratool.storage.fields import (
     TEXT,
     FieldType,
     check_fields,
+    list_of,
     table_of,
     value_text,
 )
@@ -53,8 +54,8 @@ HARMLESS = {
 
 #: Fields that, when set, make `W + scale·B·A` the wrong formula.
 REFUSED = {
-    "layer_replication": "it needs a base whose layers are copied first; build that base and "
-    "remove the field",
+    "layer_replication": "it was trained on a model whose layers are copied; --replicate-layers "
+    "writes that model",
     "alora_invocation_tokens": "aLoRA acts only after its invocation tokens; no single weight "
     "does the same",
     "arrow_config": "Arrow routes each token among several adapters; no single weight does that",
@@ -67,6 +68,8 @@ REFUSED = {
 #: Initialisations that also changed the base weights, so that the base on disk is not the one the
 #: adapter belongs to.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Those of them that follow from the base alone: PEFT makes them again when it loads an adapter.
+_REPEATABLE = ("pissa", "olora")
 
 
 _TEXT, _FLAG, _TABLE = TEXT | ABSENT, FLAG | ABSENT, TABLE | ABSENT
@@ -75,6 +78,14 @@ _NUMBERS = table_of(NUMBER, "a table of numbers") | ABSENT
 _OFF = FieldType("false", lambda v: v is False)
 _BIASES = ("none", "all", "lora_only")
 _ABOVE_ZERO = FieldType("a whole number above zero", lambda v: type(v) is int and v > 0)
+_RANGES = list_of(
+    FieldType(
+        "a range of layers",
+        lambda v: isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v)
+        and 0 <= v[0] < v[1],
+    ),
+    "a list of ranges [start, end) of layers",
+)  # fmt: skip
 
 #: What is read of the config of any kind of adapter, and its types.
 _DECLARED = {
@@ -90,7 +101,7 @@ _OF_LORA = {
     "lora_B_layout": _TEXT, "peft_version": _TEXT,
     "bias": FieldType(f"one of {', '.join(_BIASES)}", lambda v: v in (None, *_BIASES)),
     "trainable_token_indices": COUNTS | table_of(COUNTS, "a table of such lists") | ABSENT,
-    "use_bdlora": TABLE | ABSENT | _OFF,
+    "use_bdlora": TABLE | ABSENT | _OFF, "layer_replication": _RANGES | ABSENT | _OFF,
 }  # fmt: skip
 _OF_BDLORA = {
     "nblocks": _ABOVE_ZERO, "target_modules_bd_a": _SOME_NAMES, "target_modules_bd_b": _SOME_NAMES,
@@ -125,18 +136,7 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
     for field, reason in REFUSED.items():
         if config.get(field):
             notices.append(Notice(_code(field), f"{field} is set: {reason}.", where, refused=True))
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
-        notices.append(
-            Notice(
-                "base-changing-init",
-                f"init_lora_weights={init!r} also changed the base weights, so this adapter does "
-                "not belong to the base as published. Convert it with PEFT first: "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-                where,
-                refused=True,
-            )
-        )
+    notices += _init_notices(config, where)
     if config.get("use_bdlora") and config.get("use_dora"):
         notices.append(
             Notice("bdlora-dora", "use_bdlora with use_dora has no meaning in PEFT.", where, True)
@@ -154,6 +154,37 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
                 )
             )
     return notices
+
+
+def _init_notices(config: dict[str, Any], where: str) -> Iterator[Notice]:
+    found = init_that_changed(config)
+    given = f"init_lora_weights={config.get('init_lora_weights')!r} also changed the base weights"
+    if found in _REPEATABLE:
+        text = (
+            f"{given}. A merge takes the same part off the base first: derived from the base, as "
+            "PEFT does when it loads the adapter, or as --initial has it."
+        )
+        yield Notice("repeated-init", text, where)
+    elif found:
+        text = (
+            f"{given}, so this adapter does not belong to the base as published, and nothing in it "
+            "says by how much. Give the adapter as it was before training: --initial ADAPTER; or "
+            "convert it with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+        yield Notice("base-changing-init", text, where, refused=True)
+
+
+def init_that_changed(config: dict[str, Any]) -> str:
+    """The initialisation that also changed the base weights, in small letters; "" for others."""
+    init = config.get("init_lora_weights")
+    lowered = init.lower() if isinstance(init, str) else ""
+    return lowered if lowered.startswith(_BASE_CHANGING) else ""
+
+
+def layer_ranges(config: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The layers that the model was made of, as ranges [start, end) of those of the base."""
+    return tuple((start, end) for start, end in config.get("layer_replication") or ())
 
 
 def _code(field: str) -> str:

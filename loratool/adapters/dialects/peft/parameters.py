@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.wrappers import Parameter, WrappedPair, Wrappers, packings
-from loratool.adapters.experts import ExpertStack, Packing
+from loratool.adapters.experts import ExpertStack
+from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import LowRank
 from loratool.errors import AdapterError
 from loratool.notices import Notice
@@ -28,6 +29,9 @@ _APART = ("fan_in_fan_out", "lora_bias", "use_dora")
 
 #: How much of a card is searched for the name of a program.
 _CARD, _LONGEST_CARD = "README.md", 200_000
+
+#: A hundred times as many as any model has; each is work.
+_MOST_EXPERTS = 50_000
 
 #: Rank, alpha and scale by the config, of a path.
 Resolve = Callable[[str], tuple[int, float, float]]
@@ -94,15 +98,6 @@ class BareParameters:
         stacks = [m for m in self._adapter.modules.values() if isinstance(m, ExpertStack)]
         if not stacks:
             return
-        counts: dict[str, dict[int, str]] = defaultdict(dict)
-        for stack in stacks:
-            if stack.experts > 1:
-                counts[stack.path].setdefault(stack.experts, stack.parameter)
-        for path, found in counts.items():
-            if len(found) > 1:
-                each = ", ".join(f"{name} {count}" for count, name in found.items())
-                what = f"by these ranks its parameters have not the same number of experts ({each})"
-                self.troubles["rank-mismatch"].append(f"{path}: {what}")
         self._adapter.notices += _notices(self._adapter, stacks, bool(self._layout))
 
 
@@ -117,6 +112,9 @@ def _sizes(a: tuple[int, ...], b: tuple[int, ...], rank: int, flat: Packing) -> 
         what = f"the config gives {rank}, of which the {a[0]} rows of lora_A are no multiple"
         raise _Trouble("rank-mismatch", what)
     experts = a[0] if len(a) == 3 else a[0] // rank
+    if experts > _MOST_EXPERTS:
+        what = f"the config gives {rank}, by which lora_A would be of {experts} experts"
+        raise _Trouble("rank-mismatch", what)
     shared = len(a) == 3 and len(b) == 2 and b[1] == rank  # one B for all experts
     if shared or (len(b) == 2 and b[1] == experts * rank):
         return experts, flat

@@ -59,7 +59,7 @@ class PathPatterns:
 
     def first(self, path: str, default: float) -> float:
         """The value of the first key in the table's order that means `path`, or the default."""
-        number = self._first(path)
+        number = self._first(path) if self._keys else None
         return default if number is None else self._values[number]
 
     def _first(self, path: str) -> int | None:

@@ -13,15 +13,17 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 from loratool.adapters.dialects.peft.automaton import Automaton, Effort, PatternError
-from loratool.adapters.experts import Packing
+from loratool.adapters.expertvalues import Packing
 from loratool.errors import AdapterError
 from loratool.paths import dotted_ends
 from loratool.storage.fields import value_text
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.storage.tensors import TensorInfo
+from loratool.words import enumerated
 
 _INNER = ".base_layer"
 
@@ -32,6 +34,9 @@ _REGISTERED = [
 ]
 
 _KNOWN = {name for names in _REGISTERED for name in names}
+
+#: More names than any module has parameters.
+_MOST_NAMES = 64
 
 #: What is said of a module whose parameters nobody can tell.
 _UNNAMED = "target_parameters of the config names none of its parameters"
@@ -86,7 +91,7 @@ class Wrappers:
 
     def _resolve(self, root: str, paths: Sequence[str], pairs: Mapping[str, WrappedPair]) -> None:
         """`paths` are the keys of one module's wrappers, the innermost first."""
-        named = self._named(root)
+        named = self._named(root, len(paths))
         plain = len(paths) == 1 and paths[0] == root
         module, _, leaf = root.rpartition(".")
         if plain and leaf in _KNOWN and _is_stack(*pairs[root]):
@@ -106,12 +111,14 @@ class Wrappers:
         if reason:
             self.unclear |= dict.fromkeys(paths, reason)
 
-    def _named(self, root: str) -> list[str]:
-        """The names of parameters of a module that the config means, each once."""
-        found = [name for end in dotted_ends(root) for name in self._names.get(end, ())]
+    def _named(self, root: str, count: int) -> list[str]:
+        """The names of parameters of a module that the config means, each once, if `count` of them
+        are in the file."""
+        ends = (name for end in dotted_ends(root) for name in self._names.get(end, ()))
+        found = list(islice(ends, _MOST_NAMES))
         # A name without a module means that parameter of any module, but not of a layer.
-        if "" in self._names and not found and not self._is_layer(root):
-            found = self._names[""]
+        if "" in self._names and len(found) < count and not self._is_layer(root):
+            found += self._names[""][:_MOST_NAMES]
         return list(dict.fromkeys(found))
 
     def _is_layer(self, path: str) -> bool:
@@ -137,7 +144,7 @@ class Wrappers:
         self, named: Collection[str], nested: Sequence[WrappedPair]
     ) -> tuple[list[str], str]:
         """The parameters of nested wrappers, the innermost first; or [] and why nobody can tell."""
-        shown = ", ".join(named)
+        shown = enumerated(list(named))
         if not named:
             names = _by_shape(nested) if len(nested) == 2 else []
             return names, "" if names else _UNNAMED

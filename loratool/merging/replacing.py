@@ -1,0 +1,109 @@
+"""Tensors that an adapter replaces whole: trained heads, biases, embeddings, routers."""
+
+from __future__ import annotations
+
+from loratool.adapters.adapter import Adapter
+from loratool.merging.match import Match, no_such, outside_of
+from loratool.models.layouts.assembly import assembled, rest_of
+from loratool.models.layouts.holding import Holdings
+from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import is_value_head, is_vocabulary, is_vocabulary_bias
+from loratool.models.layouts.parameter import MisfitError
+from loratool.models.tasks import CLASSIFYING
+from loratool.storage.tensors import TensorInfo
+
+
+def place_replaced(found: Match, layout: Layout) -> None:
+    """Find for each tensor that the adapter replaces the one whose place it takes."""
+    base = layout.base
+    elsewhere: dict[str, TensorInfo] = {}
+    for name, info in found.adapter.replaced.items():
+        target_name = found.naming(name)
+        target_name = layout.name_of(target_name) or layout.name_of(name) or target_name
+        target = base.tensors.get(target_name)
+        tied_head = layout.tied is not None and target_name == layout.tied.head
+        if target is None and tied_head and layout.tied is not None:
+            target = base.tensors[layout.tied.embedding].renamed(target_name)
+        if target is None and layout.has(target_name):
+            elsewhere[target_name] = info
+        elif target is None and (_is_saved_head(found.adapter, name) or is_value_head(name)):
+            found.added[name] = info
+        elif not layout.admits(target_name):
+            found.unmatched.append((info.name, outside_of(target_name, layout)))
+        elif target is None:
+            found.unmatched.append((info.name, no_such(found, target_name, base)))
+        elif reason := _replacement_misfit(found.adapter, name, info, target):
+            found.unmatched.append((info.name, reason))
+        else:
+            found.replaced[target.name] = info
+    if elsewhere:
+        _place_parts(found, layout, elsewhere)
+
+
+def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) -> None:
+    """Put tensors together that the base cuts otherwise: all experts of a stack, a part of a qkv.
+
+    What the adapter does not replace of such a tensor is the base's own.
+    """
+    segments = layout.holdings.names.segments
+    there = {s.memory for name in replaced for s in segments(name)}
+    targets = [n for n in layout.base.tensors if any(s.memory in there for s in segments(n))]
+    pieces = dict(replaced)
+    for name in targets:
+        if not {s.memory for s in segments(name)} <= there:
+            pieces |= rest_of(layout.holdings, name, there)
+    pieces = {name: info.renamed(name) for name, info in pieces.items()}
+    holdings = Holdings(pieces, layout.base.config)
+    used: set[str] = set()
+    for name in targets:
+        if not layout.admits(name):
+            found.unmatched.append((name, outside_of(name, layout)))
+            continue
+        try:
+            info, names = assembled(
+                holdings, name, layout.base.tensors[name].shape, layout.holdings
+            )
+        except MisfitError as error:
+            found.unmatched.append((name, str(error)))
+        else:
+            found.replaced[name] = info
+            used |= names
+    found.unmatched += [
+        (info.name, "the base holds only a part of it")
+        for name, info in replaced.items()
+        if name not in used
+    ]
+
+
+def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo) -> str:
+    """Why `info` cannot take the place of `target`; "" where it can.
+
+    A trained head may have another number of classes. An embedding may have grown, or lost the
+    padding of its vocabulary (less than a tenth), but fewer rows than that are not an embedding.
+    """
+    if info.is_float != target.is_float:
+        return f"it is {info.dtype}, {target.name} is {target.dtype}"
+    if info.shape == target.shape:
+        return ""
+    same_width = len(info.shape) == len(target.shape) and info.shape[1:] == target.shape[1:]
+    if not same_width:
+        return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
+    if is_vocabulary(name) or is_vocabulary_bias(name):
+        if info.shape[0] * 10 >= target.shape[0] * 9:
+            return ""
+        if _is_saved_head(adapter, name) and adapter.declared.task in CLASSIFYING:
+            return ""  # a classifier that is called like a language model's head
+        return (
+            f"it has {info.shape[0]} rows, {target.name} has {target.shape[0]}: perhaps only the "
+            "added tokens were saved. Save the whole embedding (modules_to_save)"
+        )
+    if _is_saved_head(adapter, name):
+        return ""
+    return f"it is {list(info.shape)}, {target.name} is {list(target.shape)}"
+
+
+def _is_saved_head(adapter: Adapter, name: str) -> bool:
+    # The names are endings: "classifier" saves "pre_classifier" too.
+    parts = name.split(".")
+    parents = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(parent.endswith(module) for parent in parents for module in adapter.declared.heads)

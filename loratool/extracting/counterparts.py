@@ -254,8 +254,17 @@ class _Pairing:
             place = replace(place, transposed=flipped)
         return Counterpart(
             path, place, source.info if source else None, info, group, fate,
-            shared=self.layout.shared_alias(base_name),
+            shared=self.layout.shared_alias(base_name) or self._has_alias(parameter.name),
         )  # fmt: skip
+
+    def _has_alias(self, name: str) -> bool:
+        """Whether the model has a matrix in two places that are no embedding and head of it all."""
+        entry = self.own.holdings.names.entry
+        return any(
+            of == name and alias != f"{entry.head}.weight" and alias not in self.after
+            for alias, of in entry.tied
+            if alias.endswith(".weight")
+        )
 
     def _check(
         self, found: Counterpart, name: str, base_name: str, source: Parameter | None,

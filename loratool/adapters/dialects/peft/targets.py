@@ -46,7 +46,8 @@ def extracted_config(recipe: Recipe) -> dict[str, Any]:
     loose = [path for path in biases if saved_unit(path) not in whole]
     named = _saved_names(whole, every, sorted(owners))
     paths = [o.path for o in outlines if o.kind != "experts" and o.path not in by_weight]
-    targets, excluded = _targets(paths, {m for m in every if not _inside(m, named)})
+    free = {m for m in every if not _inside(m, named)}
+    targets, excluded = _targets(paths, free, listed=bool(recipe.stacks))
     parameters = _parameters(named_so, modules, recipe.stacks, by_weight)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -97,11 +98,14 @@ def _parameters(
     })  # fmt: skip
 
 
-def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] | str, list[str]]:
+def _targets(
+    paths: Sequence[str], modules: Collection[str], listed: bool
+) -> tuple[list[str] | str, list[str]]:
     """target_modules and exclude_modules that select `paths` among `modules`.
 
     Last parts of names with what they mean too many of excluded, or full paths; an expression
-    where a path is the end of another one.
+    where a path is the end of another one. With `listed` that is so only if it cannot be helped:
+    of an expression PEFT takes the last parts of all names where a model has stacks of experts.
     """
     if not paths:
         return [], []
@@ -111,7 +115,7 @@ def _targets(paths: Sequence[str], modules: Collection[str]) -> tuple[list[str] 
     short = len(others) <= len(paths) and not any(leaf.isdigit() for leaf in leaves)
     if short and not any(_ends(path, others) for path in paths):
         return leaves, others
-    dotted = all("." in path for path in paths)
+    dotted = listed or all("." in path for path in paths)
     if dotted and not any(_ends(m, paths) for m in modules if m not in wanted):
         return sorted(paths), []
     return "|".join(map(re.escape, sorted(paths))), []

@@ -16,7 +16,7 @@ CASES = by_name(
         DebertaV2ForMaskedLM BigBirdForMaskedLM DebertaForMaskedLM BertForMaskedLM
         Data2VecTextForMaskedLM DistilBertForMaskedLM ErnieForMaskedLM FNetForMaskedLM
         IBertForMaskedLM JinaEmbeddingsV3ForMaskedLM LayoutLMForMaskedLM LukeForMaskedLM
-        MegatronBertForMaskedLM MobileBertForMaskedLM ModernVBertForMaskedLM
+        MegatronBertForMaskedLM ModernVBertForMaskedLM
         MraForMaskedLM NystromformerForMaskedLM PerceiverForMaskedLM RemBertForMaskedLM
         RobertaForMaskedLM RobertaPreLayerNormForMaskedLM TapasForMaskedLM
         UltrabertForMaskedLM UltraVBertForMaskedLM YosoForMaskedLM
@@ -28,6 +28,9 @@ CASES = by_name(
 
     """,
         image,
+    ),
+    Case(
+        "MobileBertForMaskedLM", {"embedding_size": 24, "intra_bottleneck_size": 16}, inputs=text
     ),
     Case("EsmForMaskedLM", {"vocab_size": 96, "mask_token_id": 5, "pad_token_id": 1}, inputs=text),
     Case("LongformerForMaskedLM", {"attention_window": [4, 4]}),

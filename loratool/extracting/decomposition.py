@@ -7,205 +7,33 @@ done again with a higher rank.
 
 from __future__ import annotations
 
-import math
 import threading
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from loratool.adapters.factorfile import AdapterWriter, factor_bytes, rounding_loss
-from loratool.dtypes import DTYPE_BITS
 from loratool.errors import UsageError, ValueRangeError
 from loratool.extracting.counterparts import Counterpart
+from loratool.extracting.decomposed import NOTHING, Decomposed, by_unit
 from loratool.extracting.difference import Difference, Size
+from loratool.extracting.policy import Policy
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
-from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
+from loratool.linalg.ranks import LARGEST_RANK, Criterion
 from loratool.linalg.truncation import truncated
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import count_not_finite, same_values
 from loratool.streams.workers import Workers
-from loratool.words import format_bytes
-
-_NOTHING = Size(0.0, 0.0, False, 0.0)
 
 #: The rank to begin with where none is asked for.
 _FIRST = 32
 
 #: The lowest rank that is computed for a budget, of which it may take less.
 _LEAST = 8
-
-
-@dataclass(frozen=True)
-class Decomposed:
-    """What is known of one counterpart after it has been read.
-
-    `values` are the singular values of the factors that were put away, `following` those known
-    beyond. `cut` is ‖Δ - B·A‖² at that rank, and `least` what any factors of that rank have at
-    least. `rounding` is what the factors' dtype takes of B·A. With `noise` the change is rounding
-    alone, and is to be left out.
-    """
-
-    part: Counterpart
-    size: Size = _NOTHING
-    values: Float64 = field(default_factory=partial(np.zeros, 0))
-    following: Float64 = field(default_factory=partial(np.zeros, 0))
-    cut: float = 0.0
-    least: float = 0.0
-    rounding: float | None = None
-    passes: int = 0
-    noise: bool = False
-
-    @property
-    def changed(self) -> bool:
-        """Whether there is something to hold."""
-        return self.size.changed and not self.noise
-
-    def at(self, rank: int) -> tuple[float, float]:
-        """`cut` and `least` for the first `rank` of the factors."""
-        more = float((self.values[rank:] ** 2).sum())
-        return self.cut + more, self.least + more
-
-
-def joined_stacks(found: Iterable[Decomposed]) -> list[Decomposed]:
-    """The same with one for all matrices of a stack, where the first of them is."""
-    units: dict[str, list[Decomposed]] = defaultdict(list)
-    for one in found:
-        units[one.part.unit].append(one)
-    return [_joined(own) if own[0].part.stack else own[0] for own in units.values()]
-
-
-def _joined(found: list[Decomposed]) -> Decomposed:
-    """All matrices of a stack as one: their k-th singular values count together as the k-th."""
-    part = replace(found[0].part, name=found[0].part.unit)
-    sizes = [f.size for f in found]
-    size = Size(
-        energy=math.fsum(s.energy for s in sizes), weight=math.fsum(s.weight for s in sizes),
-        changed=any(s.changed for s in sizes), noise=math.fsum(s.noise for s in sizes),
-    )  # fmt: skip
-    alive = [f for f in found if f.changed]
-    if not alive:
-        return Decomposed(part, size, noise=size.changed)
-    values = _together([f.values for f in alive])
-    spectrum = _together([np.concatenate([f.values, f.following]) for f in alive])
-    # Rounding alone is held by no factors.
-    noise = math.fsum(f.size.energy for f in found if f.noise)
-    kept = [float((f.values**2).sum()) for f in alive]
-    lost = [f.rounding for f in alive if f.rounding is not None]
-    rounding = None
-    if len(lost) == len(alive) and sum(kept) > 0:
-        rounding = math.sqrt(
-            math.fsum(k * r**2 for k, r in zip(kept, lost, strict=True)) / sum(kept)
-        )
-    return Decomposed(
-        part, size, values, spectrum[len(values) :], noise + math.fsum(f.cut for f in alive),
-        noise + math.fsum(f.least for f in alive), rounding, max(f.passes for f in alive),
-    )  # fmt: skip
-
-
-def _together(values: Sequence[Float64]) -> Float64:
-    """Singular values of several matrices, which get their ranks together."""
-    squares = np.zeros(max(map(len, values)))
-    for own in values:
-        squares[: len(own)] += own**2
-    return np.sqrt(squares)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How the ranks are chosen: by `criterion`, or such that the file is no larger than `budget`.
-
-    With `uniform` all modules get the same. No rank is above what the widest matrix has.
-    `cost(part)` are the bytes of one rank of a module, and `size(parts, ranks)` those of the file;
-    of a stack they are given one matrix, and count all.
-    """
-
-    criterion: Criterion
-    cost: Callable[[Counterpart], int]
-    size: Callable[[Sequence[Counterpart], Sequence[int]], int]
-    budget: int | None = None
-    uniform: bool = False
-
-    def ranks(self, found: Sequence[Decomposed]) -> dict[str, int]:
-        """The rank of each module, by unit; it may be higher than what was computed of it.
-
-        All matrices of a stack have one: the highest that one of them needs. Where it depends on
-        errors, a rank of a stack counts as one of a module, of all its matrices together.
-        """
-        units = [one.part.unit for one in found]
-        if self.criterion.rank is not None:
-            widest = widest_of([f.part for f in found])
-            return dict.fromkeys(units, min(self.criterion.rank, widest))
-        stacks = joined_stacks(found)
-        parts = [f.part for f in stacks]
-        if self.budget is not None and self.uniform:
-            ranks = [self.even(parts)] * len(parts)
-        elif self.budget is not None:
-            ranks = self._spread(parts, [f.values for f in stacks], self.budget)
-        elif self.uniform and found:
-            ranks = [max(len(f.values) for f in found)] * len(parts)
-        else:
-            ranks = [len(f.values) for f in stacks]
-        return dict(zip([part.unit for part in parts], ranks, strict=True))
-
-    def even(self, found: Sequence[Counterpart]) -> int:
-        """The one rank for which the budget is enough, up to the largest that a module can have.
-
-        Raises UsageError if it is not enough for one.
-        """
-        parts = by_unit(found)
-        budget, costs = self.budget or 0, sum(self.cost(part) for part in parts)
-        if self.size(parts, [1] * len(parts)) > budget:
-            raise _too_small(budget, costs, "all modules")
-        largest = widest_of(parts)
-        rank = min(budget // costs, self.criterion.max_rank or largest, largest)
-        while self.size(parts, [rank] * len(parts)) > budget:
-            rank -= 1
-        return rank
-
-    def _spread(
-        self, parts: Sequence[Counterpart], values: Sequence[Float64], budget: int
-    ) -> list[int]:
-        costs = [self.cost(part) for part in parts]
-        rest = budget - (self.size(parts, [1] * len(parts)) - sum(costs))
-        while True:
-            ranks = spread(values, costs, rest)
-            if not any(ranks):
-                raise _too_small(budget, min(costs), "the smallest module")
-            alive = [(part, rank) for part, rank in zip(parts, ranks, strict=True) if rank]
-            over = self.size([p for p, _ in alive], [r for _, r in alive]) - budget
-            if over <= 0:
-                return ranks
-            rest -= over  # larger ranks have more digits in the header
-
-
-def by_unit(parts: Iterable[Counterpart]) -> list[Counterpart]:
-    """One of the matrices of each stack, and all other parts."""
-    return list({part.unit: part for part in parts}.values())
-
-
-def _too_small(budget: int, least: int, what: str) -> UsageError:
-    return UsageError(
-        f"--budget {format_bytes(budget)} is too small: one rank of {what} takes "
-        f"{format_bytes(least)}, beside the header and what is saved whole.",
-        "Give more, or leave parts out with --exclude or --skip.",
-    )
-
-
-def widest_of(parts: Sequence[Counterpart]) -> int:
-    """The largest rank that one of these modules can have."""
-    return max(min(part.outline.shape) for part in parts)
-
-
-def cost(part: Counterpart, dtype: str) -> int:
-    """Bytes of one rank of a module, or of the stack that it is of."""
-    elements = sum(outline.experts * sum(outline.shape) for outline in part.filed())
-    return elements * DTYPE_BITS[dtype] // 8
 
 
 @dataclass
@@ -302,10 +130,10 @@ class Extraction:
     def _measured(self, part: Counterpart) -> Decomposed:
         if part.base is None or not part.is_comparable:
             _refuse_not_finite(part)
-            return Decomposed(part, replace(_NOTHING, changed=True))
+            return Decomposed(part, replace(NOTHING, changed=True))
         if not (part.tuned.is_float and part.base.is_float):
             changed = not same_values(part.base, part.tuned)
-            return Decomposed(part, replace(_NOTHING, changed=changed))
+            return Decomposed(part, replace(NOTHING, changed=changed))
         size = self._difference(part).measure()
         return Decomposed(part, size, noise=self._is_noise(size) and part.fate != "left")
 

@@ -14,7 +14,8 @@ from loratool.adapters.factors import ModuleShape
 from loratool.dtypes import dtype_name
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts
-from loratool.extracting.decomposition import Decomposed, Policy, joined_stacks
+from loratool.extracting.decomposed import Decomposed, joined_stacks
+from loratool.extracting.policy import Policy
 from loratool.extracting.selection import ON_REQUEST
 from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
@@ -180,6 +181,7 @@ def note(outcome: Outcome, kind: str, policy: Policy) -> None:
     """Say what people should know about the result."""
     _note_ranks(outcome, policy.criterion.rank or 0)
     _note_experts(outcome, kind)
+    _note_shared_blocks(outcome, kind)
     _note_saved(outcome)
     if any(f.part.twin for f in outcome.factors):
         text = (
@@ -280,3 +282,14 @@ def _note_experts(outcome: Outcome, kind: str) -> None:
             "merge does."
         )
         outcome.notices.append(Notice("experts-in-peft", text, experts[0]))
+
+
+def _note_shared_blocks(outcome: Outcome, kind: str) -> None:
+    """Zamba has one block in several layers, each a module of its own with the same weights."""
+    shared = [f.part.module for f in outcome.factors if ".shared_trans" in f.part.module]
+    if shared and kind in ("zamba", "zamba2"):
+        text = (
+            "One block is in several layers, and PEFT's forward pass adapts it in the first of "
+            "them only. PEFT's merge_and_unload and loratool merge change it in all."
+        )
+        outcome.notices.append(Notice("shared-in-peft", text, shared[0]))

@@ -16,15 +16,11 @@ from loratool.adapters.directory import adapter_directory
 from loratool.adapters.factorfile import Extra, file_size, tensors_of
 from loratool.errors import VerifyError
 from loratool.extracting.counterparts import Counterpart, Counterparts
-from loratool.extracting.decomposition import (
-    Decomposed,
-    Extraction,
-    Policy,
-    cost,
-    widest_of,
-)
+from loratool.extracting.decomposed import Decomposed
+from loratool.extracting.decomposition import Extraction
 from loratool.extracting.options import ExtractOptions
 from loratool.extracting.outcome import Outcome, gather, note, with_siblings
+from loratool.extracting.policy import Policy, cost, widest_of
 from loratool.extracting.readback import distance
 from loratool.merging.provenance import describe_model, versions
 from loratool.models.checkpoint import Checkpoint

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.assembly import assembled, view_of
-from loratool.models.layouts.holding import Holdings, MisfitError
+from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.table import Segment
 from loratool.storage.tensors import TensorInfo
@@ -88,9 +89,9 @@ def _same(holdings: Holdings, name: str) -> TensorInfo | None:
 
 def _made(holdings: Holdings, name: str) -> TensorInfo:
     """A parameter that is no one tensor of the files."""
-    held = holdings.held(name, False)[0]
+    held = holdings.parameter(name, False).held[0]
     inner = (held.columns,) if held.transposed else held.info.shape[1:]
-    return assembled(holdings, name, (held.size, *inner))[0]
+    return assembled(holdings, name, (held.size, *inner), holdings)[0]
 
 
 def _members(holdings: Holdings, name: str, same: TensorInfo | None) -> tuple[TensorInfo, ...]:
@@ -99,9 +100,10 @@ def _members(holdings: Holdings, name: str, same: TensorInfo | None) -> tuple[Te
         return tuple(
             next(view_of(same, Place(name, expert=number))) for number in range(same.shape[0])
         )
-    count, rows, columns = holdings.shape(name, True)
+    whole = holdings.parameter(name, True)
+    rows, columns = whole.rows, whole.columns
     parts: dict[int, list[tuple[int, TensorInfo]]] = {}
-    for target in holdings.targets(name, (rows, columns), count):
+    for target in holdings.targets(name, (rows, columns), whole.experts):
         if isinstance(target.rows, tuple) or (target.rows and target.rows.step != 1):
             raise MisfitError(f"the rows of {target.place.tensor} alternate with others")
         first = target.rows[0] if target.rows else 0

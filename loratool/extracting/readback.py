@@ -23,8 +23,8 @@ from loratool.merging.planning import build_plan
 from loratool.merging.rounding import TORCH
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.assembly import assembled
-from loratool.models.layouts.holding import MisfitError
 from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.table import Segment
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import values_of
@@ -108,10 +108,9 @@ def _goals(
                 before = parts[0].base if parts[0].is_comparable else None
                 yield _Goal(job, before, parts[0].tuned, names, True)
             continue
-        stacked = len(job.source.shape) == 3 and any(part.stack for part in parts)
         try:
             name = pairs.in_tuned(job.name)
-            tuned, _ = assembled(own.holdings, name, job.source.shape, stacked)
+            tuned, _ = assembled(own.holdings, name, job.source.shape, layout.holdings)
         except MisfitError as error:
             if all(part.fate == "left" for part in parts):
                 continue

@@ -15,7 +15,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice, document
 
 if TYPE_CHECKING:
-    from loratool.extracting.decomposition import Decomposed
+    from loratool.extracting.decomposed import Decomposed
     from loratool.extracting.outcome import Outcome
 
 #: A share below which an adapter can hardly stand for its fine-tune.

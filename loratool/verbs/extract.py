@@ -10,8 +10,8 @@ from pathlib import Path
 
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors
-from loratool.extracting.counterparts import pair
 from loratool.extracting.options import ExtractOptions
+from loratool.extracting.pairing import pair
 from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
 from loratool.models.quantised import refuse_quantised

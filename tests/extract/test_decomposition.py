@@ -18,8 +18,9 @@ from threadpoolctl import threadpool_limits
 
 from loratool.errors import UsageError
 from loratool.extracting.counterparts import Counterpart
-from loratool.extracting.decomposition import Decomposed, Policy
+from loratool.extracting.decomposed import Decomposed
 from loratool.extracting.difference import Size
+from loratool.extracting.policy import Policy
 from loratool.linalg.ranks import Criterion
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo

@@ -1,0 +1,133 @@
+"""Fine-tunes of tiny models of every class: extract -> PEFT -> the same model.
+
+Every linear layer and every expert changes by a matrix of the rank that is asked for, so that the
+adapter is exact. The base has the layout of the Hub's files, the fine-tune that or memory's. A
+sample runs always, all classes with `-m layouts`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.models import State, close
+from helpers.tiny.build import Inputs
+from helpers.tiny.cases import CASES
+from peft import PeftModel
+from torch import nn
+
+import loratool
+
+#: Stacks and per-expert files, swapped ones, routers, dense layers and shared experts that PEFT
+#: would take for experts, split and fused weights, rotary orders, prefixes, tied heads, Mamba.
+SAMPLE = [
+    "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "GraniteMoeForCausalLM", "JetMoeForCausalLM",
+    "AriaTextForCausalLM", "NemotronHForCausalLM", "LongcatFlashForCausalLM",
+    "Qwen3VLMoeForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration", "NomicBertForMaskedLM", "JinaEmbeddingsV3Model",
+    "RoFormerForMaskedLM", "OlmoHybridForCausalLM",
+]  # fmt: skip
+
+#: What PEFT or this environment cannot load at all, by the words of the error.
+BEYOND = ("timm", "TimmWrapper")
+
+RANK = 2
+
+
+def all_classes() -> list[object]:
+    return [
+        pytest.param(name, marks=() if name in SAMPLE else (pytest.mark.layouts,)) for name in CASES
+    ]
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of linear layers and stacks of experts, without those that embeddings share."""
+    tied = {
+        p.data_ptr()
+        for module in model.modules() if isinstance(module, nn.Embedding)
+        for p in module.parameters()
+    }  # fmt: skip
+    for path, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        for name, value in module.named_parameters(recurse=False):
+            stack = value.ndim == 3 and ("expert" in path or "Expert" in type(module).__name__)
+            if value.data_ptr() not in tied and (stack or (linear and name == "weight")):
+                tied.add(value.data_ptr())
+                yield f"{path}.{name}", value
+
+
+def tuned_of(model: nn.Module) -> nn.Module:
+    found = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for _, value in weights(found):
+        *lead, rows, columns = value.shape
+        b = torch.randn(*lead, rows, RANK, generator=generator)
+        a = torch.randn(*lead, RANK, columns, generator=generator)
+        value.data += 0.01 * b @ a
+    return found
+
+
+def outputs(model: nn.Module, inputs: Inputs | None) -> torch.Tensor | None:
+    """The logits, or what a model without logits gives; None where the tiny inputs do not do."""
+    try:
+        with torch.no_grad():
+            found = model(**(inputs or {}))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return None
+    return next(
+        (found[k] for k in ("logits", "last_hidden_state", "logits_per_image") if k in found), None
+    )
+
+
+def unlike(state: State, expected: State) -> list[str]:
+    return [
+        name
+        for name, value in expected.items()
+        if value.is_floating_point()
+        and value.numel()
+        and not torch.allclose(state[name], value, rtol=1e-5, atol=1e-4)
+    ]
+
+
+@pytest.mark.parametrize("name", all_classes())
+@pytest.mark.parametrize("layout", ["files", "memory"])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_makes_the_fine_tune_of_base_and_adapter(
+    name: str, layout: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    base, tuned, adapter = tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter"
+    try:
+        model = case.make()
+    except ImportError as error:
+        pytest.skip(str(error).strip().splitlines()[0])
+    if not any(True for _ in weights(model)):
+        pytest.skip("there is no linear layer")
+    goal = tuned_of(model)
+    model.save_pretrained(base)
+    goal.save_pretrained(tuned, save_original_format=layout == "files")  # type: ignore[operator]
+    report = loratool.extract(base, tuned, adapter, rank=RANK, dtype="float32")
+    codes = {notice.code for notice in report.warnings}
+    assert report.held is not None
+    assert report.held > 0.9999
+    if layout == "files":
+        loratool.merge(base, adapter, tmp_path / "merged", dtype="float32")
+        merged = getattr(transformers, case.model).from_pretrained(tmp_path / "merged")
+        assert not unlike(merged.state_dict(), goal.state_dict())
+    loaded = PeftModel.from_pretrained(
+        getattr(transformers, case.model).from_pretrained(base).eval(), adapter
+    ).eval()
+    inputs = case.inputs() if case.inputs else None
+    expected = outputs(goal, inputs)
+    if expected is not None and "shared-in-peft" not in codes:
+        got = outputs(loaded, inputs)
+        assert got is not None
+        assert close(got, expected, 1e-4)
+        before = outputs(model, inputs)
+        assert before is not None
+        assert not close(before, expected, 1e-4)
+    assert not unlike(loaded.merge_and_unload().state_dict(), goal.state_dict())

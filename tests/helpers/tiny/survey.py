@@ -11,6 +11,7 @@ import transformers
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from helpers.tiny.build import Case
+from helpers.tiny.by_hand import ALIASES, corrected
 from helpers.tiny.facts import Fact, Name, below, facts_of, is_below
 from helpers.tiny.reversal import SPELLINGS, Part, Reversal, Step
 from helpers.tiny.rules import Unclear, rules_for
@@ -89,8 +90,10 @@ class Survey:
                 ordered = sorted(classes, key=lambda name: (not classes[name].is_root, name))
                 for name in ordered:
                     entries[kind if name == ordered[0] else name] = _entry([classes[name]])
+        for kind, entry in entries.items():
+            entry["rules"] = corrected(kind, entry["rules"])
         # What transformers reads as another type, and no class here showed.
-        for kind, as_kind in _MODEL_TO_CONVERSION_PATTERN.items():
+        for kind, as_kind in {**_MODEL_TO_CONVERSION_PATTERN, **ALIASES}.items():
             rules = entries.get(as_kind, {}).get("rules")
             if rules and kind[0].islower() and not entries.get(kind, {}).get("rules"):
                 entries[kind] = {**entries.get(kind, {}), "rules": rules}

@@ -154,5 +154,4 @@ CASES = by_name(
             "semantic_tokenizer_encoder_config": _TOKENIZER,
         },
     ),
-    Case("GradiumPhononTTSForConditionalGeneration", {"flow_head_config.condition_dim": 32}),
 )  # fmt: skip

@@ -220,9 +220,11 @@ class Holdings:
         """Rows of a parameter in the order in which the file has them."""
         if not segment.order:
             return memory
-        heads: Any = self._config
-        for field in segment.order.removeprefix("rope:").split("."):
-            heads = heads.get(field) if isinstance(heads, Mapping) else None
+        heads: Any = 1
+        if segment.order != "interleaved":
+            heads = self._config
+            for field in segment.order.removeprefix("rope:").split("."):
+                heads = heads.get(field) if isinstance(heads, Mapping) else None
         if type(heads) is not int or heads < 1 or len(memory) % (2 * heads):
             raise MisfitError(
                 f"rows of {segment.memory} are in another order in the file, which depends on "

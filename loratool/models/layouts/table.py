@@ -78,7 +78,8 @@ class Segment:
     #: The last two axes are swapped on disk; or they may be, which the shape says.
     transposed: bool = False
     maybe_transposed: bool = False
-    #: "rope:FIELD": rows stand in the order of `rope_order`, with as many heads as FIELD says.
+    #: "rope:FIELD": rows stand in the order of `rope_order`, with as many heads as FIELD says;
+    #: "interleaved": the two halves of the rows stand alternately, which is the same with one head.
     order: str = ""
 
 

@@ -33,6 +33,8 @@ class Case:
     inputs: Callable[[], Inputs] | None = None
     #: What it is called where a class stands twice.
     name: str = ""
+    #: The config's class, where it has a type without model classes of its own.
+    config_class: str = ""
 
     def make(self, other_sizes: bool = False) -> PreTrainedModel:
         """The model, with no parameter constant: a lost or swapped one must show.
@@ -53,7 +55,11 @@ class Case:
         return model
 
     def config(self, other_sizes: bool = False) -> transformers.PretrainedConfig:
-        cls = getattr(transformers, self.model).config_class
+        cls = (
+            getattr(transformers, self.config_class)
+            if self.config_class
+            else getattr(transformers, self.model).config_class
+        )
         sizes = {**_SIZES, **_OTHER_SIZES} if other_sizes else _SIZES
         made: transformers.PretrainedConfig = cls(**_shrunk(cls().to_dict(), self.settings, sizes))
         return made

@@ -40,6 +40,7 @@ CASES = by_name(
         inputs=text,
     ),
     Case("HunYuanDenseV1ForCausalLM", {"head_dim": 8}, inputs=text),
+    Case("LlamaForCausalLM", inputs=text, name="Exaone", config_class="ExaoneConfig"),
     Case("MiniCPM3ForCausalLM", {"dim_model_base": 16}, inputs=text),
     Case("CodeGenForCausalLM", {"rotary_dim": 4}, inputs=text),
     Case(

@@ -117,7 +117,8 @@ def _attributes(
     if piece.stacked:
         found["stacked"] = True
     if piece.order:
-        found["order"] = f"{piece.order}:{_heads_field(config, piece.heads)}"
+        field = f":{_heads_field(config, piece.heads)}" if piece.heads > 1 else ""
+        found["order"] = piece.order + field
     return found
 
 

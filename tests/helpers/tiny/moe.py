@@ -30,6 +30,38 @@ CASES = by_name(
     Case("DeepseekV2ForCausalLM", _MLA, inputs=text),
     Case("FlintForCausalLM", {"mlp_only_layers": [0]}, inputs=text),
     Case("DeepseekV3ForCausalLM", _MLA, inputs=text),
+    Case(
+        "DeepseekV4ForCausalLM",
+        {
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "layer_types": [
+                "sliding_attention",
+                "heavily_compressed_attention",
+                "compressed_sparse_attention",
+            ],
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "head_dim": 16,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "index_n_heads": 4,
+        },
+        inputs=text,
+    ),
+    Case(
+        "Glm4MoeForCausalLM",
+        {"first_k_dense_replace": 1, "n_routed_experts": 4},
+        text,
+        "SarvamMoE",
+        "SarvamMoEConfig",
+    ),
+    Case(
+        "DeepseekV3ForCausalLM",
+        {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        text,
+        "SarvamMLA",
+        "SarvamMLAConfig",
+    ),
     Case("Glm4MoeForCausalLM", {"first_k_dense_replace": 1, "n_routed_experts": 4}, inputs=text),
     Case(
         "Dots1ForCausalLM",

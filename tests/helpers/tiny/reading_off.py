@@ -146,8 +146,9 @@ def _as_matrix(values: Numbers, whole: Numbers) -> dict[str, Any] | None:
                 order = rope_order(len(at), heads)
                 if [at[disk] - start for disk in order] == list(range(len(at))):
                     rows = Rows(start, start + len(at), 1, len(whole))
+                    order_name = "rope" if heads > 1 else "interleaved"
                     return {
-                        **flag, "order": "rope", "heads": heads,
+                        **flag, "order": order_name, "heads": heads,
                         **({} if rows.is_all else {"rows": rows}),
                     }  # fmt: skip
     return None

@@ -19,6 +19,9 @@ from helpers.tiny.reading_off import Origins, Piece, number
 
 Shapes = dict[str, tuple[int, ...]]
 
+#: Operations that mix axes no table can say; their parameters are no matrices of a layer.
+_NOT_BY_ROWS = {"Inkling2LoopMergeMessageQueries"}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -112,11 +115,15 @@ class Reversal:
         self._transforms = []
         removed_before: set[str] = set()
         for transform in get_model_conversion_mapping(model, add_legacy=False):
+            if any(
+                type(op).__name__ in _NOT_BY_ROWS for op in getattr(transform, "operations", ())
+            ):
+                continue
             scope = _path(transform, modules)
-            # Backwards a prefix would come twice where the module itself is called so, as CLIP's
+            # Backwards a prefix would come twice where a module above is called so, as CLIP's
             # vision_model, or where the root has the same one; no file has that.
             removed = getattr(transform, "prefix_to_remove", None)
-            if removed is None or removed not in (scope.rpartition(".")[2], *removed_before):
+            if removed is None or removed not in (*scope.split("."), *removed_before):
                 removed_before |= {removed} if removed else set()
                 owners = [p for p in self.parts if _is_under(scope, p.path)]
                 self._transforms.append((max(owners, key=lambda p: len(p.path)), transform))

@@ -161,7 +161,8 @@ def _says_enough(name: Name, hunk: Hunk) -> bool:
     takes_away = any(not new for new, _ in hunk.outcomes)
     return (
         bool(words)
-        and (len(disk) > 1 or "_" in words[0])
+        # One word alone may be part of another spelling, or of a sibling that was not looked at.
+        and len(disk) > 1
         # What begins the name, an expert's number and what only goes needs what is before it.
         and (hunk.left > 0 or (hunk.start > 1 and not takes_away))
         and disk[0] not in ("{e}",)

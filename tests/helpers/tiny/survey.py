@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import transformers
 from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from helpers.tiny.build import Case
+from helpers.tiny.by_hand import ALIASES, corrected
 from helpers.tiny.facts import Fact, Name, below, facts_of, is_below
 from helpers.tiny.reversal import SPELLINGS, Part, Reversal, Step
 from helpers.tiny.rules import Unclear, rules_for
@@ -89,14 +90,19 @@ class Survey:
                 ordered = sorted(classes, key=lambda name: (not classes[name].is_root, name))
                 for name in ordered:
                     entries[kind if name == ordered[0] else name] = _entry([classes[name]])
+        for kind, entry in entries.items():
+            entry["rules"] = corrected(kind, entry["rules"])
         # What transformers reads as another type, and no class here showed.
-        for kind, as_kind in _MODEL_TO_CONVERSION_PATTERN.items():
+        for kind, as_kind in {**_MODEL_TO_CONVERSION_PATTERN, **ALIASES}.items():
             rules = entries.get(as_kind, {}).get("rules")
             if rules and kind[0].islower() and not entries.get(kind, {}).get("rules"):
                 entries[kind] = {**entries.get(kind, {}), "rules": rules}
-        for entry in entries.values():
-            for part in entry.get("parts", ()):
+        for kind, entry in entries.items():
+            parts = [part for part in entry.pop("parts", ()) if not _is_idle(part, kind, entries)]
+            for part in parts:
                 part[3:] = [] if part[3] not in entries else part[3:]
+            if parts:
+                entry["parts"] = parts
         groups: dict[str, dict[str, Any]] = {}
         for kind, entry in entries.items():
             if entry["rules"] or len(entry) > 1 or kind not in self.types:
@@ -113,6 +119,13 @@ def spellings_of(model: Reversal) -> tuple[dict[str, Any], list[Step]]:
     config = json.loads(model.model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model.model).__name__]
     return config, list(model.spellings())
+
+
+def _is_idle(part: Sequence[str], kind: str, entries: Mapping[str, Any]) -> bool:
+    """Whether a part says nothing: its config is always of this one class, and has no entry."""
+    key, _, model_type = part[:3]
+    own = {key: value for key, value in entries.get(model_type, {}).items() if value}
+    return not own and key != "text_config" and model_type.startswith(kind)
 
 
 def _entry(classes: list[Seen]) -> dict[str, Any]:

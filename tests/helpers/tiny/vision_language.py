@@ -14,7 +14,7 @@ CASES = by_name(
         InternVLForConditionalGeneration Idefics3ForConditionalGeneration
         SmolVLMForConditionalGeneration Idefics2ForConditionalGeneration
          AyaVisionForConditionalGeneration
-        Cohere2VisionForConditionalGeneration Lfm2VlForConditionalGeneration
+        Lfm2VlForConditionalGeneration
         FuyuForCausalLM Qwen2AudioForConditionalGeneration VoxtralForConditionalGeneration
         Ovis2ForConditionalGeneration DeepseekVLForConditionalGeneration GitForCausalLM
         AudioFlamingo3ForConditionalGeneration
@@ -23,7 +23,6 @@ CASES = by_name(
     ),
     *plain("""
         Blip2ForConditionalGeneration InstructBlipForConditionalGeneration
-         JanusForConditionalGeneration
          Kosmos2ForConditionalGeneration
         ColQwen2ForRetrieval ColPaliForRetrieval Kimi_K25ForConditionalGeneration
         Gemma4UnifiedForConditionalGeneration BlipForConditionalGeneration
@@ -43,6 +42,7 @@ CASES = by_name(
         T5Gemma2ForConditionalGeneration UdopForConditionalGeneration
         VideoLlama3ForConditionalGeneration VisionEncoderDecoderModel
     """),
+    Case("Cohere2VisionForConditionalGeneration", {"alignment_intermediate_size": 48}, text),
     Case("AriaForConditionalGeneration", {"vision_config.image_size": 16}, inputs=text),
     Case(
         "Glm4vForConditionalGeneration",
@@ -235,4 +235,14 @@ CASES = by_name(
         inputs=text,
     ),
     Case("Llama4ForConditionalGeneration"),
+    Case(
+        "JanusForConditionalGeneration",
+        {
+            "vq_config.base_channels": 32,
+            "vq_config.channel_multiplier": [1, 1],
+            "vq_config.num_res_blocks": 1,
+            "vq_config.latent_channels": 32,
+            "vq_config.num_embeddings": 16,
+        },
+    ),
 )

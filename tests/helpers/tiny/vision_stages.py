@@ -25,6 +25,14 @@ _RT_DETR: dict[str, Any] = {
     "encoder_in_channels": [16] * 3, "decoder_in_channels": [32] * 3, "encoder_hidden_dim": 32,
     "num_queries": 4, "encoder_ffn_dim": 48, "hidden_expansion": 0.5,
 }  # fmt: skip
+_HGNET: dict[str, Any] = {
+    "model_type": "hgnet_v2", "stage_in_channels": [16] * 4, "stage_mid_channels": [8] * 4,
+    "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [1] * 4,
+    "stage_downsample": [False, True, True, True], "stage_kernel_size": [3, 3, 3, 3],
+    "stage_light_block": [False, False, True, True], "stem_channels": [3, 8, 16],
+    "embedding_size": 16, "hidden_sizes": [16] * 4, "depths": [1] * 4,
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
 _SWIN: dict[str, Any] = {
     "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "image_size": 32,
     "patch_size": 4, "hidden_size": DROP,
@@ -108,4 +116,46 @@ CASES = by_name(
     Case("Speech2TextForConditionalGeneration", {"conv_channels": 16}),
     Case("RTDetrForObjectDetection", _RT_DETR),
     Case("RTDetrV2ForObjectDetection", _RT_DETR),
+    Case("PPDocLayoutV4ForObjectDetection", _RT_DETR),
+    Case("DFineForObjectDetection", {**_RT_DETR, "backbone_config": _HGNET, "decoder_layers": 2}),
+    Case(
+        "LwDetrForObjectDetection",
+        {
+            "backbone_config": {
+                "model_type": "lw_detr_vit",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 32,
+                "pretrain_image_size": 32,
+                "patch_size": 8,
+                "window_block_indices": [0],
+                "out_indices": [1, 2],
+                "num_windows": 4,
+            },
+            "num_queries": 4,
+            "hidden_expansion": 0.5,
+            "decoder_self_attention_heads": 4,
+            "decoder_cross_attention_heads": 4,
+        },
+    ),
+    Case("DINOv3ConvNextModel", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+    Case(
+        "Sam3TrackerModel",
+        {
+            "vision_config.backbone_config": {
+                "model_type": "sam3_vit_model",
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 32,
+                "patch_size": 8,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "pretrain_image_size": 32,
+            },
+            "vision_config.fpn_hidden_size": 32,
+        },
+    ),
 )

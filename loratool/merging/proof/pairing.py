@@ -119,7 +119,8 @@ def check_written(shards: Sequence[OutputShard], folder: Path, run: Run) -> None
 
 
 def _tie_again(found: Pairing, jobs: dict[str, Job], name: str, whole: str) -> None:
-    """Put the deltas of a matrix that the merge made apart into the one that it was, as PEFT does."""
+    """Put the deltas of a matrix that the merge made apart into the one that it was, as PEFT
+    does."""
     alone, both = jobs.pop(name), jobs[whole]
     jobs[whole] = replace(both, deltas=(*both.deltas, *alone.deltas))
     found.notices.append(

@@ -271,8 +271,8 @@ class Names:
                 entry = self._table.get(own) or self._table.get(kind)
                 self._parts += [entry] if entry is not None else []
                 if entry is not None and entry.rules:
-                    rules = [rule.below(part.key) for rule in entry.rules]
-                    yield tuple(part.path.split(".")), "", rules
+                    below = [rule.below(part.key) for rule in entry.rules]
+                    yield tuple(part.path.split(".")), "", below
             return
         for key, value in config.items():
             if isinstance(value, Mapping) and value.get("model_type") in self._table:

@@ -29,9 +29,7 @@ CASES = by_name(
     """,
         image,
     ),
-    Case(
-        "MobileBertForMaskedLM", {"embedding_size": 24, "intra_bottleneck_size": 16}, inputs=text
-    ),
+    Case("MobileBertForMaskedLM", {"embedding_size": 24, "intra_bottleneck_size": 16}, inputs=text),
     Case("EsmForMaskedLM", {"vocab_size": 96, "mask_token_id": 5, "pad_token_id": 1}, inputs=text),
     Case("LongformerForMaskedLM", {"attention_window": [4, 4]}),
     *plain("""

@@ -168,7 +168,9 @@ class Holdings:
     def _rows_in_memory(self, memory: str) -> int | None:
         """How many rows a parameter has, if it has a tensor of its own, or an adapter tells."""
         alone = [info for info, s in self._parts.get(memory, ()) if s.into is None]
-        return alone[0].shape[0] if alone else self.known_rows.get(memory)
+        if not alone:
+            return self.known_rows.get(memory)
+        return alone[0].shape[0] if alone[0].shape else 1
 
     def _numbered(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """Segments whose experts have the numbers of their own stack, where files number the

@@ -68,7 +68,7 @@ def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
 
 
 def other_ties(base: Checkpoint, holdings: Holdings, main: Tied | None) -> dict[str, str]:
-    """Matrices that are another tensor's beside the head, as in BLIP and LUKE: their names, which no
+    """Matrices that are another tensor beside the head, as in BLIP and LUKE: their names, which no
     file has, and the tensor that each is.
 
     Those that more than two names have together (T5, SeamlessM4T) are none of them.

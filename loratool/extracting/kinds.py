@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from loratool.adapters.dialects import WRITTEN
-from loratool.extracting.parameters import Parameter, is_bare
+from loratool.extracting.parameters import ModelParameter, is_bare
 from loratool.models.layouts.names import CLASSIFIERS, is_lookup
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
@@ -26,7 +26,7 @@ _UNADAPTABLE = {
 
 
 def group_of(
-    path: str, parameter: Parameter, parameters: Mapping[str, Parameter], model_type: str
+    path: str, parameter: ModelParameter, parameters: Mapping[str, ModelParameter], model_type: str
 ) -> Group:
     """The group of a parameter whose name in an adapter is `path`; `parameters` are those of its
     model by their names in memory."""
@@ -60,7 +60,7 @@ def group_of(
     return "convs" if convolves and shape[1] > 1 else "others"
 
 
-def _routes(path: str, parameters: Mapping[str, Parameter]) -> bool:
+def _routes(path: str, parameters: Mapping[str, ModelParameter]) -> bool:
     """Whether a module chooses among experts: by its name, or as what is called so beside them."""
     if _ROUTER.search(path):
         return True

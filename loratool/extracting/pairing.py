@@ -22,7 +22,7 @@ from loratool.adapters.dialects import WRITTEN
 from loratool.errors import MatchError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts, Stack
 from loratool.extracting.kinds import group_of
-from loratool.extracting.parameters import Parameter, parameters_of, renamed
+from loratool.extracting.parameters import ModelParameter, parameters_of, renamed
 from loratool.extracting.selection import Selection
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
@@ -110,7 +110,7 @@ class _Pairing:
         return segments[0].memory if len(segments) == 1 else name
 
     def _counterparts(
-        self, path: str, base_name: str, source: Parameter | None, parameter: Parameter
+        self, path: str, base_name: str, source: ModelParameter | None, parameter: ModelParameter
     ) -> list[Counterpart]:
         """The counterparts of one parameter: one, or one for each matrix of a stack."""
         whole = self._counterpart(path, base_name, source, parameter)
@@ -125,7 +125,7 @@ class _Pairing:
         ]
 
     def _counterpart(
-        self, path: str, base_name: str, source: Parameter | None, parameter: Parameter
+        self, path: str, base_name: str, source: ModelParameter | None, parameter: ModelParameter
     ) -> Counterpart:
         info = parameter.info
         group = group_of(path, parameter, self.after, self.tuned.model_type)
@@ -158,8 +158,8 @@ class _Pairing:
         )
 
     def _check(
-        self, found: Counterpart, name: str, base_name: str, source: Parameter | None,
-        parameter: Parameter,
+        self, found: Counterpart, name: str, base_name: str, source: ModelParameter | None,
+        parameter: ModelParameter,
     ) -> None:  # fmt: skip
         """Note why the two cannot be compared, if they have to be."""
         if found.fate == "left":
@@ -235,7 +235,7 @@ def _tied_names(layout: Layout) -> _TiedNames | None:
     )
 
 
-def _all_parameters(layout: Layout, tied: _TiedNames | None) -> dict[str, Parameter]:
+def _all_parameters(layout: Layout, tied: _TiedNames | None) -> dict[str, ModelParameter]:
     """The parameters of a model, with the head that is its embedding."""
     found = parameters_of(layout.base, layout.holdings)
     return renamed(found, tied.embedding, tied.head) if tied else found
@@ -273,7 +273,7 @@ def _ordered(
     ]  # fmt: skip
 
 
-def _resizable(name: str, source: Parameter, parameter: Parameter) -> bool:
+def _resizable(name: str, source: ModelParameter, parameter: ModelParameter) -> bool:
     """Whether the two can be of one model though their shapes differ.
 
     Vocabularies and heads may have other rows.

@@ -25,7 +25,7 @@ _PARALLEL = ("input_linear", "output_linear")
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ModelParameter:
     """One parameter, by its `name` in memory.
 
     `members` are the matrices of a stack, and () where there is none. `trouble` says why the files
@@ -45,7 +45,7 @@ def is_bare(name: str) -> bool:
     return experts and leaf not in ("weight", "bias")
 
 
-def parameters_of(model: Checkpoint, holdings: Holdings) -> dict[str, Parameter]:
+def parameters_of(model: Checkpoint, holdings: Holdings) -> dict[str, ModelParameter]:
     """All parameters of a model by their names in memory, without old buffers."""
     stacks: dict[str, bool] = {}
     infos: dict[str, TensorInfo] = {}
@@ -66,17 +66,17 @@ def _is_stack(name: str, shape: tuple[int, ...]) -> bool:
     return is_bare(name) or (leaf == "weight" and path.rpartition(".")[2] in _PARALLEL)
 
 
-def _parameter(holdings: Holdings, name: str, info: TensorInfo, stack: bool) -> Parameter:
+def _parameter(holdings: Holdings, name: str, info: TensorInfo, stack: bool) -> ModelParameter:
     try:
         same = _same(holdings, name)
         if stack:
             members = _members(holdings, name, same)
             shape = (len(members), *members[0].shape)
             whole = same or joined(name, shape, members)
-            return Parameter(name, whole, members)
-        return Parameter(name, same or _made(holdings, name))
+            return ModelParameter(name, whole, members)
+        return ModelParameter(name, same or _made(holdings, name))
     except MisfitError as error:
-        return Parameter(name, info, trouble=str(error))
+        return ModelParameter(name, info, trouble=str(error))
 
 
 def _same(holdings: Holdings, name: str) -> TensorInfo | None:
@@ -119,6 +119,8 @@ def _members(holdings: Holdings, name: str, same: TensorInfo | None) -> tuple[Te
     return tuple(members)
 
 
-def renamed(parameters: Mapping[str, Parameter], old: str, new: str) -> dict[str, Parameter]:
+def renamed(
+    parameters: Mapping[str, ModelParameter], old: str, new: str
+) -> dict[str, ModelParameter]:
     """The parameters, and under the name `new` the one called `old` too."""
     return {**parameters, new: replace(parameters[old], name=new)}

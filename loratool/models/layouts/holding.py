@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.layouts.place import Place
+from loratool.models.layouts.projections import projection_rows
 from loratool.models.layouts.table import Names, Segment, Share, rope_order
 from loratool.storage.tensors import TensorInfo
 
@@ -201,27 +202,12 @@ class Holdings:
             else:
                 key = id(share), id(segment.into), rows
                 if key not in self._spans:
-                    own = self._attention(segment, rows) or _rows(segment.into, rows)
+                    own = projection_rows(self._config, segment, rows) or _rows(segment.into, rows)
                     size = _whole(share, len(own))
                     self._spans[key] = own, size, _rows(share, size)
                 own, size, there = self._spans[key]
             placed = self._ordered(segment, there)
             yield Holder(info, expert, stacked, flipped, columns, size, placed, own)
-
-    def _attention(self, segment: Segment, rows: int) -> range | None:
-        """The rows of queries, keys or values in a matrix of all three, by the numbers of heads;
-        None for any other segment."""
-        into = segment.into
-        names = segment.memory.split(".")[-2:]
-        if into is None or into.index is None or names[0] not in ("q_proj", "k_proj", "v_proj"):
-            return None
-        text = self._config.get("text_config") or self._config
-        heads = [text.get("num_attention_heads"), *[text.get("num_key_value_heads")] * 2]
-        if into.count != 3 or any(type(one) is not int or one < 1 for one in heads):
-            return None
-        size, left = divmod(rows, sum(heads))
-        start = sum(heads[: into.index]) * size
-        return None if left else range(start, start + heads[into.index] * size)
 
     def _ordered(self, segment: Segment, memory: range) -> Rows:
         """Rows of a parameter in the order in which the file has them."""

@@ -1,4 +1,4 @@
-"""Where queries, keys and values are in a matrix of all three: the config's numbers of heads say."""
+"""Where queries, keys and values are in one matrix: the numbers of heads in the config say."""
 
 from __future__ import annotations
 

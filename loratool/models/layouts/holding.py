@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from loratool.models.layouts.parameter import Holder, MemoryParameter, MisfitError, Rows, complete
 from loratool.models.layouts.place import Place
+from loratool.models.layouts.projections import projection_rows
 from loratool.models.layouts.table import Names, Segment, Share, rope_order
 from loratool.storage.tensors import TensorInfo
 
@@ -211,7 +212,7 @@ class Holdings:
             else:
                 key = id(share), id(segment.into), rows
                 if key not in self._spans:
-                    own = _rows(segment.into, rows)
+                    own = projection_rows(self._config, segment, rows) or _rows(segment.into, rows)
                     size = _whole(share, len(own))
                     self._spans[key] = own, size, _rows(share, size)
                 own, size, there = self._spans[key]

@@ -14,6 +14,7 @@ _INTO_THINKER: Rules = [
 BEFORE: dict[str, Rules] = {
     # Published files have no `model.` in front, and what is anchored there does not come back.
     "deepseek_v4": [
+        ["attn.kv_norm", "self_attn.kv_norm"],
         ["^.embed.weight", "model.embed_tokens.weight"],
         ["^.hc_head_base", "model.hc_head.hc_base"],
         ["^.hc_head_fn", "model.hc_head.hc_fn"],

@@ -19,8 +19,9 @@ from helpers.tiny.reading_off import Origins, Piece, number
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: Operations that mix axes no table can say; their parameters are no matrices of a layer.
-_NOT_BY_ROWS = {"Inkling2LoopMergeMessageQueries"}
+#: Conversions that no table can say, of parameters that are no matrices: they merge two into a new
+#: axis, or count layers from another number.
+_UNSAID = {"Inkling2LoopMergeMessageQueries", "Inkling2IndexOffsetWeightRename"}
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,8 @@ class Reversal:
         self._transforms = []
         removed_before: set[str] = set()
         for transform in get_model_conversion_mapping(model, add_legacy=False):
-            if any(
-                type(op).__name__ in _NOT_BY_ROWS for op in getattr(transform, "operations", ())
-            ):
+            operations = getattr(transform, "operations", ())
+            if any(type(one).__name__ in _UNSAID for one in (transform, *operations)):
                 continue
             scope = _path(transform, modules)
             # Backwards a prefix would come twice where a module above is called so, as CLIP's

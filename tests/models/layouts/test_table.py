@@ -214,3 +214,36 @@ def test_no_prefix_stands_twice() -> None:
 
 def test_all_classes_that_were_counted_are_there() -> None:
     assert len({case.model for case in CASES.values()}) >= 222
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("deepseek_v4", "embed.weight", "model.embed_tokens.weight"),
+        ("deepseek_v4", "layers.3.attn.kv_norm.weight", "model.layers.3.self_attn.kv_norm.weight"),
+        ("deepseek_v4", "layers.3.ffn.gate.weight", "model.layers.3.mlp.gate.weight"),
+        ("deepseek_v4", "head.weight", "lm_head.weight"),
+        ("hunyuan_vl", "model.vit.perceive.proj.0.weight",
+         "model.vision_tower.patch_merger.proj_conv.weight"),
+    ],
+)  # fmt: skip
+def test_published_names_that_do_not_come_back(kind: str, name: str, expected: str) -> None:
+    (segment,) = Names({"model_type": kind}).segments(name)
+    assert segment.memory == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_omni", "qwen3_omni_moe"])
+@pytest.mark.parametrize("prefix", ["", "thinker."])
+def test_names_of_a_thinker_alone_are_those_in_the_whole_model(kind: str, prefix: str) -> None:
+    config = {"model_type": kind, "thinker_config": {"model_type": f"{kind}_thinker"}}
+    names = Names(config)
+    for name in ("model.layers.1.x", "model.language_model.layers.1.x"):
+        (segment,) = names.segments(prefix + name)
+        assert segment.memory == "thinker.model.language_model.layers.1.x"
+    (segment,) = names.segments(f"{prefix}audio_tower.layers.1.x")
+    assert segment.memory == "thinker.model.audio_tower.layers.1.x"
+
+
+def test_no_pattern_is_one_word() -> None:
+    for kind, entry in known_layouts().items():
+        assert all(len(rule.disk) > 1 for rule in entry.rules), kind

@@ -160,6 +160,9 @@ class Holdings:
         before = [sizes.get(i) for i in range(index)]
         own = sizes.get(index)
         if own is None or None in before:
+            by_heads = projection_rows(self._config, segment, height)
+            if by_heads is not None:
+                return by_heads
             raise MisfitError(
                 f"{name} holds it beside others, and nothing tells which rows are whose"
             )
@@ -212,7 +215,7 @@ class Holdings:
             else:
                 key = id(share), id(segment.into), rows
                 if key not in self._spans:
-                    own = projection_rows(self._config, segment, rows) or _rows(segment.into, rows)
+                    own = _rows(segment.into, rows)
                     size = _whole(share, len(own))
                     self._spans[key] = own, size, _rows(share, size)
                 own, size, there = self._spans[key]

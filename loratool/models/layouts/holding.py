@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.layouts.place import Place
-from loratool.models.layouts.projections import projection_rows
-from loratool.models.layouts.table import Names, Segment, Share, rope_order
+from loratool.models.layouts.shares import Share
+from loratool.models.layouts.table import Names, Segment, rope_order
 from loratool.storage.tensors import TensorInfo
 
 Rows = range | tuple[int, ...]
@@ -202,7 +202,7 @@ class Holdings:
             else:
                 key = id(share), id(segment.into), rows
                 if key not in self._spans:
-                    own = projection_rows(self._config, segment, rows) or _rows(segment.into, rows)
+                    own = _rows(segment.into, rows)
                     size = _whole(share, len(own))
                     self._spans[key] = own, size, _rows(share, size)
                 own, size, there = self._spans[key]

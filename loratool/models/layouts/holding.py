@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from loratool.models.layouts.parameter import Holder, MemoryParameter, MisfitError, Rows, complete
 from loratool.models.layouts.place import Place
-from loratool.models.layouts.projections import projection_rows
-from loratool.models.layouts.table import Names, Segment, Share, rope_order
+from loratool.models.layouts.shares import Share
+from loratool.models.layouts.table import Names, Segment, rope_order
 from loratool.storage.tensors import TensorInfo
 
 

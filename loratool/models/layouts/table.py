@@ -20,39 +20,12 @@ from typing import Any, NamedTuple
 
 from loratool.models.layouts.components import kind_of
 from loratool.models.layouts.rules import NameRule, apply_rules
+from loratool.models.layouts.shares import Share, by_heads
 
 #: The key of what holds for every model.
 _ALL = "*"
 #: What is not in a cache yet; None is that a name stays as it is.
 _UNKNOWN: Any = object()
-
-
-@dataclass(frozen=True)
-class Share:
-    """A part of rows, as fractions of them all; or the block `index` of `count` blocks one after
-    the other, where their sizes are not the same in every model."""
-
-    start: Fraction = Fraction(0)
-    stop: Fraction = Fraction(1)
-    #: Every second row, from row `offset`.
-    step: int = 1
-    offset: int = 0
-    index: int | None = None
-    count: int = 0
-
-    def of(self, rows: int) -> range | None:
-        """These of so many rows; None if the number cannot be divided so, or sizes differ."""
-        start, stop = self.start * rows, self.stop * rows
-        if self.index is not None or start.denominator > 1 or stop.denominator > 1:
-            return None
-        return range(int(start) + self.offset, int(stop), self.step)
-
-    @classmethod
-    def read(cls, value: Sequence[Any]) -> Share:
-        """A share from its form in the table."""
-        if isinstance(value[0], int):
-            return cls(index=value[0], count=value[1])
-        return cls(Fraction(value[0]), Fraction(value[1]), *value[2:])
 
 
 @dataclass(frozen=True)
@@ -175,6 +148,7 @@ class Names:
     ) -> None:
         self._table = known_layouts() if table is None else table
         self.entry = self._entry_of(config)
+        self._config = config
         self._parts: list[LayoutEntry] = []
         self._scopes = list(self._find_scopes(config))
         literal = {
@@ -305,7 +279,10 @@ class Names:
             ]
         if found == [(own, {})]:
             return None
-        return [_template(parts, attributes) for parts, attributes in found]
+        return [
+            _template(parts, by_heads(self._config, parts, attributes))
+            for parts, attributes in found
+        ]
 
 
 def _after(parts: tuple[str, ...], path: tuple[str, ...], kind: str) -> int | None:

@@ -21,7 +21,8 @@ from helpers.tiny.reading_off import Piece, Rows
 from helpers.tiny.reversal import Reversal, Step
 from helpers.tiny.survey import Survey, spellings_of
 from loratool.models.layouts import table as tables
-from loratool.models.layouts.table import Names, Segment, Share
+from loratool.models.layouts.shares import Share
+from loratool.models.layouts.table import Names, Segment
 
 Spellings = dict[str, tuple[dict[str, Any], list[Step]]]
 PATH = Path(tables.__file__).with_name("layouts.json")

@@ -19,9 +19,8 @@ from helpers.tiny.reading_off import Origins, Piece, number
 
 Shapes = dict[str, tuple[int, ...]]
 
-#: Conversions that no table can say, of parameters that are no matrices: they merge two into a new
-#: axis, or count layers from another number.
-_UNSAID = {"Inkling2LoopMergeMessageQueries", "Inkling2IndexOffsetWeightRename"}
+#: Conversions that no table can say, of parameters that are no matrices: two in a new axis.
+_UNSAID = {"Inkling2LoopMergeMessageQueries"}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from helpers.tiny.cases import CASES
 from helpers.tiny.derive import PATH, faults, spelled, survey, text_of
 
+from loratool.models.layouts.shares import Share
 from loratool.models.layouts.table import (
     Names,
     Segment,
-    Share,
     known_layouts,
     read_table,
     rope_order,
@@ -247,3 +247,12 @@ def test_names_of_a_thinker_alone_are_those_in_the_whole_model(kind: str, prefix
 def test_no_pattern_is_one_word() -> None:
     for kind, entry in known_layouts().items():
         assert all(len(rule.disk) > 1 for rule in entry.rules), kind
+
+
+def test_queries_keys_and_values_in_one_matrix_are_as_many_as_their_heads() -> None:
+    config = {"model_type": "sarvam_moe", "num_attention_heads": 6, "num_key_value_heads": 1}
+    name = "model.layers.1.attention.query_key_value.weight"
+    found = {one.memory.split(".")[-2]: one.into for one in Names(config).segments(name)}
+    assert {key: share.of(16) for key, share in found.items() if share} == {
+        "q_proj": range(12), "k_proj": range(12, 14), "v_proj": range(14, 16),
+    }  # fmt: skip

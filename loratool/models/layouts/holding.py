@@ -160,9 +160,6 @@ class Holdings:
         before = [sizes.get(i) for i in range(index)]
         own = sizes.get(index)
         if own is None or None in before:
-            by_heads = projection_rows(self._config, segment, height)
-            if by_heads is not None:
-                return by_heads
             raise MisfitError(
                 f"{name} holds it beside others, and nothing tells which rows are whose"
             )

@@ -21,6 +21,12 @@ _UNADAPTABLE = {
     # These multiply with the weights of two more layers themselves.
     **dict.fromkeys(("mamba", "falcon_mamba"), re.compile(r"\.(out_proj|conv1d|dt_proj|x_proj)$")),
     "jamba": re.compile(r"\.dt_proj$"),
+    # These give the weights of layers to a function, past what PEFT puts around the layers.
+    "dory": re.compile(r"(^|\.)lm_head$"),
+    "mobilebert": re.compile(r"(^|\.)cls\.predictions\.dense$"),
+    "wavlm": re.compile(r"\.attention\.(k_proj|v_proj|q_proj|out_proj)$"),
+    # Its layers are of classes of its own.
+    "ibert": re.compile(r"^ibert\."),
     "whisper": re.compile(r"\.(conv1|conv2)$"),
 }
 

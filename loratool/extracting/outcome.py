@@ -182,6 +182,7 @@ def note(outcome: Outcome, kind: str, policy: Policy) -> None:
     _note_ranks(outcome, policy.criterion.rank or 0)
     _note_experts(outcome, kind)
     _note_shared_blocks(outcome, kind)
+    _note_renamed(outcome, kind)
     _note_saved(outcome)
     if any(f.part.twin for f in outcome.factors):
         text = (
@@ -293,3 +294,23 @@ def _note_shared_blocks(outcome: Outcome, kind: str) -> None:
             "them only. PEFT's merge_and_unload and loratool merge change it in all."
         )
         outcome.notices.append(Notice("shared-in-peft", text, shared[0]))
+
+
+#: Modules whose names in memory PEFT 0.21 renames as if they were those of files, by model_type.
+_RENAMED_AGAIN = {
+    "laguna": re.compile(r"\.shared_experts\."),
+    "mistral_large4": re.compile(r"\.(shared_)?experts(\.|$)"),
+    "pi0": re.compile(r"(^|\.)embed_action_time\."),
+}
+
+
+def _note_renamed(outcome: Outcome, kind: str) -> None:
+    renamed = _RENAMED_AGAIN.get(kind)
+    found = [f.part.module for f in outcome.factors if renamed and renamed.search(f.part.module)]
+    if found:
+        text = (
+            f"PEFT 0.21 renames these modules of a {kind} once more when it loads the adapter, and "
+            f"does not find them (it warns of missing keys). merge does.\n"
+            f"{listed(ranged_names(dict.fromkeys(found)))}"
+        )
+        outcome.notices.append(Notice("names-in-peft", text, found[0]))

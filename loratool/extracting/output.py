@@ -86,6 +86,7 @@ def write(
         folder.write_config(
             Recipe(
                 outlines, final, saved, modules=pairs.modules, stacks=pairs.stacks,
+                model_type=tuned.model_type,
                 base_name=base_name,
                 task_type=_task(tuned, saved),
                 tied=any(f.part.twin for f in (*outcome.factors, *outcome.whole)),

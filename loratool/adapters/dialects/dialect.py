@@ -26,7 +26,7 @@ class Recipe:
 
     An adapter that is made of two models has none. For it `modules` are the paths of all modules of
     the model that hold tensors, `stacks` the names of its parameters with a matrix per expert, and
-    `base_name`, `task_type` and `transposes` say what is known.
+    `model_type`, `base_name`, `task_type` and `transposes` say what is known.
     """
 
     outlines: Sequence[ModuleShape]
@@ -39,6 +39,7 @@ class Recipe:
     scaled: bool = False
     modules: Collection[str] = ()
     stacks: Collection[str] = ()
+    model_type: str = ""
     base_name: str | None = None
     task_type: str | None = None
     tied: bool = False

@@ -9,7 +9,7 @@ peft/utils/other.py (`_set_trainable`).
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,16 @@ _PREFIX = "base_model.model."
 #: wherever they stand: it turns them into target_parameters, and loses the layers called so.
 _REWRITTEN = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
+#: Types of models for which PEFT 0.21 does that, whether the model has experts or not (by
+#: transformers 5.24); where there are stacks it is taken for granted, for types to come too.
+REWRITTEN_TYPES = frozenset({
+    "minimax", "minimax_m2", "mixtral", "afmoe", "beam", "cohere2_moe", "deepseek_v2",
+    "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+    "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+})  # fmt: skip
+
 #: The version of PEFT by whose rules stacks are written. Where they are square only this tells
 #: which way round the factors are.
 _VERSION = "0.21.2"
@@ -36,7 +46,8 @@ def extracted_config(recipe: Recipe) -> dict[str, Any]:
     """The config of an adapter made of two models, whose scale is 1: `alpha = r`."""
     outlines, ranks, saved, modules = recipe.outlines, recipe.ranks, recipe.saved, recipe.modules
     rank = max(ranks, default=1)
-    by_weight = {o.path for o in outlines if recipe.stacks and _is_rewritten(o)}
+    rewritten = bool(recipe.stacks) or recipe.model_type in REWRITTEN_TYPES
+    by_weight = {o.path for o in outlines if rewritten and _is_rewritten(o)}
     named_so = [replace(o, path=f"{o.path}.weight") if o.path in by_weight else o for o in outlines]
     patterns = rank_pattern(named_so, ranks) if len(set(ranks)) > 1 else {}
     biases = [n.rpartition(".")[0] for n in saved if n.endswith(".bias")]
@@ -47,7 +58,7 @@ def extracted_config(recipe: Recipe) -> dict[str, Any]:
     named = _saved_names(whole, every, sorted(owners))
     paths = [o.path for o in outlines if o.kind != "experts" and o.path not in by_weight]
     free = {m for m in every if not _inside(m, named)}
-    targets, excluded = _targets(paths, free, listed=bool(recipe.stacks))
+    targets, excluded = _targets(paths, free, rewritten)
     parameters = _parameters(named_so, modules, recipe.stacks, by_weight)
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -114,7 +125,10 @@ def _targets(
     others = sorted(m for m in modules if m not in wanted and _ends(m, leaves))
     short = len(others) <= len(paths) and not any(leaf.isdigit() for leaf in leaves)
     if short and not any(_ends(path, others) for path in paths):
-        return leaves, others
+        # A name for one module says where that is: modules without tensors have names too.
+        counts = Counter(path.rpartition(".")[2] for path in paths)
+        alone = {p.rpartition(".")[2]: p for p in paths if counts[p.rpartition(".")[2]] == 1}
+        return sorted(alone.get(leaf, leaf) for leaf in leaves), others
     dotted = listed or all("." in path for path in paths)
     if dotted and not any(_ends(m, paths) for m in modules if m not in wanted):
         return sorted(paths), []

@@ -45,7 +45,11 @@ BEYOND_PEFT = (
 )  # fmt: skip
 
 
-ALL = [pytest.param(name, marks=() if name in SAMPLE else (pytest.mark.layouts,)) for name in CASES]
+ALL = [
+    pytest.param(name, marks=() if name in SAMPLE else (pytest.mark.layouts,))
+    for name in CASES
+    if name != "Qwen2_5OmniForConditionalGeneration"  # it asks for a file of voices
+]
 
 
 @dataclass

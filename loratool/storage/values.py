@@ -132,6 +132,41 @@ class _Joined(Values):
             low, done = stop, done + count
 
 
+@dataclass(frozen=True)
+class _AlternatingTensor(TensorInfo):
+    """A tensor whose rows are those of several others in turns. It is in no file."""
+
+    parts: tuple[TensorInfo, ...] = ()
+
+
+class _Alternating(Values):
+    def __init__(self, info: _AlternatingTensor, files: FilePool) -> None:
+        super().__init__(info)
+        self._parts = [values_of(part, files) for part in info.parts]
+        self._row = math.prod(info.parts[0].shape[1:])
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        turns, row = len(self._parts), self._row
+        first, last = low // row, -(-high // row)
+        kind = f"V{self.info.itemsize}"
+        rows = np.empty((last - first, row), kind)
+        for turn, part in enumerate(self._parts):
+            begin, end = (max(0, -((turn - at) // turns)) for at in (first, last))
+            if begin < end:
+                own = part.bytes(begin * row, end * row).view(kind)
+                rows[turn + begin * turns - first :: turns] = own.reshape(-1, row)
+        raw.view(kind)[:] = rows.reshape(-1)[low - first * row : high - first * row]
+
+
+def alternating(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
+    """A tensor whose rows are those of `parts`, of one dtype and length, in turns."""
+    first = parts[0]
+    return _AlternatingTensor(
+        name, first.dtype, tuple(shape), first.file, first.start, stamp=first.stamp,
+        parts=tuple(parts),
+    )  # fmt: skip
+
+
 def joined(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
     """A tensor that holds the elements of `parts`, of one dtype, one after the other."""
     first = parts[0]
@@ -151,6 +186,11 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
     if info.zeros:
         return _Grown(info, values_of(info.stored, files))
     return _Dense(info, files) if info.strides is None else _Strided(info, files)
+
+
+@values_of.register
+def _(info: _AlternatingTensor, files: FilePool) -> Values:
+    return _Alternating(info, files)
 
 
 @values_of.register

@@ -7,6 +7,7 @@ apart or together. To compare them, a tensor of the one is made of views of the 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from loratool.models.layouts.holding import Holdings, Target
 from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import joined
+from loratool.storage.values import alternating, joined
 
 
 def assembled(
@@ -40,8 +41,10 @@ def _assembled(
     axes = shape[1:] if stack else shape
     out, columns = axes[0] if axes else 1, math.prod(axes[1:])
     targets = holdings.targets(name, (out, columns), shape[0] if stack else None, other)
-    ordered = sorted(targets, key=lambda t: (t.member or 0, t.rows[0] if t.rows else 0))
-    parts = [part for target in ordered for part in _parts(holdings, target)]
+    members: dict[int, list[Target]] = defaultdict(list)
+    for target in targets:
+        members[target.member or 0].append(target)
+    parts = [part for n in sorted(members) for part in _rows_of(holdings, members[n])]
     names = {target.place.tensor for target in targets}
     if len({part.dtype for part in parts}) > 1:
         raise MisfitError(f"its parts have different dtypes, see {min(names)}")
@@ -82,26 +85,54 @@ def view_of(info: TensorInfo, place: Place) -> Iterator[TensorInfo]:
         )
 
 
-def _parts(holdings: Holdings, target: Target) -> Iterator[TensorInfo]:
-    """Views of the rows of a target, in the order of the tensor that is put together."""
-    if isinstance(target.rows, range) and target.rows.step != 1:
-        raise MisfitError(f"the rows of {target.place.tensor} alternate with others")
-    place = target.place
-    if isinstance(target.rows, tuple):
-        raise MisfitError(f"the rows of {target.place.tensor} are in another order")
-    yield from view_of(holdings.tensor(place.tensor), place)
+def _rows_of(holdings: Holdings, targets: Sequence[Target]) -> Iterator[TensorInfo]:
+    """Views of the rows of one matrix, in their order, from the places that they come from."""
+    ordered = sorted(targets, key=lambda target: target.rows[0] if target.rows else 0)
+    turns = [t.rows.step if isinstance(t.rows, range) and len(t.rows) > 1 else 1 for t in ordered]
+    views = [list(_views(holdings, target.place)) for target in ordered]
+    if turns == [len(ordered)] * len(ordered) and all(len(own) == 1 for own in views):
+        yield _in_turns([own[0] for own in views])
+        return
+    if any(turn > 1 for turn in turns) or any(isinstance(t.rows, tuple) for t in ordered):
+        raise MisfitError(f"the rows of {ordered[0].place.tensor} are in another order")
+    for own in views:
+        yield from own
+
+
+def _views(holdings: Holdings, place: Place) -> Iterator[TensorInfo]:
+    """Views of a place's rows; one, where two halves of them take turns."""
+    rows = place.rows
+    info = holdings.tensor(place.tensor)
+    if isinstance(rows, tuple) and len(rows) % 2 == 0:
+        halves = [_runs(rows[turn::2]) for turn in (0, 1)]
+        if all(len(half) == 1 for half in halves):
+            parts = [next(view_of(info, replace(place, rows=half[0]))) for half in halves]
+            yield _in_turns(parts)
+            return
+    yield from view_of(info, place)
+
+
+def _in_turns(parts: Sequence[TensorInfo]) -> TensorInfo:
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.shape[0] for part in parts)
+    return alternating(parts[0].name, (rows, *parts[0].shape[1:]), parts)
 
 
 def _runs(rows: Rows) -> list[Rows]:
-    """Rows as ranges, one after the other."""
+    """Rows as ranges, one after the other, each with the longest step that goes on."""
     if isinstance(rows, range):
         return [rows]
     runs: list[Rows] = []
     first = 0
-    for i in range(1, len(rows) + 1):
-        if i == len(rows) or rows[i] != rows[i - 1] + 1:
-            runs.append(range(rows[first], rows[i - 1] + 1))
-            first = i
+    while first < len(rows):
+        last = first + 1
+        step = rows[last] - rows[first] if last < len(rows) else 1
+        while last < len(rows) and step > 0 and rows[last] - rows[last - 1] == step:
+            last += 1
+        step = step if last - first > 1 else 1
+        runs.append(range(rows[first], rows[last - 1] + 1, step))
+        first = last
     return runs
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-#: The blocks of a matrix of queries, keys and values, in their order.
-_BLOCKS = ("q_proj", "k_proj", "v_proj")
+#: Parameters in memory whose rows are one after the other in one tensor, or that follow one another
+#: in one parameter, and the fields of a config that are the sizes: sums of products.
+_BLOCKS: dict[tuple[str, ...], list[list[list[str]]]] = {
+    ("q_proj", "k_proj", "v_proj"): [
+        [["num_attention_heads"]], [["num_key_value_heads"]], [["num_key_value_heads"]],
+    ],
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"): [
+        [["linear_num_key_heads", "linear_key_head_dim"]] * 2
+        + [["linear_num_value_heads", "linear_value_head_dim"]],
+        [["linear_num_value_heads", "linear_value_head_dim"]],
+        [["linear_num_value_heads"]],
+        [["linear_num_value_heads"]],
+    ],
+    ("embed_tokens", "embed_tokens"): [[["vocab_size"]], [["additional_vocab_size"]]],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,20 +53,36 @@ class Share:
         return cls(Fraction(value[0]), Fraction(value[1]), *value[2:])
 
 
-def by_heads(
+def by_config(
     config: Mapping[str, Any], parts: Sequence[str], attributes: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is said of a segment with this name in memory; where it is one block of queries, keys
-    and values, with the fractions that the config's numbers of heads give."""
-    into = attributes.get("into")
-    if not into or type(into[0]) is not int or into[1] != len(_BLOCKS):
-        return attributes
-    text = config.get("text_config") or config
-    queries, others = text.get("num_attention_heads"), text.get("num_key_value_heads")
-    if type(queries) is not int or type(others) is not int or min(queries, others) < 1:
-        return attributes
-    if _BLOCKS[into[0]] not in parts:
-        return attributes
-    ends = (0, queries, queries + others, queries + 2 * others)
-    share = [str(Fraction(end, ends[-1])) for end in ends[into[0] : into[0] + 2]]
-    return {**attributes, "into": share}
+    """What is said of a segment with this name in memory, with fractions in the place of a block's
+    number where the config tells the sizes of all blocks."""
+    found = dict(attributes)
+    for key in ("rows", "into"):
+        value = found.get(key)
+        if value and type(value[0]) is int:
+            sizes = _sizes(config.get("text_config") or config, parts, *value)
+            if sizes:
+                ends = [Fraction(sum(sizes[:at]), sum(sizes)) for at in range(len(sizes) + 1)]
+                found[key] = [str(end) for end in ends[value[0] : value[0] + 2]]
+    return found
+
+
+def _sizes(
+    text: Mapping[str, Any], parts: Sequence[str], block: int, count: int
+) -> list[int] | None:
+    """The sizes of the blocks, in a unit of their own; None where they are not known."""
+    for names, terms in _BLOCKS.items():
+        if len(names) == count and names[block] in parts:
+            sizes = [
+                sum(math.prod(_number(text, field) for field in product) for product in term)
+                for term in terms
+            ]
+            return sizes if min(sizes) > 0 else None
+    return None
+
+
+def _number(text: Mapping[str, Any], field: str) -> int:
+    value = text.get(field)
+    return value if type(value) is int and value > 0 else 0

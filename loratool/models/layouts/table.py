@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from loratool.models.layouts.components import kind_of
 from loratool.models.layouts.rules import NameRule, apply_rules
-from loratool.models.layouts.shares import Share, by_heads
+from loratool.models.layouts.shares import Share, by_config
 
 #: The key of what holds for every model.
 _ALL = "*"
@@ -280,7 +280,7 @@ class Names:
         if found == [(own, {})]:
             return None
         return [
-            _template(parts, by_heads(self._config, parts, attributes))
+            _template(parts, by_config(self._config, parts, attributes))
             for parts, attributes in found
         ]
 

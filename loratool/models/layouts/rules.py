@@ -21,7 +21,7 @@ class NameRule(NamedTuple):
     def below(self, key: str) -> NameRule:
         """The same for a part of a model, whose config is found under a key of the whole one's."""
         kind, _, where = self.attributes.get("order", "").partition(":")
-        if not kind:
+        if not where:
             return self
         return self._replace(attributes={**self.attributes, "order": f"{kind}:{key}.{where}"})
 

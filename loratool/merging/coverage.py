@@ -17,11 +17,12 @@ from loratool.merging.identity import note_other_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
-from loratool.storage.tensors import FilePool
+from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import squared_norm
 from loratool.words import agreeing, counted
 
@@ -114,24 +115,28 @@ def _ids_without_rows(base: Checkpoint, adapter: Adapter) -> list[Notice]:
 def _lengths(
     base: Checkpoint, layout: Layout, deltas: list[Delta], paths: Collection[str], norms: bool
 ) -> tuple[dict[str, float] | None, list[str]]:
-    """‖W‖ by path of module, None where the weights are not on this disk; and the tensors of which
-    it cannot be computed."""
-    pairs = {d.factors.path: d.tensor for d in deltas if d.factors.path in paths}
-    if layout.tied is not None:
-        # A head that is the embedding's matrix has no tensor of its own.
-        whole = layout.tied.embedding
-        pairs = {p: name if name in base.tensors else whole for p, name in pairs.items()}
-    known = {name: base.tensors[name] for name in pairs.values() if name in base.tensors}
+    """‖W‖ of what each module changes, of a stack all its matrices; None where the weights are not
+    on this disk; and the tensors of which it cannot be computed."""
+    parts: dict[str, list[TensorInfo]] = defaultdict(list)
+    for delta in deltas:
+        if delta.module in paths:
+            # What is tied to another matrix has no tensor of its own.
+            name = delta.tensor
+            whole = base.tensors[layout.aliases.get(name, name)]
+            parts[delta.module] += view_of(whole, delta.place)
+    names = {info.name for found in parts.values() for info in found}
     if norms:
-        base.fetch(known)
-    if not all(info.file.is_file() for info in known.values()):
+        base.fetch(names)
+    if not all(base.tensors[name].file.is_file() for name in names):
         return None, []
+    flat = [info for found in parts.values() for info in found]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        squares = pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, known.values())
-        lengths = {name: math.sqrt(square) for name, square in zip(known, squares, strict=True)}
-    sound = {name for name, length in lengths.items() if math.isfinite(length)}
-    found = {path: lengths[name] for path, name in pairs.items() if name in sound}
-    return found, [name for name in lengths if name not in sound]
+        squares = list(pool.map(lambda t: squared_norm(t, files) if t.is_float else 0, flat))
+    broken = {info.name for info, x in zip(flat, squares, strict=True) if not math.isfinite(x)}
+    each = iter(squares)
+    found = {module: math.sqrt(sum(next(each) for _ in infos)) for module, infos in parts.items()}
+    sound = {module: length for module, length in found.items() if math.isfinite(length)}
+    return sound, sorted(broken)
 
 
 def note_broken_base(base: Checkpoint, names: Sequence[str]) -> Notice:

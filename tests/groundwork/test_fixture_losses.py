@@ -104,6 +104,7 @@ def row_of(page: Path, name: str) -> list[float]:
     return [float(x) for x in re.findall(r"\d+\.\d+", row[1])][:3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["html", "tables"])
 def test_task_adapters_have_the_losses_their_readme_states(task: str) -> None:
     """The adapters of fixtures/tasks are the ones that its README describes."""
@@ -111,6 +112,7 @@ def test_task_adapters_have_the_losses_their_readme_states(task: str) -> None:
     assert losses_with(FIXTURES / "tasks" / task) == pytest.approx(stated, abs=2e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -133,6 +135,7 @@ def test_combined_tasks_have_the_losses_that_the_docs_state(
 RANKS = {f"`--rank {rank}`": {"rank": rank} for rank in (1, 2, 4, 8, 16, 32, 64)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -116,6 +116,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return result
 
 
+@pytest.mark.long
 def test_loss_falls_with_the_rank(losses: dict[str, float]) -> None:
     """Each larger adapter of a real fine-tune is nearer to it, on text that none has seen."""
     row = [losses[name] for name in ("base", "1", "4", "16", "64")]

@@ -40,6 +40,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     raise AssertionError(f"no known output among {list(found)}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_merged_checkpoint_gives_the_outputs_of_the_peft_model(name: str, tmp_path: Path) -> None:
     """Every linear layer of the architecture merges, and the file loads as the same function."""

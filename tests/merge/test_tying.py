@@ -47,7 +47,7 @@ def test_tied_matrices_that_are_both_on_disk(name: str, tmp_path: Path) -> None:
 
 
 def test_xlnet_ties_under_a_name_of_its_own(tmp_path: Path) -> None:
-    """An adapter on XLNet's token embedding adds no lm_head: its head is called lm_loss."""
+    """A trained token embedding of XLNet leaves its head, which is called lm_loss, what it was."""
     name = "transformer.word_embedding.weight"
     state = {name: random_of(torch.float32, 40, 8), "lm_loss.bias": torch.zeros(40)}
     state[f"{Q}.weight"] = random_of(torch.float32, 12, 10)
@@ -60,7 +60,10 @@ def test_xlnet_ties_under_a_name_of_its_own(tmp_path: Path) -> None:
         {"modules_to_save": ["word_embedding"]},
     )
     loratool.merge(base, adapter, tmp_path / "out", dtype="base")
-    assert set(read(tmp_path / "out")) == set(state)
+    out = read(tmp_path / "out")
+    assert set(out) == {*state, "lm_loss.weight"}
+    assert torch.equal(out["lm_loss.weight"], state[name])
+    assert torch.equal(out[name], torch.ones(40, 8))
 
 
 def test_vocabularies_of_other_parts_may_have_other_sizes(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
         return None
     name = heads[0] if heads else _name_in_files(in_memory, embeddings[0], holdings)
     masked = any(MASKED_CLASS.search(name) for name in architectures)
-    separable = not masked and name.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
+    usual = name.split(".")[-2] in ("lm_head", "embed_out", "proj_out")
+    shares_bias = any(tied.endswith(".bias") for tied, _ in entry.tied)
+    separable = not masked and (usual or (embedding is not None and not shares_bias))
     return Tied(embeddings[0], name, bool(heads), has_head, separable)
 
 

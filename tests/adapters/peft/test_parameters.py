@@ -149,8 +149,6 @@ UNCLEAR: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown names": (
         {"target_parameters": ["experts.x", "experts.y"]}, "target-parameters", "inner"),
     "no multiple": ({"r": 5}, "rank-mismatch", "no multiple"),
-    "ranks that make other numbers of experts": (
-        {"rank_pattern": {"gate_up_proj": 2}}, "rank-mismatch", "gate_up_proj 6, down_proj 3"),
     "DoRA": ({"use_dora": True}, "parameter-options", "use_dora"),
     "transposed": ({"fan_in_fan_out": True}, "parameter-options", "fan_in_fan_out"),
     "biases": ({"lora_bias": True}, "parameter-options", "lora_bias"),

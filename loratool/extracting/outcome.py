@@ -298,6 +298,7 @@ def _note_shared_blocks(outcome: Outcome, kind: str) -> None:
 
 #: Modules whose names in memory PEFT 0.21 renames as if they were those of files, by model_type.
 _RENAMED_AGAIN = {
+    **dict.fromkeys(("deepseek_ocr2", "unlimited_ocr"), re.compile(r"(^|\.)language_model\.")),
     "laguna": re.compile(r"\.shared_experts\."),
     "mistral_large4": re.compile(r"\.(shared_)?experts(\.|$)"),
     "pi0": re.compile(r"(^|\.)embed_action_time\."),

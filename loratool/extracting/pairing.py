@@ -114,7 +114,8 @@ class _Pairing:
     ) -> list[Counterpart]:
         """The counterparts of one parameter: one, or one for each matrix of a stack."""
         whole = self._counterpart(path, base_name, source, parameter)
-        if whole.fate != "factors" or source is None or not parameter.members:
+        both = source is not None and source.members and parameter.members
+        if whole.fate != "factors" or source is None or not both:
             return [whole]
         stack = Stack(path, len(parameter.members), parameter.info)
         return [

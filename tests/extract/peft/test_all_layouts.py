@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import nn
 
 import loratool
+from loratool.adapters.dialects.peft.targets import REWRITTEN_TYPES
 
 #: Stacks and per-expert files, swapped ones, routers, dense layers and shared experts that PEFT
 #: would take for experts, split and fused weights, rotary orders, prefixes, tied heads, Mamba.
@@ -36,10 +37,11 @@ SAMPLE = [
 BEYOND_PEFT = ("get_input_embeddings", "lm_head.decoder.bias")
 
 #: What extract refuses, by the words of its error: a matrix in three places, rows that nothing
-#: tells apart, rotary orders without the number of heads, classifiers alone, empty weights.
+#: tells apart, rotary orders without the number of heads, classifiers alone, empty
+#: weights, a model whose queries have other names in memory (Inkling 2).
 REFUSED = (
     "shares one matrix", "nothing tells which rows", "in another order in the file",
-    "No weight that could become factors", "ZeRO-3",
+    "No weight that could become factors", "ZeRO-3", "in one of the two models only",
 )  # fmt: skip
 
 #: config.json says that its head is tied, its files have two matrices, and its class ties nothing.
@@ -123,7 +125,10 @@ def test_peft_makes_the_fine_tune_of_base_and_adapter(
     model.save_pretrained(base)
     goal.save_pretrained(tuned, save_original_format=layout == "files")  # type: ignore[operator]
     # What is saved may be tied, and loads so.
-    goal = getattr(transformers, case.model).from_pretrained(tuned).eval()
+    try:
+        goal = getattr(transformers, case.model).from_pretrained(tuned).eval()
+    except OSError:
+        pytest.skip("more than weights belongs to such a model")
     if unlike(getattr(transformers, case.model).from_pretrained(tuned).state_dict(),
               goal.state_dict()):  # fmt: skip
         pytest.skip("transformers does not load what it saved")
@@ -161,3 +166,14 @@ def test_peft_makes_the_fine_tune_of_base_and_adapter(
         assert before is not None
         assert not close(before, expected, 1e-4)
     assert not unlike(loaded.merge_and_unload().state_dict(), goal.state_dict())
+
+
+def test_types_that_peft_rewrites() -> None:
+    """Where PEFT takes layers for parts of experts by their names, extract names their weights."""
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    rewritten = {
+        kind for kind, of in _MODEL_TO_CONVERSION_PATTERN.items()
+        if of in ("qwen2_moe", "mixtral") and kind.islower()
+    }  # fmt: skip
+    assert rewritten | {"mixtral"} == REWRITTEN_TYPES

@@ -87,7 +87,9 @@ def extracted_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def _is_rewritten(outline: ModuleShape) -> bool:
-    return outline.kind == "linear" and outline.path.rpartition(".")[2] in _REWRITTEN
+    # DeepSeek-V4's o_a_proj is a layer for groups, around which PEFT's sum has other shapes.
+    by_weight = {*_REWRITTEN, "o_a_proj"}
+    return outline.kind == "linear" and outline.path.rpartition(".")[2] in by_weight
 
 
 def _parameters(

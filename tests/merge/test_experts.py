@@ -121,6 +121,18 @@ def test_stacks_go_to_a_tensor_per_expert(tmp_path: Path) -> None:
             assert same(out[key], tensors[key] + part)
 
 
+@pytest.mark.parametrize("kind", ["a_moe_of_next_year", ""])
+def test_a_model_that_is_not_known_has_the_usual_experts(kind: str, tmp_path: Path) -> None:
+    """Names of one expert and of their stack say all that is needed; config.json may be missing."""
+    tensors, stack = single(), Stack(2 * INNER, HIDDEN)
+    base = write_base(tmp_path / "base", tensors, model_type=kind)
+    if not kind:
+        (base / "config.json").unlink()
+    out = merged(base, stacks(tmp_path / "lora", stack, None))
+    key = f"{LAYER}.experts.2.up_proj.weight"
+    assert same(out[key], tensors[key] + stack.delta(2)[INNER:])
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_stacks_go_to_stacks_either_way_round(turned: bool, tmp_path: Path) -> None:
     """The shapes say whether a product is added as it is or transposed (PEFT 0.18)."""

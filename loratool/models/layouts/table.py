@@ -24,6 +24,8 @@ from loratool.models.layouts.shares import Share, by_config
 
 #: The key of what holds for every model.
 _ALL = "*"
+#: Whose rules are tried on models that are not known.
+_USUAL = "qwen2_moe"
 #: What is not in a cache yet; None is that a name stays as it is.
 _UNKNOWN: Any = object()
 
@@ -226,7 +228,12 @@ class Names:
     def _entry_of(self, config: Mapping[str, Any]) -> LayoutEntry:
         classes = config.get("architectures") or ()
         keys = [*classes[:1], config.get("model_type")]
-        return next((self._table[key] for key in keys if key in self._table), LayoutEntry())
+        known = next((self._table[key] for key in keys if key in self._table), None)
+        self.is_known = known is not None
+        if known is None:
+            # What most mixtures of experts have; `gate_up_proj` says itself which comes first.
+            return LayoutEntry(rules=self._table.get(_USUAL, LayoutEntry()).rules)
+        return known
 
     def _find_scopes(
         self, config: Mapping[str, Any]

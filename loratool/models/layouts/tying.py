@@ -45,7 +45,7 @@ def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
     has_head = any(LM_CLASS.search(name) for name in architectures)
     entry = holdings.names.entry
     in_memory = f"{entry.head}.weight"
-    if entry.tied and in_memory not in dict(entry.tied):
+    if holdings.names.is_known and in_memory not in dict(entry.tied):
         return None  # its class ties other matrices, if any
     embedding = holdings.same(dict(entry.tied).get(in_memory, f"{entry.embedding}.weight"))
     if embedding is not None:

@@ -121,6 +121,7 @@ CASES = by_name(
     Case(
         "LwDetrForObjectDetection",
         {
+            "projector_scale_factors": [1.0],
             "backbone_config": {
                 "model_type": "lw_detr_vit",
                 "hidden_size": 32,

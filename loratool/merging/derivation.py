@@ -51,14 +51,14 @@ class Computed(LowRank):
 
 
 def computed_delta(delta: Delta, left: Matrix, right: Matrix, doubt: float = 0.0) -> Delta:
-    """`left [out, k] · right [k, in]` in the place of a delta, with the scale 1."""
+    """`left [out, k] · right [k, in]` in the place of a delta, all of it, with the scale 1."""
     parts = delta.factors.parts
     factors = Computed(
         delta.factors.path, "linear", parts["A"], parts["B"], None, 1.0,
         left=np.ascontiguousarray(left, np.float32), right=np.ascontiguousarray(right, np.float32),
         doubt=doubt,
     )  # fmt: skip
-    return Delta(delta.place, factors, rows=delta.rows)
+    return Delta(delta.place, factors)
 
 
 def scale_folded(delta: Delta) -> Delta:
@@ -67,7 +67,8 @@ def scale_folded(delta: Delta) -> Delta:
         return delta
     pair = delta.factors.left_right()
     assert pair is not None
-    return computed_delta(delta, pair[0] * np.float32(delta.scale), pair[1])
+    left = pair[0] if delta.rows is None else pair[0][np.asarray(delta.rows)]
+    return computed_delta(delta, left * np.float32(delta.scale), pair[1])
 
 
 def derived(taken: Taken, values: Values) -> Delta:

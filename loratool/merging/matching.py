@@ -15,11 +15,12 @@ from loratool.adapters.factors import Factors
 from loratool.merging.match import Delta, Match, no_such, outside_of
 from loratool.merging.replacing import place_replaced
 from loratool.models.layouts.components import Hint, Wanted
-from loratool.models.layouts.holding import Target
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
+from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
+from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 
 
@@ -109,6 +110,8 @@ def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> No
         reason = f"the base holds {name} otherwise, which is known for linear layers only"
     elif module.bias is not None:
         reason = "it trains a bias (lora_bias), which the base holds otherwise"
+    elif module.magnitude is not None and module.magnitude.numel != module.shape[0]:
+        reason = _wrong_magnitude(module)
     else:
         try:
             targets = layout.targets(name, module.shape)
@@ -142,13 +145,15 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack, ways: set[boo
             reason = reason or str(error)
     swapped = next(iter(fitting), False)
     if len(fitting) == 2:
-        told = stack.orientation(layout.holdings.names.transposed_experts)
+        names = layout.holdings.names
+        told = stack.orientation(names.transposed_experts) if names.is_known else None
         if told is None and len(ways) == 1:
             told = next(iter(ways))
         if told is None:
             reason = (
-                f"its matrices are square, {list(stack.shape)}, and peft_version is not in its "
-                "config, so nothing tells whether they are added as they are or transposed"
+                f"its matrices are square, {list(stack.shape)}, and nothing tells whether they are "
+                "added as they are or transposed: that takes peft_version in its config, and an "
+                "architecture that is known"
             )
             fitting = {}
         else:
@@ -162,6 +167,18 @@ def _match_stack(found: Match, layout: Layout, stack: ExpertStack, ways: set[boo
     _add_targets(found, layout, stack.weight_name, pairs)
 
 
+def _note_usual(layout: Layout) -> None:
+    """Say once that the rows of experts are those of the architectures that are known."""
+    if all(notice.code != "usual-experts" for notice in layout.notices):
+        kind = layout.base.model_type or "a base without a model_type"
+        text = (
+            f"{kind} is not an architecture that is known: gate_up_proj of its experts is taken "
+            "for gate above up, as in all others that name experts so. `verify` holds a merge of "
+            "another program against this one."
+        )
+        layout.notices.append(Notice("usual-experts", text, layout.base.label))
+
+
 def _add_targets(
     found: Match, layout: Layout, what: str, targets: Sequence[tuple[Target, Factors]]
 ) -> None:
@@ -170,6 +187,10 @@ def _add_targets(
         found.unmatched.append((what, outside_of(outside[0], layout)))
         return
     found.deltas += [Delta(t.place, factors, rows=t.rows) for t, factors in targets]
+    names = layout.holdings.names
+    if not names.is_known and any(t.rows is not None or t.place.rows is not None
+                                  for t, _ in targets):  # fmt: skip
+        _note_usual(layout)
 
 
 def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
@@ -190,8 +211,14 @@ def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
     if not fits:
         return f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(stored)}"
     if module.magnitude is not None and module.magnitude.numel != outline.out:
-        return f"its DoRA magnitude has {module.magnitude.numel} values for {outline.out} rows"
+        return _wrong_magnitude(module)
     return ""
+
+
+def _wrong_magnitude(module: Factors) -> str:
+    assert module.magnitude is not None
+    count = module.magnitude.numel
+    return f"its DoRA magnitude has {count} values for {module.outline.out} rows"
 
 
 def _target(found: Match, layout: Layout, name: str) -> TensorInfo | None:

@@ -116,7 +116,7 @@ class OutputShard:
     @property
     def sources(self) -> set[Path]:
         """The files that hold the tensors it begins with."""
-        return {job.source.file for job in self.jobs}
+        return {file for job in self.jobs for file in job.source.files}
 
 
 @dataclass

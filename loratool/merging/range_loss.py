@@ -38,7 +38,7 @@ def sample_range_loss(plan: Plan) -> RangeLoss | None:
         for job in plan.jobs
         if job.dtype == "F16" and job.source.is_float and job.source.dtype != "F16"
     ]
-    if not jobs or not all(info.file.is_file() for info in jobs):
+    if not jobs or not all(file.is_file() for info in jobs for file in info.files):
         return None
     total = subnormal = zeroed = over = 0.0
     seen = 0

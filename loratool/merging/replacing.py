@@ -46,32 +46,19 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
     """
     segments = layout.holdings.names.segments
     there = {s.memory for name in replaced for s in segments(name)}
-    targets = [n for n in layout.base.tensors if any(s.memory in there for s in segments(n))]
-    pieces = dict(replaced)
-    for name in targets:
-        if not {s.memory for s in segments(name)} <= there:
-            pieces |= rest_of(layout.holdings, name, there)
-    pieces = {name: info.renamed(name) for name, info in pieces.items()}
-    holdings = Holdings(pieces, layout.base.config)
-    used: set[str] = set()
-    for name in targets:
+    for name, info in layout.base.tensors.items():
+        if not any(s.memory in there for s in segments(name)):
+            continue
         if not layout.admits(name):
             found.unmatched.append((name, outside_of(name, layout)))
             continue
         try:
-            info, names = assembled(
-                holdings, name, layout.base.tensors[name].shape, layout.holdings
-            )
+            pieces = {**replaced, **rest_of(layout.holdings, name, there)}
+            pieces = {key: piece.renamed(key) for key, piece in pieces.items()}
+            own = Holdings(pieces, layout.base.config)
+            found.replaced[name], _ = assembled(own, name, info.shape, layout.holdings)
         except MisfitError as error:
-            found.unmatched.append((name, str(error)))
-        else:
-            found.replaced[name] = info
-            used |= names
-    found.unmatched += [
-        (info.name, "the base holds only a part of it")
-        for name, info in replaced.items()
-        if name not in used
-    ]
+            found.unmatched.append((name, f"the adapter replaces a part of it, and {error}"))
 
 
 def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo) -> str:

@@ -74,6 +74,11 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOAT_FORMATS
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that its elements are in."""
+        return (self.file,)
+
     def renamed(self, name: str) -> TensorInfo:
         return replace(self, name=name)
 

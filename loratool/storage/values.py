@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -108,10 +109,19 @@ class _Grown(Values):
 
 
 @dataclass(frozen=True)
-class _JoinedTensor(TensorInfo):
-    """A tensor whose elements are those of others, one after the other. It is in no file."""
+class _Composed(TensorInfo):
+    """A tensor whose elements are those of others. It is in no file."""
 
     parts: tuple[TensorInfo, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
+
+
+@dataclass(frozen=True)
+class _JoinedTensor(_Composed):
+    """Those of the parts one after the other."""
 
 
 class _Joined(Values):
@@ -133,10 +143,8 @@ class _Joined(Values):
 
 
 @dataclass(frozen=True)
-class _AlternatingTensor(TensorInfo):
-    """A tensor whose rows are those of several others in turns. It is in no file."""
-
-    parts: tuple[TensorInfo, ...] = ()
+class _AlternatingTensor(_Composed):
+    """The rows of the parts in turns."""
 
 
 class _Alternating(Values):
@@ -158,19 +166,21 @@ class _Alternating(Values):
         raw.view(kind)[:] = rows.reshape(-1)[low - first * row : high - first * row]
 
 
-def alternating(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
-    """A tensor whose rows are those of `parts`, of one dtype and length, in turns."""
-    first = parts[0]
-    return _AlternatingTensor(
-        name, first.dtype, tuple(shape), first.file, first.start, stamp=first.stamp,
-        parts=tuple(parts),
-    )  # fmt: skip
-
-
 def joined(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
     """A tensor that holds the elements of `parts`, of one dtype, one after the other."""
+    return _composed(_JoinedTensor, name, shape, parts)
+
+
+def alternating(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
+    """A tensor whose rows are those of `parts`, of one dtype and length, in turns."""
+    return _composed(_AlternatingTensor, name, shape, parts)
+
+
+def _composed(
+    kind: type[_Composed], name: str, shape: Sequence[int], parts: Sequence[TensorInfo]
+) -> TensorInfo:
     first = parts[0]
-    return _JoinedTensor(
+    return kind(
         name, first.dtype, tuple(shape), first.file, first.start, stamp=first.stamp,
         parts=tuple(parts),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Deltas of experts, and of weights that a base cuts otherwise: each place, and each refusal.
+"""Deltas of experts: each place, and each refusal.
 
 The bases are made of random matrices and declare an architecture; what should come out is computed
 here in float64, from what PEFT's packing means.
@@ -6,102 +6,34 @@ here in float64, from what PEFT's packing means.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from helpers.adapters import codes
+from helpers.experts import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    LAYER,
+    RANK,
+    SCALE,
+    Arrays,
+    Stack,
+    merged,
+    refused,
+    same,
+    single,
+    stacks,
+    values,
+    write_adapter,
+    write_base,
+)
+from safetensors.numpy import load_file
 
 import loratool
 from loratool.errors import AdapterError, MatchError
-
-EXPERTS, HIDDEN, INNER, RANK, SCALE = 3, 8, 6, 2, 1.5
-LAYER = "model.layers.0.mlp"
-Arrays = dict[str, np.ndarray]
-random = np.random.default_rng(5)
-
-
-def values(*shape: int) -> np.ndarray:
-    return random.standard_normal(shape).astype(np.float32)
-
-
-@dataclass
-class Stack:
-    """Random factors of a parameter `[E, out, in]`, as PEFT packs them, and its deltas."""
-
-    out: int
-    width: int
-    experts: int = EXPERTS
-    a: np.ndarray = field(init=False)
-    b: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.a = values(self.experts * RANK, self.width)
-        self.b = values(self.out, RANK * self.experts)
-
-    def delta(self, expert: int) -> np.ndarray:
-        a = self.a[expert * RANK : (expert + 1) * RANK].astype(np.float64)
-        delta: np.ndarray = SCALE * self.b[:, expert :: self.experts].astype(np.float64) @ a
-        return delta
-
-
-def write_base(folder: Path, tensors: Arrays, **config: Any) -> Path:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": "qwen3_moe", "hidden_size": HIDDEN, **config}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def write_adapter(folder: Path, tensors: Arrays, **config: Any) -> Path:
-    folder.mkdir()
-    prefixed = {f"base_model.model.{name}": value for name, value in tensors.items()}
-    save_file(prefixed, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA", "r": RANK, "lora_alpha": SCALE * RANK, "peft_version": "0.21.2",
-        "target_modules": [], **config,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def stacks(
-    folder: Path, gate_up: Stack, down: Stack | None, at: str = LAYER, **config: Any
-) -> Path:
-    """An adapter on the two parameters of `experts`, or on gate_up_proj alone."""
-    inner = f"{at}.experts.base_layer" if down else f"{at}.experts"
-    tensors = {f"{inner}.lora_A.weight": gate_up.a, f"{inner}.lora_B.weight": gate_up.b}
-    names = ["mlp.experts.gate_up_proj"]
-    if down:
-        tensors |= {f"{at}.experts.lora_A.weight": down.a, f"{at}.experts.lora_B.weight": down.b}
-        names.append("mlp.experts.down_proj")
-    return write_adapter(folder, tensors, target_parameters=names, **config)
-
-
-def single(experts: Sequence[int] = range(EXPERTS), at: str = LAYER) -> Arrays:
-    """Experts with a tensor each."""
-    return {
-        f"{at}.experts.{expert}.{name}_proj.weight": values(*shape)
-        for expert in experts
-        for name, shape in (
-            ("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER)),
-        )
-    }  # fmt: skip
-
-
-def merged(base: Path, adapter: Path, **options: Any) -> Arrays:
-    out = base.parent / "out"
-    loratool.merge(base, adapter, out, dtype="float32", **options)
-    return load_file(out / "model.safetensors")
-
-
-def same(found: np.ndarray, expected: np.ndarray) -> bool:
-    return bool(np.allclose(found, expected, rtol=1e-6, atol=1e-6))
-
 
 # --- places ---------------------------------------------------------------------------------------
 
@@ -128,7 +60,10 @@ def test_a_model_that_is_not_known_has_the_usual_experts(kind: str, tmp_path: Pa
     base = write_base(tmp_path / "base", tensors, model_type=kind)
     if not kind:
         (base / "config.json").unlink()
-    out = merged(base, stacks(tmp_path / "lora", stack, None))
+    adapter = stacks(tmp_path / "lora", stack, None)
+    report = loratool.merge(base, adapter, tmp_path / "out", dtype="float32")
+    assert codes(report) == ["usual-experts"]  # which is said, because it is an assumption
+    out = load_file(tmp_path / "out" / "model.safetensors")
     key = f"{LAYER}.experts.2.up_proj.weight"
     assert same(out[key], tensors[key] + stack.delta(2)[INNER:])
 
@@ -196,6 +131,49 @@ def test_adapters_of_single_experts_go_into_a_stack(tmp_path: Path) -> None:
     assert np.array_equal(out[key][[0, 2]], tensors[key][[0, 2]])
 
 
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [("gpt_oss", "turns"), ("llama4_text", "columns"), ("aria_text", "columns"),
+     ("openai_privacy_filter", "columns"), ("mistral4", "rows"), ("gemma4_text", "rows")],
+)  # fmt: skip
+def test_an_adapter_of_one_expert_goes_into_stacks_of_every_sort(
+    kind: str, place: str, name: str, tmp_path: Path
+) -> None:
+    """[out, in] and [in, out], gate above up, beside it, or with it in turns: as the forward pass
+    of each model reads them."""
+    both, down = (EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)
+    if place != "rows":
+        both, down = (EXPERTS, HIDDEN, 2 * INNER), (EXPERTS, INNER, HIDDEN)
+    at = LAYER.replace("mlp", "feed_forward") if kind == "llama4_text" else LAYER
+    tensors = {
+        f"{at}.experts.gate_up_proj": values(*both),
+        f"{at}.experts.down_proj": values(*down),
+    }
+    out, width = (HIDDEN, INNER) if name == "down" else (INNER, HIDDEN)
+    a, b = values(RANK, width), values(out, RANK)
+    path = f"{at}.experts.2.{name}_proj"
+    adapter = write_adapter(
+        tmp_path / "lora", {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b},
+        target_modules=[f"{name}_proj"],
+    )  # fmt: skip
+    found = merged(write_base(tmp_path / "base", tensors, model_type=kind), adapter)
+    delta = SCALE * b.astype(np.float64) @ a
+    key = f"{at}.experts.{'down_proj' if name == 'down' else 'gate_up_proj'}"
+    expected = tensors[key].astype(np.float64)
+    matrix = expected[2] if place == "rows" else expected[2].T
+    first = name == "gate"
+    if name == "down":
+        matrix += delta
+    elif place == "turns":
+        matrix[0 if first else 1 :: 2] += delta
+    else:
+        matrix[slice(0, INNER) if first else slice(INNER, None)] += delta
+    assert same(found[key], expected)
+    other = next(name for name in tensors if name != key)
+    assert np.array_equal(found[other], tensors[other])
+
+
 def test_a_text_adapter_goes_below_the_prefix_of_a_model_of_images(tmp_path: Path) -> None:
     """Its experts as well, which the file names one by one."""
     prefix = "language_model.model.layers.0.mlp"
@@ -232,60 +210,7 @@ def test_saved_stacks_are_cut_for_a_base_with_a_tensor_per_expert(tmp_path: Path
         assert np.array_equal(out[key], tensors[key])
 
 
-SPLIT = "encoder.layers.0"
-#: In memory nomic_bert has q, k and v apart.
-Q, WQKV = "layers.0.self_attn.q_proj", f"{SPLIT}.attn.Wqkv"
-
-
-def qkv_base(folder: Path) -> tuple[Path, np.ndarray]:
-    weight = values(3 * HIDDEN, HIDDEN)
-    tensors = {f"{WQKV}.weight": weight, f"{WQKV}.bias": values(3 * HIDDEN)}
-    return write_base(folder, tensors, model_type="nomic_bert"), weight
-
-
-def test_dora_of_one_third_of_a_fused_weight(tmp_path: Path) -> None:
-    """The rows of q are scaled to their magnitudes, those of k and v stay."""
-    base, weight = qkv_base(tmp_path / "base")
-    a, b = values(RANK, HIDDEN), values(HIDDEN, RANK)
-    magnitude = np.abs(values(HIDDEN)) + 1
-    adapter = write_adapter(
-        tmp_path / "lora",
-        {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b,
-         f"{Q}.lora_magnitude_vector": magnitude},
-        target_modules=["q_proj"], use_dora=True,
-    )  # fmt: skip
-    out = merged(base, adapter)[f"{WQKV}.weight"]
-    direction = weight[:HIDDEN].astype(np.float64) + SCALE * b.astype(np.float64) @ a
-    expected = direction * (magnitude / np.linalg.norm(direction, axis=1))[:, None]
-    assert same(out[:HIDDEN], expected)
-    assert np.array_equal(out[HIDDEN:], weight[HIDDEN:])
-
-
-def test_a_trained_bias_of_one_third_of_a_fused_one(tmp_path: Path) -> None:
-    """What the adapter does not replace of a tensor is the base's own."""
-    base, _ = qkv_base(tmp_path / "base")
-    before = load_file(base / "model.safetensors")[f"{WQKV}.bias"]
-    trained = values(HIDDEN)
-    adapter = write_adapter(
-        tmp_path / "lora",
-        {f"{Q}.lora_A.weight": values(RANK, HIDDEN), f"{Q}.lora_B.weight": values(HIDDEN, RANK),
-         f"{Q}.bias": trained},
-        target_modules=["q_proj"], bias="lora_only",
-    )  # fmt: skip
-    out = merged(base, adapter)[f"{WQKV}.bias"]
-    assert np.array_equal(out, np.concatenate([trained, before[HIDDEN:]]))
-
-
 # --- refusals -------------------------------------------------------------------------------------
-
-
-def refused(base: Path, adapter: Path, error: type[Exception], *words: str) -> None:
-    before = sorted(base.parent.iterdir())
-    with pytest.raises(error) as found:
-        merged(base, adapter)
-    for word in words:
-        assert word in str(found.value)
-    assert sorted(base.parent.iterdir()) == before
 
 
 Change = Callable[[Arrays], Arrays]
@@ -313,50 +238,36 @@ def test_experts_that_the_base_lacks(change: Change, words: list[str], tmp_path:
     refused(write_base(tmp_path / "base", tensors), adapter, MatchError, *words)
 
 
-def test_square_stacks_that_nothing_tells(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "version"), [("qwen3_moe", None), ("a_moe_of_next_year", "0.21.2")]
+)
+def test_square_stacks_that_nothing_tells(kind: str, version: str | None, tmp_path: Path) -> None:
+    """PEFT's versions differ, and in which way depends on the architecture."""
     tensors = {f"{LAYER}.experts.gate_up_proj": values(EXPERTS, HIDDEN, HIDDEN)}
-    adapter = stacks(tmp_path / "lora", Stack(HIDDEN, HIDDEN), None, peft_version=None)
-    refused(write_base(tmp_path / "base", tensors), adapter, MatchError, "square", "peft_version")
+    adapter = stacks(tmp_path / "lora", Stack(HIDDEN, HIDDEN), None, peft_version=version)
+    base = write_base(tmp_path / "base", tensors, model_type=kind)
+    refused(base, adapter, MatchError, "square", "peft_version")
 
 
-def test_half_of_a_tensor_in_another_dtype(tmp_path: Path) -> None:
-    base, _ = qkv_base(tmp_path / "base")
+def test_stacks_that_files_have_both_ways_round_need_a_hidden_size(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE is published transposed and saved otherwise: an expert's rows are chosen only
+    where config.json tells which it is."""
+    key = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {key: values(EXPERTS, HIDDEN, 2 * INNER)}
+    a, b = values(RANK, HIDDEN), values(INNER, RANK)
+    path = "model.language_model.layers.0.mlp.experts.1.up_proj"
     adapter = write_adapter(
-        tmp_path / "lora",
-        {f"{Q}.lora_A.weight": values(RANK, HIDDEN), f"{Q}.lora_B.weight": values(HIDDEN, RANK),
-         f"{Q}.bias": values(HIDDEN).astype(np.float16)},
-        target_modules=["q_proj"], bias="lora_only",
+        tmp_path / "lora", {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b},
+        target_modules=["up_proj"],
     )  # fmt: skip
-    refused(base, adapter, MatchError, "dtypes")
-
-
-def test_a_bias_beside_the_factors_of_a_part(tmp_path: Path) -> None:
-    base, _ = qkv_base(tmp_path / "base")
-    adapter = write_adapter(
-        tmp_path / "lora",
-        {f"{Q}.lora_A.weight": values(RANK, HIDDEN), f"{Q}.lora_B.weight": values(HIDDEN, RANK),
-         f"{Q}.lora_B.bias": values(HIDDEN)},
-        target_modules=["q_proj"], lora_bias=True,
-    )  # fmt: skip
-    refused(base, adapter, MatchError, "lora_bias")
-
-
-def test_pissa_on_a_part_of_a_tensor_is_derived_from_its_rows(tmp_path: Path) -> None:
-    """q of a fused weight is a matrix of its own for PEFT."""
-    base, weight = qkv_base(tmp_path / "base")
-    u, s, v = np.linalg.svd(weight[:HIDDEN].astype(np.float64))
-    left, right = u[:, :RANK] * np.sqrt(s[:RANK]), np.sqrt(s[:RANK])[:, None] * v[:RANK]
-    drift = 0.05 * values(HIDDEN, RANK)
-    b, a = (left / np.sqrt(SCALE) + drift).astype(np.float32), right / np.sqrt(SCALE)
-    adapter = write_adapter(
-        tmp_path / "lora",
-        {f"{Q}.lora_A.weight": a.astype(np.float32), f"{Q}.lora_B.weight": b},
-        target_modules=["q_proj"], init_lora_weights="pissa",
-    )  # fmt: skip
-    out = merged(base, adapter)[f"{WQKV}.weight"]
-    expected = weight[:HIDDEN] - left @ right + SCALE * b.astype(np.float64) @ a
-    assert np.allclose(out[:HIDDEN], expected, atol=1e-5)
-    assert np.array_equal(out[HIDDEN:], weight[HIDDEN:])
+    text = {"model_type": "qwen3_vl_moe_text"}
+    config = {"model_type": "qwen3_vl_moe", "hidden_size": None, "text_config": text}
+    refused(write_base(tmp_path / "base", tensors, **config), adapter, MatchError, "both ways")
+    config["text_config"] = {**text, "hidden_size": HIDDEN}
+    out = merged(write_base(tmp_path / "told", tensors, **config), adapter)
+    expected = tensors[key].astype(np.float64)
+    expected[1][:, INNER:] += (SCALE * b.astype(np.float64) @ a).T
+    assert same(out[key], expected)
 
 
 def test_two_adapters_on_one_stack_are_rounded_once(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from loratool.models.layouts.holding import Holdings, Target
+from loratool.models.layouts.holding import Holdings
+from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
@@ -55,13 +56,20 @@ def _assembled(
 
 
 def rest_of(holdings: Holdings, name: str, without: Collection[str]) -> dict[str, TensorInfo]:
-    """The parts of a tensor that hold other parameters than these, by their names in memory."""
+    """The parts of a tensor that hold other parameters than these, by their names in memory.
+
+    Raises MisfitError where one of them is not all there, or not in its order.
+    """
     rest = {}
     for segment in holdings.names.segments(name):
         if segment.memory not in without:
             for held in holdings.parameter(segment.memory, segment.expert is not None).held:
-                place = Place(held.info.name, rows=held.own, transposed=held.transposed)
-                rest[segment.memory] = next(iter(view_of(held.info, place)))
+                if held.info.name != name:
+                    continue
+                if held.memory != range(held.size):
+                    raise MisfitError(f"{name} holds a part of {segment.memory}, or reordered")
+                place = Place(name, rows=held.own, transposed=held.transposed)
+                rest[segment.memory] = next(view_of(held.info, place))
     return rest
 
 

@@ -8,33 +8,25 @@ of matrices `[rows, columns]` as they are in memory.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from loratool.models.layouts.parameter import Holder, MemoryParameter, MisfitError, Rows, complete
-from loratool.models.layouts.place import Place
+from loratool.models.layouts.overlap import Target, across, overlap
+from loratool.models.layouts.parameter import (
+    Holder,
+    MemoryParameter,
+    MisfitError,
+    Rows,
+    complete,
+    matrix_of,
+)
 from loratool.models.layouts.shares import Share
 from loratool.models.layouts.table import Names, Segment, rope_order
 from loratool.storage.tensors import TensorInfo
-
-
-@dataclass(frozen=True)
-class Target:
-    """Some rows of a delta `[out, in]`, all where `rows` is None, and the place where they go.
-
-    `member` is the number of the delta among those of a stack, None where there is one delta.
-    """
-
-    place: Place
-    rows: Rows | None = None
-    member: int | None = None
 
 
 class Holdings:
@@ -108,6 +100,15 @@ class Holdings:
                 raise MisfitError(
                     f"it has {experts} experts, {segment.memory} has {parameter.experts}"
                 )
+            if segment.columns is not None:
+                columns_in = _rows(segment.columns, parameter.columns)
+                if (len(columns_in), parameter.rows) != shape:
+                    raise MisfitError(_shapes(segment, shape, parameter))
+                for held in parameter.of_expert(segment.expert):
+                    if held.own != held.memory or len(held.own) != held.size:
+                        raise MisfitError(f"{held.info.name} holds a part of {segment.memory}")
+                    found.append(across(held, segment.expert, columns_in))
+                continue
             flipped = segment.transposed
             if stored_in is not None and segment.maybe_transposed:
                 flipped = shape != (parameter.rows, parameter.columns)
@@ -128,7 +129,7 @@ class Holdings:
             for held in parameter.of_expert(segment.expert):
                 if flipped and (memory != held.memory or len(own) != size):
                     raise MisfitError(f"{held.info.name} is stored otherwise, and in parts")
-                found += _overlap(
+                found += overlap(
                     held, segment.expert, experts, memory, own, None if flipped else out
                 )
         covered = sum(out if t.rows is None else len(t.rows) for t in found)
@@ -156,15 +157,14 @@ class Holdings:
         unknown = [i for i, rows in sizes.items() if rows is None]
         if len(unknown) == 1 and len(sizes) == segment.into.count:
             sizes[unknown[0]] = height - sum(rows or 0 for rows in sizes.values())
-        index = segment.into.index or 0
-        before = [sizes.get(i) for i in range(index)]
-        own = sizes.get(index)
-        if own is None or None in before:
+        ordered = [sizes.get(i) or 0 for i in range(segment.into.count)]
+        if min(ordered) < 1 or sum(ordered) != height:
             raise MisfitError(
                 f"{name} holds it beside others, and nothing tells which rows are whose"
             )
-        start = sum(rows or 0 for rows in before)
-        return range(start, start + own)
+        index = segment.into.index or 0
+        start = sum(ordered[:index])
+        return range(start, start + ordered[index])
 
     def _rows_in_memory(self, memory: str) -> int | None:
         """How many rows a parameter has, if it has a tensor of its own, or an adapter tells."""
@@ -195,11 +195,13 @@ class Holdings:
         blocks: dict[int | None, dict[int, int]] = defaultdict(dict)
         for info, segment, flipped in parts:
             if segment.rows is not None and segment.rows.index is not None:
-                rows, _ = _matrix(info, flipped, stacked and segment.expert is None)
+                rows, _ = matrix_of(info, flipped, stacked and segment.expert is None)
                 blocks[segment.expert][segment.rows.index] = rows
         for info, segment, flipped in parts:
+            if segment.columns is not None:
+                raise MisfitError(f"{info.name} holds columns of {memory}, which is not known")
             expert, share = segment.expert, segment.rows
-            rows, columns = _matrix(info, flipped, stacked and expert is None)
+            rows, columns = matrix_of(info, flipped, stacked and expert is None)
             if segment.into is not None and segment.into.count:
                 own = self._block(info.name, segment, rows)
                 size, there = len(own), range(len(own))
@@ -244,16 +246,12 @@ class Holdings:
         hidden = text.get("hidden_size")
         inwards = segment.memory.rpartition(".")[2].startswith("down")
         rows, columns = info.shape[-2:]
-        if rows == columns:
-            raise MisfitError(f"{info.name} is square, and files have it both ways round")
+        if rows == columns or hidden not in (rows, columns):
+            raise MisfitError(
+                f"files have {info.name} both ways round, and hidden_size of config.json does not "
+                f"tell which it is here, {[rows, columns]}"
+            )
         return bool(hidden == (columns if inwards else rows))
-
-
-def _matrix(info: TensorInfo, flipped: bool, stack: bool) -> tuple[int, int]:
-    """Rows and columns of a tensor, or of each matrix in it, in the orientation of memory."""
-    axes = info.shape[1:] if stack else info.shape
-    rows, columns = axes[0] if axes else 1, math.prod(axes[1:])
-    return (columns, rows) if flipped else (rows, columns)
 
 
 def _rows(share: Share | None, size: int) -> range:
@@ -267,63 +265,6 @@ def _rows(share: Share | None, size: int) -> range:
 def _whole(share: Share | None, part: int) -> int:
     """The number of rows of which `part` are this share."""
     return part if share is None else round(part * share.step / (share.stop - share.start))
-
-
-def _overlap(
-    held: Holder, expert: int | None, experts: int | None, memory: Rows, own: range, out: int | None
-) -> Iterator[Target]:
-    """The rows of a delta with `out` rows that a tensor has a place for.
-
-    `out` is None for a delta that lies transposed against the parameter, and is the whole of it.
-    """
-    if expert is not None and held.expert not in (None, expert):
-        return
-    common = _common(memory, own, held.memory, held.own)
-    if common is None:
-        return
-    rows, there = common
-    members: range | tuple[int | None, ...] = (None,)
-    if experts is not None:
-        members = (held.expert,) if held.expert is not None else range(held.experts)
-    for member in members:
-        number = member if expert is None else expert
-        place = Place(
-            held.info.name,
-            expert=number if held.stacked and held.expert is None else None,
-            rows=None if out is None else _unless_all(there, _rows_of(held)),
-            transposed=held.transposed != (out is None),
-        )
-        yield Target(place, None if out is None else _unless_all(rows, out), member)
-
-
-def _rows_of(held: Holder) -> int:
-    return _matrix(held.info, held.transposed, held.stacked and held.expert is None)[0]
-
-
-@lru_cache(maxsize=1024)
-def _common(memory: Rows, own: range, theirs: Rows, there: Rows) -> tuple[Rows, Rows] | None:
-    """Rows of a delta, and those of a tensor, that are the same rows of the parameter."""
-    if memory == theirs:
-        return own, there
-    known = np.full(1 + max(max(memory), max(theirs)), -1)
-    known[np.asarray(theirs)] = np.asarray(there)
-    found = known[np.asarray(memory)]
-    here = found >= 0
-    if not here.any():
-        return None
-    return _tidy(np.asarray(own)[here]), _tidy(found[here])
-
-
-def _tidy(rows: npt.NDArray[np.int_]) -> Rows:
-    """As a range, where it is one."""
-    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
-    if step > 0 and (np.diff(rows) == step).all():
-        return range(int(rows[0]), int(rows[-1]) + 1, step)
-    return tuple(int(row) for row in rows)
-
-
-def _unless_all(rows: Rows, size: int) -> Rows | None:
-    return None if rows == range(size) else rows
 
 
 def _shapes(segment: Segment, delta: tuple[int, int], parameter: MemoryParameter) -> str:

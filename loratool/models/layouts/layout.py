@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from loratool.errors import BaseError, unknown
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted, is_within, parts_of
-from loratool.models.layouts.holding import Holdings, Target
+from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.names import CONV1D, LANGUAGE_HEAD, ROOTS, SHARED
+from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.tying import find_tied, other_ties

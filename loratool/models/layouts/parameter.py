@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class MemoryParameter:
         if expert is None or None in self.by_expert:
             return self.held
         return self.by_expert.get(expert, ())
+
+
+def matrix_of(info: TensorInfo, flipped: bool, stack: bool) -> tuple[int, int]:
+    """Rows and columns of a tensor, or of each matrix in it, in the orientation of memory."""
+    axes = info.shape[1:] if stack else info.shape
+    rows, columns = axes[0] if axes else 1, math.prod(axes[1:])
+    return (columns, rows) if flipped else (rows, columns)
 
 
 def complete(memory: str, held: list[Holder]) -> MemoryParameter:

@@ -48,6 +48,9 @@ class Segment:
     rows: Share | None = None
     #: The tensor's rows that hold them; None is all.
     into: Share | None = None
+    #: With an expert that is [out, in] where the parameter is [in, out]: the columns that are its
+    #: rows. Only adapters have such names.
+    columns: Share | None = None
     #: Both are stacks of all experts.
     stacked: bool = False
     #: The last two axes are swapped on disk; or they may be, which the shape says.
@@ -316,7 +319,7 @@ def _template(
         for name in ("stacked", "transposed", "maybe_transposed", "order")
         if name in attributes
     }
-    for name in ("rows", "into"):
+    for name in ("rows", "into", "columns"):
         if name in attributes:
             values[name] = Share.read(attributes[name])
     if "experts" in attributes:

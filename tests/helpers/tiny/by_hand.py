@@ -10,6 +10,23 @@ _INTO_THINKER: Rules = [
     [f"^.{name}", f"thinker.{name}"] for name in ("audio_tower", "lm_head", "model", "visual")
 ]
 
+
+def _single(kind: str, gate: list[Any], up: list[Any], down: dict[str, Any]) -> Rules:
+    """Experts one by one, of models whose files and memory have stacks: some programs train them
+    so (prime-rl, Unsloth's linear experts), and adapters then name them so."""
+    both = "experts.gate_up_proj"
+    return [
+        ["experts.{e}.down_proj.weight", "experts.down_proj", *([down] if down else [])],
+        ["experts.{e}.gate_proj.weight", both, {kind: gate}],
+        ["experts.{e}.up_proj.weight", both, {kind: up}],
+    ]
+
+
+_ROWS = _single("rows", ["0", "1/2"], ["1/2", "1"], {})
+#: Stacks [experts, in, out]: halves of the last axis, or gate and up in turns.
+_COLUMNS = _single("columns", ["0", "1/2"], ["1/2", "1"], {"transposed": True})
+_TURNS = _single("columns", ["0", "1", 2], ["0", "1", 2, 1], {"transposed": True})
+
 #: Rules before those that were derived.
 BEFORE: dict[str, Rules] = {
     # Published files have no `model.` in front, and what is anchored there does not come back.
@@ -22,6 +39,9 @@ BEFORE: dict[str, Rules] = {
         ["^.layers", "model.layers"],
         ["^.norm", "model.norm"],
     ],
+    "gpt_oss": _TURNS,
+    **dict.fromkeys(("aria_text", "llama4", "llama4_text", "openai_privacy_filter"), _COLUMNS),
+    **dict.fromkeys(("gemma4_text", "mistral4", "qwen3_vl_moe", "qwen3_vl_moe_text"), _ROWS),
     # Backwards only one of two names comes out.
     "hunyuan_vl": [["^.model.vit", "vit"]],
     # Adapters are made on the thinker alone, whose class has no such prefix.

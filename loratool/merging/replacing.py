@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from loratool.adapters.adapter import Adapter
 from loratool.merging.match import Match, no_such, outside_of
 from loratool.models.layouts.assembly import assembled, rest_of
@@ -45,15 +47,20 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
     What the adapter does not replace of such a tensor is the base's own.
     """
     segments = layout.holdings.names.segments
-    there = {s.memory for name in replaced for s in segments(name)}
+    sources: dict[str, list[str]] = defaultdict(list)
+    for name in replaced:
+        for segment in segments(name):
+            sources[segment.memory].append(name)
     for name, info in layout.base.tensors.items():
-        if not any(s.memory in there for s in segments(name)):
+        used = {source for s in segments(name) for source in sources.get(s.memory, ())}
+        if not used:
             continue
         if not layout.admits(name):
             found.unmatched.append((name, outside_of(name, layout)))
             continue
         try:
-            pieces = {**replaced, **rest_of(layout.holdings, name, there)}
+            pieces = {key: replaced[key] for key in used}
+            pieces |= rest_of(layout.holdings, name, sources)
             pieces = {key: piece.renamed(key) for key, piece in pieces.items()}
             own = Holdings(pieces, layout.base.config)
             found.replaced[name], _ = assembled(own, name, info.shape, layout.holdings)

@@ -22,7 +22,7 @@ from loratool.errors import ValueRangeError
 from loratool.merging.derivation import derived
 from loratool.merging.match import Delta
 from loratool.merging.plan import Job
-from loratool.merging.products import LoadedDelta
+from loratool.merging.products import LoadedDelta, Terms
 from loratool.merging.rounding import (
     TORCH,
     Counts,
@@ -77,14 +77,14 @@ class RunningJob:
         return [derived(one, self.values) for one in self.job.taken]
 
     @cached_property
-    def loaded_taken(self) -> list[LoadedDelta]:
+    def loaded_taken(self) -> Terms[LoadedDelta]:
         shape = self.source.shape
-        return [LoadedDelta(delta, shape, self.files, self.work) for delta in self.taken]
+        return Terms(LoadedDelta(delta, shape, self.files, self.work) for delta in self.taken)
 
     @cached_property
-    def terms(self) -> list[LoadedDelta]:
+    def terms(self) -> Terms[LoadedDelta]:
         shape = self.source.shape
-        terms = [LoadedDelta(delta, shape, self.files, self.work) for delta in self.job.deltas]
+        terms = Terms(LoadedDelta(d, shape, self.files, self.work) for d in self.job.deltas)
         for term in terms:
             if term.transposed and term.magnitude is not None:
                 term.gains = term.magnitude / self._column_norms(term)
@@ -208,11 +208,9 @@ class RunningJob:
         if self.loaded_taken:
             matrix = values.view(-1, self.columns)
             first, last = low // self.columns, high // self.columns
-            for taken in self.loaded_taken:
-                window = taken.window(first, last)
-                if window is not None:
-                    part = window.of(matrix)
-                    part -= taken.product(window)
+            for _, taken, window in self.loaded_taken.meeting(first, last):
+                part = window.of(matrix)
+                part -= taken.product(window)
             values.copy_(values.to(TORCH[self.source.dtype]))
         return values
 
@@ -251,18 +249,16 @@ class RunningJob:
         )
 
 
-def _apply(matrix: torch.Tensor, terms: list[LoadedDelta], first: int, last: int) -> None:
+def _apply(matrix: torch.Tensor, terms: Terms[LoadedDelta], first: int, last: int) -> None:
     """Apply the terms to stored rows `[first, last)`, `[n, columns]`, in place, in their order.
 
     A plain term adds Δ. A DoRA term makes `m/‖W + Δ‖·(V + Δ)` of what came before it, V, with the
     norm of the untouched W: that is the chain PEFT 0.21 computes in its forward pass and its merge.
     """
-    chained = len(terms) > 1 and any(term.magnitude is not None for term in terms)
+    met = list(terms.meeting(first, last))
+    chained = len(met) > 1 and any(term.magnitude is not None for _, term, _ in met)
     original = matrix.clone() if chained else None
-    for term in terms:
-        window = term.window(first, last)
-        if window is None:
-            continue
+    for _, term, window in met:
         part, delta = window.of(matrix), term.product(window)
         if term.magnitude is None:
             part += delta

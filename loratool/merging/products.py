@@ -12,9 +12,11 @@ the same on every machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +68,13 @@ class Placement:
             if ascending != list(rows):
                 raise ValueError(f"the rows of {place.tensor} are no permutation of a range")
         self._rows = rows
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The stored rows that it lies in, first and last + 1."""
+        if self.transposed:
+            return self._offset, self._offset + self._height
+        return self._offset + self._rows.start, self._offset + self._rows.stop
 
     def window(self, first: int, last: int) -> Window | None:
         """What stored rows `[first, last)` need of the delta; None for nothing."""
@@ -247,6 +256,39 @@ class ExactProduct:
         rows = window.out if self._order is None else self._order[window.out]
         part = self._part(rows, window.inner).astype(np.float64)
         return torch.from_numpy(part).mul_(self._scale)
+
+
+class _Placed(Protocol):
+    @property
+    def placement(self) -> Placement: ...
+
+
+P = TypeVar("P", bound=_Placed)
+
+
+class Terms(list[P]):
+    """The deltas of one tensor, in their order. A stack has one for each expert, and a block meets
+    few of them, which are found without asking all."""
+
+    @cached_property
+    def _by_bucket(self) -> tuple[int, dict[int, list[int]]]:
+        """Rows of a bucket, and by its number the terms that have rows in it."""
+        extents = [term.placement.extent for term in self]
+        size = max(1, min((stop - start for start, stop in extents), default=1))
+        found: dict[int, list[int]] = defaultdict(list)
+        for number, (start, stop) in enumerate(extents):
+            for bucket in range(start // size, -(-stop // size)):
+                found[bucket].append(number)
+        return size, found
+
+    def meeting(self, first: int, last: int) -> Iterator[tuple[int, P, Window]]:
+        """The terms that have a part in stored rows `[first, last)`: number, term, and where."""
+        size, buckets = self._by_bucket
+        near = {n for b in range(first // size, -(-last // size)) for n in buckets.get(b, ())}
+        for number in sorted(near):
+            window = self[number].placement.window(first, last)
+            if window is not None:
+                yield number, self[number], window
 
 
 def on_grid(factor: Float64, bits: int, axis: int) -> Float64:

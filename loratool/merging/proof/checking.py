@@ -271,9 +271,9 @@ class _Comparing(RunningJob):
     def _reach(self, low: int, high: int) -> torch.Tensor:
         """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
         total = torch.zeros(high - low, dtype=self.work)
-        for term in (*self.terms, *self.loaded_taken):
-            window = term.window(low // self.columns, high // self.columns)
-            if window is not None:
+        first, last = low // self.columns, high // self.columns
+        for terms in (self.terms, self.loaded_taken):
+            for _, term, window in terms.meeting(first, last):
                 part = window.of(total.view(-1, self.columns))
                 part += term.reach(window)
         return total
@@ -287,13 +287,11 @@ class _Comparing(RunningJob):
         """
         first, last = low // self.columns, (low + len(w)) // self.columns
         left, doubt = w.clone(), w.abs().mul_(_EPS)
-        for delta, term in zip(self.taken, self.loaded_taken, strict=True):
-            window = term.window(first, last)
-            if window is not None:
-                derived = delta.factors
-                share = derived.doubt if isinstance(derived, Computed) else _EPS
-                window.of(left.view(-1, self.columns)).sub_(term.product(window))
-                window.of(doubt.view(-1, self.columns)).add_(term.reach(window), alpha=share)
+        for number, term, window in self.loaded_taken.meeting(first, last):
+            derived = self.taken[number].factors
+            share = derived.doubt if isinstance(derived, Computed) else _EPS
+            window.of(left.view(-1, self.columns)).sub_(term.product(window))
+            window.of(doubt.view(-1, self.columns)).add_(term.reach(window), alpha=share)
         step = ulp(left, self.source.dtype)
         off = (left - left.to(TORCH[self.source.dtype]).to(self.work)).abs_()
         doubt += step * (off + doubt >= step / 2)

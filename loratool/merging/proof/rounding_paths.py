@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 
 from loratool.merging.arithmetic import RunningJob
-from loratool.merging.products import LoadedDelta
 from loratool.merging.proof.findings import Stats
 from loratool.merging.rounding import TORCH, ulp
 
@@ -102,19 +101,23 @@ class RoundingPaths:
         if self.job.job.biases or any(term.magnitude is not None for term in terms):
             return x - w
         total = torch.zeros_like(w)
-        for term in terms:
-            self._add(term, total, low)
+        for term, part in self._parts(total, low):
+            part += term
         return total
 
-    def _add(self, term: LoadedDelta, values: torch.Tensor, low: int) -> None:
+    def _parts(self, values: torch.Tensor, low: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The products that have a part in `values`, elements from `low` on, and that part."""
         columns = self.job.columns
-        term.add_to(values.view(-1, columns), low // columns, (low + len(values)) // columns)
+        matrix = values.view(-1, columns)
+        first, last = low // columns, (low + len(values)) // columns
+        for _, term, window in self.job.terms.meeting(first, last):
+            yield term.product(window), window.of(matrix)
 
     def _in_steps(self, half: torch.dtype, w: torch.Tensor, low: int) -> torch.Tensor:
         """One adapter merged after the other, each result rounded to `half`."""
         total = w.clone()
-        for term in self.job.terms:
-            self._add(term, total, low)
+        for delta, part in self._parts(total, low):
+            part += delta
             total.copy_(total.to(half))
         return total
 
@@ -127,9 +130,8 @@ class RoundingPaths:
             return delta
         columns = self.job.columns
         total = torch.zeros_like(delta)
-        for term, own in zip(terms, self.job.job.deltas, strict=True):
-            window = term.window(low // columns, high // columns)
-            if window is not None:
-                part = window.of(total.view(-1, columns))
-                part += term.rounded_product(window, half, own.scale)
+        deltas = self.job.job.deltas
+        for number, term, window in terms.meeting(low // columns, high // columns):
+            part = window.of(total.view(-1, columns))
+            part += term.rounded_product(window, half, deltas[number].scale)
         return total

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.experts import ExpertPair
+from loratool.adapters.factors import Factors
 from loratool.merging.plan import Job, Plan
 from loratool.merging.proof.findings import Finding, Stats, split_by_adapter
 from loratool.streams.run import Run
@@ -47,20 +50,22 @@ def look_for_adapters(
     """Where several adapters were not merged as asked, tell their weights apart."""
     from loratool.merging.proof.checking import attribute
 
-    names = {id(m): a.name for a in plan.adapters for m in a.modules.values()}
+    owners = {id(m): a for a in plan.adapters for m in a.modules.values()}
     unclear = {f.tensor: f for f in findings if f.code in ("weight", "other", "damaged")}
     asked = [
         pair
         for pair in pairs
         if pair.job.name in unclear
         and len(pair.job.deltas) > 1
+        # One adapter may change several parts of a tensor: then its weights are not one number.
+        and len({id(_owner(d.factors, owners)) for d in pair.job.deltas}) == len(pair.job.deltas)
         and not pair.job.taken
         and all(delta.factors.adds for delta in pair.job.deltas)
     ]
     shares = attribute(asked, run)
     for pair in asked:
         name, deltas = pair.job.name, pair.job.deltas
-        called = [names[id(delta.factors)] for delta in deltas]
+        called = [_owner(delta.factors, owners).name for delta in deltas]
         if len(set(called)) < len(called):
             called = [f"{n} ({i})" for i, n in enumerate(called, 1)]
         share = shares[name]
@@ -69,3 +74,8 @@ def look_for_adapters(
             unclear[name], weighted, share.weights, share.rest, stats[name]
         )
     return [unclear.get(f.tensor, f) for f in findings]
+
+
+def _owner(factors: Factors, owners: Mapping[int, Adapter]) -> Adapter:
+    """The adapter that factors are of; those of one expert are of a stack."""
+    return owners[id(factors.stack if isinstance(factors, ExpertPair) else factors)]

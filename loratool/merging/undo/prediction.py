@@ -18,7 +18,7 @@ import torch
 
 from loratool.merging.match import Delta
 from loratool.merging.plan import Job
-from loratool.merging.products import ExactProduct
+from loratool.merging.products import ExactProduct, Terms
 from loratool.merging.rounding import TORCH
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import read_float32
@@ -51,12 +51,12 @@ class Reversal:
         self.work = torch.float64 if base_dtype == "F64" else torch.float32
 
     @cached_property
-    def products(self) -> list[ExactProduct]:
-        return [ExactProduct(delta, self.job.source.shape, self.files) for delta in self.job.deltas]
+    def products(self) -> Terms[ExactProduct]:
+        return Terms(ExactProduct(d, self.job.source.shape, self.files) for d in self.job.deltas)
 
     @cached_property
-    def _given_back(self) -> list[ExactProduct]:
-        return [ExactProduct(delta, self.job.source.shape, self.files) for delta in self.taken]
+    def _given_back(self) -> Terms[ExactProduct]:
+        return Terms(ExactProduct(d, self.job.source.shape, self.files) for d in self.taken)
 
     @cached_property
     def _biases(self) -> list[torch.Tensor]:
@@ -82,21 +82,16 @@ class Reversal:
             back -= bias[low:high]
         first, last = low // self.columns, high // self.columns
         matrix = back.view(-1, self.columns)
-        for product, gain in zip(reversed(self.products), reversed(self.gains), strict=True):
-            window = product.window(first, last)
-            if window is None:
-                continue
-            part = window.of(matrix)
+        for number, product, window in reversed(list(self.products.meeting(first, last))):
+            part, gain = window.of(matrix), self.gains[number]
             if gain is not None:
                 by = gain.view(1, -1) if product.transposed else gain[window.out, None]
                 usable = torch.isfinite(by) & (by != 0)
                 part /= torch.where(usable, by, torch.ones_like(by))
             part -= product.product(window, self.work)
-        for product in self._given_back:
-            window = product.window(first, last)
-            if window is not None:
-                part = window.of(matrix)
-                part += product.product(window, self.work)
+        for _, product, window in self._given_back.meeting(first, last):
+            part = window.of(matrix)
+            part += product.product(window, self.work)
         if any(gain is not None for gain in self.gains):
             back.nan_to_num_()  # the sign of a NaN from ∞ - ∞ depends on the processor
         predicted = scratch.get("predicted", high - low, self.base_dtype)

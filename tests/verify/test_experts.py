@@ -35,7 +35,7 @@ def test_a_merge_with_other_weights(weights: list[float], tmp_path: Path) -> Non
     report = loratool.verify(tmp_path / "out", base, loras)
     assert report.verdict == "no"
     if len(weights) == 1:
-        assert report.findings[0].weight == pytest.approx(0.5, abs=1e-3)
+        assert report.findings[0].applied == pytest.approx(0.5, abs=1e-3)
 
 
 def test_one_expert_that_is_damaged(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
         )
         if value
     ]
-    for one in wanted:
+    for one in wanted if layout.holdings.has_blocks else ():
         for segment in layout.holdings.names.segments(one.name) if one.shape else ():
             layout.holdings.known_rows[segment.memory] = one.shape[0]
     found = Match(adapter, choose_naming(layout, wanted, hints))

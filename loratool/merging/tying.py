@@ -101,6 +101,8 @@ def _has_language_head(plan: Plan, tied: Tied) -> bool:
 
 def refuse_unlike_vocabularies(plan: Plan, edits: dict[str, Edits]) -> None:
     """An adapter that resizes only one of embedding and head gives a model that does not load."""
+    if not any(found.replacement for found in edits.values()):
+        return
     rows = {}
     for name, info in plan.base.tensors.items():
         if is_vocabulary(name) and len(info.shape) == 2:

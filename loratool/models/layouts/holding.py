@@ -37,9 +37,13 @@ class Holdings:
         self._config = config
         self._tensors = tensors
         self._parts: dict[str, list[tuple[TensorInfo, Segment]]] = defaultdict(list)
+        #: Whether a tensor holds parameters of unequal sizes.
+        self.has_blocks = False
         for name, info in tensors.items():
             for segment in self.names.segments(name):
                 self._parts[segment.memory].append((info, segment))
+                if segment.into is not None and segment.into.count:
+                    self.has_blocks = True
         self._parameters: dict[tuple[str, bool], MemoryParameter] = {}
         #: Rows of parameters as adapters have them: where a tensor holds several, of unequal sizes,
         #: nothing else tells how many are whose.

@@ -145,6 +145,8 @@ def is_legacy_buffer(name: str, shape: tuple[int, ...]) -> bool:
 
     `attn.bias` is one only with the mask's shape `[1, 1, n, n]`; elsewhere it is a real bias.
     """
+    if not name.endswith(("bias", "inv_freq")):
+        return False
     if name.endswith((".attn.bias", ".attention.bias")):
         return len(shape) == 4 and shape[:2] == (1, 1)
     return LEGACY_BUFFER.search(name) is not None

@@ -18,7 +18,8 @@ def refuse_stacks(adapter: Adapter, verb: str) -> None:
         raise AdapterError(
             f"{adapter.label}: stacks of experts (target_parameters) cannot be {verb} yet:\n"
             + listed(stacks),
-            "`loratool merge BASE ADAPTER ADAPTER` merges adapters with stacks, also several.",
+            "`loratool merge` merges adapters with stacks, also several, with weights; `loratool "
+            "extract` makes an adapter of any rank of what comes out.",
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.adapters import codes
-from helpers.experts import (
+from helpers.stacked import (
     EXPERTS,
     HIDDEN,
     INNER,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.experts import (
+from helpers.stacked import (
     HIDDEN,
     RANK,
     SCALE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.experts import EXPERTS, HIDDEN, INNER, LAYER, Stack, stacks, values, write_base
+from helpers.stacked import EXPERTS, HIDDEN, INNER, LAYER, Stack, stacks, values, write_base
 from safetensors.numpy import load_file, save_file
 
 import loratool

@@ -68,7 +68,7 @@ class Job:
         """Elements of a stored row, where rows matter; 1 where they do not."""
         if self.deltas:
             return self.deltas[0].place.matrix(self.source.shape)[1]
-        return math.prod(self.source.shape[1:]) if self.rows else 1
+        return math.prod(self.source.shape[1:]) if self.rows else self.source.run
 
     @property
     def is_arithmetic(self) -> bool:
@@ -152,7 +152,7 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(j.source.nbytes for j in self.jobs) + sum(a.nbytes for a in self.inputs)
+        return sum(j.source.disk_bytes for j in self.jobs) + sum(a.nbytes for a in self.inputs)
 
     @property
     def bytes_to_write(self) -> int:

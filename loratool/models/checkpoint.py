@@ -73,11 +73,11 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(t.disk_bytes for t in self.tensors.values())
 
     @property
     def files(self) -> list[Path]:
-        return sorted({t.file for t in self.tensors.values()})
+        return sorted({file for t in self.tensors.values() for file in t.files})
 
     @property
     def notices(self) -> list[Notice]:
@@ -87,7 +87,7 @@ class Checkpoint:
     def fetch(self, tensors: Iterable[str] | None = None) -> None:
         """See to it that the files of these tensors, or of all, are on this disk."""
         names = self.tensors if tensors is None else tensors
-        self.folder.fetch({self.tensors[name].file.name for name in names})
+        self.folder.fetch({file.name for name in names for file in self.tensors[name].files})
 
     def identity(self) -> str:
         """sha256 over names, dtypes, shapes and sizes: which checkpoint this is, from headers."""

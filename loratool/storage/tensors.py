@@ -79,6 +79,16 @@ class TensorInfo:
         """The files that its elements are in."""
         return (self.file,)
 
+    @property
+    def disk_bytes(self) -> int:
+        """How many bytes of its files its elements take."""
+        return self.nbytes
+
+    @property
+    def run(self) -> int:
+        """Elements that are best read together, as multiples of which blocks are made."""
+        return 1
+
     def renamed(self, name: str) -> TensorInfo:
         return replace(self, name=name)
 

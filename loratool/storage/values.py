@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from itertools import accumulate
 from pathlib import Path
@@ -109,7 +109,7 @@ class _Grown(Values):
 
 
 @dataclass(frozen=True)
-class _Composed(TensorInfo):
+class Composed(TensorInfo):
     """A tensor whose elements are those of others. It is in no file."""
 
     parts: tuple[TensorInfo, ...] = ()
@@ -118,9 +118,62 @@ class _Composed(TensorInfo):
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
 
+    @property
+    def disk_bytes(self) -> int:
+        return sum(part.disk_bytes for part in self.parts)
+
 
 @dataclass(frozen=True)
-class _JoinedTensor(_Composed):
+class _View(Composed):
+    """Some elements of its only part, from element `first` on, by strides counted in elements."""
+
+    first: int = 0
+
+
+class _Viewed(Values):
+    """Elements of a view of what is in no file by itself: computed, or put together.
+
+    Where they lie one after the other they are read so; otherwise all between the first and the
+    last of them is read when one is asked for, and kept.
+    """
+
+    def __init__(self, info: _View, files: FilePool) -> None:
+        super().__init__(info)
+        self._whole = values_of(info.parts[0], files)
+        self._first = info.first
+        self._lock = threading.Lock()
+        self._view: npt.NDArray[np.void] | None = None
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        if self.info.strides is None:
+            self._whole.read_into(self._first + low, self._first + high, raw)
+        elif high > low:
+            with self._lock:
+                if self._view is None:
+                    extent = _extent(self.info)
+                    self._view = _strided(
+                        self.info, self._whole.bytes(self._first, self._first + extent)
+                    )
+            _gather(self._view, low, high, raw.view(self._view.dtype))
+
+
+def view(
+    info: TensorInfo, shape: tuple[int, ...], first: int, strides: tuple[int, ...] | None
+) -> TensorInfo:
+    """Elements of a tensor as one of their own: from element `first` of its file's order on, by
+    `strides` counted in elements, or one after the other."""
+    if isinstance(info, _View):
+        return replace(info, shape=shape, first=info.first + first, strides=strides)
+    if isinstance(info, Composed):
+        return _View(
+            info.name, info.dtype, shape, info.file, info.start, strides, stamp=info.stamp,
+            parts=(info,), first=first,
+        )  # fmt: skip
+    return replace(info, shape=shape, start=info.start + first * info.itemsize, strides=strides)
+
+
+@dataclass(frozen=True)
+class _JoinedTensor(Composed):
     """Those of the parts one after the other."""
 
 
@@ -143,7 +196,7 @@ class _Joined(Values):
 
 
 @dataclass(frozen=True)
-class _AlternatingTensor(_Composed):
+class _AlternatingTensor(Composed):
     """The rows of the parts in turns."""
 
 
@@ -177,7 +230,7 @@ def alternating(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) ->
 
 
 def _composed(
-    kind: type[_Composed], name: str, shape: Sequence[int], parts: Sequence[TensorInfo]
+    kind: type[Composed], name: str, shape: Sequence[int], parts: Sequence[TensorInfo]
 ) -> TensorInfo:
     first = parts[0]
     return kind(
@@ -199,6 +252,11 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
 
 
 @values_of.register
+def _(info: _View, files: FilePool) -> Values:
+    return _Viewed(info, files)
+
+
+@values_of.register
 def _(info: _AlternatingTensor, files: FilePool) -> Values:
     return _Alternating(info, files)
 
@@ -210,11 +268,21 @@ def _(info: _JoinedTensor, files: FilePool) -> Values:
 
 def _viewed(info: TensorInfo, files: FilePool) -> npt.NDArray[np.void]:
     """The elements of a strided tensor that is not empty, as a view of the bytes they lie in."""
+    raw = np.empty(_extent(info) * info.itemsize, np.uint8)
+    files.read_into(info, 0, raw.data)
+    return _strided(info, raw)
+
+
+def _extent(info: TensorInfo) -> int:
+    """Elements from the first to the last one of a strided tensor."""
+    assert info.strides is not None
+    return 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True))
+
+
+def _strided(info: TensorInfo, raw: Bytes) -> npt.NDArray[np.void]:
     assert info.strides is not None
     axes = [(n, s) for n, s in zip(info.shape, info.strides, strict=True) if n > 1]
     size = info.itemsize
-    raw = np.empty((1 + sum((n - 1) * s for n, s in axes)) * size, np.uint8)
-    files.read_into(info, 0, raw.data)
     shape, strides = [n for n, _ in axes], [s * size for _, s in axes]
     return np.lib.stride_tricks.as_strided(raw.view(f"V{size}"), shape, strides, writeable=False)
 

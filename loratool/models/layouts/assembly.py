@@ -16,7 +16,7 @@ from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import alternating, joined
+from loratool.storage.values import alternating, joined, view
 
 
 def assembled(
@@ -85,12 +85,9 @@ def view_of(info: TensorInfo, place: Place) -> Iterator[TensorInfo]:
     runs: list[Rows] = [range(shape[0])] if place.rows is None else _runs(place.rows)
     for rows in runs:
         step = rows.step if isinstance(rows, range) else 1
-        yield replace(
-            info,
-            shape=(len(rows), *shape[1:]),
-            start=info.start + (offset + rows[0] * strides[0]) * info.itemsize,
-            strides=_unless_dense((len(rows), *shape[1:]), (strides[0] * step, *strides[1:])),
-        )
+        own = (len(rows), *shape[1:])
+        kept = _unless_dense(own, (strides[0] * step, *strides[1:]))
+        yield view(info, own, offset + rows[0] * strides[0], kept)
 
 
 def _rows_of(holdings: Holdings, targets: Sequence[Target]) -> Iterator[TensorInfo]:

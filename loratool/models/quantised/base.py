@@ -1,0 +1,121 @@
+"""A quantised base as the plain model that it stands for.
+
+Weights are recognised module by module, from their tensors; config.json gives parameters. What a
+model says of itself and what its files hold may differ: the tensors decide, and what cannot be read
+is refused (`refusals`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratool.errors import BaseError
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
+from loratool.models.quantised.refusals import refuse_method, refuse_unread
+from loratool.models.quantised.scheme import QuantisedTensor, quantised
+from loratool.storage.tensors import TensorInfo
+
+#: Every format that is read; the first one that claims a module has it.
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES,)
+
+
+@dataclass
+class Dequantised(Checkpoint):
+    """The plain model that a quantised one stands for: `tensors` has its weights as they would be
+    there, and none of the parts that they are made of.
+
+    `packed` is what the files hold; `weights` those that are quantised, by name.
+    """
+
+    packed: Checkpoint = field(kw_only=True)
+    settings: Settings = field(kw_only=True)
+    weights: dict[str, QuantisedTensor] = field(kw_only=True)
+
+    def identity(self) -> str:
+        return self.packed.identity()
+
+    @property
+    def title(self) -> str:
+        """What it is quantised as, for people: "NF4", or several, the most common first."""
+        counts = Counter(weight.stored_as.title for weight in self.weights.values())
+        return " and ".join(title for title, _ in counts.most_common())
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+
+def dequantised(base: Checkpoint) -> Checkpoint:
+    """The same base, or where its weights are quantised the plain model that they stand for.
+
+    Raises BaseError where they are in a form that is not read, or incomplete.
+    """
+    settings = settings_of(base)
+    modules = gathered(base, FORMATS, settings)
+    claimed: dict[str, tuple[Module, Format]] = {}
+    for name, module in modules.items():
+        form = next((form for form in FORMATS if form.claims(module)), None)
+        if form is not None:
+            claimed[name] = module, form
+    if not claimed:
+        refuse_method(base, settings)
+        refuse_unread(base, settings, base.tensors)
+        return base
+    describe(
+        (module for module, _ in claimed.values()),
+        frozenset(role for form in FORMATS for role in form.descriptions),
+    )
+    weights = {
+        name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
+    }
+    names = {t.name: weight for weight, tensor in weights.items() for t in _tensors_of(tensor)}
+    refuse_unread(base, settings, base.tensors.keys() - names.keys())
+    tensors: dict[str, TensorInfo] = {}
+    shards: dict[str, list[str]] = {}
+    for shard, held in base.shards.items():
+        for name in held:
+            weight = names.get(name)
+            if weight is None:
+                tensors[name] = base.tensors[name]
+                shards.setdefault(shard, []).append(name)
+            elif name == weights[weight].stored_as.main.name:
+                tensors[weight] = weights[weight]
+                shards.setdefault(shard, []).append(weight)
+    return Dequantised(
+        base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
+        packed=base, settings=settings, weights=weights,
+    )  # fmt: skip
+
+
+def _tensors_of(weight: QuantisedTensor) -> list[TensorInfo]:
+    return [*weight.parts, *weight.stored_as.extras]
+
+
+def settings_of(base: Checkpoint) -> Settings:
+    """What config.json says of quantisation, wherever in it.
+
+    Raises BaseError for a quantization_config that is no table.
+    """
+    places: dict[str, Any] = {"": base.config, **{
+        key: value for key, value in base.config.items() if isinstance(value, dict)
+    }}  # fmt: skip
+    for where, place in places.items():
+        for key in ("quantization_config", "compression_config"):
+            table = place.get(key)
+            if not table:
+                continue
+            if not isinstance(table, dict):
+                raise BaseError(
+                    f"{base.label}: {key} of its config.json is no table ({table!r:.80}).",
+                    "Repair it, or fetch it again.",
+                )
+            method = table.get("quant_method")
+            if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
+                method = "bitsandbytes"
+            name = method if isinstance(method, str) else ""
+            return Settings(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
+    return Settings()

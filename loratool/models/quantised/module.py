@@ -1,0 +1,172 @@
+"""The tensors that may be the parts of one quantised weight, by role, and what config.json says.
+
+A format names its tensors after the weight or after the module. `gathered` sorts the tensors of a
+checkpoint by the weight that they would be parts of; which of them really are, the formats say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from loratool.errors import BaseError, FileError
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.scheme import Scheme
+from loratool.storage.jsonfile import parse_json
+from loratool.storage.tensors import TensorInfo
+
+#: The longest description in a tensor that is read (bitsandbytes' is about 200 bytes).
+LONGEST_DESCRIPTION = 1 << 16
+
+#: How many ranges are read at a time.
+_STREAMS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model says of its quantisation: `method` and the whole `table` of it.
+
+    `where` is the key of config.json that it stands in, "" for none.
+    """
+
+    method: str = ""
+    table: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass
+class Module:
+    """What may be one quantised weight: `tensors` by role, of the weight called `name`.
+
+    `described` are the bytes of those tensors that describe others, by role.
+    """
+
+    name: str
+    tensors: dict[str, TensorInfo]
+    base: Checkpoint
+    settings: Settings
+    described: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The module's path, or the parameter's where it is no `….weight`."""
+        return self.name.removesuffix(".weight")
+
+    def refuse(self, reason: str, hint: str = "") -> NoReturn:
+        """Raise BaseError: this module cannot be read."""
+        raise BaseError(
+            f"{self.base.label}: {self.path}: {reason}.",
+            hint or "The base is incomplete, or not a checkpoint of this format.",
+        )
+
+    def want(self, role: str, title: str) -> TensorInfo:
+        """A part that must be there."""
+        found = self.tensors.get(role)
+        if found is None:
+            have = ", ".join(sorted(t.name.removeprefix(self.path) for t in self.tensors.values()))
+            self.refuse(f"it is stored in {title} and its {role} is missing (there is {have})")
+        return found
+
+    def want_shape(self, info: TensorInfo, *shapes: tuple[int, ...]) -> None:
+        """Raise BaseError for a part of another shape than one of these."""
+        if info.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            self.refuse(f"{info.name} is {list(info.shape)}, expected {expected}")
+
+    def want_dtype(self, info: TensorInfo, *dtypes: str) -> None:
+        """Raise BaseError for a part of another dtype than one of these."""
+        if info.dtype not in dtypes:
+            self.refuse(f"{info.name} is {info.dtype}, expected {' or '.join(dtypes)}")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store weights.
+
+    `roles` are patterns of whole tensor names, with a template of the weight's name and the role
+    that each stands for. `claims` says, from roles, dtypes and settings, whether a module is of
+    this format, also a damaged one; `scheme` makes the scheme of a module that is claimed, or
+    raises BaseError.
+    """
+
+    name: str
+    roles: tuple[tuple[re.Pattern[str], str, str], ...]
+    claims: Callable[[Module], bool]
+    scheme: Callable[[Module], Scheme]
+    #: The roles of small tensors that describe others, whose bytes are read beforehand.
+    descriptions: tuple[str, ...] = ()
+
+
+def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str], ...]:
+    """Rows of (pattern of a whole tensor name, template of the weight's name, template of its
+    role)."""
+    return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
+
+
+def gathered(base: Checkpoint, formats: Iterable[Format], settings: Settings) -> dict[str, Module]:
+    """The tensors of a model by the weight that they may be a part of.
+
+    A tensor whose name says nothing is in no module, unless another one names it as its weight.
+    """
+    rows = list(dict.fromkeys(row for form in formats for row in form.roles))
+    modules: dict[str, Module] = {}
+    for name, info in base.tensors.items():
+        for pattern, template, role in rows:
+            found = pattern.fullmatch(name)
+            if found:
+                weight, part = found.expand(template), found.expand(role)
+                module = modules.setdefault(weight, Module(weight, {}, base, settings))
+                module.tensors[part] = info
+                break
+    for weight, module in modules.items():
+        if weight in base.tensors:
+            module.tensors.setdefault("weight", base.tensors[weight])
+    return modules
+
+
+def describe(modules: Iterable[Module], roles_read: frozenset[str]) -> None:
+    """Read the tensors of these roles, and leave their bytes in `Module.described`.
+
+    Over the network they are read by ranges, several at a time. Raises BaseError for one that is
+    too large for a description.
+    """
+    wanted: dict[str, list[tuple[Module, str, TensorInfo]]] = {}
+    for module in modules:
+        for role in roles_read & module.tensors.keys():
+            info = module.tensors[role]
+            if info.nbytes > LONGEST_DESCRIPTION:
+                module.refuse(f"{info} is too large for a description")
+            wanted.setdefault(info.file.name, []).append((module, role, info))
+    pieces = [
+        (file, rows[turn::_STREAMS]) for file, rows in wanted.items() for turn in range(_STREAMS)
+    ]
+
+    def read(piece: tuple[str, list[tuple[Module, str, TensorInfo]]]) -> None:
+        file, rows = piece
+        if not rows:
+            return
+        folder = rows[0][0].base.folder
+        with folder.reading(file) as (stream, _, _):
+            for module, role, info in rows:
+                stream.seek(info.start)
+                module.described[role] = stream.read(info.nbytes)
+
+    with ThreadPoolExecutor(_STREAMS) as pool:
+        for _ in pool.map(read, pieces):
+            pass
+
+
+def json_in(module: Module, role: str) -> dict[str, Any]:
+    """The JSON object that a tensor of bytes holds. Raises BaseError for anything else."""
+    info = module.tensors[role]
+    module.want_dtype(info, "U8")
+    try:
+        found = parse_json(module.described[role], info.name)
+    except FileError:
+        found = None
+    if not isinstance(found, dict):
+        module.refuse(f"{info.name} does not hold a JSON object")
+    return found

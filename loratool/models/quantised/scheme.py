@@ -1,0 +1,164 @@
+"""How the weight of one module is stored quantised: its parts, and the values that they stand for.
+
+A format has a `Scheme`: the tensors that a weight is made of, and how rows of it are computed from
+these. A `QuantisedTensor` is the weight as the plain model would hold it, of the dtype that the
+scheme gives; whoever reads tensors by range (`storage.values`) reads it like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from loratool.errors import BaseError
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
+from loratool.storage.values import Composed, Values, values_of
+
+#: Rows of a weight, `[n, columns]`.
+Floats = npt.NDArray[np.float32]
+
+
+class Opened(ABC):
+    """The rows of one quantised weight, computed when they are asked for, from any thread.
+
+    A weight of more than two dimensions is seen as one matrix: `[E, R, C]` as `[E·R, C]`.
+    """
+
+    @abstractmethod
+    def rows(self, first: int, last: int, out: Floats) -> None:
+        """Fill `out`, `[last - first, columns]`, with rows `[first, last)` of the weight.
+
+        Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
+        """
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """How one weight is stored.
+
+    `shape` is the weight's, as the plain model stores it; `parts` are the tensors in the files that
+    it is made of, by role; `extras` those that go with it and are no part of its value (scales of
+    activations, descriptions): what is opened leaves both behind.
+    """
+
+    shape: tuple[int, ...]
+    parts: dict[str, TensorInfo] = field(compare=False)
+    extras: tuple[TensorInfo, ...] = field(default=(), compare=False)
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """For people: "NF4", "FP8 in blocks of 128×128"."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a code."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the values: float32 where the product is exact or rounded there, otherwise
+        what the format's own library rounds to before anybody computes with it."""
+        return "F32"
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def main(self) -> TensorInfo:
+        """The part that stands for the weight: its codes."""
+        return next(iter(self.parts.values()))
+
+    @abstractmethod
+    def opened(self, files: FilePool) -> Opened:
+        """How its rows are computed, with what is read of the parts through `files`."""
+
+
+@dataclass(frozen=True)
+class QuantisedTensor(Composed):
+    """A weight as the plain model would hold it, which is stored by a scheme."""
+
+    scheme: Scheme | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def run(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def stored_as(self) -> Scheme:
+        assert self.scheme is not None
+        return self.scheme
+
+
+def quantised(name: str, scheme: Scheme) -> QuantisedTensor:
+    """The weight of this name that a scheme stands for."""
+    main = scheme.main
+    return QuantisedTensor(
+        name, scheme.dtype, scheme.shape, main.file, main.start, stamp=main.stamp,
+        parts=tuple(scheme.parts.values()), scheme=scheme,
+    )  # fmt: skip
+
+
+class _Dequantised(Values):
+    """Elements of a quantised weight: whole rows are computed, and rounded to its dtype."""
+
+    def __init__(self, info: QuantisedTensor, files: FilePool) -> None:
+        super().__init__(info)
+        self._opened = info.stored_as.opened(files)
+        self._columns = info.shape[-1]
+
+    def read_into(self, low: int, high: int, raw: Bytes) -> None:
+        if high <= low:
+            return
+        first, last = low // self._columns, -(-high // self._columns)
+        begin = low - first * self._columns
+        whole = begin == 0 and high == last * self._columns
+        if whole and self.info.dtype == "F32":
+            self._opened.rows(first, last, raw.view(np.float32).reshape(-1, self._columns))
+            return
+        values = np.empty((last - first, self._columns), np.float32)
+        self._opened.rows(first, last, values)
+        round_into(values.reshape(-1)[begin : begin + high - low], self.info.dtype, raw)
+
+
+def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
+    """Fill `raw` with flat float32 values rounded once to a dtype (ties to even)."""
+    if dtype == "F32":
+        raw.view(np.float32)[:] = values
+    elif dtype == "F16":
+        raw.view(np.float16)[:] = values
+    else:
+        import torch  # NumPy has no bfloat16
+
+        target = torch.from_numpy(raw).view(torch.bfloat16)
+        target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+@values_of.register
+def _(info: QuantisedTensor, files: FilePool) -> Values:
+    return _Dequantised(info, files)
+
+
+# --- for formats ----------------------------------------------------------------------------------
+
+
+def read_part(info: TensorInfo, files: FilePool) -> Bytes:
+    """All bytes of a part, `[nbytes]` uint8."""
+    values = values_of(info, files)
+    return values.bytes(0, values.length)
+
+
+def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes:
+    """The bytes of rows `[first, last)` of a part seen as `[rows, …]`, flat."""
+    width = math.prod(info.shape[1:])
+    return values_of(info, files).bytes(first * width, last * width)
+
+
+def broken_part(info: TensorInfo, what: str) -> BaseError:
+    """The error for a part that no number comes of."""
+    return BaseError(f"{info.name} ({info.file}): {what}.", "The base is damaged; fetch it again.")

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.storage.tensors import Bytes
-
 #: Magnitudes and signs of the 16 codes of FP4 (E2M1).
 E2M1 = np.array(
     [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32
@@ -24,11 +22,6 @@ def pair_table(values: npt.NDArray[np.float32], high_first: bool) -> npt.NDArray
     high, low = values[byte >> 4], values[byte & 15]
     pair = (high, low) if high_first else (low, high)
     return np.ascontiguousarray(np.stack(pair, -1)).view(np.int64).reshape(256)
-
-
-def looked_up(codes: Bytes, table: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """`table[codes]`, flat, for bytes."""
-    return table.take(codes)
 
 
 #: float8_e4m3fn by byte; NaN has the two codes of all ones.
@@ -61,4 +54,5 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     stream = np.unpackbits(octets, axis=-1, bitorder="little")
     count = stream.shape[-1] // bits
     digits = stream[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
-    return np.packbits(digits, axis=-1, bitorder="little")[..., 0]
+    codes: npt.NDArray[np.uint8] = np.packbits(digits, axis=-1, bitorder="little")[..., 0]
+    return codes

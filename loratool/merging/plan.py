@@ -15,6 +15,7 @@ from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.quantised.treatment import Treatment
 from loratool.notices import Notice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
@@ -133,6 +134,8 @@ class Plan:
     initial: Adapter | None = None
     shards: dict[str, list[Job]] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
+    #: What becomes of the base's quantisation; None where it has none.
+    treatment: Treatment | None = None
     notices: list[Notice] = field(default_factory=list)
     modules: int = 0
 
@@ -187,7 +190,12 @@ class Edits:
 
 def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: str = "") -> Job:
     """The job that turns `source`, a tensor of the base or one like it, into output `name`."""
+    treatment = plan.treatment
+    if treatment is not None and treatment.base.is_part(source):
+        return Job(name, source.dtype, source, "copy", checked=False)
     base_dtype = source.dtype
+    if treatment is not None and name in treatment.base.weights:
+        base_dtype = treatment.dtype
     if edits.replacement is not None:
         source = edits.replacement
     keep = is_legacy_buffer(name, source.shape) or not source.is_float

@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.errors import FileError, UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.config import updated_config
+from loratool.models.config import Rewriting, updated_config
 from loratool.models.tokenizers import (
     Tokenizer,
     broken_parts,
@@ -72,6 +72,12 @@ class SideFiles:
         coming = self._coming
         here = (path for name, path in self.copied.items() if name not in coming)
         return sum(coming.values()) + sum(path.stat().st_size for path in here)
+
+    def leave(self, names: Sequence[str], why: str) -> None:
+        """Let files of these names not go along."""
+        for name in names:
+            if self.copied.pop(name, None) is not None:
+                self.left_out.append(f"{name} ({why})")
 
     def check_readable(self) -> None:
         """Raise OSError now for a file that could not be copied later."""
@@ -326,15 +332,26 @@ def _modules_of(folder: Folder) -> dict[str, str]:
     return {m["path"].rstrip("/"): m.get("type") or "" for m in modules}
 
 
-def write_side_files(files: SideFiles, folder: Path, dtype: str, changes: dict[str, Any]) -> None:
+def write_side_files(
+    files: SideFiles,
+    folder: Path,
+    dtype: str,
+    changes: dict[str, Any],
+    rewriting: Rewriting | None = None,
+) -> None:
     """Copy the files into `folder`; config.json is written with the output's dtype and `changes`.
 
-    `dtype` is a torch name ("float16"), or "base" where every tensor kept its own.
+    `dtype` is a torch name ("float16"), or "base" where every tensor kept its own; `rewriting` is
+    what is to be said of quantisation.
     """
     for name, source in files.copied.items():
         target = folder / name
         if name == CONFIG:
             refuse_leading_out({name: source})
-            write_json(target, updated_config(read_json(source), dtype, changes))
+            config = updated_config(read_json(source), dtype, changes)
+            write_json(target, rewriting.applied(config) if rewriting else config)
+        elif rewriting is not None and name in rewriting.others:
+            refuse_leading_out({name: source})
+            write_json(target, rewriting.others[name](read_json(source)))
         else:
             copy_own(source, name, target)

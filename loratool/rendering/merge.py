@@ -31,6 +31,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         times = f"  × {weight:g}" if weight != 1 else ""
         named = f"  (trained on {trained_on})" if trained_on else ""
         facts.add_row("adapter", verbatim(adapter + times + named))
+    if report.quantised:
+        facts.add_row("quantised", verbatim(report.quantised))
     kept = "each tensor's own" if report.dtype == "base" else report.dtype
     facts.add_row("dtype", kept)
     facts.add_row("modules", f"{report.modules} merged")

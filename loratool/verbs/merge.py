@@ -26,6 +26,8 @@ from loratool.merging.residual_base import plan_on
 from loratool.merging.undo.sidefiles import keep_base, note_large, previous
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
+from loratool.models.quantised.base import dequantised
+from loratool.models.quantised.treatment import Quantised, refuse_dtype
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.models.tokenizers import note_ids_without_rows
 from loratool.publishing.target import merge_target, workplace
@@ -68,6 +70,8 @@ def merge(
     verify: bool = False,
     initial: str | Path | None = None,
     replicate_layers: bool = False,
+    quantised: str | None = None,
+    trained_here: bool = False,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -93,6 +97,12 @@ def merge(
     initial: an adapter as it was before training, where its initialisation changed the base
         (`pissa_niter_N`, CorDA, LoRA-GA): what it holds is taken off the base first.
     replicate_layers: copy layers of the base as the adapter's layer_replication says.
+    quantised: what becomes of a quantised base: "plain" (all of it dequantised to `dtype`), "keep"
+        (adapted weights and those that are one matrix with them become plain, the rest is copied),
+        or "requantise" (adapted weights go back into the base's format). If not given, what no
+        adapter touches is copied; else bitsandbytes' formats become plain and others are kept.
+    trained_here: the adapter was trained on this very base, whose weights were rescaled for
+        quantisation (AWQ).
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
@@ -118,7 +128,7 @@ def merge(
     sources = as_list(adapters)
     options = MergeOptions(
         dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
-        push, keep, private, initial, replicate_layers,
+        push, keep, private, initial, replicate_layers, Quantised(quantised, trained_here),
     )  # fmt: skip
     options.check(output)
     output = output if output is not None else workplace(str(push))
@@ -131,6 +141,9 @@ def merge(
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
     side_files = side_files_of(plan.base, [(a.owner, a.folder) for a in plan.adapters], tokenizer)
+    rewriting = plan.treatment.rewriting() if plan.treatment is not None else None
+    if rewriting is not None:
+        side_files.leave(rewriting.without, "of the quantisation")
     report = _report(plan, target, side_files, dry_run, options)
     refuse_company(target, side_files.copied, overwrite)
     if repository is not None:
@@ -185,7 +198,7 @@ def _planned(
     """Open everything, see that the output harms none of it, and make the plan."""
     before = [options.initial] if options.initial is not None else []
     check_output(target, [Path(base), *map(Path, [*adapters, *before])], overwrite)
-    checkpoint = open_checkpoint(base)
+    checkpoint = dequantised(open_checkpoint(base))
     loras = [read_lora(source, expert_b_layout) for source in adapters]
     initial = read_lora(options.initial, expert_b_layout) if options.initial is not None else None
     # What the inputs link to (as files in a download cache do) must not be written to either.
@@ -201,9 +214,14 @@ def _planned(
         checkpoint = replicated(checkpoint, loras)
     dtype, notices = options.dtype_for(checkpoint)
     plan = plan_on(
-        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components, initial
-    )
-    plan.notices += notices + note_other_base(checkpoint, loras)
+        checkpoint, loras, weights, dtype, options.allow_unmatched, options.components, initial,
+        options.quantised,
+    )  # fmt: skip
+    if plan.treatment is not None:
+        refuse_dtype(options.dtype, plan.treatment)
+    plan.notices += note_other_base(checkpoint, loras)
+    if plan.treatment is None or plan.treatment.is_plain:
+        plan.notices += notices
     return plan
 
 
@@ -303,4 +321,5 @@ def _report(
         warnings=[*plan.notices, *files.notices, *rowless],
         kept=options.keep,
         derivation=derivation_of(plan),
+        quantised=str(plan.treatment) if plan.treatment is not None else "",
     )

@@ -8,7 +8,10 @@ is refused (`refusals`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError
@@ -34,6 +37,32 @@ class Dequantised(Checkpoint):
     packed: Checkpoint = field(kw_only=True)
     settings: Settings = field(kw_only=True)
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
+    #: Tensors of the quantisation that belong to no single weight.
+    extras: frozenset[str] = field(default=frozenset(), kw_only=True)
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """The weights that tensors of the files are there for, by the names of these."""
+        return {
+            part.name: name
+            for name, weight in self.weights.items()
+            for part in weight.stored_as.all_parts
+        }
+
+    def is_part(self, info: TensorInfo) -> bool:
+        """Whether a tensor of the files is a part of a quantised weight, or goes with one."""
+        own = info is self.packed.tensors.get(info.name)
+        return own and (info.name in self.owners or info.name in self.extras)
+
+    @property
+    def files(self) -> list[Path]:
+        return self.packed.files
+
+    def fetch(self, tensors: Iterable[str] | None = None) -> None:
+        if tensors is None:
+            self.packed.fetch()
+        else:
+            super().fetch(tensors)
 
     def identity(self) -> str:
         return self.packed.identity()
@@ -47,6 +76,11 @@ class Dequantised(Checkpoint):
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
+
+
+def as_stored(base: Checkpoint) -> Checkpoint:
+    """The model as its files hold it."""
+    return base.packed if isinstance(base, Dequantised) else base
 
 
 def dequantised(base: Checkpoint) -> Checkpoint:
@@ -72,7 +106,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
     weights = {
         name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
     }
-    names = {t.name: weight for weight, tensor in weights.items() for t in _tensors_of(tensor)}
+    names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
     refuse_unread(base, settings, base.tensors.keys() - names.keys())
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
@@ -89,10 +123,6 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
         packed=base, settings=settings, weights=weights,
     )  # fmt: skip
-
-
-def _tensors_of(weight: QuantisedTensor) -> list[TensorInfo]:
-    return [*weight.parts, *weight.stored_as.extras]
 
 
 def settings_of(base: Checkpoint) -> Settings:

@@ -70,6 +70,21 @@ class Scheme(ABC):
         return self.shape[-1]
 
     @property
+    def rescaled(self) -> bool:
+        """Whether this is another weight than the original's, with scales of its inputs in it."""
+        return False
+
+    @property
+    def on_load(self) -> bool:
+        """Whether programs make it of a plain weight while they load a model."""
+        return False
+
+    @property
+    def all_parts(self) -> tuple[TensorInfo, ...]:
+        """All tensors that are there for this weight alone."""
+        return (*self.parts.values(), *self.extras)
+
+    @property
     def main(self) -> TensorInfo:
         """The part that stands for the weight: its codes."""
         return next(iter(self.parts.values()))

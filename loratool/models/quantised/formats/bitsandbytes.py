@@ -55,6 +55,10 @@ class FourBit(Scheme):
         return 4
 
     @property
+    def on_load(self) -> bool:
+        return True
+
+    @property
     def dtype(self) -> str:
         return self.rounded
 

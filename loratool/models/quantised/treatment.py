@@ -66,6 +66,11 @@ class Treatment:
     dtype: str = "BF16"
 
     @property
+    def trained_here(self) -> bool:
+        """Whether a user said so of weights that were rescaled."""
+        return any(weight.stored_as.rescaled for weight in self.base.weights.values())
+
+    @property
     def is_plain(self) -> bool:
         """Whether the result is a model without any quantised weight."""
         return self.how == "plain"
@@ -107,7 +112,7 @@ class Treatment:
             "base plus the adapter: the model that a QLoRA adapter was trained as. Merged into the "
             "16-bit original, where that is at hand, it is another model, often as good."
         )
-        if any(weight.stored_as.rescaled for weight in self.base.weights.values()):
+        if self.trained_here:
             text = (
                 f"{self.base.label} is quantised ({self.base.title}), and its weights were "
                 "rescaled for that: the result is right only for an adapter that was trained on "

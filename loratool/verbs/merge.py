@@ -141,9 +141,8 @@ def merge(
     if push is not None:
         repository = merge_target(plan, push, private, overwrite, dry_run)
     side_files = side_files_of(plan.base, [(a.owner, a.folder) for a in plan.adapters], tokenizer)
-    rewriting = plan.treatment.rewriting() if plan.treatment is not None else None
-    if rewriting is not None:
-        side_files.leave(rewriting.without, "of the quantisation")
+    if plan.rewriting is not None:
+        side_files.leave(plan.rewriting.without, "of the quantisation")
     report = _report(plan, target, side_files, dry_run, options)
     refuse_company(target, side_files.copied, overwrite)
     if repository is not None:

@@ -17,7 +17,13 @@ from typing import Any
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
-from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
+from loratool.models.quantised.module import (
+    Format,
+    Module,
+    Quantisation,
+    gathered,
+    read_descriptions,
+)
 from loratool.models.quantised.refusals import refuse_method, refuse_unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
@@ -35,7 +41,7 @@ class Dequantised(Checkpoint):
     """
 
     packed: Checkpoint = field(kw_only=True)
-    settings: Settings = field(kw_only=True)
+    settings: Quantisation = field(kw_only=True)
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
     #: Tensors of the quantisation that belong to no single weight.
     extras: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -88,7 +94,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
 
     Raises BaseError where they are in a form that is not read, or incomplete.
     """
-    settings = settings_of(base)
+    settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
     claimed: dict[str, tuple[Module, Format]] = {}
     for name, module in modules.items():
@@ -99,7 +105,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         refuse_method(base, settings)
         refuse_unread(base, settings, base.tensors)
         return base
-    describe(
+    read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
@@ -125,7 +131,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
     )  # fmt: skip
 
 
-def settings_of(base: Checkpoint) -> Settings:
+def quantisation_of(base: Checkpoint) -> Quantisation:
     """What config.json says of quantisation, wherever in it.
 
     Raises BaseError for a quantization_config that is no table.
@@ -147,5 +153,5 @@ def settings_of(base: Checkpoint) -> Settings:
             if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
                 method = "bitsandbytes"
             name = method if isinstance(method, str) else ""
-            return Settings(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
-    return Settings()
+            return Quantisation(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
+    return Quantisation()

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
+from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
-from loratool.storage.values import Composed, Values, values_of
+from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
 Floats = npt.NDArray[np.float32]

@@ -16,9 +16,9 @@ from loratool.errors import BaseError, UsageError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.layout import in_memory
-from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.base import Dequantised, as_stored, quantisation_of
+from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
-from loratool.models.quantised.siblings import experts_of, with_siblings
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
@@ -133,6 +133,24 @@ class Treatment:
         )
 
 
+def leftover(base: Checkpoint) -> Rewriting | None:
+    """What config.json must not say any more where it speaks of quantisation and no weight is
+    quantised: programs that load the model would look for scales."""
+    where = quantisation_of(base).where
+    return Rewriting(where, None, without=DESCRIPTIONS) if where else None
+
+
+def note_leftover(base: Checkpoint) -> Notice:
+    """A warning for such a base."""
+    said = quantisation_of(base)
+    text = (
+        f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
+        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "not go along."
+    )
+    return Notice("leftover-quantisation", text, base.label)
+
+
 def treat(
     base: Dequantised, changed: Collection[str], asked: str | None, trained_here: bool
 ) -> Treatment:
@@ -153,7 +171,7 @@ def treat(
         return Treatment(base, how, touched, frozenset(base.weights), dtype=dtype)
     if how == "requantise":
         return Treatment(base, how, touched, frozenset(), touched, dtype)
-    opened = frozenset(with_siblings(touched, base.weights))
+    opened = frozenset(with_fused(touched, base.weights))
     if base.settings.where and not can_ignore(base.settings):
         raise BaseError(
             f"{base.label} is quantised with {base.settings.method or 'no known method'}, and it "

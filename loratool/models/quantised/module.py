@@ -74,7 +74,7 @@ class Module:
         """A part that must be there."""
         found = self.tensors.get(role)
         if found is None:
-            have = ", ".join(sorted(t.name.removeprefix(self.path) for t in self.tensors.values()))
+            have = ", ".join(sorted(info.name for info in self.tensors.values()))
             self.refuse(f"it is stored in {title} and its {role} is missing (there is {have})")
         return found
 

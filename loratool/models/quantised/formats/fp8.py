@@ -149,7 +149,7 @@ def _scheme(module: Module) -> Scaled:
     if not found:
         others = sorted(info.name for role, info in module.tensors.items() if role != "weight")
         there = f" (there is {', '.join(others)})" if others else ""
-        module.refuse(f"it is stored in FP8 ({weight.dtype}) and its scale is missing{there}")
+        module.refuse(f"{weight.name} is stored in FP8 and its scale is missing{there}")
     if len(weight.shape) not in (2, 3):
         module.refuse(f"{weight} is no matrix, nor a stack of matrices")
     scale = module.tensors[found[0]]

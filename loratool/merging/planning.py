@@ -272,7 +272,7 @@ def _settle_quantisation(plan: Plan, edits: dict[str, Edits], quantised: Quantis
             )
         asked = "plain"
     plan.treatment = treat(base, changed, asked, quantised.trained_here)
-    if not plan.treatment.is_plain:
+    if plan.treatment.how != "plain":
         plan.dtype = "base"
     plan.notices += plan.treatment.notices
 

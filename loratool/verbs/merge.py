@@ -159,6 +159,6 @@ def _planned(
     if plan.treatment is not None:
         refuse_dtype(options.dtype, plan.treatment)
     plan.notices += note_other_base(checkpoint, loras)
-    if plan.treatment is None or plan.treatment.is_plain:
+    if plan.treatment is None or plan.treatment.how == "plain":
         plan.notices += notices
     return plan

@@ -17,7 +17,9 @@ from typing import Any
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp4 import FORMATS as FP4
 from loratool.models.quantised.formats.fp8 import FORMATS as FP8
+from loratool.models.quantised.formats.packed import FORMATS as PACKED
 from loratool.models.quantised.module import (
     ACTIVATIONS,
     Format,
@@ -31,7 +33,7 @@ from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *FP8)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *FP4, *PACKED, *FP8)
 
 
 @dataclass

@@ -76,7 +76,7 @@ class Treatment:
     @property
     def is_plain(self) -> bool:
         """Whether the result is a model without any quantised weight."""
-        return self.how == "plain"
+        return len(self.opened) == len(self.base.weights)
 
     def sources(self) -> Iterator[tuple[str, list[TensorInfo]]]:
         """What each output shard begins with: tensors of the plain model where they are opened, of
@@ -134,8 +134,10 @@ class Treatment:
         title = self.base.title
         if self.how == "untouched":
             return f"{title}, copied as it is: no adapted weight is quantised"
-        if self.is_plain:
+        if self.how == "plain":
             return f"{title}, dequantised: the result is a plain model"
+        if self.is_plain:
+            return f"{title}, all of it plain {_name(self.dtype)}: all is adapted, or one with that"
         opened, rest = len(self.opened), len(self.base.weights) - len(self.opened)
         if self.how == "requantise":
             return f"{title}, quantised again where adapted ({counted(len(self.back), 'weight')})"
@@ -262,7 +264,7 @@ def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
 
 def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
     """Raise UsageError for a dtype where the model stays quantised."""
-    if dtype not in (None, "base") and not treatment.is_plain:
+    if dtype not in (None, "base") and treatment.how != "plain":
         own = "every weight keeps its dtype"
         if treatment.opened:
             own = f"what is opened gets its own dtype, {_name(treatment.dtype)}"

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.plan import Edits, Job, Plan, make_job
-from loratool.models.quantised.encoding.encoder import Codes, Encoder
+from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.encoders import encoder_of
+from loratool.models.quantised.encoding.rounding import Codes
 from loratool.models.quantised.scheme import Floats, QuantisedTensor
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, as_float32, blocks

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from loratool.models.quantised.encoding.rounding import Codes
 from loratool.models.quantised.scheme import Floats
 from loratool.storage.tensors import Bytes, FilePool
-
-Codes = npt.NDArray[Any]
 
 
 class Encoder(ABC):
@@ -59,33 +56,3 @@ class Encoder(ABC):
     def follow(self, raw: Bytes) -> None:
         """Take the bytes of the part that leads, before another one is encoded."""
         raise NotImplementedError
-
-
-def nearest(values: Floats, levels: Floats) -> npt.NDArray[np.uint8]:
-    """The number of the level that is nearest to each value; of two as near, the lower one.
-
-    There are at most 256 levels, and they ascend.
-    """
-    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
-    if len(levels) > 32:
-        return np.searchsorted(bounds, values).astype(np.uint8)
-    # Comparing with each bound is several times as fast as searching among few.
-    found = np.zeros(values.shape, np.uint8)
-    above = np.empty(values.shape, bool)
-    for bound in bounds:
-        np.greater(values, bound, out=above)
-        found += above.view(np.uint8)
-    return found
-
-
-def largest(values: Floats) -> Floats:
-    """The largest magnitude along the last axis."""
-    found: Floats = np.maximum(values.max(-1), -values.min(-1))
-    return found
-
-
-def inverse(scales: Floats) -> Floats:
-    """One divided by each scale; zero for a scale of zero, whose values are all zero."""
-    found = np.zeros_like(scales)
-    np.divide(np.float32(1), scales, out=found, where=scales != 0)
-    return found

@@ -16,14 +16,16 @@ from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
 from loratool.models.quantised.refusals import refuse_method, refuse_unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES,)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ)
 
 
 @dataclass

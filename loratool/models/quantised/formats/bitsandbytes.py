@@ -8,14 +8,12 @@ where a row is no multiple of the block; the generic one is what is meant.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import pair_table
 from loratool.models.quantised.scheme import (
@@ -174,7 +172,7 @@ def _four_bit(module: Module) -> FourBit:
         module.want_dtype(absmax, "F32", "F16", "BF16")
         if "nested_absmax" in module.tensors:
             module.refuse(f"{absmax} is no code, and there is a nested_absmax")
-    turned = _is_conv1d(module)
+    turned = module.is_conv1d
     extras = tuple(t for r, t in module.tensors.items() if r not in parts)
     return FourBit(
         (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
@@ -215,6 +213,10 @@ class EightBit(Scheme):
     @property
     def bits(self) -> int:
         return 8
+
+    @property
+    def on_load(self) -> bool:
+        return True
 
     def opened(self, files: FilePool) -> Opened:
         return _EightBitRows(self, files)
@@ -258,15 +260,10 @@ def _eight_bit(module: Module) -> EightBit:
                 f"weight_format {code}), expected rows (0)",
                 "Load it with the bitsandbytes that wrote it, and save it again.",
             )
-    turned = _is_conv1d(module)
+    turned = module.is_conv1d
     extras = () if order is None else (order,)
     shape = weight.shape[::-1] if turned else weight.shape
     return EightBit(shape, {"weight": weight, "SCB": scales}, extras, turned)
-
-
-def _is_conv1d(module: Module) -> bool:
-    pattern = CONV1D.get(module.base.model_type)
-    return pattern is not None and re.search(pattern, module.path) is not None
 
 
 FORMATS = (

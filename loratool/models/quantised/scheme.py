@@ -157,6 +157,15 @@ def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
         target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
 
+def round_in_place(values: Floats, dtype: str) -> None:
+    """Round float32 values to a dtype, where they are."""
+    if dtype != "F32":
+        import torch  # NumPy has no bfloat16
+
+        numbers = torch.from_numpy(values)
+        numbers.copy_(numbers.to(torch.float16 if dtype == "F16" else torch.bfloat16))
+
+
 @values_of.register
 def _(info: QuantisedTensor, files: FilePool) -> Values:
     return _Dequantised(info, files)

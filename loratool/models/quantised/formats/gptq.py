@@ -161,8 +161,10 @@ def _scheme(module: Module) -> Gptq:
     module.want_shape(words, (words.shape[0], outputs))
     module.want_shape(zeros, (groups, -(-outputs * bits // 32)))
     inputs = inputs or words.shape[0] * 32 // bits
-    if bits == 3 and words.shape[0] % 3:
-        module.refuse(f"{words} has codes of 3 bits in words that are no multiple of three")
+    if bits == 3 and (words.shape[0] % 3 or zeros.shape[1] % 3):
+        module.refuse(
+            f"{words} and {zeros} have 3-bit codes, 32 in three words, and words left over"
+        )
     group = 0 if index is not None else _group(module, inputs, groups)
     parts = {"qweight": words, "qzeros": zeros, "scales": scales}
     if index is not None:

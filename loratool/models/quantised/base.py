@@ -20,13 +20,14 @@ from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
 from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
 from loratool.models.quantised.refusals import refuse_method, refuse_unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO)
 
 
 @dataclass

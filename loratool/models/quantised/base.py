@@ -16,8 +16,12 @@ from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
 from loratool.models.quantised.formats.fp8 import FORMATS as FP8
+from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
+from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import (
     ACTIVATIONS,
     Format,
@@ -31,7 +35,7 @@ from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *FP8)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP8)
 
 
 @dataclass

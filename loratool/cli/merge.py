@@ -38,6 +38,15 @@ from loratool.storage.destination import Overwrite
 @initial_option()
 @replicate_layers_option()
 @click.option(
+    "--quantised", type=click.Choice(["plain", "keep", "requantise"]),
+    help="What becomes of a quantised BASE: all of it plain, all but adapted weights kept as they "
+    "are, or adapted weights quantised again. [default: kept; plain for NF4, FP4 and int8]",
+)  # fmt: skip
+@click.option(
+    "--trained-here", is_flag=True,
+    help="The adapter was trained on this very BASE, whose weights are rescaled (AWQ).",
+)  # fmt: skip
+@click.option(
     "--tokenizer", type=click.Choice(["base", "adapter"]),
     help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
 )  # fmt: skip
@@ -73,6 +82,8 @@ def merge_command(
     expert_b_layout: str | None,
     initial: str | None,
     replicate_layers: bool,
+    quantised: str | None,
+    trained_here: bool,
     tokenizer: str | None,
     again: bool,
     overwrite: Overwrite,
@@ -103,6 +114,7 @@ def merge_command(
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge llama-bnb-4bit/ qlora/ -o merged/ --dtype bfloat16
       loratool merge clip/ text-adapter/ -o merged/ --components text_model
       loratool merge org/base org/adapter -o merged/ --push org/merged
       loratool merge org/base org/adapter --push org/merged --no-keep
@@ -116,9 +128,9 @@ def merge_command(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
             expert_b_layout=expert_b_layout, initial=initial, replicate_layers=replicate_layers,
-            tokenizer=tokenizer, again=again, overwrite=overwrite, dry_run=dry_run,
-            reversible=reversible, verify=verify, push=push, keep=not no_keep, private=private,
-            threads=threads, progress=progress,
+            quantised=quantised, trained_here=trained_here, tokenizer=tokenizer, again=again,
+            overwrite=overwrite, dry_run=dry_run, reversible=reversible, verify=verify, push=push,
+            keep=not no_keep, private=private, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

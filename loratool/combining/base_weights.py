@@ -16,7 +16,7 @@ from loratool.merging.match import Delta
 from loratool.merging.matching import match
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.layout import Layout
-from loratool.models.quantised import refuse_quantised
+from loratool.models.quantised.base import dequantised
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32
@@ -29,8 +29,7 @@ class BaseWeights:
     def __init__(
         self, base: str | Path, adapters: Sequence[Adapter], components: Sequence[str] = ()
     ) -> None:
-        self._base = open_checkpoint(base)
-        refuse_quantised(self._base)
+        self._base = dequantised(open_checkpoint(base))
         layout = Layout(self._base, components)
         self._deltas: dict[str, Delta] = {}
         self._tied = layout.tied.embedding if layout.tied is not None else None

@@ -20,6 +20,7 @@ from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_token_embedding
+from loratool.models.quantised.base import dequantised
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, TensorInfo
@@ -71,7 +72,7 @@ def cover(
     The weights that the modules at `paths` adapt are measured if they are on this disk, or may be
     downloaded (`norms`).
     """
-    checkpoint = open_checkpoint(base)
+    checkpoint = dequantised(open_checkpoint(base))
     layout = Layout(checkpoint, components)
     found = match(adapter, layout)
     lengths, broken = _lengths(checkpoint, layout, found.deltas, paths, norms)
@@ -127,7 +128,7 @@ def _lengths(
     names = {info.name for found in parts.values() for info in found}
     if norms:
         base.fetch(names)
-    if not all(base.tensors[name].file.is_file() for name in names):
+    if not all(file.is_file() for name in names for file in base.tensors[name].files):
         return None, []
     flat = [info for found in parts.values() for info in found]
     with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -9,6 +9,7 @@ from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.precision import float16_overflows
+from loratool.models.quantised.treatment import AS_USUAL, TREATMENTS, Quantised
 from loratool.notices import Notice
 
 #: Whose tokenizer a merge takes.
@@ -31,6 +32,7 @@ class MergeOptions:
     private: bool = False
     initial: str | Path | None = None
     replicate_layers: bool = False
+    quantised: Quantised = AS_USUAL
 
     def check(self, output: str | Path | None) -> None:
         """Raise UsageError for options that contradict each other."""
@@ -38,6 +40,8 @@ class MergeOptions:
             raise unknown("dtype", self.dtype, MODEL_DTYPES)
         if self.tokenizer is not None and self.tokenizer not in TOKENIZERS:
             raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
+        if self.quantised.how not in (None, *TREATMENTS):
+            raise unknown("treatment", str(self.quantised.how), TREATMENTS)
         if self.push is None and not self.keep:
             raise UsageError("--no-keep without --push would leave nothing.", "Add --push REPO.")
         if self.push is None and self.private:

@@ -13,8 +13,11 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
+from loratool.merging.replication import original
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import Rewriting
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
@@ -133,8 +136,17 @@ class Plan:
     initial: Adapter | None = None
     shards: dict[str, list[Job]] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
+    #: What becomes of the base's quantisation; None where it has none.
+    treatment: Treatment | None = None
     notices: list[Notice] = field(default_factory=list)
     modules: int = 0
+
+    @property
+    def rewriting(self) -> Rewriting | None:
+        """What the output's files must say differently of quantisation."""
+        if self.treatment is not None:
+            return self.treatment.rewriting()
+        return leftover(original(self.base))
 
     @property
     def jobs(self) -> list[Job]:
@@ -187,7 +199,12 @@ class Edits:
 
 def make_job(plan: Plan, name: str, source: TensorInfo, edits: Edits, action: str = "") -> Job:
     """The job that turns `source`, a tensor of the base or one like it, into output `name`."""
+    treatment = plan.treatment
+    if treatment is not None and treatment.base.is_part(source):
+        return Job(name, source.dtype, source, "copy", checked=False)
     base_dtype = source.dtype
+    if treatment is not None and name in treatment.base.weights:
+        base_dtype = treatment.dtype
     if edits.replacement is not None:
         source = edits.replacement
     keep = is_legacy_buffer(name, source.shape) or not source.is_float

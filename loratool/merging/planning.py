@@ -6,18 +6,18 @@ Every refusal happens here, so that a plan that exists can be carried out.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
-from loratool.errors import AdapterError, MatchError, listed
+from loratool.errors import AdapterError, MatchError, UsageError, listed
 from loratool.merging.initial import takings
 from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
-from loratool.merging.replication import Replicated
+from loratool.merging.replication import Replicated, original
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_ties
 from loratool.models.checkpoint import Checkpoint, refuse_placeholders
 from loratool.models.layouts.layout import Layout
@@ -27,7 +27,8 @@ from loratool.models.layouts.names import (
     is_vocabulary,
     is_vocabulary_bias,
 )
-from loratool.models.quantised import refuse_quantised
+from loratool.models.quantised.base import Dequantised
+from loratool.models.quantised.treatment import AS_USUAL, Quantised, leftover, note_leftover, treat
 from loratool.models.tasks import CLASS_ENDS, CLASSIFYING
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
@@ -44,16 +45,17 @@ def build_plan(
     components: Sequence[str] = (),
     initial: Adapter | None = None,
     as_it_is: bool = False,
+    quantised: Quantised = AS_USUAL,
 ) -> Plan:
     """Plan `W + Σ weight·scale·B·A` for every tensor of `base`.
 
     `components` are the only parts of the base that adapters may go into, by the beginnings of
     names. Of the adapter whose initialisation changed the base, `initial` is what it was before
-    training; with `as_it_is` the base is the changed one already. Raises BaseError for a quantised
-    base, AdapterError for an adapter that has no merged form, and MatchError where a part of an
-    adapter finds no place (unless `allow_unmatched`).
+    training; with `as_it_is` the base is the changed one already. `quantised` says what becomes of
+    a quantised base. Raises BaseError for one that this cannot be done with, AdapterError for an
+    adapter that has no merged form, and MatchError where a part of an adapter finds no place
+    (unless `allow_unmatched`).
     """
-    refuse_quantised(base)
     refuse_placeholders(base)
     plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched, tuple(components))
     plan.initial = initial
@@ -73,6 +75,7 @@ def build_plan(
     new = settle_ties(plan, layout, edits)
     refuse_unlike_vocabularies(plan, edits)
     _resize_biases(plan, edits)
+    _settle_quantisation(plan, edits, quantised)
     _fill_shards(plan, edits, added, new)
     _note_config(plan, edits, added)
     if isinstance(base, Replicated):
@@ -228,8 +231,8 @@ def _fill_shards(
     plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new: list[Job]
 ) -> None:
     """One job per tensor, in the base's order, wide dtypes first so that data stays aligned."""
-    for shard, names in plan.base.shards.items():
-        jobs = [make_job(plan, n, plan.base.tensors[n], edits.get(n, Edits())) for n in names]
+    for shard, sources in _sources(plan):
+        jobs = [make_job(plan, t.name, t, edits.get(t.name, Edits())) for t in sources]
         beside = [job for job in new if any(_same_place(job, other) for other in jobs)]
         new = [job for job in new if job not in beside]
         plan.shards[shard] = jobs + beside
@@ -238,6 +241,35 @@ def _fill_shards(
     plan.shards[last] += new
     for jobs in plan.shards.values():
         jobs.sort(key=lambda job: -DTYPE_BITS[job.dtype])
+
+
+def _sources(plan: Plan) -> Iterator[tuple[str, list[TensorInfo]]]:
+    """What each output shard begins with."""
+    if plan.treatment is not None:
+        yield from plan.treatment.sources()
+        return
+    for shard, names in plan.base.shards.items():
+        yield shard, [plan.base.tensors[name] for name in names]
+
+
+def _settle_quantisation(plan: Plan, edits: dict[str, Edits], quantised: Quantised) -> None:
+    """Decide what becomes of a quantised base, now that it is known what changes."""
+    base = original(plan.base)
+    if not isinstance(base, Dequantised):
+        plan.notices += [note_leftover(base)] if leftover(base) else []
+        return
+    changed = {name for name, found in edits.items() if found}
+    asked = quantised.how
+    if isinstance(plan.base, Replicated):
+        if asked not in (None, "plain"):
+            raise UsageError(
+                "Copied layers are written as a plain model.", "Omit --quantised, or say plain."
+            )
+        asked = "plain"
+    plan.treatment = treat(base, changed, asked, quantised.trained_here)
+    if not plan.treatment.is_plain:
+        plan.dtype = "base"
+    plan.notices += plan.treatment.notices
 
 
 def _same_place(one: Job, other: Job) -> bool:

@@ -18,6 +18,8 @@ from loratool.errors import FileError, RestoreError, listed
 from loratool.merging.plan import Plan
 from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.treatment import TREATMENTS
 from loratool.paths import pattern, ranged
 from loratool.storage.fields import (
     ABSENT,
@@ -81,6 +83,9 @@ def describe_options(plan: Plan) -> dict[str, Any]:
     layout = next(filter(None, (a.expert_b_layout for a in plan.adapters)), None)
     if layout is not None:
         options["expert_b_layout"] = layout
+    if plan.treatment is not None and plan.treatment.how in TREATMENTS:
+        options["quantised"] = plan.treatment.how
+        options["trained_here"] = plan.treatment.trained_here
     if plan.initial is not None:
         options["initial"] = describe_adapter(plan.initial, 1.0)
     if isinstance(plan.base, Replicated):
@@ -97,7 +102,8 @@ def _taken_before(adapter: Adapter, plan: Plan) -> dict[str, str]:
     return {"taken": next((taken.how for job in plan.jobs for taken in job.taken), "")}
 
 
-def describe_model(model: Checkpoint) -> dict[str, Any]:
+def describe_model(base: Checkpoint) -> dict[str, Any]:
+    model = as_stored(base)
     return {
         "name": model.name,
         **_published(model.source),
@@ -107,6 +113,7 @@ def describe_model(model: Checkpoint) -> dict[str, Any]:
         "bytes": model.nbytes,
         "dtypes": sorted({t.dtype for t in model.tensors.values() if t.is_float}),
         "header_sha256": model.identity(),
+        **({"quantised": base.title} if isinstance(base, Dequantised) else {}),
     }
 
 

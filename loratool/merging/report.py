@@ -49,6 +49,8 @@ class MergeReport:
     range_loss: RangeLoss | None = None
     #: What it costs to derive what an initialisation took off the base.
     derivation: Derivation | None = None
+    #: What the base is quantised as and what becomes of that, in words; "" for a plain base.
+    quantised: str = ""
     verified: bool = False
     #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
     pushed: str = ""

@@ -22,6 +22,7 @@ from loratool.merging.match import Delta
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.treatment import AS_USUAL, Quantised
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32
@@ -45,6 +46,7 @@ def plan_on(
     allow_unmatched: bool = False,
     components: Sequence[str] = (),
     initial: Adapter | None = None,
+    quantised: Quantised = AS_USUAL,
 ) -> Plan:
     """`build_plan` for whichever base this is: of a residual one nothing is taken off again.
 
@@ -52,8 +54,8 @@ def plan_on(
     """
     given = base, adapters, weights, dtype, allow_unmatched, components
     if not any(_tells(adapter) for adapter in adapters):
-        return build_plan(*given, initial)
-    plainly = build_plan(*given, as_it_is=True)
+        return build_plan(*given, initial, quantised=quantised)
+    plainly = build_plan(*given, as_it_is=True, quantised=quantised)
     is_residual = _is_residual(plainly)
     if is_residual and initial is None:
         changing_adapter(adapters, weights, initial)
@@ -65,7 +67,7 @@ def plan_on(
             "taken off it is off already.",
             "Merge without --initial, or into the base as published.",
         )
-    plan = build_plan(*given, initial)
+    plan = build_plan(*given, initial, quantised=quantised)
     if is_residual is None and initial is None:
         raise MatchError(
             f"{base.label} is neither clearly the base that the adapter was made for, nor clearly "

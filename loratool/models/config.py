@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.errors import BaseError
@@ -64,6 +65,32 @@ def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) 
         stem = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)$", "", config["architectures"][0])
         config["architectures"] = [stem + changes["architecture"]]
     return config
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What a model's files must say differently of its quantisation.
+
+    The table in config.json at `where` ("quantization_config", or "text_config.…") becomes `table`,
+    or goes where that is None; files of other names become what `others` makes of them, and those
+    of `without` do not go along.
+    """
+
+    where: str
+    table: dict[str, Any] | None
+    others: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+
+    def applied(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json with the table changed."""
+        if not self.where:
+            return config
+        parent, _, key = self.where.rpartition(".")
+        place = config if not parent else config[parent]
+        changed = {name: value for name, value in place.items() if name != key}
+        if self.table is not None:
+            changed = {**place, key: self.table}
+        return {**config, parent: changed} if parent else changed
 
 
 #: What config.json calls the number of layers.

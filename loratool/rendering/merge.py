@@ -31,9 +31,12 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         times = f"  × {weight:g}" if weight != 1 else ""
         named = f"  (trained on {trained_on})" if trained_on else ""
         facts.add_row("adapter", verbatim(adapter + times + named))
+    if report.quantised:
+        facts.add_row("quantised", verbatim(report.quantised))
     kept = "each tensor's own" if report.dtype == "base" else report.dtype
     facts.add_row("dtype", kept)
-    facts.add_row("modules", f"{report.modules} merged")
+    if report.adapters:
+        facts.add_row("modules", f"{report.modules} merged")
     words = {"merge": "merged", "replace": "replaced", "add": "added", "cast": "cast",
              "copy": "copied"}  # fmt: skip
     done = [f"{n} {words[action]}" for action, n in report.tensors.items() if n]

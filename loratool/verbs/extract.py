@@ -14,7 +14,7 @@ from loratool.extracting.options import ExtractOptions
 from loratool.extracting.pairing import pair
 from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
-from loratool.models.quantised import refuse_quantised
+from loratool.models.quantised.base import dequantised
 from loratool.notices import Notice
 from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.folder import origin_of
@@ -105,13 +105,12 @@ def extract(
     target = Path(output) if output else None
     if target is not None:
         check_output(target, [Path(base), Path(tuned)], overwrite)
-    before, after = open_checkpoint(base), open_checkpoint(tuned)
+    before = dequantised(open_checkpoint(base))
+    after = dequantised(open_checkpoint(tuned))
     _refuse_same(before, after)
     if target is not None:
         check_output(target, [p.resolve() for p in (*before.files, *after.files)], overwrite)
         refuse_company(target, (), overwrite)
-    refuse_quantised(before, "base", _QUANTISED)
-    refuse_quantised(after, "tuned model", _QUANTISED)
     for model in (before, after):
         refuse_placeholders(model)
     pairs = pair(before, after, options.selection)
@@ -151,9 +150,6 @@ def extract(
     report.proposals = proposals
     report.seconds = time.perf_counter() - started
     return report
-
-
-_QUANTISED = "Both models must hold plain floating-point weights."
 
 
 def _refuse_same(base: Checkpoint, tuned: Checkpoint) -> None:

@@ -21,7 +21,8 @@ from loratool.merging.provenance import read_record
 from loratool.merging.replication import replicated
 from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
-from loratool.models.quantised import refuse_quantised
+from loratool.models.quantised.base import dequantised
+from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -97,7 +98,7 @@ def verify(
     check_paths(given, sources, "loratool verify MERGED --base BASE ADAPTER")
     run = Run(threads, progress)
     factors = check_weights(weights, sources)
-    original = open_checkpoint(base)
+    original = dequantised(open_checkpoint(base))
     told = _recorded_options(merged)
     chosen = as_texts(components) or told.get("components") or []
     expert_b_layout = expert_b_layout or told.get("expert_b_layout")
@@ -106,19 +107,20 @@ def verify(
     before = read_lora(initial, expert_b_layout) if initial is not None else None
     if replicate_layers:
         original = replicated(original, loras)
-    plan = plan_on(original, loras, factors, "base", allow_unmatched, chosen, before)
+    plan = plan_on(
+        original, loras, factors, "base", allow_unmatched, chosen, before, AS_IT_WAS_TRAINED
+    )
     plan.notices += note_other_base(original, loras)
     for lora in plan.inputs:
         refuse_not_finite(lora)
     report = _report(plan, merged)
     try:
-        model = open_checkpoint(merged)
+        model = dequantised(open_checkpoint(merged))
         original.fetch()
         model.fetch()
     except TruncatedError as error:
         report.summary = [error.message.rstrip(".")]
     else:
-        refuse_quantised(model, "model to verify", _QUANTISED)
         found = pair_up(plan, model)
         report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
         stats = measure(found.pairs, run)
@@ -138,9 +140,6 @@ def _recorded_options(merged: str | Path) -> dict[str, Any]:
     record = read_record(Path(merged)) if Path(merged).is_dir() else None
     options: dict[str, Any] = record["options"] if record else {}
     return options
-
-
-_QUANTISED = "Verify the model as it was merged, before it was quantised."
 
 
 def _report(plan: Plan, merged: str | Path) -> VerifyReport:

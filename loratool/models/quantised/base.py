@@ -8,13 +8,22 @@ is refused (`refusals`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
-from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
+from loratool.models.quantised.module import (
+    Format,
+    Module,
+    Quantisation,
+    gathered,
+    read_descriptions,
+)
 from loratool.models.quantised.refusals import refuse_method, refuse_unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
@@ -32,8 +41,34 @@ class Dequantised(Checkpoint):
     """
 
     packed: Checkpoint = field(kw_only=True)
-    settings: Settings = field(kw_only=True)
+    settings: Quantisation = field(kw_only=True)
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
+    #: Tensors of the quantisation that belong to no single weight.
+    extras: frozenset[str] = field(default=frozenset(), kw_only=True)
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """The weights that tensors of the files are there for, by the names of these."""
+        return {
+            part.name: name
+            for name, weight in self.weights.items()
+            for part in weight.stored_as.all_parts
+        }
+
+    def is_part(self, info: TensorInfo) -> bool:
+        """Whether a tensor of the files is a part of a quantised weight, or goes with one."""
+        own = info is self.packed.tensors.get(info.name)
+        return own and (info.name in self.owners or info.name in self.extras)
+
+    @property
+    def files(self) -> list[Path]:
+        return self.packed.files
+
+    def fetch(self, tensors: Iterable[str] | None = None) -> None:
+        if tensors is None:
+            self.packed.fetch()
+        else:
+            super().fetch(tensors)
 
     def identity(self) -> str:
         return self.packed.identity()
@@ -49,12 +84,17 @@ class Dequantised(Checkpoint):
         return self.packed.nbytes
 
 
+def as_stored(base: Checkpoint) -> Checkpoint:
+    """The model as its files hold it."""
+    return base.packed if isinstance(base, Dequantised) else base
+
+
 def dequantised(base: Checkpoint) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 
     Raises BaseError where they are in a form that is not read, or incomplete.
     """
-    settings = settings_of(base)
+    settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
     claimed: dict[str, tuple[Module, Format]] = {}
     for name, module in modules.items():
@@ -65,14 +105,14 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         refuse_method(base, settings)
         refuse_unread(base, settings, base.tensors)
         return base
-    describe(
+    read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
     weights = {
         name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
     }
-    names = {t.name: weight for weight, tensor in weights.items() for t in _tensors_of(tensor)}
+    names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
     refuse_unread(base, settings, base.tensors.keys() - names.keys())
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
@@ -91,11 +131,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
     )  # fmt: skip
 
 
-def _tensors_of(weight: QuantisedTensor) -> list[TensorInfo]:
-    return [*weight.parts, *weight.stored_as.extras]
-
-
-def settings_of(base: Checkpoint) -> Settings:
+def quantisation_of(base: Checkpoint) -> Quantisation:
     """What config.json says of quantisation, wherever in it.
 
     Raises BaseError for a quantization_config that is no table.
@@ -117,5 +153,5 @@ def settings_of(base: Checkpoint) -> Settings:
             if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
                 method = "bitsandbytes"
             name = method if isinstance(method, str) else ""
-            return Settings(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
-    return Settings()
+            return Quantisation(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
+    return Quantisation()

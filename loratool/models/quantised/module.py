@@ -26,7 +26,7 @@ _STREAMS = 8
 
 
 @dataclass(frozen=True)
-class Settings:
+class Quantisation:
     """What a model says of its quantisation: `method` and the whole `table` of it.
 
     `where` is the key of config.json that it stands in, "" for none.
@@ -41,13 +41,13 @@ class Settings:
 class Module:
     """What may be one quantised weight: `tensors` by role, of the weight called `name`.
 
-    `described` are the bytes of those tensors that describe others, by role.
+    `described` are the bytes of those tensors that read_descriptions others, by role.
     """
 
     name: str
     tensors: dict[str, TensorInfo]
     base: Checkpoint
-    settings: Settings
+    settings: Quantisation
     described: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -58,7 +58,7 @@ class Module:
     def refuse(self, reason: str, hint: str = "") -> NoReturn:
         """Raise BaseError: this module cannot be read."""
         raise BaseError(
-            f"{self.base.label}: {self.path}: {reason}.",
+            f"{self.base.label}: {self.path}, a quantised weight: {reason}.",
             hint or "The base is incomplete, or not a checkpoint of this format.",
         )
 
@@ -96,7 +96,7 @@ class Format:
     roles: tuple[tuple[re.Pattern[str], str, str], ...]
     claims: Callable[[Module], bool]
     scheme: Callable[[Module], Scheme]
-    #: The roles of small tensors that describe others, whose bytes are read beforehand.
+    #: The roles of small tensors that read_descriptions others, whose bytes are read beforehand.
     descriptions: tuple[str, ...] = ()
 
 
@@ -106,7 +106,9 @@ def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str]
     return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
 
 
-def gathered(base: Checkpoint, formats: Iterable[Format], settings: Settings) -> dict[str, Module]:
+def gathered(
+    base: Checkpoint, formats: Iterable[Format], settings: Quantisation
+) -> dict[str, Module]:
     """The tensors of a model by the weight that they may be a part of.
 
     A tensor whose name says nothing is in no module, unless another one names it as its weight.
@@ -127,7 +129,7 @@ def gathered(base: Checkpoint, formats: Iterable[Format], settings: Settings) ->
     return modules
 
 
-def describe(modules: Iterable[Module], roles_read: frozenset[str]) -> None:
+def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> None:
     """Read the tensors of these roles, and leave their bytes in `Module.described`.
 
     Over the network they are read by ranges, several at a time. Raises BaseError for one that is

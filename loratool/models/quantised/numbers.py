@@ -44,9 +44,10 @@ E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
 def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     """The codes in 32-bit words along the last axis, lowest bits first and without gaps: a code
     may straddle two words. `[…, n]` int32 -> `[…, 32·n // bits]`."""
-    octets = np.ascontiguousarray(words).view(np.uint8)
+    octets: npt.NDArray[np.uint8] = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets
+    codes: npt.NDArray[np.uint8]
     if bits in (1, 2, 4):
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         codes = (octets[..., None] >> shifts) & np.uint8((1 << bits) - 1)
@@ -54,5 +55,5 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     stream = np.unpackbits(octets, axis=-1, bitorder="little")
     count = stream.shape[-1] // bits
     digits = stream[..., : count * bits].reshape(*stream.shape[:-1], count, bits)
-    codes: npt.NDArray[np.uint8] = np.packbits(digits, axis=-1, bitorder="little")[..., 0]
+    codes = np.packbits(digits, axis=-1, bitorder="little")[..., 0]
     return codes

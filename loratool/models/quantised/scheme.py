@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
+from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
-from loratool.storage.values import Composed, Values, values_of
+from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
 Floats = npt.NDArray[np.float32]
@@ -68,6 +69,21 @@ class Scheme(ABC):
     @property
     def columns(self) -> int:
         return self.shape[-1]
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether this is another weight than the original's, with scales of its inputs in it."""
+        return False
+
+    @property
+    def on_load(self) -> bool:
+        """Whether programs make it of a plain weight while they load a model."""
+        return False
+
+    @property
+    def all_parts(self) -> tuple[TensorInfo, ...]:
+        """All tensors that are there for this weight alone."""
+        return (*self.parts.values(), *self.extras)
 
     @property
     def main(self) -> TensorInfo:

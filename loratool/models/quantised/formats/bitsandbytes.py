@@ -55,6 +55,10 @@ class FourBit(Scheme):
         return 4
 
     @property
+    def on_load(self) -> bool:
+        return True
+
+    @property
     def dtype(self) -> str:
         return self.rounded
 
@@ -124,7 +128,7 @@ def _absmax(scheme: FourBit, files: FilePool) -> npt.NDArray[np.float32]:
 def _four_bit(module: Module) -> FourBit:
     state_role = next((r for r in module.tensors if r.startswith("quant_state__")), None)
     if state_role is None:
-        module.refuse("it has an absmax, and its quant_state is missing")
+        module.refuse(f"{module.tensors['absmax'].name} is there, and its quant_state is missing")
     kind = state_role.rpartition("__")[2]
     title = kind.upper()
     state = json_in(module, state_role)

@@ -1,0 +1,74 @@
+"""What config.json says of modules that are plain in a quantised model: lists of what to ignore.
+
+Every method has a list of its own. Entries are whole paths, as the files have them and, where they
+differ, as memory has them: transformers asks with the one, vLLM with either.
+Source: transformers/quantizers/quantizers_utils.py (`should_convert_module`);
+vllm/model_executor/layers/quantization (`is_layer_skipped`, `should_ignore_layer`,
+`get_dynamic_override`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from loratool.models.quantised.module import Quantisation
+
+#: The keys of the list by method; all that are there are written, otherwise the first.
+_KEYS = {
+    "fp8": ("modules_to_not_convert", "ignored_layers"),
+    "fbgemm-fp8": ("modules_to_not_convert",),
+    "mxfp4": ("modules_to_not_convert",),
+    "awq": ("modules_to_not_convert",),
+    "torchao": ("modules_to_not_convert",),
+    "hqq": ("skip_modules",),
+    "bitsandbytes": ("llm_int8_skip_modules",),
+    "compressed-tensors": ("ignore",),
+    "modelopt": ("ignore", "exclude_modules"),
+}
+
+#: Where a list of bitsandbytes is given, it takes the place of what is skipped without one.
+_BITSANDBYTES_USUAL = ("lm_head",)
+
+
+def with_ignored(settings: Quantisation, paths: Sequence[str]) -> dict[str, Any]:
+    """The table of config.json with these modules as plain ones."""
+    return _added(copy.deepcopy(settings.table), settings.method, paths)
+
+
+def can_ignore(settings: Quantisation) -> bool:
+    """Whether it is known where a model says which of its modules are plain."""
+    return settings.method in (*_KEYS, "gptq")
+
+
+def exported_with_ignored(document: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """ModelOpt's hf_quant_config.json, which says the same beside config.json."""
+    found = copy.deepcopy(document)
+    table = found.get("quantization")
+    if isinstance(table, dict):
+        found["quantization"] = _listed(table, "exclude_modules", paths)
+    return found
+
+
+def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str, Any]:
+    if method == "gptq":
+        rules = table.get("dynamic")
+        own: dict[str, Any] = {f"-:^{re.escape(path)}$": {} for path in paths}
+        # The first rule that fits counts.
+        table["dynamic"] = {**own, **(rules if isinstance(rules, dict) else {})}
+        return table
+    first, *others = _KEYS[method]
+    usual = _BITSANDBYTES_USUAL if method == "bitsandbytes" and not table.get(first) else ()
+    for key in (first, *(key for key in others if key in table)):
+        if key != first or key in table or not any(k in table for k in others):
+            table = _listed(table, key, (*usual, *paths))
+    return table
+
+
+def _listed(table: dict[str, Any], key: str, paths: Sequence[str]) -> dict[str, Any]:
+    before = table.get(key)
+    known = list(before) if isinstance(before, list) else []
+    table[key] = [*known, *(path for path in paths if path not in known)]
+    return table

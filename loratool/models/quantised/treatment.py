@@ -1,0 +1,245 @@
+"""What becomes of a quantised base: which of its weights are opened, and what its config says then.
+
+Nothing that no adapter touches need be opened. Which weights are, depends on the formats: what
+bitsandbytes quantised while loading is quantised again while loading, so the whole model becomes
+plain; calibrated and native formats are what people chose the model for, so all but the adapted
+weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from loratool.dtypes import FACTOR_DTYPES
+from loratool.errors import BaseError, UsageError, listed
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import Rewriting
+from loratool.models.layouts.layout import in_memory
+from loratool.models.quantised.base import Dequantised, as_stored, quantisation_of
+from loratool.models.quantised.fused import experts_of, with_fused
+from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
+from loratool.notices import Notice
+from loratool.storage.tensors import TensorInfo
+from loratool.words import counted
+
+#: What `--quantised` may be.
+TREATMENTS = ("plain", "keep", "requantise")
+
+#: Files that describe the quantisation, beside config.json.
+DESCRIPTIONS = (
+    "hf_quant_config.json", "recipe.yaml", "quantize_config.json", "quant_config.json",
+    "quantization_config.json",
+)  # fmt: skip
+_EXPORTED = "hf_quant_config.json"
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What a user says of a quantised base: what becomes of it (one of TREATMENTS, or what is usual
+    for its format), and whether the adapter was trained on its very weights."""
+
+    how: str | None = None
+    trained_here: bool = False
+
+
+#: What is usual for the format.
+AS_USUAL = Quantised()
+#: The plain model that every treatment comes from: what a result is held against.
+AS_IT_WAS_TRAINED = Quantised("plain", trained_here=True)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of the quantised weights of `base`.
+
+    `how` is one of TREATMENTS, or "untouched" where no adapter changes one of them. Those of
+    `opened` become plain tensors of `dtype`, the base's own 16-bit one; those of `back` are
+    quantised again; all others are copied byte for byte. `touched` are those that adapters change.
+    """
+
+    base: Dequantised
+    how: str
+    touched: frozenset[str]
+    opened: frozenset[str]
+    back: frozenset[str] = frozenset()
+    dtype: str = "BF16"
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether a user said so of weights that were rescaled."""
+        return any(weight.stored_as.rescaled for weight in self.base.weights.values())
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the result is a model without any quantised weight."""
+        return self.how == "plain"
+
+    def sources(self) -> Iterator[tuple[str, list[TensorInfo]]]:
+        """What each output shard begins with: tensors of the plain model where they are opened, of
+        the files where they are not."""
+        weights, owners = self.base.weights, self.base.owners
+        for shard, names in self.base.packed.shards.items():
+            found = []
+            for name in names:
+                owner = owners.get(name)
+                if owner is None or owner not in self.opened:
+                    if not (self.is_plain and name in self.base.extras):
+                        found.append(self.base.packed.tensors[name])
+                elif name == weights[owner].stored_as.main.name:
+                    found.append(weights[owner])
+            if found:
+                yield shard, found
+
+    def rewriting(self) -> Rewriting | None:
+        """What config.json and its like must say differently; None where nothing."""
+        where = self.base.settings.where
+        if self.is_plain:
+            return Rewriting(where, None, without=DESCRIPTIONS)
+        if not self.opened or not where:
+            return None
+        paths = _paths(self.base, self.opened)
+        table = with_ignored(self.base.settings, paths)
+        return Rewriting(where, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
+
+    @property
+    def notices(self) -> list[Notice]:
+        """Which model comes of it."""
+        if self.how == "untouched" or not self.touched:
+            return []
+        text = (
+            f"{self.base.label} is quantised ({self.base.title}). The result is the dequantised "
+            "base plus the adapter: the model that a QLoRA adapter was trained as. Merged into the "
+            "16-bit original, where that is at hand, it is another model, often as good."
+        )
+        if self.trained_here:
+            text = (
+                f"{self.base.label} is quantised ({self.base.title}), and its weights were "
+                "rescaled for that: the result is right only for an adapter that was trained on "
+                "this very base, as was said."
+            )
+        return [Notice("quantised-base", text, self.base.label)]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        title = self.base.title
+        if self.how == "untouched":
+            return f"{title}, copied as it is: no adapted weight is quantised"
+        if self.is_plain:
+            return f"{title}, dequantised: the result is a plain model"
+        opened, rest = len(self.opened), len(self.base.weights) - len(self.opened)
+        if self.how == "requantise":
+            return f"{title}, quantised again where adapted ({counted(len(self.back), 'weight')})"
+        siblings = opened - len(self.touched)
+        beside = f" ({siblings} beside adapted ones)" if siblings else ""
+        return (
+            f"{title}, kept: {counted(opened, 'weight', 'is')} plain {_name(self.dtype)}{beside}, "
+            f"{rest} copied as {'it is' if rest == 1 else 'they are'}"
+        )
+
+
+def leftover(base: Checkpoint) -> Rewriting | None:
+    """What config.json must not say any more where it speaks of quantisation and no weight is
+    quantised: programs that load the model would look for scales."""
+    where = quantisation_of(base).where
+    return Rewriting(where, None, without=DESCRIPTIONS) if where else None
+
+
+def note_leftover(base: Checkpoint) -> Notice:
+    """A warning for such a base."""
+    said = quantisation_of(base)
+    text = (
+        f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
+        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "not go along."
+    )
+    return Notice("leftover-quantisation", text, base.label)
+
+
+def treat(
+    base: Dequantised, changed: Collection[str], asked: str | None, trained_here: bool
+) -> Treatment:
+    """What becomes of a base whose tensors of these names adapters change.
+
+    `asked` is one of TREATMENTS, or None. Raises BaseError for a base of rescaled weights (unless
+    `trained_here`), or of which it is not known how its config names plain modules.
+    """
+    _refuse_rescaled(base, trained_here)
+    touched = frozenset(changed) & base.weights.keys()
+    how = asked or ("untouched" if not touched else _usual(base, touched))
+    if not touched and how in ("keep", "requantise"):
+        how = "untouched"
+    dtype = own_dtype(base)
+    if how == "untouched":
+        return Treatment(base, how, touched, frozenset(), dtype=dtype)
+    if how == "plain":
+        return Treatment(base, how, touched, frozenset(base.weights), dtype=dtype)
+    if how == "requantise":
+        return Treatment(base, how, touched, frozenset(), touched, dtype)
+    opened = frozenset(with_fused(touched, base.weights))
+    if base.settings.where and not can_ignore(base.settings):
+        raise BaseError(
+            f"{base.label} is quantised with {base.settings.method or 'no known method'}, and it "
+            "is not known where its config names modules that are not.",
+            "--quantised plain dequantises all of it.",
+        )
+    return Treatment(base, how, touched, opened, dtype=dtype)
+
+
+def _usual(base: Dequantised, touched: Collection[str]) -> str:
+    """What bitsandbytes quantised while loading becomes plain; all else is kept."""
+    return "plain" if all(base.weights[name].stored_as.on_load for name in touched) else "keep"
+
+
+def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:
+    rescaled = [name for name, weight in base.weights.items() if weight.stored_as.rescaled]
+    if rescaled and not trained_here:
+        raise BaseError(
+            f"{base.label} is quantised with {base.title}: its weights were rescaled for "
+            "quantisation, so an adapter of the original model does not fit them:\n"
+            + listed(rescaled),
+            "If the adapter was trained on this very base: --trained-here.",
+        )
+
+
+def own_dtype(base: Checkpoint) -> str:
+    """The 16-bit dtype that a quantised model computes in: its config's, or the one that most of
+    its plain tensors have."""
+    tables = [base.config, base.config.get("text_config") or {}]
+    for table in tables:
+        for key in ("dtype", "torch_dtype"):
+            code = FACTOR_DTYPES.get(str(table.get(key)))
+            if code in ("F16", "BF16"):
+                return code
+    sizes = {"BF16": 0, "F16": 0}
+    for info in as_stored(base).tensors.values():
+        if info.dtype in sizes:
+            sizes[info.dtype] += info.nbytes
+    return max(sizes, key=lambda code: sizes[code])
+
+
+def _name(code: str) -> str:
+    return next(name for name, known in FACTOR_DTYPES.items() if known == code)
+
+
+def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
+    """Modules that are plain now, by path: in files, in memory, and the experts as a whole."""
+    called = in_memory(base)
+    found: dict[str, None] = {}
+    for name in sorted(opened):
+        for known in (name, called(name)):
+            found[known.removesuffix(".weight")] = None
+            experts = experts_of(known)
+            if experts is not None:
+                found[experts] = None
+    return list(found)
+
+
+def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
+    """Raise UsageError for a dtype where the model stays quantised."""
+    if dtype not in (None, "base") and not treatment.is_plain:
+        raise UsageError(
+            f"--dtype {dtype} has no meaning here: the model stays {treatment.base.title}, and "
+            f"what is opened gets its own dtype, {_name(treatment.dtype)}.",
+            "Omit --dtype; or dequantise all of it: --quantised plain.",
+        )

@@ -19,6 +19,7 @@ from loratool.merging.plan import Plan
 from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.treatment import RECORDED
 from loratool.paths import pattern, ranged
 from loratool.storage.fields import (
     ABSENT,
@@ -205,7 +206,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     record = read_json(path)
     _check(record, path)
     whole = all(part in record for part in ("options", "base", "result", "adapters"))
-    if not whole or record["options"].get("dtype") not in MODEL_DTYPES:
+    options = record.get("options", {})
+    known = options.get("quantised") in (None, *RECORDED)
+    if not whole or not known or options.get("dtype") not in MODEL_DTYPES:
         raise FileError(
             f"{path}: not the record of a merge.",
             "Check that this is a merged model; if so, fetch the file again, or remove it.",
@@ -229,7 +232,7 @@ _RECORD = {
     },
     "options": {
         "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,
-        "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT,
+        "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT, "quantised": _TEXT,
     },
     "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},
     "result": {"tensors": TABLE},

@@ -27,7 +27,7 @@ from loratool.merging.undo.file import Undo
 from loratool.merging.undo.kept_base import kept_base
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.quantised.treatment import as_recorded
+from loratool.models.quantised.treatment import Quantised
 from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice, document
 from loratool.storage.destination import (
@@ -222,7 +222,7 @@ def _restore(
         bool(options.get("allow_unmatched")),
         options.get("components") or (),
         as_it_is=True,  # the undo file has what was taken off the base
-        quantised=as_recorded(options.get("quantised")),
+        quantised=Quantised(options.get("quantised"), trained_here=True),
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)

@@ -17,7 +17,9 @@ from typing import Any
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp8 import FORMATS as FP8
 from loratool.models.quantised.module import (
+    ACTIVATIONS,
     Format,
     Module,
     Quantisation,
@@ -29,7 +31,7 @@ from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES,)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *FP8)
 
 
 @dataclass
@@ -113,12 +115,20 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
     }
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
-    refuse_unread(base, settings, base.tensors.keys() - names.keys())
+    extras = frozenset(
+        info.name
+        for module in modules.values()
+        for role, info in module.tensors.items()
+        if role in ACTIVATIONS and info.name not in names
+    )
+    refuse_unread(base, settings, base.tensors.keys() - names.keys() - extras)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():
         for name in held:
             weight = names.get(name)
+            if name in extras:
+                continue
             if weight is None:
                 tensors[name] = base.tensors[name]
                 shards.setdefault(shard, []).append(name)
@@ -127,7 +137,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
                 shards.setdefault(shard, []).append(weight)
     return Dequantised(
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
-        packed=base, settings=settings, weights=weights,
+        packed=base, settings=settings, weights=weights, extras=extras,
     )  # fmt: skip
 
 

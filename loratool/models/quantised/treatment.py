@@ -27,8 +27,6 @@ from loratool.words import counted
 TREATMENTS = ("plain", "keep", "requantise")
 #: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
 _UNTOUCHED = "untouched"
-#: What records may say.
-RECORDED = (*TREATMENTS, _UNTOUCHED)
 
 #: Files that describe the quantisation, beside config.json.
 DESCRIPTIONS = (
@@ -49,13 +47,6 @@ class Quantised:
 
 #: What is usual for the format.
 AS_USUAL = Quantised()
-
-
-def as_recorded(how: str | None) -> Quantised:
-    """The same treatment once more, by what a record says of it."""
-    return Quantised(None if how == _UNTOUCHED else how, trained_here=True)
-
-
 #: The plain model that every treatment comes from: what a result is held against.
 AS_IT_WAS_TRAINED = Quantised("plain", trained_here=True)
 
@@ -75,6 +66,11 @@ class Treatment:
     opened: frozenset[str]
     back: frozenset[str] = frozenset()
     dtype: str = "BF16"
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether a user said so of weights that were rescaled."""
+        return any(weight.stored_as.rescaled for weight in self.base.weights.values())
 
     @property
     def is_plain(self) -> bool:
@@ -118,7 +114,7 @@ class Treatment:
             "base plus the adapter: the model that a QLoRA adapter was trained as. Merged into the "
             "16-bit original, where that is at hand, it is another model, often as good."
         )
-        if any(weight.stored_as.rescaled for weight in self.base.weights.values()):
+        if self.trained_here:
             text = (
                 f"{self.base.label} is quantised ({self.base.title}), and its weights were "
                 "rescaled for that: the result is right only for an adapter that was trained on "

@@ -99,7 +99,7 @@ def _taken_before(adapter: Adapter, plan: Plan) -> dict[str, str]:
     changed = bool(adapter.declared.changed_base)
     if not changed and (plan.initial is None or len(plan.adapters) > 1):
         return {}
-    return {"taken": next((taken.how for job in plan.jobs for taken in job.taken), "")}
+    return {"taken": next((taken.how for job in plan.weight_jobs for taken in job.taken), "")}
 
 
 def describe_model(base: Checkpoint) -> dict[str, Any]:

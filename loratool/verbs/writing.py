@@ -117,7 +117,7 @@ def _write(
         if report.reversible:
             from loratool.merging.undo.recording import UndoRecorder
 
-            recorder = UndoRecorder(plan, keep_base(plan.base, staged.path, side_files))
+            recorder = UndoRecorder(plan, keep_base(plan, staged.path, side_files))
         with recorder or nullcontext():
             written = write_model(plan, staged.path, side_files, run, recorder, shipment)
         report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed

@@ -8,6 +8,7 @@ scheme gives; whoever reads tensors by range (`storage.values`) reads it like an
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from loratool.errors import BaseError
 from loratool.storage.composed import Composed
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
@@ -134,12 +135,14 @@ class _Dequantised(Values):
         first, last = low // self._columns, -(-high // self._columns)
         begin = low - first * self._columns
         whole = begin == 0 and high == last * self._columns
-        if whole and self.info.dtype == "F32":
-            self._opened.rows(first, last, raw.view(np.float32).reshape(-1, self._columns))
-            return
-        values = np.empty((last - first, self._columns), np.float32)
-        self._opened.rows(first, last, values)
-        round_into(values.reshape(-1)[begin : begin + high - low], self.info.dtype, raw)
+        # What is too large becomes infinite, which whoever asked is to see.
+        with np.errstate(over="ignore", under="ignore"):
+            if whole and self.info.dtype == "F32":
+                self._opened.rows(first, last, raw.view(np.float32).reshape(-1, self._columns))
+                return
+            values = np.empty((last - first, self._columns), np.float32)
+            self._opened.rows(first, last, values)
+            round_into(values.reshape(-1)[begin : begin + high - low], self.info.dtype, raw)
 
 
 def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
@@ -153,6 +156,15 @@ def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
 
         target = torch.from_numpy(raw).view(torch.bfloat16)
         target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def round_in_place(values: Floats, dtype: str) -> None:
+    """Round float32 values to a dtype, where they are."""
+    if dtype != "F32":
+        import torch  # NumPy has no bfloat16
+
+        numbers = torch.from_numpy(values)
+        numbers.copy_(numbers.to(torch.float16 if dtype == "F16" else torch.bfloat16))
 
 
 @values_of.register
@@ -173,6 +185,31 @@ def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes
     """The bytes of rows `[first, last)` of a part seen as `[rows, …]`, flat."""
     width = math.prod(info.shape[1:])
     return values_of(info, files).bytes(first * width, last * width)
+
+
+class Held:
+    """A part that is read whole when somebody first asks for it, and kept."""
+
+    def __init__(self, info: TensorInfo, files: FilePool) -> None:
+        self._info, self._files = info, files
+        # Blocks come from several threads; one reads.
+        self._lock = threading.Lock()
+        self._raw: Bytes | None = None
+
+    def raw(self) -> Bytes:
+        """Its bytes, `[nbytes]` uint8."""
+        with self._lock:
+            if self._raw is None:
+                self._raw = read_part(self._info, self._files)
+            return self._raw
+
+
+def read_finite(info: TensorInfo, files: FilePool) -> Floats:
+    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+    values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
+    if not np.isfinite(values).all():
+        raise broken_part(info, "it holds NaN or infinity")
+    return values
 
 
 def broken_part(info: TensorInfo, what: str) -> BaseError:

@@ -26,6 +26,8 @@ from loratool.words import counted
 
 #: What `--quantised` may be.
 TREATMENTS = ("plain", "keep", "requantise")
+#: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
+_UNTOUCHED = "untouched"
 
 #: Files that describe the quantisation, beside config.json.
 DESCRIPTIONS = (
@@ -108,7 +110,7 @@ class Treatment:
     @property
     def notices(self) -> list[Notice]:
         """Which model comes of it."""
-        if self.how == "untouched" or not self.touched:
+        if self.how == _UNTOUCHED or not self.touched:
             return []
         result = (
             "The result is the dequantised base plus the adapter: the model that a QLoRA adapter "
@@ -132,7 +134,7 @@ class Treatment:
     def __str__(self) -> str:
         """One line for people."""
         title = self.base.title
-        if self.how == "untouched":
+        if self.how == _UNTOUCHED:
             return f"{title}, copied as it is: no adapted weight is quantised"
         if self.how == "plain":
             return f"{title}, dequantised: the result is a plain model"
@@ -178,11 +180,11 @@ def treat(
     """
     _refuse_rescaled(base, trained_here)
     touched = frozenset(changed) & base.weights.keys()
-    how = asked or ("untouched" if not touched else _usual(base, touched))
+    how = asked or (_UNTOUCHED if not touched else _usual(base, touched))
     if not touched and how in ("keep", "requantise"):
-        how = "untouched"
+        how = _UNTOUCHED
     dtype = own_dtype(base)
-    if how == "untouched":
+    if how == _UNTOUCHED:
         return Treatment(base, how, touched, frozenset(), dtype=dtype)
     if how == "plain":
         return Treatment(base, how, touched, frozenset(base.weights), dtype=dtype)

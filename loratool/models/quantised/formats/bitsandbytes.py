@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import pair_table
+from loratool.models.quantised.numbers import (
+    decode_pairs,
+    multiply_groups,
+    pair_table,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
     Opened,
@@ -83,31 +89,50 @@ class _FourBitRows(Opened):
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
-        if not self._scheme.turned:
+        if self._scheme.turned:
+            self._turned(first, last, out)
+        else:
             self._flat(first * columns, last * columns, out.reshape(-1))
-            return
-        # Columns of what is stored: each is gathered from all of its rows.
-        height = self._scheme.shape[0]
-        whole = np.empty((columns, height), np.float32)
-        self._flat(0, self._count, whole.reshape(-1))
-        out[:] = whole[:, first:last].T
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
+        begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
+        whole = (begin, end) == (low, high)
+        values = out if whole else thread_buffer("pairs", end - begin, np.float32)
+        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
+        if not whole:
+            out[:] = values[low - begin : high - begin]
+        # A short block, whole ones, and a short one.
         block = self._scheme.blocksize
-        begin, end = low - low % block, min(self._count, -(-high // block) * block)
-        values = self._pairs.take(self._bytes(begin // 2, (end + 1) // 2)).view(np.float32)
-        values = values[: end - begin]
-        scales = self._absmax[begin // block : -(-end // block)]
-        even = len(values) // block * block
-        values[:even].reshape(-1, block)[:] *= scales[: even // block, None]
-        if even < len(values):
-            values[even:] *= scales[-1]
-        out[:] = values[low - begin : high - begin]
+        first = min(-(-low // block) * block, high)
+        last = max(first, high - high % block)
+        for start, stop in ((low, first), (first, last), (last, high)):
+            if start < stop:
+                scales = self._absmax[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(scales), -1)
+                multiply_groups(part, scales, part.shape[1])
+
+    def _turned(self, first: int, last: int, out: Floats) -> None:
+        """Columns of what is stored, gathered from all of its rows."""
+        height, width = self._scheme.shape
+        places = np.arange(width) * height + np.arange(first, last)[:, None]
+        codes = self._held.take(places >> 1)
+        codes >>= ((~places & 1) << 2).astype(np.uint8)
+        codes &= np.uint8(15)
+        self._map.take(codes, out=out, mode="clip")
+        places //= self._scheme.blocksize
+        out *= self._absmax.take(places)
+
+    @cached_property
+    def _held(self) -> npt.NDArray[np.uint8]:
+        """All codes, where rows of the weight lie all over them."""
+        return self._bytes(0, -(-self._count // 2)).copy()
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
+        """Bytes `[low, high)` of the codes, in a buffer of this thread."""
         first, last = low // self._itemsize, -(-high // self._itemsize)
-        raw = self._codes.bytes(first, last)
+        raw = thread_buffer("codes", (last - first) * self._itemsize)
+        self._codes.read_into(first, last, raw)
         return raw[low - first * self._itemsize : high - first * self._itemsize]
 
 

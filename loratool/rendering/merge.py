@@ -63,6 +63,13 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         facts.add_row("merged", "\n".join(map(verbatim, report.changes["merge"])))
     if report.derivation is not None:
         facts.add_row("initialisation", _derivation(report.derivation))
+    if report.kept_of_delta is not None:
+        left = report.kept_of_delta
+        kept_of_it = f"{percent(left.share)} of the delta (error {percent(left.error)})"
+        if report.dry_run:
+            facts.add_row("requantising", f"would keep about {kept_of_it}, from a sample")
+        else:
+            facts.add_row("requantising", f"kept {kept_of_it}")
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
         facts.add_row(CONFIG, verbatim(changed))
@@ -92,7 +99,7 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
                 f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
                 f"({share:.2g}% of all)",
             )
-        if report.lost is not None:
+        if report.kept_of_delta is None and report.lost is not None:
             facts.add_row("rounding", f"took about {percent(report.lost)} of the delta")
         if report.verified:
             facts.add_row("verified", "[green]every value read back as computed[/]")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from loratool.errors import BaseError, FileError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.scheme import Scheme
 from loratool.storage.jsonfile import parse_json
 from loratool.storage.tensors import TensorInfo
@@ -62,6 +63,13 @@ class Module:
     def path(self) -> str:
         """The module's path, or the parameter's where it is no `….weight`."""
         return self.name.removesuffix(".weight")
+
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether its class has the weight as `[in, out]`, which only the name of the class tells:
+        quantised it is `[out, in]` like all others."""
+        pattern = CONV1D.get(self.base.model_type)
+        return pattern is not None and re.search(pattern, self.path) is not None
 
     def refuse(self, reason: str, hint: str = "") -> NoReturn:
         """Raise BaseError: this module cannot be read."""
@@ -185,11 +193,10 @@ def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> 
         file, rows = piece
         if not rows:
             return
-        folder = rows[0][0].base.folder
-        with folder.reading(file) as (stream, _, _):
-            for module, role, info in rows:
-                stream.seek(info.start)
-                module.described[role] = stream.read(info.nbytes)
+        places = [(info.start, info.nbytes) for _, _, info in rows]
+        found = rows[0][0].base.folder.ranges(file, places)
+        for (module, role, _), data in zip(rows, found, strict=True):
+            module.described[role] = data
 
     with ThreadPoolExecutor(_STREAMS) as pool:
         for _ in pool.map(read, pieces):

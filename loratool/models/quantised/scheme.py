@@ -8,6 +8,7 @@ scheme gives; whoever reads tensors by range (`storage.values`) reads it like an
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from loratool.errors import BaseError
 from loratool.models.quantised.numbers import thread_buffer
 from loratool.storage.composed import Composed
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32, block_elements
 from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
@@ -132,18 +133,25 @@ class _Dequantised(Values):
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         columns, size = self._columns, self.info.itemsize
         at = low
-        while at < high:
-            first = at // columns
-            last = min(first + block_elements(columns) // columns, -(-high // columns))
-            start, stop = first * columns, min(high, last * columns)
-            into = raw[(at - low) * size : (stop - low) * size]
-            if self.info.dtype == "F32" and (start, stop) == (at, last * columns):
-                self._opened.rows(first, last, into.view(np.float32).reshape(-1, columns))
-            else:
-                values = thread_buffer("rows", (last - first) * columns, np.float32)
-                self._opened.rows(first, last, values.reshape(-1, columns))
-                round_into(values[at - start : stop - start], self.info.dtype, into)
-            at = stop
+        # What is too large becomes infinite, which whoever asked is to see.
+        with np.errstate(over="ignore", under="ignore"):
+            while at < high:
+                first = at // columns
+                last = min(first + block_elements(columns) // columns, -(-high // columns))
+                stop = min(high, last * columns)
+                self._fill(at, stop, first, last, raw[(at - low) * size : (stop - low) * size])
+                at = stop
+
+    def _fill(self, low: int, high: int, first: int, last: int, raw: Bytes) -> None:
+        """Fill `raw` with elements `[low, high)`, which are in rows `[first, last)`."""
+        columns = self._columns
+        start = first * columns
+        if self.info.dtype == "F32" and (start, high) == (low, last * columns):
+            self._opened.rows(first, last, raw.view(np.float32).reshape(-1, columns))
+            return
+        values = thread_buffer("rows", (last - first) * columns, np.float32)
+        self._opened.rows(first, last, values.reshape(-1, columns))
+        round_into(values[low - start : high - start], self.info.dtype, raw)
 
 
 def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
@@ -152,6 +160,15 @@ def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
 
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     torch.from_numpy(raw).view(kind).copy_(torch.from_numpy(values))
+
+
+def round_in_place(values: Floats, dtype: str) -> None:
+    """Round float32 values to a dtype, where they are."""
+    if dtype != "F32":
+        import torch  # NumPy has no bfloat16
+
+        numbers = torch.from_numpy(values)
+        numbers.copy_(numbers.to(torch.float16 if dtype == "F16" else torch.bfloat16))
 
 
 @values_of.register
@@ -172,6 +189,31 @@ def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes
     """The bytes of rows `[first, last)` of a part seen as `[rows, …]`, flat."""
     width = math.prod(info.shape[1:])
     return values_of(info, files).bytes(first * width, last * width)
+
+
+class Held:
+    """A part that is read whole when somebody first asks for it, and kept."""
+
+    def __init__(self, info: TensorInfo, files: FilePool) -> None:
+        self._info, self._files = info, files
+        # Blocks come from several threads; one reads.
+        self._lock = threading.Lock()
+        self._raw: Bytes | None = None
+
+    def raw(self) -> Bytes:
+        """Its bytes, `[nbytes]` uint8."""
+        with self._lock:
+            if self._raw is None:
+                self._raw = read_part(self._info, self._files)
+            return self._raw
+
+
+def read_finite(info: TensorInfo, files: FilePool) -> Floats:
+    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+    values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
+    if not np.isfinite(values).all():
+        raise broken_part(info, "it holds NaN or infinity")
+    return values
 
 
 def broken_part(info: TensorInfo, what: str) -> BaseError:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare
+    from loratool.verbs.dequantise import dequantise
     from loratool.verbs.extract import extract
     from loratool.verbs.inspect import InspectReport, inspect
     from loratool.verbs.merge import merge
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
-    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract", "push",
-    "card",
+    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract",
+    "dequantise", "push", "card",
 )  # fmt: skip
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "card",
     "combine",
     "compare",
+    "dequantise",
     "extract",
     "inspect",
     "merge",

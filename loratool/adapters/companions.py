@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratool.errors import FileError, LoraToolError, listed
-from loratool.models.sidefiles import sentence_parts
+from loratool.models.carried import sentence_parts
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_ENTRIES,

@@ -14,6 +14,7 @@ import click
 from loratool.cli.card import card_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
+from loratool.cli.dequantise import dequantise_command
 from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.inspect import inspect_command
@@ -47,6 +48,7 @@ def cli() -> None:
       loratool combine style/ task/ --weight 0.7 --weight 0.5 -o both/
       loratool resize adapter/ --rank 8 -o smaller/
       loratool extract base/ tuned/ --rank 16 -o adapter/
+      loratool dequantise llama-bnb-4bit/ -o plain/
       loratool push adapter/ org/adapter
     """
 
@@ -60,6 +62,7 @@ for command in (
     resize_command,
     compare_command,
     extract_command,
+    dequantise_command,
     push_command,
     card_command,
 ):

@@ -15,7 +15,7 @@ import numpy as np
 from loratool.adapters.adapter import Adapter
 from loratool.combining.alignment import Joined, Saved
 from loratool.errors import MatchError, ValueRangeError, listed
-from loratool.models.sidefiles import sentence_modules, value_heads
+from loratool.models.carried import sentence_modules, value_heads
 from loratool.models.tokenizers import common_files
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo

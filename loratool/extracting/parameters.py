@@ -17,8 +17,8 @@ from loratool.models.layouts.names import is_legacy_buffer
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.models.layouts.table import Segment
+from loratool.storage.composed import joined
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import joined
 
 #: Modules whose weight is a stack: their parameter is called like that of a layer.
 _PARALLEL = ("input_linear", "output_linear")

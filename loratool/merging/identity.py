@@ -9,7 +9,9 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import idle_modules
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
+from loratool.merging.replication import original
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.base import Dequantised
 from loratool.notices import Notice
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.folder import origin_of
@@ -50,8 +52,48 @@ def note_other_base(base: Checkpoint, adapters: Sequence[Adapter]) -> list[Notic
             given, where = known[0]
             notices.append(_differs(base, adapter, name, f"this one is {given} by {where}"))
         else:
-            notices += _other_revision(base, adapter, name)
+            notices += _other_revision(base, adapter, name) + _other_quantisation(base, adapter)
     return notices
+
+
+def _other_quantisation(base: Checkpoint, adapter: Adapter) -> list[Notice]:
+    """A warning where one of the adapter's base and this one is quantised, or both are otherwise:
+    what was trained is the sum with the one, and the result is the sum with the other."""
+    named = str(adapter.declared.base_name)
+    names = [name for name, _ in _names_of(base)] or [base.name]
+    if any(_last(name) == _last(named) for name in names):
+        return []
+    here, given = original(base), names[0]
+    if not isinstance(here, Dequantised):
+        if not is_quantised_name(named):
+            return []
+        text = (
+            f"{adapter.name} was trained on {named}, a quantised copy, and {given} is not "
+            f"quantised: the result is another model than was trained, often as good. {named} as "
+            "the base gives the trained one."
+        )
+    elif is_quantised_name(named):
+        text = (
+            f"{adapter.name} was trained on {named}, and {given} is quantised otherwise "
+            f"({here.title}): the result is another model than was trained."
+        )
+    elif any(map(is_quantised_name, names)) or _is_quantised_on_load(here):
+        text = (
+            f"{adapter.name} names {named} as its base, and {given} is quantised ({here.title}). "
+            "If training loaded its base quantised in the same way, the result is the trained "
+            f"model; otherwise {named} gives that."
+        )
+    else:
+        return []  # a model that is published so, under a name that does not say it
+    return [Notice("other-quantisation", text, base.label)]
+
+
+def _is_quantised_on_load(base: Dequantised) -> bool:
+    return all(weight.stored_as.on_load for weight in base.weights.values())
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/\\]", name.partition("@")[0].rstrip("/\\"))[-1].lower()
 
 
 def _alike(one: str, other: str) -> bool:

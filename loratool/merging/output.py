@@ -27,9 +27,7 @@ def write_model(
     from loratool.merging.executor import execute  # torch: about two seconds to import
 
     written = execute(plan.outputs, folder, run, recorder, courier)
-    treatment = plan.treatment
-    rewriting = treatment.rewriting() if treatment is not None else None
-    write_side_files(files, folder, plan.dtype, plan.config_changes, rewriting)
+    write_side_files(files, folder, plan.dtype, plan.config_changes, plan.rewriting)
     if list(plan.shards) != [MODEL]:
         weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
         write_index(folder, weight_map, plan.bytes_to_write)

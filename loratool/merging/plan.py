@@ -13,9 +13,11 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
+from loratool.merging.replication import original
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.config import Rewriting
 from loratool.models.layouts.names import is_legacy_buffer
-from loratool.models.quantised.treatment import Treatment
+from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
@@ -138,6 +140,13 @@ class Plan:
     treatment: Treatment | None = None
     notices: list[Notice] = field(default_factory=list)
     modules: int = 0
+
+    @property
+    def rewriting(self) -> Rewriting | None:
+        """What the output's files must say differently of quantisation."""
+        if self.treatment is not None:
+            return self.treatment.rewriting()
+        return leftover(original(self.base))
 
     @property
     def jobs(self) -> list[Job]:

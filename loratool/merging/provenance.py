@@ -19,6 +19,7 @@ from loratool.merging.plan import Plan
 from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.treatment import TREATMENTS
 from loratool.paths import pattern, ranged
 from loratool.storage.fields import (
     ABSENT,
@@ -82,8 +83,9 @@ def describe_options(plan: Plan) -> dict[str, Any]:
     layout = next(filter(None, (a.expert_b_layout for a in plan.adapters)), None)
     if layout is not None:
         options["expert_b_layout"] = layout
-    if plan.treatment is not None:
+    if plan.treatment is not None and plan.treatment.how in TREATMENTS:
         options["quantised"] = plan.treatment.how
+        options["trained_here"] = plan.treatment.trained_here
     if plan.initial is not None:
         options["initial"] = describe_adapter(plan.initial, 1.0)
     if isinstance(plan.base, Replicated):

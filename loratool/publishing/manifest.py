@@ -16,9 +16,9 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
+from loratool.models.carried import carried_files
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
-from loratool.models.sidefiles import carried_files
 from loratool.models.tokenizers import (
     is_part_of_tokenizer,
     note_ids_without_rows,

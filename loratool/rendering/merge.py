@@ -35,7 +35,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         facts.add_row("quantised", verbatim(report.quantised))
     kept = "each tensor's own" if report.dtype == "base" else report.dtype
     facts.add_row("dtype", kept)
-    facts.add_row("modules", f"{report.modules} merged")
+    if report.adapters:
+        facts.add_row("modules", f"{report.modules} merged")
     words = {"merge": "merged", "replace": "replaced", "add": "added", "cast": "cast",
              "copy": "copied"}  # fmt: skip
     done = [f"{n} {words[action]}" for action, n in report.tensors.items() if n]

@@ -11,12 +11,8 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from functools import singledispatch
-from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +86,7 @@ class _Strided(Values):
             with self._lock:
                 if self._view is None:
                     self._view = _viewed(self.info, self._files)
-            _gather(self._view, low, high, raw.view(self._view.dtype))
+            copy_range(self._view, low, high, raw.view(self._view.dtype))
 
 
 class _Grown(Values):
@@ -108,137 +104,6 @@ class _Grown(Values):
         raw[known:] = 0
 
 
-@dataclass(frozen=True)
-class Composed(TensorInfo):
-    """A tensor whose elements are those of others. It is in no file."""
-
-    parts: tuple[TensorInfo, ...] = ()
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
-
-    @property
-    def disk_bytes(self) -> int:
-        return sum(part.disk_bytes for part in self.parts)
-
-
-@dataclass(frozen=True)
-class _View(Composed):
-    """Some elements of its only part, from element `first` on, by strides counted in elements."""
-
-    first: int = 0
-
-
-class _Viewed(Values):
-    """Elements of a view of what is in no file by itself: computed, or put together.
-
-    Where they lie one after the other they are read so; otherwise all between the first and the
-    last of them is read when one is asked for, and kept.
-    """
-
-    def __init__(self, info: _View, files: FilePool) -> None:
-        super().__init__(info)
-        self._whole = values_of(info.parts[0], files)
-        self._first = info.first
-        self._lock = threading.Lock()
-        self._view: npt.NDArray[np.void] | None = None
-
-    def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        if self.info.strides is None:
-            self._whole.read_into(self._first + low, self._first + high, raw)
-        elif high > low:
-            with self._lock:
-                if self._view is None:
-                    extent = _extent(self.info)
-                    self._view = _strided(
-                        self.info, self._whole.bytes(self._first, self._first + extent)
-                    )
-            _gather(self._view, low, high, raw.view(self._view.dtype))
-
-
-def view(
-    info: TensorInfo, shape: tuple[int, ...], first: int, strides: tuple[int, ...] | None
-) -> TensorInfo:
-    """Elements of a tensor as one of their own: from element `first` of its file's order on, by
-    `strides` counted in elements, or one after the other."""
-    if isinstance(info, _View):
-        return replace(info, shape=shape, first=info.first + first, strides=strides)
-    if isinstance(info, Composed):
-        return _View(
-            info.name, info.dtype, shape, info.file, info.start, strides, stamp=info.stamp,
-            parts=(info,), first=first,
-        )  # fmt: skip
-    return replace(info, shape=shape, start=info.start + first * info.itemsize, strides=strides)
-
-
-@dataclass(frozen=True)
-class _JoinedTensor(Composed):
-    """Those of the parts one after the other."""
-
-
-class _Joined(Values):
-    def __init__(self, info: _JoinedTensor, files: FilePool) -> None:
-        super().__init__(info)
-        self._parts = [values_of(part, files) for part in info.parts]
-        self._ends = list(accumulate(part.length for part in self._parts))
-
-    def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        size = self.info.itemsize
-        done = 0
-        while low < high:
-            at = bisect_right(self._ends, low)
-            start = self._ends[at] - self._parts[at].length
-            stop = min(high, self._ends[at])
-            count = (stop - low) * size
-            self._parts[at].read_into(low - start, stop - start, raw[done : done + count])
-            low, done = stop, done + count
-
-
-@dataclass(frozen=True)
-class _AlternatingTensor(Composed):
-    """The rows of the parts in turns."""
-
-
-class _Alternating(Values):
-    def __init__(self, info: _AlternatingTensor, files: FilePool) -> None:
-        super().__init__(info)
-        self._parts = [values_of(part, files) for part in info.parts]
-        self._row = math.prod(info.parts[0].shape[1:])
-
-    def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        turns, row = len(self._parts), self._row
-        first, last = low // row, -(-high // row)
-        kind = f"V{self.info.itemsize}"
-        rows = np.empty((last - first, row), kind)
-        for turn, part in enumerate(self._parts):
-            begin, end = (max(0, -((turn - at) // turns)) for at in (first, last))
-            if begin < end:
-                own = part.bytes(begin * row, end * row).view(kind)
-                rows[turn + begin * turns - first :: turns] = own.reshape(-1, row)
-        raw.view(kind)[:] = rows.reshape(-1)[low - first * row : high - first * row]
-
-
-def joined(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
-    """A tensor that holds the elements of `parts`, of one dtype, one after the other."""
-    return _composed(_JoinedTensor, name, shape, parts)
-
-
-def alternating(name: str, shape: Sequence[int], parts: Sequence[TensorInfo]) -> TensorInfo:
-    """A tensor whose rows are those of `parts`, of one dtype and length, in turns."""
-    return _composed(_AlternatingTensor, name, shape, parts)
-
-
-def _composed(
-    kind: type[Composed], name: str, shape: Sequence[int], parts: Sequence[TensorInfo]
-) -> TensorInfo:
-    first = parts[0]
-    return kind(
-        name, first.dtype, tuple(shape), first.file, first.start, stamp=first.stamp,
-        parts=tuple(parts),
-    )  # fmt: skip
-
-
 @singledispatch
 def values_of(info: TensorInfo, files: FilePool) -> Values:
     """The values of a tensor, read through `files` when they are asked for.
@@ -251,35 +116,20 @@ def values_of(info: TensorInfo, files: FilePool) -> Values:
     return _Dense(info, files) if info.strides is None else _Strided(info, files)
 
 
-@values_of.register
-def _(info: _View, files: FilePool) -> Values:
-    return _Viewed(info, files)
-
-
-@values_of.register
-def _(info: _AlternatingTensor, files: FilePool) -> Values:
-    return _Alternating(info, files)
-
-
-@values_of.register
-def _(info: _JoinedTensor, files: FilePool) -> Values:
-    return _Joined(info, files)
-
-
 def _viewed(info: TensorInfo, files: FilePool) -> npt.NDArray[np.void]:
     """The elements of a strided tensor that is not empty, as a view of the bytes they lie in."""
-    raw = np.empty(_extent(info) * info.itemsize, np.uint8)
+    raw = np.empty(extent_of(info) * info.itemsize, np.uint8)
     files.read_into(info, 0, raw.data)
-    return _strided(info, raw)
+    return strided_view(info, raw)
 
 
-def _extent(info: TensorInfo) -> int:
+def extent_of(info: TensorInfo) -> int:
     """Elements from the first to the last one of a strided tensor."""
     assert info.strides is not None
     return 1 + sum((n - 1) * s for n, s in zip(info.shape, info.strides, strict=True))
 
 
-def _strided(info: TensorInfo, raw: Bytes) -> npt.NDArray[np.void]:
+def strided_view(info: TensorInfo, raw: Bytes) -> npt.NDArray[np.void]:
     assert info.strides is not None
     axes = [(n, s) for n, s in zip(info.shape, info.strides, strict=True) if n > 1]
     size = info.itemsize
@@ -287,7 +137,7 @@ def _strided(info: TensorInfo, raw: Bytes) -> npt.NDArray[np.void]:
     return np.lib.stride_tricks.as_strided(raw.view(f"V{size}"), shape, strides, writeable=False)
 
 
-def _gather(view: npt.NDArray[np.void], low: int, high: int, into: npt.NDArray[np.void]) -> None:
+def copy_range(view: npt.NDArray[np.void], low: int, high: int, into: npt.NDArray[np.void]) -> None:
     """Copy elements `[low, high)` of a view, counted in row-major order; `high` is above `low`.
 
     A range is the end of one row, whole rows, and the beginning of another one.
@@ -305,7 +155,7 @@ def _gather(view: npt.NDArray[np.void], low: int, high: int, into: npt.NDArray[n
         if rows:
             target.reshape(rows, *view.shape[1:])[:] = view[first : first + rows]
         else:
-            _gather(view[first], begin, begin + count, target)
+            copy_range(view[first], begin, begin + count, target)
         low, done = low + count, done + count
 
 

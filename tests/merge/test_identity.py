@@ -77,10 +77,10 @@ def test_another_base_of_the_same_shapes(tmp_path: Path, known: str, trained_on:
 def test_the_same_base_under_other_names(
     tmp_path: Path, known: str | None, trained_on: str | None
 ) -> None:
-    """Mirrors, quantised copies, paths and names that say nothing are not worth a warning."""
+    """Mirrors, quantised copies, paths and names that say nothing are no other base."""
     base = named_base(tmp_path / "base", known)
     adapter = lora(tmp_path / "adapter", base_model_name_or_path=trained_on)
-    assert codes(loratool.merge(base, adapter, tmp_path / "out")) == []
+    assert "base-differs" not in codes(loratool.merge(base, adapter, tmp_path / "out"))
 
 
 def test_a_folder_of_the_right_name_is_enough(tmp_path: Path) -> None:
@@ -233,3 +233,28 @@ def test_a_magnitude_or_a_bias_does_something_by_itself(tmp_path: Path) -> None:
         more = {f"base_model.model.{Q}.{part}": np.ones(6, np.float32)}
         adapter = write_adapter(tmp_path / name, tensors | more, config)
         assert codes(loratool.merge(base, adapter, tmp_path / f"{name}-out")) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "trained_on", "said"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", "unsloth/llama-3-8b-bnb-4bit", True),
+        ("mistralai/Mistral-7B-v0.1", "TheBloke/Mistral-7B-v0.1-GPTQ", True),
+        ("meta-llama/Meta-Llama-3-8B", "NousResearch/Meta-Llama-3-8B", False),
+        ("google/gemma-2-2b", None, False),
+    ],
+)
+def test_a_base_that_is_not_quantised_as_the_adapters_was(
+    tmp_path: Path, known: str, trained_on: str | None, said: bool
+) -> None:
+    """The sum with the 16-bit original is another model than the one that was trained; both names
+    are said, by every verb that has a base."""
+    base = named_base(tmp_path / "base", known)
+    adapter = lora(tmp_path / "adapter", base_model_name_or_path=trained_on)
+    for found in (
+        loratool.merge(base, adapter, tmp_path / "out"),
+        loratool.inspect(adapter, base=base),
+    ):
+        notices = [n for n in found.warnings if n.code == "other-quantisation"]
+        assert len(notices) == said
+        assert all(known in n.message and str(trained_on) in n.message for n in notices)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from loratool.storage.composed import alternating, joined
 from loratool.storage.header import read_header
 from loratool.storage.tensors import FilePool, TensorInfo
-from loratool.storage.values import alternating, joined, read_float32, values_of
+from loratool.storage.values import read_float32, values_of
 
 
 def made(folder: Path, *shapes: tuple[int, int]) -> tuple[list[TensorInfo], list[np.ndarray]]:

@@ -81,14 +81,18 @@ def test_adapter_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     telling_fails(model, FIXTURES / "base", adapter)
 
 
-def test_quantised_models_are_refused(tmp_path: Path) -> None:
-    """A quantised MERGED is said to be that, not compared."""
+def test_a_model_that_only_its_config_calls_quantised_is_compared(tmp_path: Path) -> None:
+    """The tensors decide: a leftover entry says nothing about plain weights."""
     model = written(tmp_path / "m", merged())
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (model / "config.json").write_text(json.dumps(config))
-    error = telling_fails(model, FIXTURES / "base", FIXTURES / "adapter", parts=[str(model)])
-    assert "quantised" in error.message
+    assert loratool.verify(FIXTURES / "base", model, FIXTURES / "adapter").verdict == "no"
+    plainly = loratool.verify(
+        written(tmp_path / "n", merged()), FIXTURES / "base", FIXTURES / "adapter"
+    )
+    again = loratool.verify(model, FIXTURES / "base", FIXTURES / "adapter")
+    assert (again.verdict, again.equal) == (plainly.verdict, plainly.equal)
 
 
 def test_wrong_weights_and_threads_are_usage_errors() -> None:

@@ -15,8 +15,8 @@ from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError, Rows
 from loratool.models.layouts.place import Place
+from loratool.storage.composed import alternating, joined, view
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import alternating, joined, view
 
 
 def assembled(

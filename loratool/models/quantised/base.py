@@ -18,16 +18,24 @@ from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp8 import FORMATS as FP8
 from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.formats.hqq import FORMATS as HQQ
 from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
-from loratool.models.quantised.module import Format, Module, Settings, describe, gathered
+from loratool.models.quantised.module import (
+    ACTIVATIONS,
+    Format,
+    Module,
+    Quantisation,
+    gathered,
+    read_descriptions,
+)
 from loratool.models.quantised.refusals import refuse_method, refuse_unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO)
+FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP8)
 
 
 @dataclass
@@ -39,7 +47,7 @@ class Dequantised(Checkpoint):
     """
 
     packed: Checkpoint = field(kw_only=True)
-    settings: Settings = field(kw_only=True)
+    settings: Quantisation = field(kw_only=True)
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
     #: Tensors of the quantisation that belong to no single weight.
     extras: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -92,7 +100,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
 
     Raises BaseError where they are in a form that is not read, or incomplete.
     """
-    settings = settings_of(base)
+    settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
     claimed: dict[str, tuple[Module, Format]] = {}
     for name, module in modules.items():
@@ -103,7 +111,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         refuse_method(base, settings)
         refuse_unread(base, settings, base.tensors)
         return base
-    describe(
+    read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
@@ -111,12 +119,20 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
     }
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
-    refuse_unread(base, settings, base.tensors.keys() - names.keys())
+    extras = frozenset(
+        info.name
+        for module in modules.values()
+        for role, info in module.tensors.items()
+        if role in ACTIVATIONS and info.name not in names
+    )
+    refuse_unread(base, settings, base.tensors.keys() - names.keys() - extras)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():
         for name in held:
             weight = names.get(name)
+            if name in extras:
+                continue
             if weight is None:
                 tensors[name] = base.tensors[name]
                 shards.setdefault(shard, []).append(name)
@@ -125,11 +141,11 @@ def dequantised(base: Checkpoint) -> Checkpoint:
                 shards.setdefault(shard, []).append(weight)
     return Dequantised(
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
-        packed=base, settings=settings, weights=weights,
+        packed=base, settings=settings, weights=weights, extras=extras,
     )  # fmt: skip
 
 
-def settings_of(base: Checkpoint) -> Settings:
+def quantisation_of(base: Checkpoint) -> Quantisation:
     """What config.json says of quantisation, wherever in it.
 
     Raises BaseError for a quantization_config that is no table.
@@ -151,5 +167,5 @@ def settings_of(base: Checkpoint) -> Settings:
             if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
                 method = "bitsandbytes"
             name = method if isinstance(method, str) else ""
-            return Settings(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
-    return Settings()
+            return Quantisation(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
+    return Quantisation()

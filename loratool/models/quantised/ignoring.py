@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from loratool.models.quantised.module import Settings
+from loratool.models.quantised.module import Quantisation
 
 #: The keys of the list by method; all that are there are written, otherwise the first.
 _KEYS = {
@@ -33,12 +33,12 @@ _KEYS = {
 _BITSANDBYTES_USUAL = ("lm_head",)
 
 
-def with_ignored(settings: Settings, paths: Sequence[str]) -> dict[str, Any]:
+def with_ignored(settings: Quantisation, paths: Sequence[str]) -> dict[str, Any]:
     """The table of config.json with these modules as plain ones."""
     return _added(copy.deepcopy(settings.table), settings.method, paths)
 
 
-def can_ignore(settings: Settings) -> bool:
+def can_ignore(settings: Quantisation) -> bool:
     """Whether it is known where a model says which of its modules are plain."""
     return settings.method in (*_KEYS, "gptq")
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.quantised.module import Settings
+from loratool.models.quantised.module import Quantisation
 from loratool.words import agreeing, counted
 
 _HINT = "Merge into the unquantised model it was made from, then quantise the result."
@@ -30,7 +30,7 @@ _PACKED = re.compile(
 )
 
 
-def refuse_method(base: Checkpoint, settings: Settings) -> None:
+def refuse_method(base: Checkpoint, settings: Quantisation) -> None:
     """Raise BaseError for a model that is quantised by a method that is known and not read."""
     name = _UNREAD.get(settings.method)
     if name is not None:
@@ -39,7 +39,7 @@ def refuse_method(base: Checkpoint, settings: Settings) -> None:
         )
 
 
-def refuse_unread(base: Checkpoint, settings: Settings, names: Collection[str]) -> None:
+def refuse_unread(base: Checkpoint, settings: Quantisation, names: Collection[str]) -> None:
     """Raise BaseError where tensors that are in no quantised weight look like parts of one."""
     packed = [n for n in names if _PACKED.search(n)]
     packed += [n for n in names if n.endswith(".weight") and not base.tensors[n].is_float]

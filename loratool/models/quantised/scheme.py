@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
+from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
-from loratool.storage.values import Composed, Values, values_of
+from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
 Floats = npt.NDArray[np.float32]
@@ -203,11 +204,17 @@ class Held:
             return self._raw
 
 
-def read_finite(info: TensorInfo, files: FilePool) -> Floats:
-    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+def read_finite(info: TensorInfo, files: FilePool, times: float = 1) -> Floats:
+    """A part of floats, in its own shape, which are numbers also when multiplied by `times`.
+
+    Raises BaseError for NaN and infinity in it.
+    """
     values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
-    if not np.isfinite(values).all():
+    highest = float(np.abs(values).max(initial=0))
+    if not math.isfinite(highest):
         raise broken_part(info, "it holds NaN or infinity")
+    if highest * times > float(np.finfo(np.float32).max):
+        raise broken_part(info, "it makes numbers that float32 cannot hold")
     return values
 
 

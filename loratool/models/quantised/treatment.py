@@ -16,9 +16,9 @@ from loratool.errors import BaseError, UsageError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.layout import in_memory
-from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.base import Dequantised, as_stored, quantisation_of
+from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
-from loratool.models.quantised.siblings import experts_of, with_siblings
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
@@ -66,6 +66,11 @@ class Treatment:
     dtype: str = "BF16"
 
     @property
+    def trained_here(self) -> bool:
+        """Whether a user said so of weights that were rescaled."""
+        return any(weight.stored_as.rescaled for weight in self.base.weights.values())
+
+    @property
     def is_plain(self) -> bool:
         """Whether the result is a model without any quantised weight."""
         return self.how == "plain"
@@ -107,7 +112,7 @@ class Treatment:
             "base plus the adapter: the model that a QLoRA adapter was trained as. Merged into the "
             "16-bit original, where that is at hand, it is another model, often as good."
         )
-        if any(weight.stored_as.rescaled for weight in self.base.weights.values()):
+        if self.trained_here:
             text = (
                 f"{self.base.label} is quantised ({self.base.title}), and its weights were "
                 "rescaled for that: the result is right only for an adapter that was trained on "
@@ -133,6 +138,24 @@ class Treatment:
         )
 
 
+def leftover(base: Checkpoint) -> Rewriting | None:
+    """What config.json must not say any more where it speaks of quantisation and no weight is
+    quantised: programs that load the model would look for scales."""
+    where = quantisation_of(base).where
+    return Rewriting(where, None, without=DESCRIPTIONS) if where else None
+
+
+def note_leftover(base: Checkpoint) -> Notice:
+    """A warning for such a base."""
+    said = quantisation_of(base)
+    text = (
+        f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
+        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "not go along."
+    )
+    return Notice("leftover-quantisation", text, base.label)
+
+
 def treat(
     base: Dequantised, changed: Collection[str], asked: str | None, trained_here: bool
 ) -> Treatment:
@@ -153,7 +176,7 @@ def treat(
         return Treatment(base, how, touched, frozenset(base.weights), dtype=dtype)
     if how == "requantise":
         return Treatment(base, how, touched, frozenset(), touched, dtype)
-    opened = frozenset(with_siblings(touched, base.weights))
+    opened = frozenset(with_fused(touched, base.weights))
     if base.settings.where and not can_ignore(base.settings):
         raise BaseError(
             f"{base.label} is quantised with {base.settings.method or 'no known method'}, and it "

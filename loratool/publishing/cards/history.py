@@ -17,6 +17,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
     "extract": {"dtype": "float16", "seed": 0},
     "resize": {},
     "unmerge": {},
+    "dequantise": {"dtype": "float16", "quantised": "plain"},
 }
 
 
@@ -42,7 +43,7 @@ def _rebuilt(facts: Facts) -> str:
         return ""
     removed = name == "unmerge"
     words = ["loratool", name]
-    if name in ("merge", "extract", "unmerge"):
+    if name in ("merge", "extract", "unmerge", "dequantise"):
         words.append(reference(part(record, "base")))
     if name == "extract":
         words.append(reference(part(record, "tuned")))

@@ -38,7 +38,7 @@ def experts_of(weight: str) -> str | None:
     return found[1] if found else None
 
 
-def with_siblings(chosen: Collection[str], weights: Collection[str]) -> set[str]:
+def with_fused(chosen: Collection[str], weights: Collection[str]) -> set[str]:
     """The chosen of these weights, and those that are one matrix with one of them."""
     units: dict[str, set[str]] = defaultdict(set)
     for name in weights:

@@ -1,0 +1,83 @@
+"""`loratool dequantise`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import (
+    dry_run_option,
+    json_option,
+    model_dtype_option,
+    output_option,
+    overwrite_option,
+    private_option,
+    quiet_option,
+    threads_option,
+)
+from loratool.storage.destination import Overwrite
+
+
+@click.command("dequantise", short_help="Write the plain model of a quantised one.")
+@click.argument("base")
+@output_option()
+@model_dtype_option(
+    "Dtype of all floating tensors of the output; base is the model's own 16-bit one. [default: "
+    "float16; bfloat16 for architectures that exceed it]"
+)
+@overwrite_option("Replace OUT, or the weights in REPO, if there.")
+@click.option("--verify", is_flag=True, help="Read the output again and check every value.")
+@click.option(
+    "--push", metavar="REPO",
+    help="Upload to this repository on the Hub, each shard as soon as it is verified.",
+)  # fmt: skip
+@click.option(
+    "--no-keep", is_flag=True,
+    help="With --push: remove each shard here once it is there; no OUT then.",
+)  # fmt: skip
+@private_option("With --push: create the repository private.")
+@dry_run_option("Say what would be written; write nothing.")
+@threads_option()
+@json_option()
+@quiet_option()
+def dequantise_command(
+    base: str,
+    output: str | None,
+    dtype: str | None,
+    overwrite: Overwrite,
+    verify: bool,
+    push: str | None,
+    no_keep: bool,
+    private: bool,
+    dry_run: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the plain 16-bit model that a quantised BASE stands for.
+
+    BASE is a model directory, one weights file, or a Hub id: bitsandbytes (NF4,
+    FP4, int8), FP8, compressed-tensors, ModelOpt, MXFP4, NVFP4, GPTQ, AWQ, HQQ or
+    torchao. No quantisation library is needed; the values are theirs, rounded once.
+
+    \b
+    Examples:
+      loratool dequantise llama-bnb-4bit/ -o plain/
+      loratool dequantise org/model-FP8 -o plain/ --dtype bfloat16
+      loratool dequantise gpt-oss/ -o plain/ --dtype base --dry-run
+      loratool dequantise org/model-FP8 --push org/model --no-keep
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.merge import show_merge
+    from loratool.verbs.dequantise import dequantise as run
+
+    with common.progress_bar(not (quiet or as_json or dry_run), "dequantising") as progress:
+        report = run(
+            base, output, dtype=dtype, overwrite=overwrite, dry_run=dry_run, verify=verify,
+            push=push, keep=not no_keep, private=private, threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_merge(report, verbose=False)
+    if not quiet:
+        common.print_warnings(report.warnings)

@@ -1,0 +1,74 @@
+"""dequantise: write the plain model that a quantised one stands for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from loratool.errors import BaseError, explained_os_errors
+from loratool.merging.options import MergeOptions
+from loratool.merging.planning import build_plan
+from loratool.merging.report import MergeReport
+from loratool.models.checkpoint import open_checkpoint
+from loratool.models.quantised.base import Dequantised, dequantised
+from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
+from loratool.publishing.target import workplace
+from loratool.storage.destination import Overwrite, check_output
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
+from loratool.verbs.inputs import check_paths
+from loratool.verbs.writing import write_planned
+
+
+@explained_os_errors()
+def dequantise(
+    base: str | Path,
+    output: str | Path | None,
+    *,
+    dtype: str | None = None,
+    overwrite: Overwrite = False,
+    dry_run: bool = False,
+    verify: bool = False,
+    push: str | None = None,
+    keep: bool = True,
+    private: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write the plain model that a quantised one stands for, streaming: a merge of no adapter.
+
+    Parameters
+    ----------
+    base: quantised model directory, weights file or Hub id.
+    dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" for the model's
+        own 16-bit dtype; float16 if not given, and bfloat16 for architectures whose activations
+        exceed that.
+    output, overwrite, dry_run, verify, push, keep, private, threads, progress: as of
+        `merge`.
+
+    Raises
+    ------
+    BaseError: the model is not quantised, or in a form that is not read. FileError,
+    ValueRangeError, OutputError, VerifyError, LoginError, HubError: as of `merge`.
+    """
+    started = time.perf_counter()
+    run = Run(threads, progress, overwrite, dry_run)
+    options = MergeOptions(dtype, verify=verify, push=push, keep=keep, private=private)
+    options.check(output)
+    output = output if output is not None else workplace(str(push))
+    check_paths([base, output], [base], "")
+    target = Path(output)
+    check_output(target, [Path(base)], overwrite)
+    model = dequantised(open_checkpoint(base))
+    if not isinstance(model, Dequantised):
+        raise BaseError(
+            f"{model.label} is not quantised: all its weights are plain.",
+            "There is nothing to do; `loratool inspect` shows adapters, not models.",
+        )
+    check_output(target, [path.resolve() for path in model.files], overwrite)
+    dtype, notices = options.dtype_for(model)
+    plan = build_plan(model, [], [], dtype, quantised=AS_IT_WAS_TRAINED)
+    plan.notices += notices
+    report = write_planned(plan, target, options, run, "dequantise")
+    report.seconds = time.perf_counter() - started
+    return report

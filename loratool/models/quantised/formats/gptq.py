@@ -108,9 +108,11 @@ class _Rows(Opened):
             multiply_groups(out, scales[:, chosen], group)
             return
         index = np.arange(self._inputs) // group if self._index is None else self._index
-        chosen_inputs = index[low : low + count]
-        out -= zeros.take(chosen_inputs, axis=1)
-        out *= scales.take(chosen_inputs, axis=1)
+        own = index[low : low + count]
+        for some, step in ((zeros, np.subtract), (scales, np.multiply)):
+            spread = thread_buffer("of each input", out.size, np.float32).reshape(out.shape)
+            some.take(own, axis=1, out=spread, mode="clip")
+            step(out, spread, out=out)
 
 
 def _zeros(scheme: Gptq, files: FilePool) -> Floats:

@@ -19,13 +19,13 @@ import torch
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
+from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.derivation import derived
 from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import LoadedDelta, Terms
 from loratool.merging.rounding import (
     TORCH,
-    Counts,
     count_underflow,
     magnitudes_of,
     narrowed,
@@ -166,6 +166,9 @@ class RunningJob:
         The source's bytes are left in `raw` where it is given, unless they are the output's. Where
         `measured`, what rounding takes of the delta is measured too.
         """
+        if measured and isinstance(self.values, MeasuredValues):
+            self.values.read_measured(low, high, data, counts)
+            return
         if self.job.is_verbatim:
             self.values.read_into(low, high, data)
             if self.job.checked and magnitudes_of(data, self.job.dtype)[1]:
@@ -290,7 +293,7 @@ class MergeTask:
         self._compute(low, high, data, None)
 
     def _compute(self, low: int, high: int, data: Bytes, raw: Bytes | None) -> None:
-        measured = self._unmeasured and self.job.job.is_arithmetic
+        measured = self._unmeasured and (self.job.job.of or self.job.job).is_arithmetic
         self._unmeasured = False
         self.job.compute(low, high, data, self.counts, raw, measured)
 

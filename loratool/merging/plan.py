@@ -65,6 +65,8 @@ class Job:
     untied: bool = False
     #: False for integers and for legacy buffers, which may hold -inf by design.
     checked: bool = True
+    #: Of a part of a weight that is quantised again: the job that gives the weight's values.
+    of: Job | None = None
 
     @property
     def columns(self) -> int:
@@ -151,6 +153,11 @@ class Plan:
     @property
     def jobs(self) -> list[Job]:
         return [job for jobs in self.shards.values() for job in jobs]
+
+    @property
+    def weight_jobs(self) -> list[Job]:
+        """The jobs that give values, each once, however many tensors a weight is stored in."""
+        return list({id(job.of or job): job.of or job for job in self.jobs}.values())
 
     @property
     def outputs(self) -> list[OutputShard]:

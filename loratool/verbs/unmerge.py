@@ -24,8 +24,10 @@ from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
 from loratool.merging.undo.file import Undo
+from loratool.merging.undo.kept_base import kept_base
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.quantised.treatment import Quantised
 from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice, document
 from loratool.storage.destination import (
@@ -211,7 +213,7 @@ def _restore(
             "the given ones alone, rounding again, use --subtract.",
         )
     options = request.record["options"]
-    base = undo.base(merged.source)
+    base = kept_base(undo, merged)
     plan = build_plan(
         base,
         request.adapters,
@@ -220,6 +222,7 @@ def _restore(
         bool(options.get("allow_unmatched")),
         options.get("components") or (),
         as_it_is=True,  # the undo file has what was taken off the base
+        quantised=Quantised(options.get("quantised"), trained_here=True),
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
@@ -227,8 +230,8 @@ def _restore(
         text = f"{originals} is not read: the undo file holds all that is missing."
         report.warnings.insert(0, Notice("base-not-needed", text))
     report.exact, report.dtype, report.undo_bytes = True, "base", undo.nbytes
-    report.tensors, report.parameters = len(base.tensors), base.parameters
-    report.shards = list(base.shards)
+    report.tensors, report.parameters = len(undo.tensors), base.parameters
+    report.shards = [shard.file for shard in undo.shards]
     report.side_files = sorted(undo.side_files)
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
     report.warnings += changed_since(merged.folder, undo)
@@ -253,12 +256,13 @@ def _restore(
 def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
     """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
     wrong = []
-    for job in plan.jobs:
-        info = merged.tensors.get(job.name)
-        if job.name not in undo.tensors or undo.tensors[job.name].whole:
+    jobs = {job.name: job for job in plan.jobs}
+    for name, tensor in undo.tensors.items():
+        info, job = merged.tensors.get(name), jobs.get(name)
+        if tensor.whole:
             continue
-        if info is None:
-            wrong.append(f"{job.name} is missing")
+        if info is None or job is None:
+            wrong.append(f"{name} is missing")
         elif (info.dtype, info.shape) != (job.dtype, job.source.shape):
             wrong.append(f"{info}, but {job.dtype} {list(job.source.shape)} was written")
     if wrong:

@@ -59,11 +59,13 @@ def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str
         # The first rule that fits counts.
         table["dynamic"] = {**own, **(rules if isinstance(rules, dict) else {})}
         return table
-    first, *others = _KEYS[method]
-    usual = _BITSANDBYTES_USUAL if method == "bitsandbytes" and not table.get(first) else ()
-    for key in (first, *(key for key in others if key in table)):
-        if key != first or key in table or not any(k in table for k in others):
-            table = _listed(table, key, (*usual, *paths))
+    keys = _KEYS[method]
+    usual = _BITSANDBYTES_USUAL if method == "bitsandbytes" and not table.get(keys[0]) else ()
+    there = [key for key in keys if key in table] or [keys[0]]
+    # transformers reads the first alone, vLLM the other one before it.
+    there += [keys[0]] if method == "fp8" and keys[0] not in there else []
+    for key in there:
+        table = _listed(table, key, (*usual, *paths))
     return table
 
 

@@ -196,11 +196,10 @@ def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> 
         file, rows = piece
         if not rows:
             return
-        folder = rows[0][0].base.folder
-        with folder.reading(file) as (stream, _, _):
-            for module, role, info in rows:
-                stream.seek(info.start)
-                module.described[role] = stream.read(info.nbytes)
+        places = [(info.start, info.nbytes) for _, _, info in rows]
+        found = rows[0][0].base.folder.ranges(file, places)
+        for (module, role, _), data in zip(rows, found, strict=True):
+            module.described[role] = data
 
     with ThreadPoolExecutor(_STREAMS) as pool:
         for _ in pool.map(read, pieces):

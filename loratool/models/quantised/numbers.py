@@ -39,6 +39,7 @@ def _e4m3() -> npt.NDArray[np.float32]:
 
 
 E4M3 = _e4m3()
+E4M3_LARGEST = 448.0
 
 #: Powers of two by their byte (E8M0): 2^(byte − 127); the last one is NaN.
 E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
@@ -141,6 +142,39 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return made.reshape(*octets.shape[:-1], -1)[..., : 8 * size // bits]
 
 
+def nearest(values: _Floats, levels: _Floats) -> Bytes:
+    """The number of the level that is nearest to each value; of two as near, the lower one.
+
+    There are at most 256 levels, and they ascend.
+    """
+    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
+    if len(levels) > 32:
+        return np.searchsorted(bounds, values).astype(np.uint8)
+    # Comparing with each bound is several times as fast as searching among few.
+    found = np.zeros(values.shape, np.uint8)
+    above = np.empty(values.shape, bool)
+    for bound in bounds:
+        np.greater(values, bound, out=above)
+        found += above.view(np.uint8)
+    return found
+
+
+def encode_e4m3(values: _Floats) -> Bytes:
+    """The E4M3 codes nearest to values, flat; what is too large gets the largest."""
+    import torch
+
+    largest = torch.from_numpy(values).nan_to_num(0.0).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
+    codes: Bytes = largest.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return codes
+
+
+def encode_integers(values: _Floats, lowest: int, highest: int) -> npt.NDArray[np.int8]:
+    """The whole numbers nearest to values, of 8 bits."""
+    whole = np.rint(np.nan_to_num(values, nan=0.0))
+    codes: npt.NDArray[np.int8] = whole.clip(lowest, highest).astype(np.int8)
+    return codes
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -164,6 +198,18 @@ def multiply_groups(values: _Floats, scales: _Floats, group: int) -> None:
     """
     for part, one in _by_group(values, scales, group):
         part.mul_(one)
+
+
+def divide_groups(values: _Floats, scales: _Floats, group: int) -> None:
+    """Divide, as `multiply_groups` multiplies; by a scale of zero not at all."""
+    for part, one in _by_group(values, np.where(scales == 0, np.float32(1), scales), group):
+        part.div_(one)
+
+
+def add_groups(values: _Floats, zeros: _Floats, group: int) -> None:
+    """Add zero points of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, zeros, group):
+        part.add_(one)
 
 
 def subtract_groups(values: _Floats, zeros: _Floats, group: int) -> None:

@@ -37,6 +37,11 @@ class Opened(ABC):
         Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
         """
 
+    def snap(self, first: int, values: Floats) -> Bytes:
+        """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
+        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Scheme(ABC):
@@ -79,6 +84,12 @@ class Scheme(ABC):
     @property
     def on_load(self) -> bool:
         """Whether programs make it of a plain weight while they load a model."""
+        return False
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
+        part holds them."""
         return False
 
     @property

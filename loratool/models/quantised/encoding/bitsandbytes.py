@@ -12,8 +12,9 @@ import math
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import Codes, Encoder, inverse, largest, nearest
+from loratool.models.quantised.encoding.encoder import Codes, Encoder, inverse, largest
 from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.numbers import nearest
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import FilePool, as_bytes, as_float32
 

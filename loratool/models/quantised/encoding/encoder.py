@@ -52,23 +52,6 @@ class Encoder(ABC):
         return np.ascontiguousarray(np.concatenate(pieces)).reshape(-1).view(np.uint8)
 
 
-def nearest(values: Floats, levels: Floats) -> npt.NDArray[np.uint8]:
-    """The number of the level that is nearest to each value; of two as near, the lower one.
-
-    There are at most 256 levels, and they ascend.
-    """
-    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
-    if len(levels) > 32:
-        return np.searchsorted(bounds, values).astype(np.uint8)
-    # Comparing with each bound is several times as fast as searching among few.
-    found = np.zeros(values.shape, np.uint8)
-    above = np.empty(values.shape, bool)
-    for bound in bounds:
-        np.greater(values, bound, out=above)
-        found += above.view(np.uint8)
-    return found
-
-
 def largest(values: Floats) -> Floats:
     """The largest magnitude along the last axis."""
     found: Floats = np.maximum(values.max(-1), -values.min(-1))

@@ -17,8 +17,12 @@ from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
+    add_groups,
     decode_e4m3,
     decode_integers,
+    divide_groups,
+    encode_e4m3,
+    encode_integers,
     has_e4m3_nan,
     integers_as_float32,
     multiply_groups,
@@ -26,7 +30,7 @@ from loratool.models.quantised.numbers import (
     thread_buffer,
 )
 from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part
-from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
 #: Roles of scales in the order in which they are looked for; the last two are of names that other
@@ -69,6 +73,10 @@ class Scaled(Scheme):
     def bits(self) -> int:
         return 8
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
     def opened(self, files: FilePool) -> Opened:
         return _ScaledRows(self, files)
 
@@ -102,6 +110,24 @@ class _ScaledRows(Opened):
         multiply_groups(out, scales, group)
         if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
             raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        group, flat = self._scheme.grid.block[1], values.reshape(-1)
+        scales = self._scales.of_rows(first, first + len(values))
+        zeros = None if self._zeros is None else self._zeros.of_rows(first, first + len(values))
+        divide_groups(values, scales, group)
+        if self._main.dtype == "I8":
+            if zeros is not None:
+                add_groups(values, zeros, group)
+            codes = encode_integers(flat, -128, 127).view(np.uint8)
+            decode_integers(codes.view(np.int8), flat)
+        else:
+            codes = encode_e4m3(flat)
+            decode_e4m3(codes, flat)
+        if zeros is not None:
+            subtract_groups(values, zeros, group)
+        multiply_groups(values, scales, group)
+        return codes
 
 
 def scaled(

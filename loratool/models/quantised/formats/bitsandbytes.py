@@ -18,7 +18,7 @@ from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import pair_table
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     read_finite,
@@ -76,7 +76,7 @@ class _FourBitRows(Opened):
         self._absmax = _absmax(scheme, files)
         self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
         self._count = math.prod(scheme.shape)
-        self._held = Held(parts["weight"], files)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -228,7 +228,7 @@ class _EightBitRows(Opened):
         self._scales = read_finite(scheme.parts["SCB"], files)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
-        self._held = Held(codes, files) if scheme.turned else None
+        self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]

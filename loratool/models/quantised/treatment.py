@@ -163,7 +163,7 @@ def note_leftover(base: Checkpoint) -> Notice:
     said = quantisation_of(base)
     text = (
         f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
-        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "weight of it is quantised. It is taken as the plain model that it is, and the entry does "
         "not go along."
     )
     return Notice("leftover-quantisation", text, base.label)
@@ -273,8 +273,10 @@ def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     return list(found)
 
 
-def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
-    """Raise UsageError for a dtype where the model stays quantised."""
+def refuse_dtype(
+    dtype: str | None, treatment: Treatment, plainly: str = "--quantised plain"
+) -> None:
+    """Raise UsageError for a dtype where the model stays quantised; `plainly` dequantises it."""
     if dtype not in (None, "base") and treatment.how != "plain":
         own = "every weight keeps its dtype"
         if treatment.opened:
@@ -282,5 +284,5 @@ def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
         raise UsageError(
             f"--dtype {dtype} has no meaning here: the model stays {treatment.base.title}, and "
             f"{own}.",
-            "Omit --dtype; or dequantise all of it: --quantised plain.",
+            f"Omit --dtype; or dequantise all of it: {plainly}.",
         )

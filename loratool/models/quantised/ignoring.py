@@ -78,5 +78,5 @@ def _added(
 def _listed(table: dict[str, Any], key: str, paths: Sequence[str]) -> dict[str, Any]:
     before = table.get(key)
     known = list(before) if isinstance(before, list) else []
-    table[key] = [*known, *(path for path in paths if path not in known)]
+    table[key] = [*known, *dict.fromkeys(path for path in paths if path not in known)]
     return table

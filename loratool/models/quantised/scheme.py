@@ -212,7 +212,7 @@ def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes
     return values_of(info, files).bytes(first * width, last * width)
 
 
-class Held:
+class HeldPart:
     """A part that is read whole when somebody first asks for it, and kept."""
 
     def __init__(self, info: TensorInfo, files: FilePool) -> None:

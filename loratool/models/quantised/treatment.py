@@ -104,7 +104,7 @@ class Treatment:
         if not self.opened or not where:
             return None
         paths = _paths(self.base, self.opened)
-        table = with_ignored(self.base.settings, paths)
+        table = with_ignored(self.base.settings, paths, _paths(self.base, _plain(self.base)))
         return Rewriting(where, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
 
     @property
@@ -249,6 +249,15 @@ def own_dtype(base: Checkpoint) -> str:
 
 def _name(code: str) -> str:
     return next(name for name, known in FACTOR_DTYPES.items() if known == code)
+
+
+def _plain(base: Dequantised) -> list[str]:
+    """Matrices that are plain in the files already."""
+    return [
+        name
+        for name, info in base.tensors.items()
+        if name not in base.weights and name.endswith(".weight") and len(info.shape) == 2
+    ]
 
 
 def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:

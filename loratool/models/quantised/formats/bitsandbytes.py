@@ -19,13 +19,13 @@ from loratool.models.quantised.numbers import (
     decode_pairs,
     encode_integers,
     multiply_groups,
-    nearest,
+    nearest_level,
     pair_table,
     thread_buffer,
 )
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     read_finite,
@@ -89,7 +89,7 @@ class _FourBitRows(Opened):
         self._levels = read_finite(parts["quant_map"], files)
         self._pairs = pair_table(self._levels, high_first=True)
         self._count = math.prod(scheme.shape)
-        self._held = Held(parts["weight"], files)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -116,7 +116,7 @@ class _FourBitRows(Opened):
         order = np.argsort(self._levels, kind="stable").astype(np.uint8)
         flat = values.reshape(-1)
         flat /= np.where(scales == 0, np.float32(1), scales)
-        codes = order.take(nearest(flat, self._levels[order]))
+        codes = order.take(nearest_level(flat, self._levels[order]))
         np.multiply(self._levels.take(codes), scales, out=flat)
         round_in_place(flat, self._scheme.dtype)
         octets: Bytes = codes[::2] << np.uint8(4) | codes[1::2]
@@ -264,7 +264,7 @@ class _EightBitRows(Opened):
         self._scales = read_finite(scheme.parts["SCB"], files, times=128)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
-        self._held = Held(codes, files) if scheme.turned else None
+        self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]

@@ -230,6 +230,18 @@ def subtract_groups(values: _Floats, zeros: _Floats, group: int) -> None:
         part.sub_(one)
 
 
+def divide_groups(values: _Floats, scales: _Floats, group: int) -> None:
+    """Divide by scales of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, scales, group):
+        part.div_(one)
+
+
+def add_groups(values: _Floats, zeros: _Floats, group: int) -> None:
+    """Add zero points of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, zeros, group):
+        part.add_(one)
+
+
 def _by_group(values: _Floats, ofs: _Floats, group: int) -> list[tuple[Any, Any]]:
     """The values of whole groups and of a short one, each with what is broadcast over it."""
     import torch

@@ -39,6 +39,16 @@ class Opened(ABC):
         """
 
 
+class OnGrid(Opened):
+    """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
+    hold lie on a grid, which stays what it is when others come into them."""
+
+    @abstractmethod
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
+        and how many columns, side by side, are of a group."""
+
+
 @dataclass(frozen=True)
 class Scheme(ABC):
     """How one weight is stored.

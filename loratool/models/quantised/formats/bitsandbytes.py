@@ -204,7 +204,7 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
 # --- int8 -----------------------------------------------------------------------------------------
 
 #: What the library multiplies by, for 1/127.
-_ONE_127TH = np.float32(7.874015718698502e-3)
+ONE_127TH = np.float32(7.874015718698502e-3)
 
 #: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
 _ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -250,7 +250,7 @@ class _EightBitRows(Opened):
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
-        out *= _ONE_127TH
+        out *= ONE_127TH
 
 
 def _eight_bit(module: Module) -> EightBit:

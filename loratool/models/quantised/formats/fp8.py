@@ -24,7 +24,7 @@ from loratool.models.quantised.numbers import (
     subtract_groups,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part
+from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import values_of
 
@@ -68,11 +68,11 @@ class Scaled(Scheme):
     def bits(self) -> int:
         return 8
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
 
-class _ScaledRows(Opened):
+class _ScaledRows(OnGrid):
     def __init__(self, scheme: Scaled, files: FilePool) -> None:
         self._scheme = scheme
         self._main = scheme.main
@@ -86,7 +86,7 @@ class _ScaledRows(Opened):
         self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        columns, group = self._scheme.columns, self._scheme.grid.block[1]
+        columns = self._scheme.columns
         codes = thread_buffer("codes", (last - first) * columns)
         self._codes.read_into(first * columns, last * columns, codes)
         if self._main.dtype == "I8":
@@ -95,12 +95,16 @@ class _ScaledRows(Opened):
             if has_e4m3_nan(codes):
                 raise broken_part(self._main, "it holds NaN")
             decode_e4m3(codes, out.reshape(-1))
-        if self._zeros is not None:
-            subtract_groups(out, self._zeros.of_rows(first, last), group)
-        scales = self._scales.of_rows(first, last)
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
         if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
             raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
+        return self._scales.of_rows(first, last), zeros, self._scheme.grid.block[1]
 
 
 def scaled(

@@ -134,7 +134,8 @@ def scaled(
 def _claims(module: Module) -> bool:
     weight = module.tensors.get("weight")
     if weight is not None and weight.dtype.startswith("F8_"):
-        return True
+        # A vector without a scale is a table of some sort, and copied.
+        return len(weight.shape) > 1 or weight.name.endswith(".weight") or len(module.tensors) > 1
     if weight is None or weight.is_float:
         return bool(_PLAINLY & module.tensors.keys())
     return weight.dtype == "I8" and any(role in module.tensors for role in _SCALES)

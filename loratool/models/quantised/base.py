@@ -32,7 +32,7 @@ from loratool.models.quantised.module import (
     gathered,
     read_descriptions,
 )
-from loratool.models.quantised.refusals import refuse_method, refuse_unread
+from loratool.models.quantised.refusals import refuse_method, refuse_unread, unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
@@ -99,10 +99,11 @@ def as_stored(base: Checkpoint) -> Checkpoint:
     return base.packed if isinstance(base, Dequantised) else base
 
 
-def dequantised(base: Checkpoint) -> Checkpoint:
+def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 
-    Raises BaseError where they are in a form that is not read, or incomplete.
+    Raises BaseError where they are in a form that is not read, or incomplete; of a `partial` base
+    those are left out.
     """
     settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
@@ -111,7 +112,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         form = next((form for form in FORMATS if form.claims(module)), None)
         if form is not None:
             claimed[name] = module, form
-    if not claimed:
+    if not claimed and not partial:
         refuse_method(base, settings)
         refuse_unread(base, settings, base.tensors)
         return base
@@ -119,9 +120,13 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
-    weights = {
-        name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
-    }
+    weights: dict[str, QuantisedTensor] = {}
+    for name, (module, form) in claimed.items():
+        try:
+            weights[name] = quantised(name, form.scheme(module))
+        except BaseError:
+            if not partial:
+                raise
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
     extras = frozenset(
         info.name
@@ -129,7 +134,12 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         for role, info in module.tensors.items()
         if role in ACTIVATIONS and info.name not in names
     )
-    refuse_unread(base, settings, base.tensors.keys() - names.keys() - extras)
+    others = base.tensors.keys() - names.keys() - extras
+    if partial:
+        parts = {info.name for m, _ in claimed.values() for info in m.tensors.values()}
+        extras |= others & (parts | set(unread(base, others)))
+    else:
+        refuse_unread(base, settings, others)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():

@@ -7,7 +7,7 @@ checkpoint by the weight that they would be parts of; which of them really are, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -86,8 +86,11 @@ class Module:
             self.refuse(f"it is stored in {title} and its {role} is missing (there is {have})")
         return found
 
-    def beside(self, parts: dict[str, TensorInfo]) -> tuple[TensorInfo, ...]:
-        """What goes with the weight and is no part of its value.
+    def beside(
+        self, parts: dict[str, TensorInfo], telling: Collection[str] = ()
+    ) -> tuple[TensorInfo, ...]:
+        """What goes with the weight and is no part of its value; `telling` are the roles of those
+        that say how it is stored.
 
         Raises BaseError for anything that would change it.
         """
@@ -99,7 +102,7 @@ class Module:
                     "original model does not fit it",
                     "Merge into the unquantised model that it was made from.",
                 )
-            if role not in ACTIVATIONS:
+            if role not in ACTIVATIONS and role not in telling:
                 self.refuse(f"it has {info}, which the other tensors of it leave no meaning for")
         return tuple(others.values())
 

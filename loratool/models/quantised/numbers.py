@@ -171,6 +171,34 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return made.reshape(*octets.shape[:-1], -1)[..., : 8 * size // bits]
 
 
+@cache
+def _codes_within(bits: int) -> _Floats:
+    """The codes in a byte, for 3 bits in 12 bits, as numbers: a row for each content, the lowest
+    first."""
+    length = 12 if bits == 3 else 8
+    shifts = np.arange(0, length, bits)
+    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
+
+
+def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
+    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
+    lowest bits first and without gaps. Both are in one piece; for 3 bits the number of words in a
+    row is a multiple of three."""
+    content: npt.NDArray[Any] = words.view(np.uint8)
+    if bits == 8:
+        decode_integers(content, out)
+        return
+    if bits == 3:
+        three = content.reshape(-1, 3)
+        content = thread_buffer("twelve bits", 2 * len(three), np.uint16).reshape(-1, 2)
+        content[:, 0] = three[:, 0] | (three[:, 1] & 15).astype(np.uint16) << 8
+        content[:, 1] = three[:, 1] >> 4 | three[:, 2].astype(np.uint16) << 4
+    table = _codes_within(bits)
+    rows = out.reshape(-1, table.shape[1])
+    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
+    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -217,44 +245,3 @@ def _by_group(values: _Floats, ofs: _Floats, group: int) -> list[tuple[Any, Any]
     if count * group < columns:
         parts.append((matrix[:, count * group :], numbers[:, count:]))
     return parts
-
-
-@cache
-def _codes(bits: int) -> npt.NDArray[np.float32]:
-    """The codes in a byte, for 3 bit in 12 bits, as numbers: a row for each content, lowest bits
-    first."""
-    length = 12 if bits == 3 else 8
-    shifts = np.arange(0, length, bits)
-    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
-
-
-def codes_into(out: npt.NDArray[np.float32], words: npt.NDArray[Any], bits: int) -> None:
-    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
-    lowest bits first and without gaps, as numbers. Both are in one piece; for 3 bit the number of
-    words is a multiple of three."""
-    content: npt.NDArray[Any] = words.view(np.uint8)
-    if bits == 8:
-        out[:] = content
-        return
-    if bits == 3:
-        three = content.reshape(*content.shape[:-1], -1, 3)
-        content = np.empty((*three.shape[:-1], 2), np.uint16)
-        content[..., 0] = three[..., 0] | (three[..., 1] & 15).astype(np.uint16) << 8
-        content[..., 1] = three[..., 1] >> 4 | three[..., 2].astype(np.uint16) << 4
-    table = _codes(bits)
-    rows = out.reshape(content.size, table.shape[1])
-    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
-    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
-
-
-def scale_groups(
-    out: npt.NDArray[np.float32],
-    zeros: npt.NDArray[np.float32],
-    scales: npt.NDArray[np.float32],
-    group: int,
-) -> None:
-    """`(out − zero)·scale`, in place, with one of each for every `group` columns: `[n, columns]`
-    and `[n, columns // group]`."""
-    values = out.reshape(*scales.shape, group)
-    values -= zeros[..., None]
-    values *= scales[..., None]

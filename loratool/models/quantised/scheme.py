@@ -191,7 +191,7 @@ def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes
     return values_of(info, files).bytes(first * width, last * width)
 
 
-class Held:
+class HeldPart:
     """A part that is read whole when somebody first asks for it, and kept."""
 
     def __init__(self, info: TensorInfo, files: FilePool) -> None:
@@ -208,11 +208,17 @@ class Held:
             return self._raw
 
 
-def read_finite(info: TensorInfo, files: FilePool) -> Floats:
-    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+def read_finite(info: TensorInfo, files: FilePool, times: float = 1) -> Floats:
+    """A part of floats, in its own shape, which are numbers also when multiplied by `times`.
+
+    Raises BaseError for NaN and infinity in it.
+    """
     values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
-    if not np.isfinite(values).all():
+    highest = float(np.abs(values).max(initial=0))
+    if not math.isfinite(highest):
         raise broken_part(info, "it holds NaN or infinity")
+    if highest * times > float(np.finfo(np.float32).max):
+        raise broken_part(info, "it makes numbers that float32 cannot hold")
     return values
 
 

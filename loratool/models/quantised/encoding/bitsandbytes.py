@@ -12,7 +12,8 @@ import math
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import Codes, Encoder, inverse, largest, nearest
+from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.rounding import Codes, inverse, largest, nearest_level
 from loratool.models.quantised.formats.bitsandbytes import FourBit
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import FilePool, as_bytes, as_float32
@@ -27,12 +28,15 @@ class FourBitEncoder(Encoder):
         self._is_nested = "nested_absmax" in scheme.parts
         rows, columns = scheme.shape
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
-        self.group = rows if scheme.turned else values // math.gcd(values, columns)
-        size = 0 if scheme.turned else self.group * columns
+        self.group = self.strip = values // math.gcd(values, columns)
+        size = self.group * columns
         itemsize = scheme.parts["absmax"].itemsize
-        self.strips = {"weight": size // 2, "absmax": size // self._block * itemsize}
+        self.sizes = {"weight": size // 2, "absmax": size // self._block * itemsize}
         if self._is_nested:
-            self.strips["nested_absmax"] = size // values * 4
+            self.sizes["nested_absmax"] = size // values * 4
+        if scheme.turned:  # blocks run across the rows
+            self.group = self.strip = rows
+            self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:
         parts = self._scheme.parts
@@ -56,7 +60,7 @@ class FourBitEncoder(Encoder):
             if role != "weight":
                 return codes if role == "absmax" else scales
         blocks = blocks * inverse(absmax)[:, None]
-        numbers = nearest(blocks, self._levels)
+        numbers = nearest_level(blocks, self._levels)
         if stand_for is not None:
             self._read_again(numbers, read, stand_for)
         pairs = self._codes.take(numbers).reshape(-1)[: values.size + values.size % 2]
@@ -68,7 +72,7 @@ class FourBitEncoder(Encoder):
         offset = np.float32(self._scheme.nested_offset)
         blocks = _in_blocks(absmax - offset, self._scheme.nested_blocksize)
         scales = largest(blocks)
-        numbers = nearest(blocks * inverse(scales)[:, None], self._nested_levels)
+        numbers = nearest_level(blocks * inverse(scales)[:, None], self._nested_levels)
         read = (self._nested_levels.take(numbers) * scales[:, None]).reshape(-1) + offset
         codes = self._nested_codes.take(numbers).reshape(-1)
         return codes[: len(absmax)], scales, read[: len(absmax)]

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import scale_groups
-from loratool.models.quantised.scheme import Floats, Held, Opened, Scheme, read_finite, read_part
+from loratool.models.quantised.numbers import multiply_groups, subtract_groups, thread_buffer
+from loratool.models.quantised.scheme import (
+    Floats,
+    HeldPart,
+    Opened,
+    Scheme,
+    read_finite,
+    read_part,
+)
 from loratool.storage.fields import value_text
 from loratool.storage.tensors import Bytes, FilePool
 
@@ -44,9 +51,9 @@ class Awq(Scheme):
 class _Rows(Opened):
     def __init__(self, scheme: Awq, files: FilePool) -> None:
         parts = scheme.parts
-        self._words = Held(parts["qweight"], files)
+        self._words = HeldPart(parts["qweight"], files)
         self._stored = parts["qweight"].shape
-        self._scales = np.ascontiguousarray(read_finite(parts["scales"], files).T)
+        self._scales = np.ascontiguousarray(read_finite(parts["scales"], files, times=16).T)
         zeros = read_part(parts["qzeros"], files)
         self._zeros = np.empty(self._scales.shape, np.float32)
         _unpack(zeros, parts["qzeros"].shape, 0, self._zeros)
@@ -56,11 +63,13 @@ class _Rows(Opened):
         low, high = first // 8, -(-last // 8)
         whole = out
         if (low * 8, high * 8) != (first, last):
-            whole = np.empty((8 * (high - low), out.shape[1]), np.float32)
+            count = 8 * (high - low)
+            whole = thread_buffer("eights", count * out.shape[1], np.float32).reshape(count, -1)
         _unpack(self._words.raw(), self._stored, low, whole)
         if whole is not out:
             out[:] = whole[first - low * 8 :][: len(out)]
-        scale_groups(out, self._zeros[first:last], self._scales[first:last], self._group)
+        subtract_groups(out, self._zeros[first:last], self._group)
+        multiply_groups(out, self._scales[first:last], self._group)
 
 
 def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:
@@ -95,10 +104,8 @@ def _scheme(module: Module) -> Awq:
     module.want_shape(zeros, (groups, words.shape[1]))
     if inputs % groups or (type(said) is int and said > 0 and inputs % said):
         module.refuse(f"its {inputs} inputs are no whole number of groups ({groups})")
-    if "g_idx" in module.tensors:
-        module.refuse("it has a g_idx, which AWQ has not")
     parts = {"qweight": words, "qzeros": zeros, "scales": scales}
-    return Awq((outputs, inputs), parts)
+    return Awq((outputs, inputs), parts, module.beside(parts))
 
 
 def _claims(module: Module) -> bool:

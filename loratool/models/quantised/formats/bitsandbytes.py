@@ -23,7 +23,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     read_finite,
@@ -81,7 +81,7 @@ class _FourBitRows(Opened):
         self._absmax = _absmax(scheme, files)
         self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
         self._count = math.prod(scheme.shape)
-        self._held = Held(parts["weight"], files)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -183,10 +183,8 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-        if "nested_absmax" in module.tensors:
-            module.refuse(f"{absmax} is no code, and there is a nested_absmax")
     turned = module.is_conv1d
-    extras = tuple(t for r, t in module.tensors.items() if r not in parts)
+    extras = module.beside(parts, states)
     return FourBit(
         (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
         turned,
@@ -238,10 +236,10 @@ class EightBit(Scheme):
 class _EightBitRows(Opened):
     def __init__(self, scheme: EightBit, files: FilePool) -> None:
         codes = scheme.parts["weight"]
-        self._scales = read_finite(scheme.parts["SCB"], files)
+        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
-        self._held = Held(codes, files) if scheme.turned else None
+        self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]
@@ -274,9 +272,9 @@ def _eight_bit(module: Module) -> EightBit:
                 "Load it with the bitsandbytes that wrote it, and save it again.",
             )
     turned = module.is_conv1d
-    extras = () if order is None else (order,)
     shape = weight.shape[::-1] if turned else weight.shape
-    return EightBit(shape, {"weight": weight, "SCB": scales}, extras, turned)
+    parts = {"weight": weight, "SCB": scales}
+    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
 
 
 FORMATS = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_e4m3,
@@ -83,7 +83,6 @@ class _ScaledRows(OnGrid):
         self._zeros = (
             None if zero is None else GridScales(zero, scheme.grid, files, integers_as_float32)
         )
-        self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -99,8 +98,7 @@ class _ScaledRows(OnGrid):
         if zeros is not None:
             subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
 
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
@@ -180,11 +178,10 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
     # An embedding has one scale, in whatever blocks the linear layers are.
     embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
     whole = len(blocks) < len(said) or not said or embedding
-    if not blocks:
-        blocks.append((128, 128))
+    usual = [] if blocks else [(128, 128)]
     if scale.dtype in _POWERS:
-        blocks.append((1, 32))
-    return fitting_grid(module, weight.shape, scale, blocks, whole)
+        usual.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, usual, whole)
 
 
 FORMATS = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Module
+from loratool.models.quantised.module import UNQUANTISED, Module
 from loratool.models.quantised.numbers import scales_as_float32
 from loratool.models.quantised.scheme import broken_part
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
@@ -111,7 +111,7 @@ def fitting_grid(
         ways = [f"{_size(grid.block)} in {grid.height} rows" for grid in (found[0], found[-1])]
         module.refuse(
             f"{scale.name} is {list(scale.shape)}, which fits blocks of {ways[0]} and of {ways[1]}",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     return found[0]
 

@@ -17,9 +17,11 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.declared import quantisation_of
 from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp4 import FORMATS as FP4
 from loratool.models.quantised.formats.fp8 import FORMATS as FP8
 from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.packed import FORMATS as PACKED
 from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import (
     ACTIVATIONS,
@@ -40,7 +42,9 @@ from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP8)
+FORMATS: tuple[Format, ...] = (
+    *BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP4, *PACKED, *FP8,
+)  # fmt: skip
 
 
 @dataclass

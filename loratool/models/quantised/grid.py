@@ -79,38 +79,49 @@ class GridScales:
 
 
 def fitting_grid(
-    module: Module, weight: TensorInfo, scale: TensorInfo, blocks: Iterable[Block]
+    module: Module,
+    shape: tuple[int, ...],
+    scale: TensorInfo,
+    blocks: Iterable[Block],
+    whole: bool = False,
 ) -> Grid:
-    """The grid that the scales of a weight are of, told from their shape.
+    """The grid that the scales of a weight, a matrix or a stack of them, are of, by their shape.
 
-    `blocks` are those that the model names. Raises BaseError where none fits, and where several
-    with another meaning do.
+    `blocks` are those that the model names; where `whole` a scale may be one of a row, or of a
+    matrix. Raises BaseError where none fits, and where several with another meaning do.
     """
-    *stack, rows, columns = weight.shape
-    if not weight.numel:
-        module.refuse(f"{weight} is empty")
-    blocks = list(dict.fromkeys(blocks))
-    count = math.prod(stack)
-    shape = _without_ones(scale.shape) if len(scale.shape) == 4 else scale.shape
-    if len(shape) <= 1 and scale.numel == 1:
-        return Grid(count * rows, columns, (count * rows, columns))
-    if shape in ((*stack, rows, 1), (*stack, rows)):
-        return Grid(rows, columns, (1, columns))
-    if stack and shape in ((*stack,), (*stack, 1)):
-        return Grid(rows, columns, (rows, columns))
-    # Gate and up of a stack are quantised apart and then joined, with their scales.
-    halves = [rows // 2] if weight.name.endswith("gate_up_proj") and rows % 2 == 0 else []
-    if not blocks:
-        blocks = [(height, columns) for height in (rows, *halves)]
-    grids = [Grid(height, columns, block) for block in blocks for height in (rows, *halves)]
-    shapes = [(*stack, rows // grid.height * grid.down, grid.across) for grid in grids]
-    found = [grid for grid, wanted in zip(grids, shapes, strict=True) if wanted == shape]
+    if len(shape) not in (2, 3) or not math.prod(shape):
+        module.refuse(f"it is {list(shape)}, which is no matrix and no stack of matrices")
+    *stack, rows, columns = shape
+    total = math.prod(shape[:-1])
+    # Gate and up of a stack are quantised apart, and then joined with their scales.
+    joined = stack and module.name.endswith("gate_up_proj") and rows % 2 == 0
+    heights = (rows, rows // 2) if joined else (rows,)
+    ways: list[tuple[Grid, tuple[int, ...]]] = []
+    for height in heights:
+        for block in dict.fromkeys(blocks):
+            grid = Grid(height, columns, block)
+            ways.append((grid, (*stack, rows // height * grid.down, grid.across)))
+        if whole:
+            matrix = Grid(height, columns, (height, columns))
+            ways.append((matrix, (*stack, rows // height, 1)))
+    if whole:
+        row, everything = Grid(rows, columns, (1, columns)), Grid(total, columns, (total, columns))
+        ways += [(row, (*stack, rows, 1)), (row, (*stack, rows)), (everything, (1,))]
+        ways += [(everything, ())]
+        if stack:
+            matrix = Grid(rows, columns, (rows, columns))
+            ways += [(matrix, (*stack, 1)), (matrix, (*stack,))]
+    own = _without_ones(scale.shape)
+    found = [grid for grid, wanted in ways if wanted == own]
     if not found:
-        module.want_shape(scale, *shapes)
+        module.want_shape(scale, *(wanted for _, wanted in ways))
     if len({_meaning(grid, rows) for grid in found}) > 1:
-        ways = [f"{_size(grid.block)} in {grid.height} rows" for grid in (found[0], found[-1])]
+        first, last = (
+            f"{_size(grid.block)} in {grid.height} rows" for grid in (found[0], found[-1])
+        )
         module.refuse(
-            f"{scale.name} is {list(scale.shape)}, which fits blocks of {ways[0]} and of {ways[1]}",
+            f"{scale.name} is {list(scale.shape)}, which fits blocks of {first} and of {last}",
             UNQUANTISED,
         )
     return found[0]
@@ -128,7 +139,7 @@ def _size(block: Block) -> str:
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """ModelOpt keeps the axes of a block: [rows, 1, columns, 1]."""
-    return (shape[0], shape[2]) if (shape[1], shape[3]) == (1, 1) else shape
+    return shape[::2] if len(shape) == 4 and shape[1::2] == (1, 1) else shape
 
 
 def _parts(size: int, part: int) -> int:

@@ -102,6 +102,36 @@ def decode_e4m3(codes: Bytes, out: _Floats) -> None:
     torch.from_numpy(out).copy_(torch.from_numpy(half).view(torch.float16)).mul_(256.0)
 
 
+def decode_columns(packed: npt.NDArray[np.uint8], low: int, high: int, out: _Floats) -> None:
+    """Fill `out`, `[high - low, rows]`, with columns `[low, high)` of rows of FP4 codes, two a byte
+    and the low one first.
+
+    The bytes are turned round before they are decoded. A code gets the sign and the three last bits
+    at the places where a float16 has sign, exponent and fraction, and then reads as 2⁻¹⁴ of its
+    value.
+    """
+    import torch
+
+    first, last = low // 2, -(-high // 2)
+    codes = np.ascontiguousarray(np.ascontiguousarray(packed[:, first:last]).T)
+    upper = thread_buffer("nibbles", codes.size).reshape(codes.shape)
+    half = thread_buffer("float16", codes.size, np.int16).reshape(codes.shape)
+    into = torch.from_numpy(out)
+    for place in (0, 1):
+        if place == 0:
+            np.left_shift(codes, 4, out=upper)
+        else:
+            np.bitwise_and(codes, np.uint8(0xF0), out=upper)
+        np.multiply(upper.view(np.int8), np.int16(32), out=half, dtype=np.int16)
+        np.bitwise_and(half, np.int16(0x8E00 - 0x10000), out=half)
+        # A range may begin with the second code of a byte, and end with the first one.
+        skipped = int(2 * first + place < low)
+        target = into[2 * (first + skipped) + place - low :: 2]
+        values = torch.from_numpy(half).view(torch.float16)[skipped : skipped + len(target)]
+        target.copy_(values)
+    into.mul_(2.0**14)
+
+
 def has_e4m3_nan(codes: Bytes) -> bool:
     """Whether NaN is among E4M3 codes."""
     return bool((codes & np.uint8(127)).max(initial=0) == 127)

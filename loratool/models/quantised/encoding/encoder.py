@@ -52,7 +52,7 @@ class Encoder(ABC):
         return np.ascontiguousarray(np.concatenate(pieces)).reshape(-1).view(np.uint8)
 
 
-def nearest(values: Floats, levels: Floats) -> npt.NDArray[np.uint8]:
+def nearest_level(values: Floats, levels: Floats) -> npt.NDArray[np.uint8]:
     """The number of the level that is nearest to each value; of two as near, the lower one.
 
     There are at most 256 levels, and they ascend.

@@ -13,7 +13,14 @@ import numpy as np
 
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import multiply_groups, subtract_groups, thread_buffer
-from loratool.models.quantised.scheme import Floats, Held, Opened, Scheme, read_finite, read_part
+from loratool.models.quantised.scheme import (
+    Floats,
+    HeldPart,
+    Opened,
+    Scheme,
+    read_finite,
+    read_part,
+)
 from loratool.storage.fields import value_text
 from loratool.storage.tensors import Bytes, FilePool
 
@@ -44,7 +51,7 @@ class Awq(Scheme):
 class _Rows(Opened):
     def __init__(self, scheme: Awq, files: FilePool) -> None:
         parts = scheme.parts
-        self._words = Held(parts["qweight"], files)
+        self._words = HeldPart(parts["qweight"], files)
         self._stored = parts["qweight"].shape
         self._scales = np.ascontiguousarray(read_finite(parts["scales"], files, times=16).T)
         zeros = read_part(parts["qzeros"], files)

@@ -15,10 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import pair_table
+from loratool.models.quantised.numbers import (
+    decode_pairs,
+    multiply_groups,
+    pair_table,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     read_finite,
@@ -76,7 +81,7 @@ class _FourBitRows(Opened):
         self._absmax = _absmax(scheme, files)
         self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
         self._count = math.prod(scheme.shape)
-        self._held = Held(parts["weight"], files)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -98,21 +103,29 @@ class _FourBitRows(Opened):
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
+        begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
+        whole = (begin, end) == (low, high)
+        values = out if whole else thread_buffer("pairs", end - begin, np.float32)
+        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
+        if not whole:
+            out[:] = values[low - begin : high - begin]
+        # A short block, whole ones, and a short one.
         block = self._scheme.blocksize
-        begin, end = low - low % block, min(self._count, -(-high // block) * block)
-        values = self._pairs.take(self._bytes(begin // 2, (end + 1) // 2)).view(np.float32)
-        values = values[: end - begin]
-        scales = self._absmax[begin // block : -(-end // block)]
-        even = len(values) // block * block
-        values[:even].reshape(-1, block)[:] *= scales[: even // block, None]
-        if even < len(values):
-            values[even:] *= scales[-1]
-        out[:] = values[low - begin : high - begin]
+        first = min(-(-low // block) * block, high)
+        last = max(first, high - high % block)
+        for start, stop in ((low, first), (first, last), (last, high)):
+            if start < stop:
+                scales = self._absmax[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(scales), -1)
+                multiply_groups(part, scales, part.shape[1])
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
+        """Bytes `[low, high)` of the codes, in a buffer of this thread."""
         first, last = low // self._itemsize, -(-high // self._itemsize)
-        raw = self._codes.bytes(first, last)
-        return raw[low - first * self._itemsize : high - first * self._itemsize]
+        raw = thread_buffer("codes", (last - first) * self._itemsize)
+        self._codes.read_into(first, last, raw)
+        held: npt.NDArray[np.uint8] = raw[low - first * self._itemsize :][: high - low]
+        return held
 
 
 def _absmax(scheme: FourBit, files: FilePool) -> npt.NDArray[np.float32]:
@@ -226,7 +239,7 @@ class _EightBitRows(Opened):
         self._scales = read_finite(scheme.parts["SCB"], files, times=128)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
-        self._held = Held(codes, files) if scheme.turned else None
+        self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]

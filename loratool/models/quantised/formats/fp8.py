@@ -8,7 +8,6 @@ transformers derives blocks from the number of scales, which is wrong where the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -138,8 +137,10 @@ def _claims(module: Module) -> bool:
 
 
 def _scheme(module: Module) -> Scaled:
-    weight = module.want("weight", "FP8")
     found = [role for role in _SCALES if role in module.tensors]
+    weight = module.tensors.get("weight")
+    if weight is None:
+        module.refuse(f"{module.tensors[found[0]].name} is there, and the weight of it is missing")
     if weight.is_float:
         scale = module.tensors[found[0]]
         module.refuse(
@@ -151,7 +152,7 @@ def _scheme(module: Module) -> Scaled:
         there = f" (there is {', '.join(others)})" if others else ""
         module.refuse(f"{weight.name} is stored in FP8 and its scale is missing{there}")
     if len(weight.shape) not in (2, 3):
-        module.refuse(f"{weight} is no matrix, nor a stack of matrices")
+        module.refuse(f"{weight} is no matrix and no stack of matrices")
     scale = module.tensors[found[0]]
     zero = module.tensors.get("weight_zero_point") if weight.dtype == "I8" else None
     extras = module.beside(
@@ -168,13 +169,17 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
         # Stored [experts, in, out], with a scale for each column.
         module.want_shape(scale, (*stack, 1, columns), (*stack, columns, 1))
         return Grid(rows, columns, (rows, 1))
-    blocks = [one.block for one in weight_arguments(module) if one.block]
-    blocks += [(1, one.group) for one in weight_arguments(module) if one.group]
-    if scale.dtype in _POWERS and math.prod(scale.shape[:-1]) == math.prod(weight.shape[:-1]):
-        blocks.append((1, 32))
-    if not blocks and scale.numel > 1 and len(scale.shape) in (2, 4):
+    said = weight_arguments(module)
+    blocks = [one.block for one in said if one.block]
+    blocks += [(1, one.group) for one in said if one.group]
+    # An embedding has one scale, in whatever blocks the linear layers are.
+    embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
+    whole = len(blocks) < len(said) or not said or embedding
+    if not blocks:
         blocks.append((128, 128))
-    return fitting_grid(module, weight, scale, blocks)
+    if scale.dtype in _POWERS:
+        blocks.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, whole)
 
 
 FORMATS = (

@@ -22,7 +22,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     broken_part,
@@ -65,7 +65,7 @@ class _Rows(Opened):
     def __init__(self, scheme: Gptq, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
-        self._words = Held(parts["qweight"], files)
+        self._words = HeldPart(parts["qweight"], files)
         self._stored = parts["qweight"].shape
         self._inputs = scheme.shape[0] if scheme.turned else scheme.columns
         scales = read_finite(parts["scales"], files, times=1 << scheme.width)
@@ -143,7 +143,8 @@ def _scheme(module: Module) -> Gptq:
     if module.settings.method != "gptq":
         said = f"says {module.settings.method}" if module.settings.method else "does not say so"
         module.refuse(
-            f"its tensors are packed as GPTQ packs them, and config.json {said}",
+            f"its tensors, such as {next(iter(module.tensors.values())).name}, are packed as GPTQ "
+            f"packs them, and config.json {said}",
             "Which version of GPTQ they are of stands only in quantization_config: bring back the "
             "one that they were published with.",
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_e4m3,
     decode_integers,
@@ -117,7 +117,7 @@ def scaled(
     if weight.dtype in _OTHER_FLOATS:
         module.refuse(
             f"{weight.name} is {_OTHER_FLOATS[weight.dtype]}, and only e4m3fn is read",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     module.want_dtype(weight, *_LARGEST)
     powers = _POWERS if weight.dtype == "F8_E4M3" else ()
@@ -148,7 +148,7 @@ def _scheme(module: Module) -> Scaled:
         scale = module.tensors[found[0]]
         module.refuse(
             f"{weight} is plain, and {scale} beside it is the scale of a quantised one",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     if not found:
         others = sorted(info.name for role, info in module.tensors.items() if role != "weight")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare
-    from loratool.verbs.dequantise import dequantise
+    from loratool.verbs.dequantise import DequantiseReport, dequantise
     from loratool.verbs.extract import extract
     from loratool.verbs.inspect import InspectReport, inspect
     from loratool.verbs.merge import merge
@@ -37,6 +37,7 @@ __all__ = [
     "CardReport",
     "CombineReport",
     "CompareReport",
+    "DequantiseReport",
     "ExtractReport",
     "InspectReport",
     "LoraToolError",

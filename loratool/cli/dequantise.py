@@ -67,7 +67,7 @@ def dequantise_command(
       loratool dequantise org/model-FP8 --push org/model --no-keep
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.merge import show_merge
+    from loratool.rendering.dequantise import show_dequantise
     from loratool.verbs.dequantise import dequantise as run
 
     with common.progress_bar(not (quiet or as_json or dry_run), "dequantising") as progress:
@@ -78,6 +78,6 @@ def dequantise_command(
     if as_json:
         common.print_json(report.to_dict())
         return
-    show_merge(report, verbose=False)
+    show_dequantise(report)
     if not quiet:
         common.print_warnings(report.warnings)

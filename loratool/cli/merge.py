@@ -47,6 +47,11 @@ from loratool.storage.destination import Overwrite
     help="The adapter was trained on this very BASE, whose weights are rescaled (AWQ).",
 )  # fmt: skip
 @click.option(
+    "--force", is_flag=True,
+    help="With --quantised requantise: also into formats of 4 bits and fewer, which keep little of "
+    "an adapter.",
+)  # fmt: skip
+@click.option(
     "--tokenizer", type=click.Choice(["base", "adapter"]),
     help="Whose the output gets, all of it. [default: an adapter's if it brings one]",
 )  # fmt: skip
@@ -84,6 +89,7 @@ def merge_command(
     replicate_layers: bool,
     quantised: str | None,
     trained_here: bool,
+    force: bool,
     tokenizer: str | None,
     again: bool,
     overwrite: Overwrite,
@@ -128,9 +134,10 @@ def merge_command(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
             expert_b_layout=expert_b_layout, initial=initial, replicate_layers=replicate_layers,
-            quantised=quantised, trained_here=trained_here, tokenizer=tokenizer, again=again,
-            overwrite=overwrite, dry_run=dry_run, reversible=reversible, verify=verify, push=push,
-            keep=not no_keep, private=private, threads=threads, progress=progress,
+            quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
+            again=again, overwrite=overwrite, dry_run=dry_run, reversible=reversible,
+            verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -19,19 +19,19 @@ import torch
 
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
+from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.derivation import derived
 from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import LoadedDelta, Terms
 from loratool.merging.rounding import (
     TORCH,
-    Counts,
     count_underflow,
     magnitudes_of,
     narrowed,
     squared,
 )
-from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
@@ -69,7 +69,9 @@ class RunningJob:
 
     @property
     def task_elements(self) -> int:
-        return BLOCKS_PER_TASK * self.block_elements
+        # What is made of parts that are larger than a block anyway fills its task with fewer.
+        fitting = BLOCKS_PER_TASK * BLOCK_ELEMENTS // self.block_elements
+        return max(1, min(BLOCKS_PER_TASK, fitting)) * self.block_elements
 
     @cached_property
     def taken(self) -> list[Delta]:
@@ -166,6 +168,9 @@ class RunningJob:
         The source's bytes are left in `raw` where it is given, unless they are the output's. Where
         `measured`, what rounding takes of the delta is measured too.
         """
+        if measured and isinstance(self.values, MeasuredValues):
+            self.values.read_measured(low, high, data, counts)
+            return
         if self.job.is_verbatim:
             self.values.read_into(low, high, data)
             if self.job.checked and magnitudes_of(data, self.job.dtype)[1]:
@@ -290,7 +295,7 @@ class MergeTask:
         self._compute(low, high, data, None)
 
     def _compute(self, low: int, high: int, data: Bytes, raw: Bytes | None) -> None:
-        measured = self._unmeasured and self.job.job.is_arithmetic
+        measured = self._unmeasured and (self.job.job.of or self.job.job).is_arithmetic
         self._unmeasured = False
         self.job.compute(low, high, data, self.counts, raw, measured)
 

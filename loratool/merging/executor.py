@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 from loratool.merging.arithmetic import MergeTask, Merging
+from loratool.merging.counts import Counts
 from loratool.merging.plan import Job, OutputShard
-from loratool.merging.rounding import Counts
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
 from loratool.streams.run import Run

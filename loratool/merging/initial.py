@@ -48,7 +48,7 @@ def derivation_of(plan: Plan) -> Derivation | None:
     PiSSA: the Gram matrix of the smaller side n, 2·n²·m, and all its eigenvectors, 9·n³ (Golub and
     Van Loan, 8.3). OLoRA: r columns orthogonalised, and their products with all.
     """
-    derived = [taken for job in plan.jobs for taken in job.taken if taken.how in DERIVED]
+    derived = [taken for job in plan.weight_jobs for taken in job.taken if taken.how in DERIVED]
     if not derived:
         return None
     flops = 0.0

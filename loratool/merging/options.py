@@ -42,6 +42,10 @@ class MergeOptions:
             raise unknown("tokenizer", self.tokenizer, TOKENIZERS)
         if self.quantised.how not in (None, *TREATMENTS):
             raise unknown("treatment", str(self.quantised.how), TREATMENTS)
+        if self.quantised.force and self.quantised.how != "requantise":
+            raise UsageError(
+                "--force goes with --quantised requantise.", "Omit it; nothing else is refused so."
+            )
         if self.push is None and not self.keep:
             raise UsageError("--no-keep without --push would leave nothing.", "Add --push REPO.")
         if self.push is None and self.private:

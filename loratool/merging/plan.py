@@ -17,6 +17,7 @@ from loratool.merging.replication import original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.quantised.base import as_stored
 from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
 from loratool.storage.header import build_header
@@ -65,6 +66,8 @@ class Job:
     untied: bool = False
     #: False for integers and for legacy buffers, which may hold -inf by design.
     checked: bool = True
+    #: Of a part of a weight that is quantised again: the job that gives the weight's values.
+    of: Job | None = None
 
     @property
     def columns(self) -> int:
@@ -151,6 +154,16 @@ class Plan:
     @property
     def jobs(self) -> list[Job]:
         return [job for jobs in self.shards.values() for job in jobs]
+
+    def is_of_base(self, source: TensorInfo) -> bool:
+        """Whether a job's source is a tensor of the base, as its files hold it or dequantised."""
+        models = self.base, as_stored(original(self.base))
+        return any(source is model.tensors.get(source.name) for model in models)
+
+    @property
+    def weight_jobs(self) -> list[Job]:
+        """The jobs that give values, each once, however many tensors a weight is stored in."""
+        return list({id(job.of or job): job.of or job for job in self.jobs}.values())
 
     @property
     def outputs(self) -> list[OutputShard]:

@@ -18,6 +18,7 @@ from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
 from loratool.merging.plan import BiasTerm, Edits, Job, Plan, make_job
 from loratool.merging.replication import Replicated, original
+from loratool.merging.requantised import jobs_again
 from loratool.merging.tying import refuse_unlike_vocabularies, settle_ties
 from loratool.models.checkpoint import Checkpoint, refuse_placeholders
 from loratool.models.layouts.layout import Layout
@@ -231,8 +232,12 @@ def _fill_shards(
     plan: Plan, edits: dict[str, Edits], added: dict[str, TensorInfo], new: list[Job]
 ) -> None:
     """One job per tensor, in the base's order, wide dtypes first so that data stays aligned."""
+    again = jobs_again(plan, edits)
     for shard, sources in _sources(plan):
-        jobs = [make_job(plan, t.name, t, edits.get(t.name, Edits())) for t in sources]
+        jobs = [
+            again.get(t.name) or make_job(plan, t.name, t, edits.get(t.name, Edits()))
+            for t in sources
+        ]
         beside = [job for job in new if any(_same_place(job, other) for other in jobs)]
         new = [job for job in new if job not in beside]
         plan.shards[shard] = jobs + beside
@@ -267,7 +272,7 @@ def _settle_quantisation(plan: Plan, edits: dict[str, Edits], quantised: Quantis
             )
         asked = "plain"
     plan.treatment = treat(base, changed, asked, quantised.trained_here)
-    if not plan.treatment.is_plain:
+    if plan.treatment.how != "plain":
         plan.dtype = "base"
     plan.notices += plan.treatment.notices
 

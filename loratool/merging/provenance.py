@@ -99,7 +99,7 @@ def _taken_before(adapter: Adapter, plan: Plan) -> dict[str, str]:
     changed = bool(adapter.declared.changed_base)
     if not changed and (plan.initial is None or len(plan.adapters) > 1):
         return {}
-    return {"taken": next((taken.how for job in plan.jobs for taken in job.taken), "")}
+    return {"taken": next((taken.how for job in plan.weight_jobs for taken in job.taken), "")}
 
 
 def describe_model(base: Checkpoint) -> dict[str, Any]:
@@ -207,7 +207,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     record = read_json(path)
     _check(record, path)
     whole = all(part in record for part in ("options", "base", "result", "adapters"))
-    if not whole or record["options"].get("dtype") not in MODEL_DTYPES:
+    options = record.get("options", {})
+    known = options.get("quantised") in (None, *TREATMENTS)
+    if not whole or not known or options.get("dtype") not in MODEL_DTYPES:
         raise FileError(
             f"{path}: not the record of a merge.",
             "Check that this is a merged model; if so, fetch the file again, or remove it.",
@@ -231,7 +233,7 @@ _RECORD = {
     },
     "options": {
         "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,
-        "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT,
+        "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT, "quantised": _TEXT,
     },
     "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},
     "result": {"tensors": TABLE},

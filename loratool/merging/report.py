@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratool.merging.counts import KeptOfDelta
 from loratool.merging.initial import Derivation
 from loratool.merging.range_loss import RangeLoss
 from loratool.notices import Notice, document
@@ -45,6 +46,8 @@ class MergeReport:
     subnormal: int = 0
     zeroed: int = 0
     lost: float | None = None
+    #: What quantising again left of the delta; in a dry run what it would leave, from a sample.
+    kept_of_delta: KeptOfDelta | None = None
     #: In a dry run: what float16 would lose of the base's range, from a sample.
     range_loss: RangeLoss | None = None
     #: What it costs to derive what an initialisation took off the base.
@@ -67,6 +70,8 @@ class MergeReport:
         found = document(self, "warnings")
         if self.range_loss is not None:
             found["range_loss"] = dict(self.range_loss.__dict__)
+        if self.kept_of_delta is not None:
+            found["kept_of_delta"] = self.kept_of_delta.to_dict()
         if self.derivation is not None:
             found["derivation"] = dict(self.derivation.__dict__)
         return found

@@ -103,7 +103,7 @@ def _is_residual(plan: Plan) -> bool | None:
     tensors = plan.base.tensors
     deltas = [
         delta
-        for job in plan.jobs
+        for job in plan.weight_jobs
         if job.source is tensors.get(job.name)
         for delta in job.deltas
         if id(delta.factors) in changed

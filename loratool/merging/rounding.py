@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from loratool.dtypes import FLOAT_FORMATS
+from loratool.merging.counts import Counts
 from loratool.storage.tensors import Bytes
 from loratool.streams.scratch import scratch
 
@@ -24,33 +24,6 @@ _UNSIGNED = {code: np.dtype(f"uint{form.bits}").type for code, form in FLOAT_FOR
 
 #: Sums of squares in float32 below this have lost some of their parts.
 _SMALLEST_SQUARE = 1e-30
-
-
-@dataclass
-class Counts:
-    """What rounding did: values made subnormal, and nonzero ones made zero.
-
-    `lost` and `delta` are ‖rounded - x‖² and ‖Δ‖² over a sample of the adapted blocks.
-    """
-
-    subnormal: int = 0
-    zeroed: int = 0
-    lost: float = 0.0
-    delta: float = 0.0
-
-    def __iadd__(self, other: Counts) -> Counts:
-        self.subnormal += other.subnormal
-        self.zeroed += other.zeroed
-        self.lost += other.lost
-        self.delta += other.delta
-        return self
-
-    @property
-    def share_lost(self) -> float | None:
-        """‖realised - Δ‖/‖Δ‖: how much of the delta rounding took; None where squares leave the
-        range of float64."""
-        known = 0 < self.delta < math.inf and self.lost < math.inf
-        return math.sqrt(self.lost / self.delta) if known else None
 
 
 def squared(values: torch.Tensor) -> float:

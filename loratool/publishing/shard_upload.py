@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from loratool.errors import FileError, HubError, explained_os_errors
+from loratool.merging.counts import Counts
 from loratool.merging.executor import Written
 from loratool.merging.plan import OutputShard, Plan
 from loratool.merging.proof.pairing import check_written
@@ -28,7 +29,6 @@ from loratool.merging.provenance import (
     versions,
 )
 from loratool.merging.replication import original
-from loratool.merging.rounding import Counts
 from loratool.notices import Notice
 from loratool.publishing.card_upload import card_upload
 from loratool.publishing.target import refuse_mixture

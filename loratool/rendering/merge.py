@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.merging.initial import Derivation
+from loratool.merging.range_loss import RangeLoss
 from loratool.merging.report import MergeReport
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.storage.filenames import CONFIG
@@ -19,6 +20,17 @@ def _derivation(cost: Derivation) -> str:
     units = ((3600, "h"), (60, "min"), (1, "s"))
     size, unit = next((u for u in units if cost.seconds >= 1.5 * u[0]), units[-1])
     return f"{text}, about {max(1, round(cost.seconds / size))} {unit} here"
+
+
+def small_values(lost: RangeLoss) -> str:
+    """What float16 would lose, in words."""
+    text = (
+        f"about {percent(lost.subnormal)} of the values lose digits in float16, "
+        f"{percent(lost.zeroed)} become zero (from {lost.sampled:,} of them)"
+    )
+    if lost.overflowing:
+        text += f"; [red]{percent(lost.overflowing)} overflow, which stops the merge[/]"
+    return text
 
 
 def show_merge(report: MergeReport, verbose: bool) -> None:
@@ -51,6 +63,13 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         facts.add_row("merged", "\n".join(map(verbatim, report.changes["merge"])))
     if report.derivation is not None:
         facts.add_row("initialisation", _derivation(report.derivation))
+    if report.kept_of_delta is not None:
+        left = report.kept_of_delta
+        kept_of_it = f"{percent(left.share)} of the delta (error {percent(left.error)})"
+        if report.dry_run:
+            facts.add_row("requantising", f"would keep about {kept_of_it}, from a sample")
+        else:
+            facts.add_row("requantising", f"kept {kept_of_it}")
     if report.config_changes:
         changed = ", ".join(f"{k} = {v}" for k, v in report.config_changes.items())
         facts.add_row(CONFIG, verbatim(changed))
@@ -64,14 +83,7 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
         room = "" if report.bytes_free > report.bytes_needed else " [bold red](not enough)[/]"
         facts.add_row("to write", f"{format_bytes(report.bytes_needed)} of {free} free{room}")
         if report.range_loss is not None:
-            lost = report.range_loss
-            text = (
-                f"about {percent(lost.subnormal)} of the values lose digits in float16, "
-                f"{percent(lost.zeroed)} become zero (from {lost.sampled:,} of them)"
-            )
-            if lost.overflowing:
-                text += f"; [red]{percent(lost.overflowing)} overflow, which stops the merge[/]"
-            facts.add_row("small values", text)
+            facts.add_row("small values", small_values(report.range_loss))
         if report.reversible:
             share = report.undo_bytes / max(1, report.bytes_written)
             undo = f"about {format_bytes(report.undo_bytes)} more ({share:.1%}), from a sample"
@@ -87,7 +99,7 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
                 f"{report.subnormal:,} became subnormal, {report.zeroed:,} became zero "
                 f"({share:.2g}% of all)",
             )
-        if report.lost is not None:
+        if report.kept_of_delta is None and report.lost is not None:
             facts.add_row("rounding", f"took about {percent(report.lost)} of the delta")
         if report.verified:
             facts.add_row("verified", "[green]every value read back as computed[/]")

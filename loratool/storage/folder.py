@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,15 @@ class Folder:
         except OSError as error:
             error.filename = error.filename or str(path)  # reads do not know it
             raise
+
+    def ranges(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """What is in a file at these places, each a first byte and how many; fewer at its end."""
+        found = []
+        with self.reading(name) as (stream, _, _):
+            for start, count in places:
+                stream.seek(start)
+                found.append(stream.read(count))
+        return found
 
     def missing(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes that `fetch` would download, by name; nothing for what is on this disk."""

@@ -22,7 +22,8 @@ class Weights:
     """`tensors` by name, and which output shard each belongs to.
 
     `shards` maps the file name a shard will have in an output (`.bin` becomes `.safetensors`) to
-    the names of its tensors in file order. `notes` say what is odd about the files.
+    the names of its tensors in file order. `metadata` is that of all files; where two say different
+    things by one name, it is what the first one says. `notes` say what is odd about the files.
     """
 
     tensors: dict[str, TensorInfo]
@@ -179,7 +180,7 @@ def read_index(folder: Folder, entry: str, partial: bool = False) -> Weights:
     metadata: dict[str, str] = {}
     notes = []
     for name, (found, own_metadata) in _read_files(folder, sorted(names)):
-        metadata = metadata or own_metadata
+        metadata = {**own_metadata, **metadata}
         # The index decides; a tensor it does not know is kept, one it places elsewhere is not.
         here = {t: info for t, info in found.items() if weight_map.get(t, name) == name}
         unmapped = [t for t in here if t not in weight_map]

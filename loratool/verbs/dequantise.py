@@ -3,21 +3,69 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from loratool.errors import BaseError, explained_os_errors
 from loratool.merging.options import MergeOptions
 from loratool.merging.planning import build_plan
-from loratool.merging.report import MergeReport
+from loratool.merging.range_loss import RangeLoss
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import Dequantised, dequantised
 from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
+from loratool.notices import Notice, document
 from loratool.publishing.target import workplace
 from loratool.storage.destination import Overwrite, check_output
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths
 from loratool.verbs.writing import write_planned
+
+
+@dataclass
+class DequantiseReport:
+    """What was dequantised, or with `dry_run` would be. Sizes are bytes, times seconds.
+
+    `formats` is what the weights were stored in, `weights` how many there are.
+    """
+
+    base: str
+    formats: str
+    output: str
+    dtype: str
+    dry_run: bool
+    shards: list[str]
+    weights: int
+    parameters: int
+    bytes_to_read: int
+    bytes_written: int
+    bytes_needed: int
+    bytes_free: int
+    side_files: list[str]
+    left_out: list[str]
+    subnormal: int
+    zeroed: int
+    #: In a dry run: what float16 would lose of the range, from a sample.
+    range_loss: RangeLoss | None
+    verified: bool
+    #: Where on the Hub the model is now, or would be; "" if it was not to be pushed.
+    pushed: str
+    commit: str
+    created: bool
+    private: bool
+    #: Shards that an earlier run had uploaded.
+    resumed: list[str]
+    kept: bool
+    warnings: list[Notice]
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        found = document(self, "warnings")
+        if self.range_loss is not None:
+            found["range_loss"] = dict(self.range_loss.__dict__)
+        return found
 
 
 @explained_os_errors()
@@ -34,7 +82,7 @@ def dequantise(
     private: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> MergeReport:
+) -> DequantiseReport:
     """Write the plain model that a quantised one stands for, streaming: a merge of no adapter.
 
     Parameters
@@ -69,6 +117,11 @@ def dequantise(
     dtype, notices = options.dtype_for(model)
     plan = build_plan(model, [], [], dtype, quantised=AS_IT_WAS_TRAINED)
     plan.notices += notices
-    report = write_planned(plan, target, options, run, "dequantise")
-    report.seconds = time.perf_counter() - started
-    return report
+    made = write_planned(plan, target, options, run, "dequantise")
+    own = {field.name for field in fields(DequantiseReport)} & made.__dict__.keys()
+    return DequantiseReport(
+        formats=model.title,
+        **{name: made.__dict__[name] for name in own - {"weights", "seconds"}},
+        weights=len(model.weights),
+        seconds=time.perf_counter() - started,
+    )

@@ -53,6 +53,7 @@ def merge(
     replicate_layers: bool = False,
     quantised: str | None = None,
     trained_here: bool = False,
+    force: bool = False,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -82,6 +83,7 @@ def merge(
         (adapted weights and those that are one matrix with them become plain, the rest is copied),
         or "requantise" (adapted weights go back into the base's format). If not given, what no
         adapter touches is copied; else bitsandbytes' formats become plain and others are kept.
+    force: quantise again also where codes have 4 bits or fewer, which keeps little of an adapter.
     trained_here: the adapter was trained on this very base, whose weights were rescaled for
         quantisation (AWQ).
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
@@ -109,7 +111,7 @@ def merge(
     sources = as_list(adapters)
     options = MergeOptions(
         dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
-        push, keep, private, initial, replicate_layers, Quantised(quantised, trained_here),
+        push, keep, private, initial, replicate_layers, Quantised(quantised, trained_here, force),
     )  # fmt: skip
     options.check(output)
     output = output if output is not None else workplace(str(push))
@@ -157,6 +159,6 @@ def _planned(
     if plan.treatment is not None:
         refuse_dtype(options.dtype, plan.treatment)
     plan.notices += note_other_base(checkpoint, loras)
-    if plan.treatment is None or plan.treatment.is_plain:
+    if plan.treatment is None or plan.treatment.how == "plain":
         plan.notices += notices
     return plan

@@ -24,8 +24,11 @@ from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
 from loratool.merging.undo.file import Undo
+from loratool.merging.undo.kept_base import kept_base
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.quantised.base import dequantised
+from loratool.models.quantised.treatment import Quantised, refuse_dtype
 from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice, document
 from loratool.storage.destination import (
@@ -211,7 +214,7 @@ def _restore(
             "the given ones alone, rounding again, use --subtract.",
         )
     options = request.record["options"]
-    base = undo.base(merged.source)
+    base = kept_base(undo, merged)
     plan = build_plan(
         base,
         request.adapters,
@@ -220,6 +223,7 @@ def _restore(
         bool(options.get("allow_unmatched")),
         options.get("components") or (),
         as_it_is=True,  # the undo file has what was taken off the base
+        quantised=Quantised(options.get("quantised"), trained_here=True),
     )
     _refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
@@ -227,8 +231,8 @@ def _restore(
         text = f"{originals} is not read: the undo file holds all that is missing."
         report.warnings.insert(0, Notice("base-not-needed", text))
     report.exact, report.dtype, report.undo_bytes = True, "base", undo.nbytes
-    report.tensors, report.parameters = len(base.tensors), base.parameters
-    report.shards = list(base.shards)
+    report.tensors, report.parameters = len(undo.tensors), base.parameters
+    report.shards = [shard.file for shard in undo.shards]
     report.side_files = sorted(undo.side_files)
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
     report.warnings += changed_since(merged.folder, undo)
@@ -253,12 +257,13 @@ def _restore(
 def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
     """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
     wrong = []
-    for job in plan.jobs:
-        info = merged.tensors.get(job.name)
-        if job.name not in undo.tensors or undo.tensors[job.name].whole:
+    jobs = {job.name: job for job in plan.jobs}
+    for name, tensor in undo.tensors.items():
+        info, job = merged.tensors.get(name), jobs.get(name)
+        if tensor.whole:
             continue
-        if info is None:
-            wrong.append(f"{job.name} is missing")
+        if info is None or job is None:
+            wrong.append(f"{name} is missing")
         elif (info.dtype, info.shape) != (job.dtype, job.source.shape):
             wrong.append(f"{info}, but {job.dtype} {list(job.source.shape)} was written")
     if wrong:
@@ -274,13 +279,17 @@ def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
 
 def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> UnmergeReport:
     """Subtract the deltas and round once."""
-    merged, record, run = request.merged, request.record, request.run
+    merged, record, run = dequantised(request.merged), request.record, request.run
+    asked = dtype
     if dtype is None:
         known = record["base"].get("dtypes", []) if record else []
         only = dtype_name(known[0]) if len(known) == 1 else "base"
         dtype = only if only in MODEL_DTYPES else "base"
     found = plan_subtraction(merged, request.adapters, request.weights, dtype, base, record, run)
     plan = found.plan
+    if plan.treatment is not None:
+        refuse_dtype(asked, plan.treatment, "loratool dequantise, of the result")
+        dtype = plan.dtype
     refuse_irreversible(found, record)
     report = _report(request, plan, plan.bytes_to_write)
     if not record:
@@ -292,12 +301,15 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     report.dtype, report.copied_from_base = dtype, len(found.originals)
     from loratool.merging.undo.sampling import changed_by_cycle  # torch: about two seconds
 
-    adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
-    subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
-    share = subtracted / max(1, adapted)
-    report.expected_changed = share * changed_by_cycle(found.forward, plan)
-    report.exact = len(found.originals) == len(plan.jobs) and not request.remaining
+    if not (plan.treatment and plan.treatment.back):  # what quantisation took is not known
+        adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
+        subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
+        share = subtracted / max(1, adapted)
+        report.expected_changed = share * changed_by_cycle(found.forward, plan)
+    report.exact = found.is_base and not request.remaining
     files = side_files_of(merged)
+    if plan.rewriting is not None:
+        files.leave(plan.rewriting.without, "of the quantisation")
     files.fetch()
     report.side_files = sorted(files.copied)
     refuse_company(request.target, files.copied, run.overwrite)

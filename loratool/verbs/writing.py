@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.effect import note_slips
 from loratool.adapters.finite import refuse_not_finite
 from loratool.errors import HubError
+from loratool.merging.delta_loss import note_loss, refuse_loss, sample_kept
 from loratool.merging.identity import held_by, note_doing_nothing, refuse_held
 from loratool.merging.initial import derivation_of
 from loratool.merging.options import MergeOptions
@@ -62,7 +63,11 @@ def write_planned(
     report.warnings += note_doing_nothing(plan.adapters, plan.weights)
     if not options.again:
         refuse_held(plan.base, plan.adapters)
+    if not options.quantised.force:
+        refuse_loss(plan)
     if run.dry_run:
+        report.kept_of_delta = sample_kept(plan)
+        report.warnings += note_loss(report.kept_of_delta, plan)
         report.range_loss = sample_range_loss(plan)
         if report.derivation is not None:
             from loratool.merging.derivation import seconds_for
@@ -112,18 +117,22 @@ def _write(
         if report.reversible:
             from loratool.merging.undo.recording import UndoRecorder
 
-            recorder = UndoRecorder(plan, keep_base(plan.base, staged.path, side_files))
+            recorder = UndoRecorder(plan, keep_base(plan, staged.path, side_files))
         with recorder or nullcontext():
             written = write_model(plan, staged.path, side_files, run, recorder, shipment)
         report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
         report.lost = written.counts.share_lost
+        report.kept_of_delta = written.counts.kept_of_delta
+        report.warnings += note_loss(report.kept_of_delta, plan)
         if options.verify and shipment is None:
             from loratool.merging.proof.pairing import check_written
 
             check_written(plan.outputs, staged.path, run)
         report.verified = options.verify or shipment is not None
         plan.refuse_changed()
-        result = {"subnormal": report.subnormal, "zeroed": report.zeroed}
+        result: dict[str, Any] = {"subnormal": report.subnormal, "zeroed": report.zeroed}
+        if report.kept_of_delta is not None:
+            result["kept_of_delta"] = report.kept_of_delta.to_dict()
         record = describe(plan, command, written.shards, result, held_by(plan.base))
         if recorder is not None:
             report.undo_bytes = recorder.nbytes

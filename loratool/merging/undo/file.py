@@ -4,13 +4,17 @@
 every safetensors file beside it for weights. Its entries:
 
 * `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`
-* `whole:NAME`      all elements of a tensor that was replaced, in compressed pieces
+* `whole:NAME`      all elements of a tensor that is not in the output, in compressed pieces: it was
+                    replaced, or is a part of a quantised weight that was opened
 * `gain:NAME:k`     the k-th factor that DoRA multiplied NAME's rows or columns with
 * `taken:NAME:k`    what an initialisation took off NAME before training: two matrices, float32
 * `header:FILE`     the first bytes of a base shard, compressed
 * `file:PATH`       a file of the base that is not in the output as it was, compressed
 * `base`            compressed JSON: every tensor with dtype, shape, sha256 and the sizes of its
-                    chunks; the shards; sha256 of the files beside them
+                    chunks; the shards; sha256 of the files beside them; the metadata of a
+                    quantised base
+
+Tensors are those that the base's files hold: of a quantised base the packed ones.
 """
 
 from __future__ import annotations
@@ -35,10 +39,8 @@ from loratool.merging.undo.residual import (
     decompress,
 )
 from loratool.merging.undo.writer import VERSIONS
-from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import check_model_config
 from loratool.storage.filenames import CONFIG
-from loratool.storage.folder import Folder
 from loratool.storage.hashing import sha256
 from loratool.storage.header import described, read_header
 from loratool.storage.jsonfile import parse_json
@@ -91,6 +93,9 @@ class Undo:
     files: dict[str, bytes]
     #: sha256 of all files beside the base's weights that a merge carries over.
     side_files: dict[str, str]
+    #: Whether tensors are those of a quantised base, and what its files said of themselves.
+    is_quantised: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
     _entries: dict[str, TensorInfo] = field(default_factory=dict)
     _places: dict[str, list[int]] = field(default_factory=dict)
 
@@ -98,15 +103,9 @@ class Undo:
     def nbytes(self) -> int:
         return self.path.stat().st_size
 
-    def base(self, name: Path) -> Checkpoint:
-        """The base as a checkpoint without data: names, dtypes, shapes, shards and config."""
-        config = self._config() if CONFIG in self.files else {}
-        tensors = {name: tensor.info for name, tensor in self.tensors.items()}
-        shards = {shard.file: list(shard.tensors) for shard in self.shards}
-        return Checkpoint(name, Folder(name), config, tensors, shards)
-
-    def _config(self) -> Any:
-        return parse_json(self.files[CONFIG], f"{self.path}: the base's {CONFIG} in it")
+    def json(self, name: str) -> Any:
+        """What a file of the base says that is kept here. Raises FileError for no JSON."""
+        return parse_json(self.files[name], f"{self.path}: the base's {name} in it")
 
     def residual(self, name: str, low: int, files: FilePool) -> tuple[Positions, Distances]:
         """What is missing in the elements from `low` on, a multiple of `step`; positions count
@@ -195,7 +194,10 @@ def read_undo(path: Path) -> Undo:
             BaseShard(s["file"], tuple(s["tensors"]), headers.get(s["file"], b""))
             for s in table["shards"]
         ]
-        undo = Undo(path, tensors, shards, kept, table["side_files"], entries)
+        quantised, metadata = table.get("quantised", False), table.get("metadata", {})
+        if type(quantised) is not bool:
+            raise ValueError("it does not say whether the base is quantised")
+        undo = Undo(path, tensors, shards, kept, table["side_files"], quantised, metadata, entries)
         for name, tensor in tensors.items():
             undo._places[name] = [0, *np.cumsum(tensor.sizes, dtype=np.int64).tolist()]
         _check(undo)
@@ -305,8 +307,10 @@ def _check_names(undo: Undo) -> None:
         raise ValueError("a shard is not called .safetensors")
     if not all(isinstance(digest, str) for digest in undo.side_files.values()):
         raise ValueError("a hash is no text")
+    if not all(isinstance(text, str) for pair in undo.metadata.items() for text in pair):
+        raise ValueError("its metadata are no texts")
     if CONFIG in undo.files:
-        config = undo._config()
+        config = undo.json(CONFIG)
         if not isinstance(config, dict):
             raise ValueError("config.json is no JSON object")
         check_model_config(config, undo.path)

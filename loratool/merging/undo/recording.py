@@ -33,11 +33,19 @@ from loratool.merging.undo.residual import (
 from loratool.merging.undo.sidefiles import Kept
 from loratool.merging.undo.writer import UndoWriter
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.base import as_stored
 from loratool.storage.hashing import sha256
 from loratool.storage.header import header_bytes, read_header
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements, blocks
 from loratool.storage.values import values_of
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+
+
+def reversed_jobs(plan: Plan) -> dict[str, Job]:
+    """The jobs that begin with a tensor as the base's files hold it, by its name. Other tensors of
+    the base are not in the output."""
+    tensors = as_stored(plan.base).tensors
+    return {job.name: job for job in plan.jobs if job.source is tensors.get(job.name)}
 
 
 class RecordedMerging(Merging):
@@ -102,17 +110,14 @@ class UndoRecorder:
 
     def __init__(self, plan: Plan, kept: Kept) -> None:
         self.plan = plan
+        self.base = as_stored(plan.base)
         self.kept = kept
         self.nbytes = 0
-        self._of_base = {
-            job.name: job
-            for job in plan.jobs
-            if job.name in plan.base.tensors and job.source is plan.base.tensors[job.name]
-        }
+        self._of_base = reversed_jobs(plan)
         self._table: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, Any] = {}
         self._current: RecordedMerging | None = None
-        self._headers = dict(_headers(plan.base))
+        self._headers = dict(_headers(self.base))
         self._writer = UndoWriter(kept.path, self._entries())
 
     def __enter__(self) -> UndoRecorder:
@@ -127,7 +132,7 @@ class UndoRecorder:
     def _entries(self) -> list[str]:
         """The names of all entries that the undo file may get."""
         names = [f"residual:{n}" for n, job in self._of_base.items() if not job.is_verbatim]
-        names += [f"whole:{name}" for name in self.plan.base.tensors if name not in self._of_base]
+        names += [f"whole:{name}" for name in self.base.tensors if name not in self._of_base]
         for name, job in self._of_base.items():
             names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
             names += [f"taken:{name}:{i}" for i in range(len(job.taken))]
@@ -164,7 +169,7 @@ class UndoRecorder:
 
     def _row(self, name: str, step: int) -> dict[str, Any]:
         if name not in self._table:
-            info = self.plan.base.tensors[name]
+            info = self.base.tensors[name]
             self._digests[name] = hashlib.sha256()
             self._table[name] = {
                 "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
@@ -201,7 +206,7 @@ class UndoRecorder:
             self._end_tensor(self._current)
         while self._hashing:
             self._hashing.popleft().result()
-        for name, info in self.plan.base.tensors.items():
+        for name, info in self.base.tensors.items():
             if name not in self._table:
                 self._store_whole(name, info, files, workers)
         for file, header in self._headers.items():
@@ -212,21 +217,22 @@ class UndoRecorder:
             row["sha256"] = self._digests[name].hexdigest()
             if not any(row["sizes"]):
                 row["sizes"], row["step"] = [], 0
-        self.nbytes = self._writer.finish(
-            {
-                "tensors": {name: self._table[name] for name in self.plan.base.tensors},
-                "shards": [
-                    {"file": _file_name(self.plan.base, shard), "tensors": names}
-                    for shard, names in self.plan.base.shards.items()
-                ],
-                "side_files": self.kept.hashes,
-                "files": {name: sha256(content) for name, content in self.kept.files.items()},
-                "headers": {name: sha256(header) for name, header in self._headers.items()},
-            }
-        )
+        table: dict[str, Any] = {
+            "tensors": {name: self._table[name] for name in self.base.tensors},
+            "shards": [
+                {"file": _file_name(self.base, shard), "tensors": names}
+                for shard, names in self.base.shards.items()
+            ],
+            "side_files": self.kept.hashes,
+            "files": {name: sha256(content) for name, content in self.kept.files.items()},
+            "headers": {name: sha256(header) for name, header in self._headers.items()},
+        }
+        if self.base is not self.plan.base:
+            table |= {"quantised": True, "metadata": self.base.metadata}
+        self.nbytes = self._writer.finish(table)
 
     def _store_whole(self, name: str, info: TensorInfo, files: FilePool, workers: Workers) -> None:
-        """Store a tensor itself, because its job does not begin with it, or has no elements."""
+        """Store a tensor itself, because no job begins with it, or it has no elements."""
         step = BLOCKS_PER_TASK * block_elements()
         row = self._row(name, step)
         row["whole"] = True

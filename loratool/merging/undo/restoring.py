@@ -61,7 +61,7 @@ def restore(
 
     def parts(shard: BaseShard, files: FilePool) -> Iterator[OutputTensor]:
         for name in shard.tensors:
-            yield _part(undo.tensors[name], jobs[name], merged.tensors.get(name), undo, files)
+            yield _part(undo.tensors[name], jobs.get(name), merged.tensors.get(name), undo, files)
 
     with FilePool() as files, Workers(run.threads) as workers:
         shards = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in undo.shards}
@@ -89,11 +89,12 @@ def _check_hash(name: str, found: str, undo: Undo, merged: Checkpoint) -> None:
 
 
 def _part(
-    tensor: BaseTensor, job: Job, merged: TensorInfo | None, undo: Undo, files: FilePool
+    tensor: BaseTensor, job: Job | None, merged: TensorInfo | None, undo: Undo, files: FilePool
 ) -> RestoredPart:
     if tensor.whole:
         return WholePart(tensor, undo, files)
     assert merged is not None
+    assert job is not None
     return ReversedPart(tensor, undo, files, job, merged)
 
 

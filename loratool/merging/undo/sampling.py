@@ -11,7 +11,8 @@ import torch
 from loratool.merging.arithmetic import RunningJob
 from loratool.merging.plan import Job, Plan
 from loratool.merging.rounding import TORCH, ulp
-from loratool.merging.undo.recording import RecordedMerging, RecordedTask
+from loratool.merging.undo.recording import RecordedMerging, RecordedTask, reversed_jobs
+from loratool.models.quantised.base import as_stored
 from loratool.storage.tensors import FilePool
 from loratool.streams.workers import Workers
 
@@ -24,14 +25,15 @@ _ROW_BYTES = 250
 
 def undo_bytes(plan: Plan) -> int:
     """About how many bytes the undo file of a merge will have."""
-    of_base = {job.name for job in plan.jobs if job.source is plan.base.tensors.get(job.name)}
+    of_base = reversed_jobs(plan)
     # Deriving what was taken off would decompose matrices, and it costs little more than rounding.
     recorded = [
         replace(job, taken=tuple(t for t in job.taken if t.how == "given"))
-        for job in plan.jobs
-        if job.name in of_base and not job.is_verbatim
+        for job in of_base.values()
+        if not job.is_verbatim
     ]
-    whole = [info for name, info in plan.base.tensors.items() if name not in of_base]
+    stored = as_stored(plan.base).tensors
+    whole = [info for name, info in stored.items() if name not in of_base]
     coded = elements = 0
     with FilePool() as files, Workers(1) as workers:
         for job, place in _places(recorded):
@@ -45,11 +47,11 @@ def undo_bytes(plan: Plan) -> int:
             elements, coded = elements + high - low, coded + len(task.chunk)
     total = sum(job.source.numel for job in recorded)
     # A replaced tensor is stored compressed, to about three quarters for trained weights.
-    stored = sum(3 * info.nbytes // 4 for info in whole)
+    kept = sum(3 * info.nbytes // 4 for info in whole)
     pairs = [t.delta.factors for job in plan.jobs for t in job.taken]
     taken = sum(4 * factors.rank * sum(factors.shape) for factors in pairs)
-    rows = _ROW_BYTES * len(plan.base.tensors)
-    return round(coded * total / max(1, elements)) + stored + taken + rows
+    rows = _ROW_BYTES * len(stored)
+    return round(coded * total / max(1, elements)) + kept + taken + rows
 
 
 def changed_by_cycle(forward: Plan, backward: Plan) -> float:

@@ -32,17 +32,19 @@ class Kept:
     files: dict[str, bytes]
 
 
-def keep_base(base: Checkpoint, output: Path, written: SideFiles) -> Kept:
+def keep_base(plan: Plan, output: Path, written: SideFiles) -> Kept:
     """Make the folder of the undo file in `output`, with the one that the base had itself.
 
     `written` are the side files that the output gets.
     """
+    base, rewriting = plan.base, plan.rewriting
+    changed = {CONFIG, *(rewriting.others if rewriting is not None else ())}
     own = side_files_of(base)
     own.fetch()
     files = {
         name: _content(path, name)
         for name, path in own.copied.items()
-        if name == CONFIG or written.copied.get(name) != path
+        if name in changed or written.copied.get(name) != path
     }
     if base.is_directory and (base.directory / INDEX).is_file():
         files[INDEX] = _content(base.directory / INDEX, INDEX)

@@ -16,20 +16,30 @@ from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp4 import FORMATS as FP4
+from loratool.models.quantised.formats.fp8 import FORMATS as FP8
+from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
+from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.packed import FORMATS as PACKED
+from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import (
+    ACTIVATIONS,
     Format,
     Module,
     Quantisation,
     gathered,
     read_descriptions,
 )
-from loratool.models.quantised.refusals import refuse_method, refuse_unread
+from loratool.models.quantised.refusals import refuse_method, refuse_unread, unread
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES,)
+FORMATS: tuple[Format, ...] = (
+    *BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP4, *PACKED, *FP8,
+)  # fmt: skip
 
 
 @dataclass
@@ -89,10 +99,11 @@ def as_stored(base: Checkpoint) -> Checkpoint:
     return base.packed if isinstance(base, Dequantised) else base
 
 
-def dequantised(base: Checkpoint) -> Checkpoint:
+def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 
-    Raises BaseError where they are in a form that is not read, or incomplete.
+    Raises BaseError where they are in a form that is not read, or incomplete; of a `partial` base
+    those are left out.
     """
     settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
@@ -101,7 +112,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         form = next((form for form in FORMATS if form.claims(module)), None)
         if form is not None:
             claimed[name] = module, form
-    if not claimed:
+    if not claimed and not partial:
         refuse_method(base, settings)
         refuse_unread(base, settings, base.tensors)
         return base
@@ -109,16 +120,33 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
-    weights = {
-        name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
-    }
+    weights: dict[str, QuantisedTensor] = {}
+    for name, (module, form) in claimed.items():
+        try:
+            weights[name] = quantised(name, form.scheme(module))
+        except BaseError:
+            if not partial:
+                raise
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
-    refuse_unread(base, settings, base.tensors.keys() - names.keys())
+    extras = frozenset(
+        info.name
+        for module in modules.values()
+        for role, info in module.tensors.items()
+        if role in ACTIVATIONS and info.name not in names
+    )
+    others = base.tensors.keys() - names.keys() - extras
+    if partial:
+        parts = {info.name for m, _ in claimed.values() for info in m.tensors.values()}
+        extras |= others & (parts | set(unread(base, others)))
+    else:
+        refuse_unread(base, settings, others)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():
         for name in held:
             weight = names.get(name)
+            if name in extras:
+                continue
             if weight is None:
                 tensors[name] = base.tensors[name]
                 shards.setdefault(shard, []).append(name)
@@ -127,7 +155,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
                 shards.setdefault(shard, []).append(weight)
     return Dequantised(
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
-        packed=base, settings=settings, weights=weights,
+        packed=base, settings=settings, weights=weights, extras=extras,
     )  # fmt: skip
 
 

@@ -29,13 +29,16 @@ _KEYS = {
     "modelopt": ("ignore", "exclude_modules"),
 }
 
-#: Where a list of bitsandbytes is given, it takes the place of what is skipped without one.
-_BITSANDBYTES_USUAL = ("lm_head",)
+#: Methods for which transformers skips heads and what is tied where there is no list. A list takes
+#: the place of that, so it must name all that was plain before too.
+_SKIPPED_WITHOUT_LIST = ("fp8", "fbgemm-fp8", "mxfp4", "awq", "torchao", "hqq", "bitsandbytes")
 
 
-def with_ignored(settings: Quantisation, paths: Sequence[str]) -> dict[str, Any]:
-    """The table of config.json with these modules as plain ones."""
-    return _added(copy.deepcopy(settings.table), settings.method, paths)
+def with_ignored(
+    settings: Quantisation, paths: Sequence[str], plain: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The table of config.json with these modules as plain ones; `plain` are those that were."""
+    return _added(copy.deepcopy(settings.table), settings.method, paths, plain)
 
 
 def can_ignore(settings: Quantisation) -> bool:
@@ -52,23 +55,28 @@ def exported_with_ignored(document: dict[str, Any], paths: Sequence[str]) -> dic
     return found
 
 
-def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str, Any]:
+def _added(
+    table: dict[str, Any], method: str, paths: Sequence[str], plain: Sequence[str]
+) -> dict[str, Any]:
     if method == "gptq":
         rules = table.get("dynamic")
         own: dict[str, Any] = {f"-:^{re.escape(path)}$": {} for path in paths}
         # The first rule that fits counts.
         table["dynamic"] = {**own, **(rules if isinstance(rules, dict) else {})}
         return table
-    first, *others = _KEYS[method]
-    usual = _BITSANDBYTES_USUAL if method == "bitsandbytes" and not table.get(first) else ()
-    for key in (first, *(key for key in others if key in table)):
-        if key != first or key in table or not any(k in table for k in others):
-            table = _listed(table, key, (*usual, *paths))
+    keys = _KEYS[method]
+    without = method in _SKIPPED_WITHOUT_LIST and not any(table.get(key) for key in keys)
+    usual = ("lm_head", *plain) if without else ()
+    there = [key for key in keys if key in table] or [keys[0]]
+    # transformers reads the first alone, vLLM the other one before it.
+    there += [keys[0]] if method == "fp8" and keys[0] not in there else []
+    for key in there:
+        table = _listed(table, key, (*usual, *paths))
     return table
 
 
 def _listed(table: dict[str, Any], key: str, paths: Sequence[str]) -> dict[str, Any]:
     before = table.get(key)
     known = list(before) if isinstance(before, list) else []
-    table[key] = [*known, *(path for path in paths if path not in known)]
+    table[key] = [*known, *dict.fromkeys(path for path in paths if path not in known)]
     return table

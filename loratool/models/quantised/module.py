@@ -7,13 +7,14 @@ checkpoint by the weight that they would be parts of; which of them really are, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from loratool.errors import BaseError, FileError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.scheme import Scheme
 from loratool.storage.jsonfile import parse_json
 from loratool.storage.tensors import TensorInfo
@@ -24,8 +25,16 @@ LONGEST_DESCRIPTION = 1 << 16
 #: How many ranges are read at a time.
 _STREAMS = 8
 
+#: Numbers for activations and for the cache of keys and values, which a program with plain weights
+#: has no use for. They hang on a quantised module, or on the attention that it is in.
+ACTIVATIONS = frozenset(
+    f"{of}_{what}"
+    for of in ("input", "output", "activation", "act", "q", "k", "v", "kv", "prob_output")
+    for what in ("scale", "zero_point", "global_scale", "scale_ub")
+) | {"qscale_act"}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Quantisation:
     """What a model says of its quantisation: `method` and the whole `table` of it.
 
@@ -41,7 +50,7 @@ class Quantisation:
 class Module:
     """What may be one quantised weight: `tensors` by role, of the weight called `name`.
 
-    `described` are the bytes of those tensors that read_descriptions others, by role.
+    `described` are the bytes of those tensors that describe others, by role.
     """
 
     name: str
@@ -55,6 +64,13 @@ class Module:
         """The module's path, or the parameter's where it is no `….weight`."""
         return self.name.removesuffix(".weight")
 
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether its class has the weight as `[in, out]`, which only the name of the class tells:
+        quantised it is `[out, in]` like all others."""
+        pattern = CONV1D.get(self.base.model_type)
+        return pattern is not None and re.search(pattern, self.path) is not None
+
     def refuse(self, reason: str, hint: str = "") -> NoReturn:
         """Raise BaseError: this module cannot be read."""
         raise BaseError(
@@ -66,9 +82,29 @@ class Module:
         """A part that must be there."""
         found = self.tensors.get(role)
         if found is None:
-            have = ", ".join(sorted(t.name.removeprefix(self.path) for t in self.tensors.values()))
+            have = ", ".join(sorted(info.name for info in self.tensors.values()))
             self.refuse(f"it is stored in {title} and its {role} is missing (there is {have})")
         return found
+
+    def beside(
+        self, parts: dict[str, TensorInfo], telling: Collection[str] = ()
+    ) -> tuple[TensorInfo, ...]:
+        """What goes with the weight and is no part of its value; `telling` are the roles of those
+        that say how it is stored.
+
+        Raises BaseError for anything that would change it.
+        """
+        others = {role: info for role, info in self.tensors.items() if role not in parts}
+        for role, info in others.items():
+            if role == "pre_quant_scale":
+                self.refuse(
+                    f"{info.name} says that it was rescaled for quantisation, so an adapter of the "
+                    "original model does not fit it",
+                    "Merge into the unquantised model that it was made from.",
+                )
+            if role not in ACTIVATIONS and role not in telling:
+                self.refuse(f"it has {info}, which the other tensors of it leave no meaning for")
+        return tuple(others.values())
 
     def want_shape(self, info: TensorInfo, *shapes: tuple[int, ...]) -> None:
         """Raise BaseError for a part of another shape than one of these."""
@@ -96,7 +132,7 @@ class Format:
     roles: tuple[tuple[re.Pattern[str], str, str], ...]
     claims: Callable[[Module], bool]
     scheme: Callable[[Module], Scheme]
-    #: The roles of small tensors that read_descriptions others, whose bytes are read beforehand.
+    #: The roles of small tensors that describe others, whose bytes are read beforehand.
     descriptions: tuple[str, ...] = ()
 
 
@@ -106,14 +142,21 @@ def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str]
     return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
 
 
+_ACTIVATION_ROLES = roles(
+    (rf"(.+)\.({'|'.join(sorted(ACTIVATIONS))})", r"\1.weight", r"\2"),
+    (rf"(.+\.\w+_proj)_({'|'.join(sorted(ACTIVATIONS))})", r"\1", r"\2"),
+)
+
+
 def gathered(
     base: Checkpoint, formats: Iterable[Format], settings: Quantisation
 ) -> dict[str, Module]:
     """The tensors of a model by the weight that they may be a part of.
 
-    A tensor whose name says nothing is in no module, unless another one names it as its weight.
+    A tensor whose name says nothing is in no module, unless another one names it as its weight, or
+    it holds floats of 8 bits, which are nothing by themselves.
     """
-    rows = list(dict.fromkeys(row for form in formats for row in form.roles))
+    rows = list(dict.fromkeys([*_ACTIVATION_ROLES, *(r for form in formats for r in form.roles)]))
     modules: dict[str, Module] = {}
     for name, info in base.tensors.items():
         for pattern, template, role in rows:
@@ -123,6 +166,9 @@ def gathered(
                 module = modules.setdefault(weight, Module(weight, {}, base, settings))
                 module.tensors[part] = info
                 break
+        else:
+            if info.dtype.startswith(("F8_E4", "F8_E5")):  # its scale may be missing
+                modules.setdefault(name, Module(name, {}, base, settings))
     for weight, module in modules.items():
         if weight in base.tensors:
             module.tensors.setdefault("weight", base.tensors[weight])
@@ -150,11 +196,10 @@ def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> 
         file, rows = piece
         if not rows:
             return
-        folder = rows[0][0].base.folder
-        with folder.reading(file) as (stream, _, _):
-            for module, role, info in rows:
-                stream.seek(info.start)
-                module.described[role] = stream.read(info.nbytes)
+        places = [(info.start, info.nbytes) for _, _, info in rows]
+        found = rows[0][0].base.folder.ranges(file, places)
+        for (module, role, _), data in zip(rows, found, strict=True):
+            module.described[role] = data
 
     with ThreadPoolExecutor(_STREAMS) as pool:
         for _ in pool.map(read, pieces):

@@ -39,10 +39,15 @@ def refuse_method(base: Checkpoint, settings: Quantisation) -> None:
         )
 
 
+def unread(base: Checkpoint, names: Collection[str]) -> list[str]:
+    """Those of the names whose tensors look like parts of quantised weights."""
+    packed = [n for n in names if _PACKED.search(n)]
+    return packed + [n for n in names if n.endswith(".weight") and not base.tensors[n].is_float]
+
+
 def refuse_unread(base: Checkpoint, settings: Quantisation, names: Collection[str]) -> None:
     """Raise BaseError where tensors that are in no quantised weight look like parts of one."""
-    packed = [n for n in names if _PACKED.search(n)]
-    packed += [n for n in names if n.endswith(".weight") and not base.tensors[n].is_float]
+    packed = unread(base, names)
     if packed:
         said = f" with {settings.method}" if settings.method else ""
         kinds = Counter(base.tensors[n].dtype for n in packed).most_common(1)[0][0]

@@ -17,6 +17,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.layout import in_memory
 from loratool.models.quantised.base import Dequantised, as_stored, quantisation_of
+from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
 from loratool.notices import Notice
@@ -25,6 +26,8 @@ from loratool.words import counted
 
 #: What `--quantised` may be.
 TREATMENTS = ("plain", "keep", "requantise")
+#: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
+_UNTOUCHED = "untouched"
 
 #: Files that describe the quantisation, beside config.json.
 DESCRIPTIONS = (
@@ -37,10 +40,12 @@ _EXPORTED = "hf_quant_config.json"
 @dataclass(frozen=True)
 class Quantised:
     """What a user says of a quantised base: what becomes of it (one of TREATMENTS, or what is usual
-    for its format), and whether the adapter was trained on its very weights."""
+    for its format), whether the adapter was trained on its very weights, and whether weights go
+    back into formats of few bits, which lose most of a delta."""
 
     how: str | None = None
     trained_here: bool = False
+    force: bool = False
 
 
 #: What is usual for the format.
@@ -73,7 +78,7 @@ class Treatment:
     @property
     def is_plain(self) -> bool:
         """Whether the result is a model without any quantised weight."""
-        return self.how == "plain"
+        return len(self.opened) == len(self.base.weights)
 
     def sources(self) -> Iterator[tuple[str, list[TensorInfo]]]:
         """What each output shard begins with: tensors of the plain model where they are opened, of
@@ -99,19 +104,25 @@ class Treatment:
         if not self.opened or not where:
             return None
         paths = _paths(self.base, self.opened)
-        table = with_ignored(self.base.settings, paths)
+        table = with_ignored(self.base.settings, paths, _paths(self.base, _plain(self.base)))
         return Rewriting(where, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
 
     @property
     def notices(self) -> list[Notice]:
         """Which model comes of it."""
-        if self.how == "untouched" or not self.touched:
+        if self.how == _UNTOUCHED or not self.touched:
             return []
-        text = (
-            f"{self.base.label} is quantised ({self.base.title}). The result is the dequantised "
-            "base plus the adapter: the model that a QLoRA adapter was trained as. Merged into the "
-            "16-bit original, where that is at hand, it is another model, often as good."
+        result = (
+            "The result is the dequantised base plus the adapter: the model that a QLoRA adapter "
+            "was trained as. Merged into the 16-bit original, where that is at hand, it is another "
+            "model, often as good."
         )
+        if self.how == "requantise":
+            result = (
+                "The dequantised weights plus the adapter are quantised again. Who needs that "
+                "format loses less by merging into the 16-bit original and quantising the result."
+            )
+        text = f"{self.base.label} is quantised ({self.base.title}). {result}"
         if self.trained_here:
             text = (
                 f"{self.base.label} is quantised ({self.base.title}), and its weights were "
@@ -123,10 +134,12 @@ class Treatment:
     def __str__(self) -> str:
         """One line for people."""
         title = self.base.title
-        if self.how == "untouched":
+        if self.how == _UNTOUCHED:
             return f"{title}, copied as it is: no adapted weight is quantised"
-        if self.is_plain:
+        if self.how == "plain":
             return f"{title}, dequantised: the result is a plain model"
+        if self.is_plain:
+            return f"{title}, all of it plain {_name(self.dtype)}: all is adapted, or one with that"
         opened, rest = len(self.opened), len(self.base.weights) - len(self.opened)
         if self.how == "requantise":
             return f"{title}, quantised again where adapted ({counted(len(self.back), 'weight')})"
@@ -150,7 +163,7 @@ def note_leftover(base: Checkpoint) -> Notice:
     said = quantisation_of(base)
     text = (
         f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
-        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "weight of it is quantised. It is taken as the plain model that it is, and the entry does "
         "not go along."
     )
     return Notice("leftover-quantisation", text, base.label)
@@ -162,19 +175,21 @@ def treat(
     """What becomes of a base whose tensors of these names adapters change.
 
     `asked` is one of TREATMENTS, or None. Raises BaseError for a base of rescaled weights (unless
-    `trained_here`), or of which it is not known how its config names plain modules.
+    `trained_here`), of formats that are only read, or of which it is not known how its config names
+    plain modules.
     """
     _refuse_rescaled(base, trained_here)
     touched = frozenset(changed) & base.weights.keys()
-    how = asked or ("untouched" if not touched else _usual(base, touched))
+    how = asked or (_UNTOUCHED if not touched else _usual(base, touched))
     if not touched and how in ("keep", "requantise"):
-        how = "untouched"
+        how = _UNTOUCHED
     dtype = own_dtype(base)
-    if how == "untouched":
+    if how == _UNTOUCHED:
         return Treatment(base, how, touched, frozenset(), dtype=dtype)
     if how == "plain":
         return Treatment(base, how, touched, frozenset(base.weights), dtype=dtype)
     if how == "requantise":
+        _refuse_unwritten(base, touched)
         return Treatment(base, how, touched, frozenset(), touched, dtype)
     opened = frozenset(with_fused(touched, base.weights))
     if base.settings.where and not can_ignore(base.settings):
@@ -202,6 +217,20 @@ def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:
         )
 
 
+def _refuse_unwritten(base: Dequantised, touched: Collection[str]) -> None:
+    only_read = {
+        base.weights[name].stored_as.title
+        for name in touched
+        if encoder_of(base.weights[name].stored_as) is None
+    }
+    if only_read:
+        raise BaseError(
+            f"{base.label} is quantised with {' and '.join(sorted(only_read))}, which is read and "
+            "not written.",
+            "--quantised keep or plain loses nothing of the adapter.",
+        )
+
+
 def own_dtype(base: Checkpoint) -> str:
     """The 16-bit dtype that a quantised model computes in: its config's, or the one that most of
     its plain tensors have."""
@@ -222,6 +251,15 @@ def _name(code: str) -> str:
     return next(name for name, known in FACTOR_DTYPES.items() if known == code)
 
 
+def _plain(base: Dequantised) -> list[str]:
+    """Matrices that are plain in the files already."""
+    return [
+        name
+        for name, info in base.tensors.items()
+        if name not in base.weights and name.endswith(".weight") and len(info.shape) == 2
+    ]
+
+
 def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     """Modules that are plain now, by path: in files, in memory, and the experts as a whole."""
     called = in_memory(base)
@@ -235,11 +273,16 @@ def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     return list(found)
 
 
-def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
-    """Raise UsageError for a dtype where the model stays quantised."""
-    if dtype not in (None, "base") and not treatment.is_plain:
+def refuse_dtype(
+    dtype: str | None, treatment: Treatment, plainly: str = "--quantised plain"
+) -> None:
+    """Raise UsageError for a dtype where the model stays quantised; `plainly` dequantises it."""
+    if dtype not in (None, "base") and treatment.how != "plain":
+        own = "every weight keeps its dtype"
+        if treatment.opened:
+            own = f"what is opened gets its own dtype, {_name(treatment.dtype)}"
         raise UsageError(
             f"--dtype {dtype} has no meaning here: the model stays {treatment.base.title}, and "
-            f"what is opened gets its own dtype, {_name(treatment.dtype)}.",
-            "Omit --dtype; or dequantise all of it: --quantised plain.",
+            f"{own}.",
+            f"Omit --dtype; or dequantise all of it: {plainly}.",
         )

@@ -147,7 +147,7 @@ def first(table: Table) -> Table:
 TABLES: dict[str, Callable[[Table], Any]] = {
     "a-list": lambda t: [t],
     "no-version": lambda t: t.pop("version") and None,
-    "later-version": lambda t: t.update(version=3),
+    "later-version": lambda t: t.update(version=9),
     "no-tensors": lambda t: t.pop("tensors") and None,
     "tensors-are-a-list": lambda t: t.update(tensors=list(t["tensors"])),
     "tensor-is-null": lambda t: t["tensors"].update({ADAPTED: None}),

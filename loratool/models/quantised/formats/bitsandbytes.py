@@ -8,23 +8,29 @@ where a row is no multiple of the block; the generic one is what is meant.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import pair_table
+from loratool.models.quantised.numbers import (
+    decode_pairs,
+    multiply_groups,
+    pair_table,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
+    HeldPart,
     Opened,
     Scheme,
-    broken_part,
+    read_finite,
     read_part,
 )
-from loratool.storage.tensors import FilePool, as_float32
+from loratool.storage.fields import is_number, value_text
+from loratool.storage.tensors import FilePool
 from loratool.storage.values import values_of
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -72,78 +78,92 @@ class _FourBitRows(Opened):
         self._scheme = scheme
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
-        self._map = read_part(parts["quant_map"], files).view(np.float32)
         self._absmax = _absmax(scheme, files)
-        for role in ("absmax", "quant_map"):
-            values = self._absmax if role == "absmax" else self._map
-            if not np.isfinite(values).all():
-                raise broken_part(parts[role], "it holds NaN or infinity")
-        self._pairs = pair_table(self._map, high_first=True)
+        self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
         self._count = math.prod(scheme.shape)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
         if not self._scheme.turned:
             self._flat(first * columns, last * columns, out.reshape(-1))
             return
-        # Columns of what is stored: each is gathered from all of its rows.
-        height = self._scheme.shape[0]
-        whole = np.empty((columns, height), np.float32)
-        self._flat(0, self._count, whole.reshape(-1))
-        out[:] = whole[:, first:last].T
+        # Columns of what is stored, from all of its rows.
+        width = self._scheme.shape[0]
+        if width % 2:
+            whole = np.empty((columns, width), np.float32)
+            self._flat(0, self._count, whole.reshape(-1))
+            out[:] = whole[:, first:last].T
+            return
+        begin, end = first // 2, (last + 1) // 2
+        octets = self._held.raw()[: self._count // 2].reshape(columns, width // 2)[:, begin:end]
+        values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
+        places = np.arange(columns)[:, None] * width + np.arange(first, last)
+        out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
+        begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
+        whole = (begin, end) == (low, high)
+        values = out if whole else thread_buffer("pairs", end - begin, np.float32)
+        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
+        if not whole:
+            out[:] = values[low - begin : high - begin]
+        # A short block, whole ones, and a short one.
         block = self._scheme.blocksize
-        begin, end = low - low % block, min(self._count, -(-high // block) * block)
-        values = self._pairs.take(self._bytes(begin // 2, (end + 1) // 2)).view(np.float32)
-        values = values[: end - begin]
-        scales = self._absmax[begin // block : -(-end // block)]
-        even = len(values) // block * block
-        values[:even].reshape(-1, block)[:] *= scales[: even // block, None]
-        if even < len(values):
-            values[even:] *= scales[-1]
-        out[:] = values[low - begin : high - begin]
+        first = min(-(-low // block) * block, high)
+        last = max(first, high - high % block)
+        for start, stop in ((low, first), (first, last), (last, high)):
+            if start < stop:
+                scales = self._absmax[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(scales), -1)
+                multiply_groups(part, scales, part.shape[1])
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
+        """Bytes `[low, high)` of the codes, in a buffer of this thread."""
         first, last = low // self._itemsize, -(-high // self._itemsize)
-        raw = self._codes.bytes(first, last)
-        return raw[low - first * self._itemsize : high - first * self._itemsize]
+        raw = thread_buffer("codes", (last - first) * self._itemsize)
+        self._codes.read_into(first, last, raw)
+        held: npt.NDArray[np.uint8] = raw[low - first * self._itemsize :][: high - low]
+        return held
 
 
 def _absmax(scheme: FourBit, files: FilePool) -> npt.NDArray[np.float32]:
     """The largest magnitude of every block, which may be 8-bit codes themselves."""
     info = scheme.parts["absmax"]
-    raw = read_part(info, files)
     if info.dtype != "U8":
-        return as_float32(raw, info.dtype)
-    codes = read_part(scheme.parts["nested_quant_map"], files).view(np.float32)
-    scales = read_part(scheme.parts["nested_absmax"], files).view(np.float32)
-    values = codes.take(raw)
+        return read_finite(info, files)
+    scales = read_finite(scheme.parts["nested_absmax"], files)
+    values = read_finite(scheme.parts["nested_quant_map"], files).take(read_part(info, files))
     values *= np.repeat(scales, scheme.nested_blocksize)[: len(values)]
     values += np.float32(scheme.nested_offset)
     return values
 
 
 def _four_bit(module: Module) -> FourBit:
-    state_role = next((r for r in module.tensors if r.startswith("quant_state__")), None)
-    if state_role is None:
+    states = [role for role in module.tensors if role.startswith("quant_state__")]
+    if not states:
         module.refuse(f"{module.tensors['absmax'].name} is there, and its quant_state is missing")
-    kind = state_role.rpartition("__")[2]
+    if len(states) > 1:
+        module.refuse("it has a quant_state for NF4 and one for FP4")
+    kind = states[0].rpartition("__")[2]
     title = kind.upper()
-    state = json_in(module, state_role)
+    state = json_in(module, states[0])
     weight = module.want("weight", title)
     shape, block = state.get("shape"), state.get("blocksize")
     good = isinstance(shape, list) and len(shape) == 2 and all(
         type(n) is int and 0 < n < 1 << 31 for n in shape
     )  # fmt: skip
     if not good or not isinstance(shape, list):
-        module.refuse(f"its quant_state has no shape of two sizes ({shape!r:.80})")
+        module.refuse(f"its quant_state has no shape of two sizes ({value_text(shape)})")
     if type(block) is not int or block < 2 or block % 2 or block > 1 << 20:
-        module.refuse(f"its quant_state has no blocksize ({block!r:.80})")
-    dtype = _DTYPES.get(str(state.get("dtype")))
+        module.refuse(f"its quant_state has no blocksize ({value_text(block)})")
+    said = state.get("dtype")
+    dtype = _DTYPES.get(said) if isinstance(said, str) else None
     if dtype is None:
-        module.refuse(f"its quant_state has the dtype {state.get('dtype')!r:.80}")
+        module.refuse(
+            f"its quant_state has the dtype {value_text(said)}, expected {' or '.join(_DTYPES)}"
+        )
     out, width = shape
     module.want_dtype(weight, *_STORAGES)
     if weight.nbytes != -(-(out * width) // 2 // weight.itemsize) * weight.itemsize:
@@ -154,29 +174,107 @@ def _four_bit(module: Module) -> FourBit:
     module.want_shape(absmax, (blocks,))
     module.want_shape(parts["quant_map"], (16,))
     module.want_dtype(parts["quant_map"], "F32")
-    nested, offset = state.get("nested_blocksize"), state.get("nested_offset", 0.0)
+    nested, offset = 256, 0.0
     if absmax.dtype == "U8":
-        if type(nested) is not int or not 0 < nested <= 1 << 20:
-            module.refuse(f"its quant_state has no nested_blocksize ({nested!r:.80})")
-        if type(offset) not in (int, float) or not math.isfinite(offset):
-            module.refuse(f"its quant_state has no nested_offset ({offset!r:.80})")
+        nested, offset = _nesting(module, state)
         for role, size in (("nested_absmax", -(-blocks // nested)), ("nested_quant_map", 256)):
             parts[role] = module.want(role, title)
             module.want_shape(parts[role], (size,))
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-    turned = _is_conv1d(module)
-    extras = tuple(t for r, t in module.tensors.items() if r not in parts)
+    turned = module.is_conv1d
+    extras = module.beside(parts, states)
     return FourBit(
-        (width, out) if turned else (out, width), parts, extras, kind, block,
-        nested if type(nested) is int else 256, float(offset), dtype, turned,
+        (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
+        turned,
     )  # fmt: skip
 
 
-def _is_conv1d(module: Module) -> bool:
-    pattern = CONV1D.get(module.base.model_type)
-    return pattern is not None and re.search(pattern, module.path) is not None
+def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
+    """The block and the offset of an absmax that is itself in codes."""
+    block, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    if type(block) is not int or not 0 < block <= 1 << 20:
+        module.refuse(f"its quant_state has no nested_blocksize ({value_text(block)})")
+    if not isinstance(offset, int | float) or not is_number(offset):
+        module.refuse(f"its quant_state has no nested_offset ({value_text(offset)})")
+    return block, float(offset)
+
+
+# --- int8 -----------------------------------------------------------------------------------------
+
+#: What the library multiplies by, for 1/127.
+_ONE_127TH = np.float32(7.874015718698502e-3)
+
+#: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
+_ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
+
+
+@dataclass(frozen=True)
+class EightBit(Scheme):
+    """LLM.int8(): `float32(code)·SCB[row]·(1/127)`, in this order."""
+
+    #: Conv1D of GPT-2 is quantised as `[out, in]`, while the plain file has `[in, out]`.
+    turned: bool = False
+
+    @property
+    def title(self) -> str:
+        return "int8"
+
+    @property
+    def bits(self) -> int:
+        return 8
+
+    @property
+    def on_load(self) -> bool:
+        return True
+
+    def opened(self, files: FilePool) -> Opened:
+        return _EightBitRows(self, files)
+
+
+class _EightBitRows(Opened):
+    def __init__(self, scheme: EightBit, files: FilePool) -> None:
+        codes = scheme.parts["weight"]
+        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
+        self._codes = values_of(codes, files)
+        self._stored = codes.shape
+        self._held = HeldPart(codes, files) if scheme.turned else None
+
+    def rows(self, first: int, last: int, out: Floats) -> None:
+        width = self._stored[1]
+        if self._held is not None:  # columns of what is stored, from all of its rows
+            out[:] = self._held.raw().view(np.int8).reshape(self._stored)[:, first:last].T
+            out *= self._scales
+        else:
+            codes = self._codes.bytes(first * width, last * width).view(np.int8)
+            out[:] = codes.reshape(-1, width)
+            out *= self._scales[first:last, None]
+        out *= _ONE_127TH
+
+
+def _eight_bit(module: Module) -> EightBit:
+    weight, scales = module.want("weight", "int8"), module.want("SCB", "int8")
+    module.want_dtype(weight, "I8")
+    if len(weight.shape) != 2:
+        module.refuse(f"{weight} is no matrix")
+    module.want_dtype(scales, "F32", "F16", "BF16")
+    module.want_shape(scales, weight.shape[:1])
+    order = module.tensors.get("weight_format")  # older versions had none, for rows
+    if order is not None:
+        module.want_dtype(order, "U8")
+        module.want_shape(order, (), (1,))
+        code = module.described["weight_format"][0]
+        if code:
+            module.refuse(
+                f"its codes are packed for a kernel ({_ORDERS.get(code, 'unknown')}, "
+                f"weight_format {code}), expected rows (0)",
+                "Load it with the bitsandbytes that wrote it, and save it again.",
+            )
+    turned = module.is_conv1d
+    shape = weight.shape[::-1] if turned else weight.shape
+    parts = {"weight": weight, "SCB": scales}
+    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
 
 
 FORMATS = (
@@ -192,5 +290,12 @@ FORMATS = (
         ),
         _four_bit,
         descriptions=("quant_state__nf4", "quant_state__fp4"),
+    ),
+    Format(
+        "bitsandbytes int8",
+        roles((r"(.+)\.(SCB|weight_format)", r"\1.weight", r"\2")),
+        lambda module: bool(module.tensors.keys() & {"SCB", "weight_format"}),
+        _eight_bit,
+        descriptions=("weight_format",),
     ),
 )

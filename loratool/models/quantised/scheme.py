@@ -38,6 +38,11 @@ class Opened(ABC):
         Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
         """
 
+    def snap(self, first: int, values: Floats) -> Bytes:
+        """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
+        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
+        raise NotImplementedError
+
 
 class OnGrid(Opened):
     """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
@@ -90,6 +95,12 @@ class Scheme(ABC):
     @property
     def on_load(self) -> bool:
         """Whether programs make it of a plain weight while they load a model."""
+        return False
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
+        part holds them."""
         return False
 
     @property

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
-from loratool.models.quantised.encoding.rounding import Codes, inverse, largest, nearest_level
+from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
 from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
+from loratool.models.quantised.numbers import nearest_level
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
 

@@ -22,12 +22,12 @@ from loratool.models.quantised.encoding.rounding import (
     powers_of,
     scales_of,
     to_e2m1,
-    to_e4m3,
 )
 from loratool.models.quantised.formats.fp4 import ExpertsMXFP4, GroupedFP4
 from loratool.models.quantised.numbers import (
     E2M1,
     divide_groups,
+    encode_e4m3,
     multiply_groups,
     scales_as_float32,
 )
@@ -73,7 +73,7 @@ class FP4Encoder(Encoder):
         if not kind:
             return scales_of(magnitudes, LARGEST_E2M1, dtype)
         wanted = magnitudes / np.float32(LARGEST_E2M1)
-        codes = to_e4m3(wanted * self._factor if kind == "divides" else wanted / self._factor)
+        codes = encode_e4m3(wanted * self._factor if kind == "divides" else wanted / self._factor)
         codes[(codes == 0) & (magnitudes > 0)] = 1
         read = scales_as_float32(codes.reshape(-1), dtype).reshape(codes.shape)
         return codes, read / self._factor if kind == "divides" else read * self._factor
@@ -86,7 +86,7 @@ def _in_pairs(codes: Codes) -> Codes:
 
 def _divided(values: Floats, scales: Floats, group: int) -> Codes:
     quotients = values.copy()
-    divide_groups(quotients, np.where(scales == 0, np.float32(1), scales), group)
+    divide_groups(quotients, scales, group)
     return to_e2m1(quotients)
 
 

@@ -39,7 +39,7 @@ class GridEncoder(Encoder):
     ) -> Codes:
         scales, zeros, group = self._grid.grid(first, first + len(values))
         numbers = values.copy()
-        divide_groups(numbers, np.where(scales == 0, np.float32(1), scales), group)
+        divide_groups(numbers, scales, group)
         np.rint(numbers, out=numbers)
         if zeros is not None:
             add_groups(numbers, zeros, group)

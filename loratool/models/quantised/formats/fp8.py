@@ -16,8 +16,12 @@ from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
+    add_groups,
     decode_e4m3,
     decode_integers,
+    divide_groups,
+    encode_e4m3,
+    encode_integers,
     has_e4m3_nan,
     integers_as_float32,
     multiply_groups,
@@ -25,7 +29,7 @@ from loratool.models.quantised.numbers import (
     thread_buffer,
 )
 from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part
-from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
 #: Roles of scales in the order in which they are looked for; the last two are of names that other
@@ -68,6 +72,10 @@ class Scaled(Scheme):
     def bits(self) -> int:
         return 8
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
     def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
@@ -103,6 +111,23 @@ class _ScaledRows(OnGrid):
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
         return self._scales.of_rows(first, last), zeros, self._scheme.grid.block[1]
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        flat = values.reshape(-1)
+        scales, zeros, group = self.grid(first, first + len(values))
+        divide_groups(values, scales, group)
+        if self._main.dtype == "I8":
+            if zeros is not None:
+                add_groups(values, zeros, group)
+            codes = encode_integers(flat, -128, 127).view(np.uint8)
+            decode_integers(codes.view(np.int8), flat)
+        else:
+            codes = encode_e4m3(flat)
+            decode_e4m3(codes, flat)
+        if zeros is not None:
+            subtract_groups(values, zeros, group)
+        multiply_groups(values, scales, group)
+        return codes
 
 
 def scaled(

@@ -109,10 +109,11 @@ class _FourBitRows(Opened):
         order = np.argsort(self._levels, kind="stable").astype(np.uint8)
         flat = values.reshape(-1)
         flat /= np.where(scales == 0, np.float32(1), scales)
-        codes = order.take(nearest(flat, self._levels[order]))
+        codes: Bytes = order.take(nearest(flat, self._levels[order]))
         np.multiply(self._levels.take(codes), scales, out=flat)
         round_in_place(flat, self._scheme.dtype)
-        octets: Bytes = codes[::2] << 4 | codes[1::2]
+        octets: Bytes = codes[::2] << np.uint8(4)
+        octets |= codes[1::2]
         return octets
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:

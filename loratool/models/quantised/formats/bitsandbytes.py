@@ -213,7 +213,7 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
 # --- int8 -----------------------------------------------------------------------------------------
 
 #: What the library multiplies by, for 1/127.
-_ONE_127TH = np.float32(7.874015718698502e-3)
+ONE_127TH = np.float32(7.874015718698502e-3)
 
 #: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
 _ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -263,16 +263,16 @@ class _EightBitRows(Opened):
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
-        out *= _ONE_127TH
+        out *= ONE_127TH
 
     def snap(self, first: int, values: Floats) -> Bytes:
         scales = self._scales[first : first + len(values), None]
         divisors = np.where(scales == 0, np.float32(1), scales)
-        values /= divisors * _ONE_127TH
+        values /= divisors * ONE_127TH
         codes = encode_integers(values, -128, 127)
         values[:] = codes
         values *= scales
-        values *= _ONE_127TH
+        values *= ONE_127TH
         return codes.reshape(-1).view(np.uint8)
 
 

@@ -156,7 +156,7 @@ class Again(MeasuredValues):
         made[: len(joined)] = joined
         unchanged = np.concatenate(same)
         if self._height > self.encoder.group:
-            unchanged = unchanged.all(keepdims=True)
+            unchanged = np.array([unchanged.all()])
         if self._lead is None and unchanged.any():
             kept = np.repeat(unchanged, strip)[: len(made)]
             made[kept] = self._old.bytes(begin // size, end // size)[kept]

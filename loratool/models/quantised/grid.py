@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Module
+from loratool.models.quantised.module import UNQUANTISED, Module
 from loratool.models.quantised.numbers import scales_as_float32
 from loratool.models.quantised.scheme import Floats, broken_part
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
@@ -121,7 +121,7 @@ def fitting_grid(
         )
         module.refuse(
             f"{scale.name} is {list(scale.shape)}, which fits blocks of {first} and of {last}",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     return fitting[0]
 

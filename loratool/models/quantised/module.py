@@ -22,6 +22,9 @@ from loratool.storage.tensors import TensorInfo
 #: The longest description in a tensor that is read (bitsandbytes' is about 200 bytes).
 LONGEST_DESCRIPTION = 1 << 16
 
+#: What to do where weights cannot be read.
+UNQUANTISED = "Merge into the unquantised model it was made from, then quantise the result."
+
 #: How many ranges are read at a time.
 _STREAMS = 8
 
@@ -38,12 +41,19 @@ ACTIVATIONS = frozenset(
 class Quantisation:
     """What a model says of its quantisation: `method` and the whole `table` of it.
 
-    `where` is the key of config.json that it stands in, "" for none.
+    `places` are those in config.json where it says so, each by the keys that lead there;
+    `contradiction` is what is said twice and differently, in words.
     """
 
     method: str = ""
     table: dict[str, Any] = field(default_factory=dict)
-    where: str = ""
+    places: tuple[tuple[str, ...], ...] = ()
+    contradiction: str = ""
+
+    @property
+    def where(self) -> str:
+        """The first place, for people; "" where config.json says nothing."""
+        return ".".join(self.places[0]) if self.places else ""
 
 
 @dataclass
@@ -100,7 +110,7 @@ class Module:
                 self.refuse(
                     f"{info.name} says that it was rescaled for quantisation, so an adapter of the "
                     "original model does not fit it",
-                    "Merge into the unquantised model that it was made from.",
+                    UNQUANTISED,
                 )
             if role not in ACTIVATIONS and role not in telling:
                 self.refuse(f"it has {info}, which the other tensors of it leave no meaning for")

@@ -199,6 +199,59 @@ def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
     table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
 
 
+def nearest_level(values: _Floats, levels: _Floats) -> Bytes:
+    """The number of the level that is nearest to each value; of two as near, the lower one.
+
+    There are at most 256 levels, and they ascend.
+    """
+    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
+    if len(levels) > 32:
+        places: Bytes = np.searchsorted(bounds, values).astype(np.uint8)
+        return places
+    # Comparing with each bound is several times as fast as searching among few.
+    found = np.zeros(values.shape, np.uint8)
+    above = np.empty(values.shape, bool)
+    for bound in bounds:
+        np.greater(values, bound, out=above)
+        found += above.view(np.uint8)
+    return found
+
+
+def encode_e4m3(values: _Floats) -> Bytes:
+    """The E4M3 code of each value, ties to even; what is too large gets the largest, NaN zero.
+
+    The exponent and three bits of the fraction of a float32 are those of the code, once half a unit
+    is added; what is below the smallest normal number is a multiple of 2⁻⁹.
+    """
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    small = magnitudes < np.uint32(0x3C800000)  # 2^-6
+    codes = magnitudes >> np.uint32(20)
+    codes &= np.uint32(1)
+    codes += magnitudes
+    codes += np.uint32(0x7FFFF)
+    codes >>= np.uint32(20)
+    codes -= np.uint32(120 << 3)
+    if small.any():
+        codes[small] = np.rint(magnitudes[small].view(np.float32) * np.float32(512))
+    np.minimum(codes, np.uint32(0x7E), out=codes)
+    bits = bits >> np.uint32(24)
+    bits &= np.uint32(0x80)
+    codes |= bits
+    broken = magnitudes > np.uint32(0x7F800000)
+    if broken.any():
+        codes[broken] = 0
+    found: Bytes = codes.astype(np.uint8)
+    return found
+
+
+def encode_integers(values: _Floats, lowest: int, highest: int) -> npt.NDArray[np.int8]:
+    """The whole numbers nearest to values, of 8 bits."""
+    whole = np.rint(np.nan_to_num(values, nan=0.0))
+    codes: npt.NDArray[np.int8] = whole.clip(lowest, highest).astype(np.int8)
+    return codes
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -222,6 +275,18 @@ def multiply_groups(values: _Floats, scales: _Floats, group: int) -> None:
     """
     for part, one in _by_group(values, scales, group):
         part.mul_(one)
+
+
+def divide_groups(values: _Floats, scales: _Floats, group: int) -> None:
+    """Divide, as `multiply_groups` multiplies; by a scale of zero not at all."""
+    for part, one in _by_group(values, np.where(scales == 0, np.float32(1), scales), group):
+        part.div_(one)
+
+
+def add_groups(values: _Floats, zeros: _Floats, group: int) -> None:
+    """Add zero points of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, zeros, group):
+        part.add_(one)
 
 
 def subtract_groups(values: _Floats, zeros: _Floats, group: int) -> None:

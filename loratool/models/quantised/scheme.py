@@ -38,6 +38,21 @@ class Opened(ABC):
         Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
         """
 
+    def snap(self, first: int, values: Floats) -> Bytes:
+        """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
+        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
+        raise NotImplementedError
+
+
+class OnGrid(Opened):
+    """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
+    hold lie on a grid, which stays what it is when others come into them."""
+
+    @abstractmethod
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
+        and how many columns, side by side, are of a group."""
+
 
 @dataclass(frozen=True)
 class Scheme(ABC):
@@ -81,6 +96,21 @@ class Scheme(ABC):
     def on_load(self) -> bool:
         """Whether programs make it of a plain weight while they load a model."""
         return False
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
+        part holds them."""
+        return False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row's codes have to themselves in the main part, where `snaps`; 0 where
+        they share some."""
+        bits, size = self.columns * self.bits, self.main.itemsize
+        rows = math.prod(self.shape[:-1])
+        apart = self.snaps and not bits % (8 * size) and self.main.nbytes == rows * bits // 8
+        return bits // 8 if apart else 0
 
     @property
     def all_parts(self) -> tuple[TensorInfo, ...]:

@@ -20,12 +20,12 @@ from loratool.models.quantised.encoding.rounding import (
     largest_of_blocks,
     powers_of,
     scales_of,
-    to_e4m3,
 )
 from loratool.models.quantised.formats.fp8 import Scaled
 from loratool.models.quantised.numbers import (
     decode_e4m3,
     divide_groups,
+    encode_e4m3,
     multiply_groups,
     scales_as_float32,
 )
@@ -76,7 +76,7 @@ class FP8Encoder(Encoder):
         scales = scales.take(index, 0)
         quotients = values.copy()
         divide_groups(quotients, scales, grid.block[1])
-        codes = to_e4m3(quotients)
+        codes = encode_e4m3(quotients)
         if stand_for is not None:
             decode_e4m3(codes.reshape(-1), stand_for.reshape(-1))
             multiply_groups(stand_for, scales, grid.block[1])

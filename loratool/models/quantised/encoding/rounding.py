@@ -28,56 +28,15 @@ _E2M1_BOUNDS = (
 )  # fmt: skip
 
 
-def nearest_level(values: Floats, levels: Floats) -> npt.NDArray[np.uint8]:
-    """The number of the level that is nearest to each value; of two as near, the lower one.
-
-    There are at most 256 levels, and they ascend.
-    """
-    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
-    if len(levels) > 32:
-        return np.searchsorted(bounds, values).astype(np.uint8)
-    # Comparing with each bound is several times as fast as searching among few.
-    found = np.zeros(values.shape, np.uint8)
-    above = np.empty(values.shape, bool)
-    for bound in bounds:
-        np.greater(values, bound, out=above)
-        found += above.view(np.uint8)
-    return found
-
-
 def to_e2m1(values: Floats) -> npt.NDArray[np.uint8]:
     """The E2M1 code of each value, ties to even; what is too large gets the largest."""
     magnitudes = np.abs(values)
-    found = np.signbit(values).view(np.uint8) << np.uint8(3)
+    found: npt.NDArray[np.uint8] = np.signbit(values).view(np.uint8) << np.uint8(3)
     above = np.empty(values.shape, bool)
     for bound, is_upper in _E2M1_BOUNDS:
         (np.greater_equal if is_upper else np.greater)(magnitudes, np.float32(bound), out=above)
         found += above.view(np.uint8)
     return found
-
-
-def to_e4m3(values: Floats) -> npt.NDArray[np.uint8]:
-    """The E4M3 code of each value, ties to even; what is too large gets the largest.
-
-    The exponent and three bits of the fraction of a float32 are those of the code, once half a unit
-    is added; what is below the smallest normal number is a multiple of 2⁻⁹.
-    """
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    magnitudes = bits & np.uint32(0x7FFFFFFF)
-    small = magnitudes < np.uint32(0x3C800000)  # 2^-6
-    codes = magnitudes >> np.uint32(20)
-    codes &= np.uint32(1)
-    codes += magnitudes
-    codes += np.uint32(0x7FFFF)
-    codes >>= np.uint32(20)
-    codes -= np.uint32(120 << 3)
-    if small.any():
-        codes[small] = np.rint(magnitudes[small].view(np.float32) * np.float32(512))
-    np.minimum(codes, np.uint32(0x7E), out=codes)
-    bits = bits >> np.uint32(24)
-    bits &= np.uint32(0x80)
-    codes |= bits
-    return codes.astype(np.uint8)
 
 
 def largest(values: Floats) -> Floats:
@@ -89,18 +48,19 @@ def largest(values: Floats) -> Floats:
 def largest_of_blocks(values: Floats, first: int, grid: Grid) -> Floats:
     """The largest magnitude of each block of rows from `first` on, which begin and end with one:
     `[rows of blocks, across]`."""
-    magnitudes = np.abs(values)
+    magnitudes: Floats = np.abs(values)
     columns, width = values.shape[1], grid.block[1]
     if grid.block[0] > 1:
         low, high, index = grid.of_rows(first, first + len(values))
         starts = np.searchsorted(index, np.arange(high - low))
         magnitudes = np.maximum.reduceat(magnitudes, starts, axis=0)
     if width >= columns:
-        return magnitudes.max(1, keepdims=True)
-    if columns % width == 0:
-        found: Floats = magnitudes.reshape(len(magnitudes), -1, width).max(2)
-        return found
-    return np.maximum.reduceat(magnitudes, np.arange(0, columns, width), axis=1)
+        found: Floats = magnitudes.max(1, keepdims=True)
+    elif columns % width == 0:
+        found = magnitudes.reshape(len(magnitudes), -1, width).max(2)
+    else:
+        found = np.maximum.reduceat(magnitudes, np.arange(0, columns, width), axis=1)
+    return found
 
 
 def inverse(scales: Floats) -> Floats:

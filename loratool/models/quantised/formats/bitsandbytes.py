@@ -15,12 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import (
-    decode_pairs,
-    multiply_groups,
-    pair_table,
-    thread_buffer,
-)
+from loratool.models.quantised.numbers import encode_integers, nearest_level, pair_table
 from loratool.models.quantised.scheme import (
     Floats,
     HeldPart,
@@ -28,9 +23,10 @@ from loratool.models.quantised.scheme import (
     Scheme,
     read_finite,
     read_part,
+    round_in_place,
 )
 from loratool.storage.fields import is_number, value_text
-from loratool.storage.tensors import FilePool
+from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import values_of
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -68,6 +64,10 @@ class FourBit(Scheme):
     def dtype(self) -> str:
         return self.rounded
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned and self.columns % 2 == 0
+
     def opened(self, files: FilePool) -> Opened:
         return _FourBitRows(self, files)
 
@@ -79,7 +79,8 @@ class _FourBitRows(Opened):
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
-        self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
+        self._levels = read_finite(parts["quant_map"], files)
+        self._pairs = pair_table(self._levels, high_first=True)
         self._count = math.prod(scheme.shape)
         self._held = HeldPart(parts["weight"], files)
 
@@ -101,31 +102,37 @@ class _FourBitRows(Opened):
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
         out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
 
+    def snap(self, first: int, values: Floats) -> Bytes:
+        block, low = self._scheme.blocksize, first * self._scheme.columns
+        begin, end = low // block, -(-(low + values.size) // block)
+        scales = np.repeat(self._absmax[begin:end], block)[low - begin * block :][: values.size]
+        order = np.argsort(self._levels, kind="stable").astype(np.uint8)
+        flat = values.reshape(-1)
+        flat /= np.where(scales == 0, np.float32(1), scales)
+        codes: Bytes = order.take(nearest_level(flat, self._levels[order]))
+        np.multiply(self._levels.take(codes), scales, out=flat)
+        round_in_place(flat, self._scheme.dtype)
+        octets: Bytes = codes[::2] << np.uint8(4)
+        octets |= codes[1::2]
+        return octets
+
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
-        begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
-        whole = (begin, end) == (low, high)
-        values = out if whole else thread_buffer("pairs", end - begin, np.float32)
-        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
-        if not whole:
-            out[:] = values[low - begin : high - begin]
-        # A short block, whole ones, and a short one.
         block = self._scheme.blocksize
-        first = min(-(-low // block) * block, high)
-        last = max(first, high - high % block)
-        for start, stop in ((low, first), (first, last), (last, high)):
-            if start < stop:
-                scales = self._absmax[start // block : -(-stop // block), None]
-                part = out[start - low : stop - low].reshape(len(scales), -1)
-                multiply_groups(part, scales, part.shape[1])
+        begin, end = low - low % block, min(self._count, -(-high // block) * block)
+        values = self._pairs.take(self._bytes(begin // 2, (end + 1) // 2)).view(np.float32)
+        values = values[: end - begin]
+        scales = self._absmax[begin // block : -(-end // block)]
+        even = len(values) // block * block
+        values[:even].reshape(-1, block)[:] *= scales[: even // block, None]
+        if even < len(values):
+            values[even:] *= scales[-1]
+        out[:] = values[low - begin : high - begin]
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
-        """Bytes `[low, high)` of the codes, in a buffer of this thread."""
         first, last = low // self._itemsize, -(-high // self._itemsize)
-        raw = thread_buffer("codes", (last - first) * self._itemsize)
-        self._codes.read_into(first, last, raw)
-        held: npt.NDArray[np.uint8] = raw[low - first * self._itemsize :][: high - low]
-        return held
+        raw = self._codes.bytes(first, last)
+        return raw[low - first * self._itemsize : high - first * self._itemsize]
 
 
 def _absmax(scheme: FourBit, files: FilePool) -> npt.NDArray[np.float32]:
@@ -183,8 +190,10 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
+        if "nested_absmax" in module.tensors:
+            module.refuse(f"{absmax} is no code, and there is a nested_absmax")
     turned = module.is_conv1d
-    extras = module.beside(parts, states)
+    extras = tuple(t for r, t in module.tensors.items() if r not in parts)
     return FourBit(
         (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
         turned,
@@ -229,6 +238,10 @@ class EightBit(Scheme):
     def on_load(self) -> bool:
         return True
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned
+
     def opened(self, files: FilePool) -> Opened:
         return _EightBitRows(self, files)
 
@@ -236,7 +249,7 @@ class EightBit(Scheme):
 class _EightBitRows(Opened):
     def __init__(self, scheme: EightBit, files: FilePool) -> None:
         codes = scheme.parts["weight"]
-        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
+        self._scales = read_finite(scheme.parts["SCB"], files)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
         self._held = HeldPart(codes, files) if scheme.turned else None
@@ -251,6 +264,16 @@ class _EightBitRows(Opened):
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
         out *= _ONE_127TH
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        scales = self._scales[first : first + len(values), None]
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        values /= divisors * _ONE_127TH
+        codes = encode_integers(values, -128, 127)
+        values[:] = codes
+        values *= scales
+        values *= _ONE_127TH
+        return codes.reshape(-1).view(np.uint8)
 
 
 def _eight_bit(module: Module) -> EightBit:
@@ -272,9 +295,9 @@ def _eight_bit(module: Module) -> EightBit:
                 "Load it with the bitsandbytes that wrote it, and save it again.",
             )
     turned = module.is_conv1d
+    extras = () if order is None else (order,)
     shape = weight.shape[::-1] if turned else weight.shape
-    parts = {"weight": weight, "SCB": scales}
-    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
+    return EightBit(shape, {"weight": weight, "SCB": scales}, extras, turned)
 
 
 FORMATS = (

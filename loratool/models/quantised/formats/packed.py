@@ -25,7 +25,7 @@ from loratool.models.quantised.numbers import (
     thread_buffer,
     unpacked,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
+from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part, read_part
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import Values, values_of
 
@@ -52,11 +52,11 @@ class PackedIntegers(Scheme):
     def bits(self) -> int:
         return self.width
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _PackedRows(self, files)
 
 
-class _PackedRows(Opened):
+class _PackedRows(OnGrid):
     def __init__(self, scheme: PackedIntegers, files: FilePool) -> None:
         self._scheme = scheme
         parts, grid = scheme.parts, scheme.grid
@@ -72,20 +72,24 @@ class _PackedRows(Opened):
         self._order = _order(parts["order"], grid, files) if "order" in parts else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        group = self._scheme.grid.block[1]
         words = thread_buffer("codes", (last - first) * self._words * 4)
         self._codes.read_into(first * self._words, last * self._words, words)
         self._decode(words.reshape(last - first, -1), out)
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
+        multiply_groups(out, scales, group)
+        refuse_overflow(out, scales, 1 << self._scheme.width, self._scheme.parts["scale"])
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        group = self._scheme.grid.block[1]
         scales = self._scales.of_rows(first, last)
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
         if self._order is not None:  # columns of a group do not lie side by side
             group = 1
             scales = scales.take(self._order, 1)
             zeros = None if zeros is None else zeros.take(self._order, 1)
-        if zeros is not None:
-            subtract_groups(out, zeros, group)
-        multiply_groups(out, scales, group)
-        refuse_overflow(out, scales, 1 << self._scheme.width, self._scheme.parts["scale"])
+        return scales, zeros, group
 
     def _decode(self, words: npt.NDArray[np.uint8], out: Floats) -> None:
         """The codes of rows of words as whole numbers."""

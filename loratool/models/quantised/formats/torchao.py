@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import FileError
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_e4m3,
     decode_integers,
@@ -121,7 +121,7 @@ def _scheme(module: Module) -> TorchAo:
         module.refuse(
             "its inputs are multiplied by act_pre_scale before the weight is, so it is not the "
             "weight of a plain model",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     for name in names:
         module.want(name, "torchao")
@@ -160,7 +160,7 @@ def _described(module: Module) -> tuple[str, dict[str, Any], list[str]]:
         module.refuse(
             f"it is stored as torchao's {kind if isinstance(kind, str) else value_text(kind):.80}, "
             f"and read are {', '.join(_CLASSES)}",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     if not isinstance(fields, dict):
         module.refuse("the metadata of its file has no fields of it (_data)")

@@ -71,11 +71,15 @@ def same_bits(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float64])
 def refusal(folder: Path, *parts: str) -> BaseError:
     """Open a quantised checkpoint and read its weights, expecting a clear error with `parts`."""
     with pytest.raises(BaseError) as caught:
-        base = dequantised(open_checkpoint(folder))
-        for name in base.tensors:
-            whole(base, name)
+        _read_all(folder)
     assert_clear(caught.value, *parts)
     return caught.value
+
+
+def _read_all(folder: Path) -> None:
+    base = dequantised(open_checkpoint(folder))
+    for name in base.tensors:
+        whole(base, name)
 
 
 def changed(tensors: State, changes: Mapping[str, Any]) -> State:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.declared import quantisation_of
 from loratool.models.quantised.formats.awq import FORMATS as AWQ
@@ -33,6 +34,7 @@ from loratool.models.quantised.module import (
 )
 from loratool.models.quantised.refusals import (
     is_plain,
+    packed_among,
     refuse_method,
     refuse_online,
     refuse_unread,
@@ -106,10 +108,11 @@ def as_stored(base: Checkpoint) -> Checkpoint:
     return base.packed if isinstance(base, Dequantised) else base
 
 
-def dequantised(base: Checkpoint) -> Checkpoint:
+def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 
-    Raises BaseError where they are in a form that is not read, or incomplete.
+    Raises BaseError where they are in a form that is not read, or incomplete; of a `partial` base
+    those are left out.
     """
     settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
@@ -121,14 +124,19 @@ def dequantised(base: Checkpoint) -> Checkpoint:
     if not claimed and is_plain(base):
         refuse_online(base, settings)
         return base
-    refuse_method(base, settings)
+    if not partial:
+        refuse_method(base, settings)
     read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
-    weights = {
-        name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
-    }
+    weights: dict[str, QuantisedTensor] = {}
+    for name, (module, form) in claimed.items():
+        try:
+            weights[name] = quantised(name, form.scheme(module))
+        except BaseError:
+            if not partial:
+                raise
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
     extras = frozenset(
         info.name
@@ -136,7 +144,12 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         for role, info in module.tensors.items()
         if role in ACTIVATIONS and info.name not in names
     )
-    refuse_unread(base, settings, base.tensors.keys() - names.keys() - extras)
+    others = base.tensors.keys() - names.keys() - extras
+    if partial:
+        parts = {info.name for m, _ in claimed.values() for info in m.tensors.values()}
+        extras |= others & (parts | set(packed_among(base, others)))
+    else:
+        refuse_unread(base, settings, others)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():

@@ -105,7 +105,7 @@ class Treatment:
         if not self.opened or not places:
             return None
         paths = _paths(self.base, self.opened)
-        table = with_ignored(self.base.settings, paths)
+        table = with_ignored(self.base.settings, paths, _paths(self.base, _plain(self.base)))
         return Rewriting(places, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
 
     @property
@@ -164,7 +164,7 @@ def note_leftover(base: Checkpoint) -> Notice:
     said = quantisation_of(base)
     text = (
         f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
-        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "weight of it is quantised. It is taken as the plain model that it is, and the entry does "
         "not go along."
     )
     return Notice("leftover-quantisation", text, base.label)
@@ -251,6 +251,15 @@ def _name(code: str) -> str:
     return next(name for name, known in FACTOR_DTYPES.items() if known == code)
 
 
+def _plain(base: Dequantised) -> list[str]:
+    """Matrices that are plain in the files already."""
+    return [
+        name
+        for name, info in base.tensors.items()
+        if name not in base.weights and name.endswith(".weight") and len(info.shape) == 2
+    ]
+
+
 def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     """Modules that are plain now, by path: in files, in memory, and the experts as a whole."""
     called = in_memory(base)
@@ -264,8 +273,10 @@ def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     return list(found)
 
 
-def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
-    """Raise UsageError for a dtype where the model stays quantised."""
+def refuse_dtype(
+    dtype: str | None, treatment: Treatment, plainly: str = "--quantised plain"
+) -> None:
+    """Raise UsageError for a dtype where the model stays quantised; `plainly` dequantises it."""
     if dtype not in (None, "base") and treatment.how != "plain":
         own = "every weight keeps its dtype"
         if treatment.opened:
@@ -273,5 +284,5 @@ def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
         raise UsageError(
             f"--dtype {dtype} has no meaning here: the model stays {treatment.base.title}, and "
             f"{own}.",
-            "Omit --dtype; or dequantise all of it: --quantised plain.",
+            f"Omit --dtype; or dequantise all of it: {plainly}.",
         )

@@ -12,13 +12,8 @@ import math
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import (
-    Codes,
-    Encoder,
-    inverse,
-    largest,
-    nearest_level,
-)
+from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.rounding import Codes, inverse, largest, nearest_level
 from loratool.models.quantised.formats.bitsandbytes import FourBit
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import FilePool, as_bytes, as_float32
@@ -33,12 +28,15 @@ class FourBitEncoder(Encoder):
         self._is_nested = "nested_absmax" in scheme.parts
         rows, columns = scheme.shape
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
-        self.group = rows if scheme.turned else values // math.gcd(values, columns)
-        size = 0 if scheme.turned else self.group * columns
+        self.group = self.strip = values // math.gcd(values, columns)
+        size = self.group * columns
         itemsize = scheme.parts["absmax"].itemsize
-        self.strips = {"weight": size // 2, "absmax": size // self._block * itemsize}
+        self.sizes = {"weight": size // 2, "absmax": size // self._block * itemsize}
         if self._is_nested:
-            self.strips["nested_absmax"] = size // values * 4
+            self.sizes["nested_absmax"] = size // values * 4
+        if scheme.turned:  # blocks run across the rows
+            self.group = self.strip = rows
+            self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:
         parts = self._scheme.parts

@@ -177,7 +177,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], Any, str]] = {
     ),
     "dtype": (
         {"_weight_zero_point": torch.zeros(6, 4)}, fields(dtype=dtype("complex64")),
-        "its dtype is", 
+        "its dtype is",
     ),
     "short-zero": (
         {"_weight_zero_point": torch.zeros(6, 3, dtype=torch.int8)}, told(), "is [6, 3], expected",

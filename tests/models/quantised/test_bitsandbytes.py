@@ -103,7 +103,7 @@ def test_values_of_4_bit(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [64, 100, 75])
 def test_gpt2_in_4_bit(columns: int, tmp_path: Path) -> None:
-    """Conv1D is quantised turned: what its state calls [out, in] is [in, out] in the plain file."""
+    """Conv1D is quantised turned: its state says [out, in], and the plain file has [in, out]."""
     path = "transformer.h.0.mlp.c_fc"
     tensors, expected = four_bit(9, columns, path=path)
     base = opened(lay(tmp_path / "base", tensors, model_type="gpt2"))

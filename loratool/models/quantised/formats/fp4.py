@@ -272,7 +272,11 @@ FORMATS = (
     Format(
         "MXFP4 of gpt-oss",
         roles((r"(.+)_(blocks|scales)", r"\1", r"\2")),
-        lambda module: {"blocks", "scales"} & module.tensors.keys() != set(),
+        # `….scales` without a part that GPTQ or AWQ has are something else.
+        lambda module: (
+            bool({"blocks", "scales"} & module.tensors.keys())
+            and not module.name.endswith(".weight")
+        ),
         _experts,
     ),
 )

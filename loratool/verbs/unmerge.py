@@ -23,6 +23,7 @@ from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
+from loratool.merging.undo.counterparts import predicted_jobs
 from loratool.merging.undo.file import Undo
 from loratool.merging.undo.kept_base import kept_base
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
@@ -257,11 +258,12 @@ def _restore(
 def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
     """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
     wrong = []
-    jobs = {job.name: job for job in plan.jobs}
+    jobs = predicted_jobs(plan)
     for name, tensor in undo.tensors.items():
-        info, job = merged.tensors.get(name), jobs.get(name)
         if tensor.whole:
             continue
+        job = jobs[name][0] if name in jobs else None
+        info = merged.tensors.get(job.name) if job is not None else None
         if info is None or job is None:
             wrong.append(f"{name} is missing")
         elif (info.dtype, info.shape) != (job.dtype, job.source.shape):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import multiply_groups, subtract_groups, thread_buffer
 from loratool.models.quantised.scheme import (
     Floats,
@@ -104,6 +104,10 @@ def _scheme(module: Module) -> Awq:
     bits = table.get("bits", table.get("w_bit", 4))
     if bits != 4:
         module.refuse(f"its codes have {value_text(bits)} bits, expected 4")
+    for key in ("version", "format", "checkpoint_format"):
+        said = table.get(key)
+        if said is not None and str(said).lower() != "gemm":
+            module.refuse(f"its {key} is {value_text(said)}, expected gemm", UNQUANTISED)
     for info in (words, zeros):
         module.want_dtype(info, "I32")
     module.want_dtype(scales, "F16", "BF16", "F32")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     E2M1,
@@ -87,7 +87,7 @@ class _GroupedRows(Opened):
             elif self._scheme.factor:
                 scales = scales * self._factor
         multiply_groups(out, scales, self._scheme.grid.block[1])
-        _check_range(out, scales, self._scale)
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
 
 
 @dataclass(frozen=True)
@@ -150,20 +150,13 @@ class _TurnedRows(Opened):
         for group, one in zip(groups, scales, strict=True):
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
             out[max(0, begin) : end] *= one
-        _check_range(out, scales, self._scale)
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
 
 
 @dataclass(frozen=True)
 class _Expert:
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.uint8]
-
-
-def _check_range(out: Floats, scales: Floats, info: TensorInfo) -> None:
-    """Raise BaseError where scales make numbers that are none any more."""
-    highest = float(np.finfo(np.float32).max) / _LARGEST_CODE
-    if not np.abs(scales).max() <= highest and not np.isfinite(out).all():
-        raise broken_part(info, "it makes numbers that float32 cannot hold")
 
 
 # --- recognition ----------------------------------------------------------------------------------
@@ -203,9 +196,8 @@ def _grouped(
         module.want_shape(parts["factor"], (), (1,))
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if codes.shape else ()
     groups = [one.group for one in weight_arguments(module) if one.group and one.bits == 4]
-    usual = _NV_GROUP if factor else _MX_GROUP
-    blocks = [(1, group) for group in (*groups, usual)]
-    grid = fitting_grid(module, shape, scale, blocks)
+    usual = [(1, _NV_GROUP if factor else _MX_GROUP)]
+    grid = fitting_grid(module, shape, scale, [(1, group) for group in groups], usual)
     used = {r: t for r, t in module.tensors.items() if t in parts.values()}
     return GroupedFP4(shape, parts, module.beside(used), grid=grid, factor=factor)
 
@@ -280,7 +272,11 @@ FORMATS = (
     Format(
         "MXFP4 of gpt-oss",
         roles((r"(.+)_(blocks|scales)", r"\1", r"\2")),
-        lambda module: {"blocks", "scales"} & module.tensors.keys() != set(),
+        # `….scales` without a part that GPTQ or AWQ has are something else.
+        lambda module: (
+            bool({"blocks", "scales"} & module.tensors.keys())
+            and not module.name.endswith(".weight")
+        ),
         _experts,
     ),
 )

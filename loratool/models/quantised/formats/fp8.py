@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     add_groups,
     decode_e4m3,
@@ -91,7 +91,6 @@ class _ScaledRows(OnGrid):
         self._zeros = (
             None if zero is None else GridScales(zero, scheme.grid, files, integers_as_float32)
         )
-        self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -107,8 +106,7 @@ class _ScaledRows(OnGrid):
         if zeros is not None:
             subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
 
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
@@ -144,7 +142,7 @@ def scaled(
     if weight.dtype in _OTHER_FLOATS:
         module.refuse(
             f"{weight.name} is {_OTHER_FLOATS[weight.dtype]}, and only e4m3fn is read",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     module.want_dtype(weight, *_LARGEST)
     powers = _POWERS if weight.dtype == "F8_E4M3" else ()
@@ -159,7 +157,8 @@ def scaled(
 def _claims(module: Module) -> bool:
     weight = module.tensors.get("weight")
     if weight is not None and weight.dtype.startswith("F8_"):
-        return True
+        # A vector without a scale is a table of some sort, and copied.
+        return len(weight.shape) > 1 or weight.name.endswith(".weight") or len(module.tensors) > 1
     if weight is None or weight.is_float:
         return bool(_PLAINLY & module.tensors.keys())
     return weight.dtype == "I8" and any(role in module.tensors for role in _SCALES)
@@ -174,7 +173,7 @@ def _scheme(module: Module) -> Scaled:
         scale = module.tensors[found[0]]
         module.refuse(
             f"{weight} is plain, and {scale} beside it is the scale of a quantised one",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     if not found:
         others = sorted(info.name for role, info in module.tensors.items() if role != "weight")
@@ -204,11 +203,10 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
     # An embedding has one scale, in whatever blocks the linear layers are.
     embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
     whole = len(blocks) < len(said) or not said or embedding
-    if not blocks:
-        blocks.append((128, 128))
+    usual = [] if blocks else [(128, 128)]
     if scale.dtype in _POWERS:
-        blocks.append((1, 32))
-    return fitting_grid(module, weight.shape, scale, blocks, whole)
+        usual.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, usual, whole)
 
 
 FORMATS = (

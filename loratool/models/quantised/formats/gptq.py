@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_words,
     multiply_groups,
@@ -206,7 +206,7 @@ def _is_second(module: Module) -> bool:
     if said and said not in ({"gptq"}, {"gptq_v2"}):
         module.refuse(
             f"its format is {' and '.join(sorted(said)):.80}, expected gptq or gptq_v2",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     return said == {"gptq_v2"}
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_integers,
@@ -79,6 +79,7 @@ class _PackedRows(OnGrid):
         if zeros is not None:
             subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
+        refuse_overflow(out, scales, 1 << self._scheme.width, self._scheme.parts["scale"])
 
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         group = self._scheme.grid.block[1]
@@ -202,7 +203,7 @@ def _width_and_grid(
     whole = len(blocks) < len(fitting) or not said
     if not said and groups and columns % groups == 0:
         blocks.append((1, columns // groups))
-    grid = fitting_grid(module, shape, scale, blocks, whole)
+    grid = fitting_grid(module, shape, scale, blocks, whole=whole)
     bits = (
         {one.bits for one in fitting if one.group in (None, grid.block[1])} if said else {*widths}
     )

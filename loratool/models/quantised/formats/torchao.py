@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import FileError
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_e4m3,
     decode_integers,
@@ -121,7 +121,7 @@ def _scheme(module: Module) -> TorchAo:
         module.refuse(
             "its inputs are multiplied by act_pre_scale before the weight is, so it is not the "
             "weight of a plain model",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     for name in names:
         module.want(name, "torchao")
@@ -156,16 +156,16 @@ def _described(module: Module) -> tuple[str, dict[str, Any], list[str]]:
     if not isinstance(found, dict):
         module.refuse("what the metadata of its file says of it is no JSON object")
     kind, fields, names = (found.get(key) for key in ("_type", "_data", "_tensor_data_names"))
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         module.refuse(
             f"it is stored as torchao's {kind if isinstance(kind, str) else value_text(kind):.80}, "
             f"and read are {', '.join(_CLASSES)}",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     if not isinstance(fields, dict):
         module.refuse("the metadata of its file has no fields of it (_data)")
     listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return str(kind), fields, listed
+    return kind, fields, listed
 
 
 def _block(

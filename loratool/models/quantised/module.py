@@ -147,10 +147,17 @@ class Format:
 
 
 def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str], ...]:
-    """Rows of (pattern of a whole tensor name, template of the weight's name, template of its
-    role)."""
-    return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
+    r"""Rows of (pattern of a whole tensor name, template of the weight's name, template of its
+    role); groups of the pattern are `\1` and `\2` in these."""
 
+    def formatted(template: str) -> str:
+        return re.sub(r"\\(\d)", r"{\1}", template)
+
+    return tuple((re.compile(p), formatted(weight), formatted(role)) for p, weight, role in rows)
+
+
+#: How names end that say nothing, in any format; nearly all tensors of a plain model are called so.
+_NO_PARTS = (".weight", ".bias")
 
 _ACTIVATION_ROLES = roles(
     (rf"(.+)\.({'|'.join(sorted(ACTIVATIONS))})", r"\1.weight", r"\2"),
@@ -169,10 +176,11 @@ def gathered(
     rows = list(dict.fromkeys([*_ACTIVATION_ROLES, *(r for form in formats for r in form.roles)]))
     modules: dict[str, Module] = {}
     for name, info in base.tensors.items():
-        for pattern, template, role in rows:
+        for pattern, template, role in () if name.endswith(_NO_PARTS) else rows:
             found = pattern.fullmatch(name)
             if found:
-                weight, part = found.expand(template), found.expand(role)
+                texts = (name, *found.groups())
+                weight, part = template.format(*texts), role.format(*texts)
                 module = modules.setdefault(weight, Module(weight, {}, base, settings))
                 module.tensors[part] = info
                 break

@@ -142,7 +142,7 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return made.reshape(*octets.shape[:-1], -1)[..., : 8 * size // bits]
 
 
-def nearest(values: _Floats, levels: _Floats) -> Bytes:
+def nearest_levels(values: _Floats, levels: _Floats) -> Bytes:
     """The number of the level that is nearest to each value; of two as near, the lower one.
 
     There are at most 256 levels, and they ascend.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import encode_integers, nearest, pair_table
+from loratool.models.quantised.numbers import encode_integers, nearest_levels, pair_table
 from loratool.models.quantised.scheme import (
     Floats,
     Held,
@@ -109,7 +109,7 @@ class _FourBitRows(Opened):
         order = np.argsort(self._levels, kind="stable").astype(np.uint8)
         flat = values.reshape(-1)
         flat /= np.where(scales == 0, np.float32(1), scales)
-        codes: Bytes = order.take(nearest(flat, self._levels[order]))
+        codes: Bytes = order.take(nearest_levels(flat, self._levels[order]))
         np.multiply(self._levels.take(codes), scales, out=flat)
         round_in_place(flat, self._scheme.dtype)
         octets: Bytes = codes[::2] << np.uint8(4)

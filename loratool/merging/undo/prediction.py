@@ -81,7 +81,7 @@ class Reversal:
 
     def predict(self, low: int, high: int, data: Bytes) -> Bytes:
         """The predicted base bytes of elements `[low, high)`, from their output bytes: those of the
-        `Counterpart`.
+        `Predicted`.
 
         They lie in this thread's scratch, until the next call.
         """

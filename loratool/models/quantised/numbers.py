@@ -200,7 +200,7 @@ def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
     table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
 
 
-def nearest_level(values: _Floats, levels: _Floats) -> Bytes:
+def nearest_levels(values: _Floats, levels: _Floats) -> Bytes:
     """The number of the level that is nearest to each value; of two as near, the lower one.
 
     There are at most 256 levels, and they ascend.

@@ -122,10 +122,18 @@ def calibrated_or(
     return np.where(keeps, old, new)
 
 
-def packed(codes: npt.NDArray[np.uint8], bits: int, size: int) -> Bytes:
-    """Codes of so many bits in `size` bytes a row, lowest bits first and without gaps:
-    `[n, codes]` -> `[n, size]`."""
+def packed(codes: npt.NDArray[np.uint8], bits: int, size: int, straddling: bool = True) -> Bytes:
+    """Codes of so many bits in `size` bytes a row, lowest bits first: `[n, codes]` -> `[n, size]`.
+
+    Without gaps, or, where they are not `straddling` words of 32 bits, as many as fit into each.
+    """
     rows = len(codes)
+    if not straddling and 32 % bits:
+        each, words = 32 // bits, size // 4
+        places = np.arange(each, dtype=np.uint32) * np.uint32(bits)
+        parted = _padded(codes, words * each).reshape(rows, words, each) << places
+        joined: Bytes = np.bitwise_or.reduce(parted, axis=2).view(np.uint8)
+        return joined
     if bits == 8:
         return _padded(codes, size)
     if bits in (1, 2, 4):

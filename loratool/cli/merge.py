@@ -136,7 +136,8 @@ def merge_command(
             expert_b_layout=expert_b_layout, initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
             again=again, overwrite=overwrite, dry_run=dry_run, reversible=reversible,
-            verify=verify, push=push, keep=not no_keep, private=private, threads=threads, progress=progress,
+            verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -12,15 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.declared import quantisation_of
 from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
+from loratool.models.quantised.formats.fp4 import FORMATS as FP4
 from loratool.models.quantised.formats.fp8 import FORMATS as FP8
 from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.packed import FORMATS as PACKED
 from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import (
     ACTIVATIONS,
@@ -30,12 +32,21 @@ from loratool.models.quantised.module import (
     gathered,
     read_descriptions,
 )
-from loratool.models.quantised.refusals import refuse_method, refuse_unread, unread
+from loratool.models.quantised.refusals import (
+    is_plain,
+    packed_among,
+    refuse_method,
+    refuse_online,
+    refuse_unread,
+)
+from loratool.models.quantised.rescaling import rescaled_by
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
-FORMATS: tuple[Format, ...] = (*BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP8)
+FORMATS: tuple[Format, ...] = (
+    *BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP4, *PACKED, *FP8,
+)  # fmt: skip
 
 
 @dataclass
@@ -51,6 +62,8 @@ class Dequantised(Checkpoint):
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
     #: Tensors of the quantisation that belong to no single weight.
     extras: frozenset[str] = field(default=frozenset(), kw_only=True)
+    #: What its weights were rescaled by, so that they are others than the original's; "" for none.
+    rescaled_by: str = field(default="", kw_only=True)
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -108,10 +121,12 @@ def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
         form = next((form for form in FORMATS if form.claims(module)), None)
         if form is not None:
             claimed[name] = module, form
-    if not claimed and not partial:
-        refuse_method(base, settings)
-        refuse_unread(base, settings, base.tensors)
+    if not claimed and is_plain(base):
+        refuse_online(base, settings)
+    if not claimed and (partial or is_plain(base)):
         return base
+    if not partial:
+        refuse_method(base, settings)
     read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
@@ -133,7 +148,7 @@ def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     others = base.tensors.keys() - names.keys() - extras
     if partial:
         parts = {info.name for m, _ in claimed.values() for info in m.tensors.values()}
-        extras |= others & (parts | set(unread(base, others)))
+        extras |= others & (parts | set(packed_among(base, others)))
     else:
         refuse_unread(base, settings, others)
     tensors: dict[str, TensorInfo] = {}
@@ -152,30 +167,5 @@ def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     return Dequantised(
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
         packed=base, settings=settings, weights=weights, extras=extras,
+        rescaled_by=rescaled_by(base, settings, (w.stored_as for w in weights.values())),
     )  # fmt: skip
-
-
-def quantisation_of(base: Checkpoint) -> Quantisation:
-    """What config.json says of quantisation, wherever in it.
-
-    Raises BaseError for a quantization_config that is no table.
-    """
-    places: dict[str, Any] = {"": base.config, **{
-        key: value for key, value in base.config.items() if isinstance(value, dict)
-    }}  # fmt: skip
-    for where, place in places.items():
-        for key in ("quantization_config", "compression_config"):
-            table = place.get(key)
-            if not table:
-                continue
-            if not isinstance(table, dict):
-                raise BaseError(
-                    f"{base.label}: {key} of its config.json is no table ({table!r:.80}).",
-                    "Repair it, or fetch it again.",
-                )
-            method = table.get("quant_method")
-            if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
-                method = "bitsandbytes"
-            name = method if isinstance(method, str) else ""
-            return Quantisation(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
-    return Quantisation()

@@ -39,7 +39,6 @@ def _e4m3() -> npt.NDArray[np.float32]:
 
 
 E4M3 = _e4m3()
-E4M3_LARGEST = 448.0
 
 #: Powers of two by their byte (E8M0): 2^(byte − 127); the last one is NaN.
 E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
@@ -103,6 +102,36 @@ def decode_e4m3(codes: Bytes, out: _Floats) -> None:
     torch.from_numpy(out).copy_(torch.from_numpy(half).view(torch.float16)).mul_(256.0)
 
 
+def decode_columns(packed: npt.NDArray[np.uint8], low: int, high: int, out: _Floats) -> None:
+    """Fill `out`, `[high - low, rows]`, with columns `[low, high)` of rows of FP4 codes, two a byte
+    and the low one first.
+
+    The bytes are turned round before they are decoded. A code gets the sign and the three last bits
+    at the places where a float16 has sign, exponent and fraction, and then reads as 2⁻¹⁴ of its
+    value.
+    """
+    import torch
+
+    first, last = low // 2, -(-high // 2)
+    codes = np.ascontiguousarray(np.ascontiguousarray(packed[:, first:last]).T)
+    upper = thread_buffer("nibbles", codes.size).reshape(codes.shape)
+    half = thread_buffer("float16", codes.size, np.int16).reshape(codes.shape)
+    into = torch.from_numpy(out)
+    for place in (0, 1):
+        if place == 0:
+            np.left_shift(codes, 4, out=upper)
+        else:
+            np.bitwise_and(codes, np.uint8(0xF0), out=upper)
+        np.multiply(upper.view(np.int8), np.int16(32), out=half, dtype=np.int16)
+        np.bitwise_and(half, np.int16(0x8E00 - 0x10000), out=half)
+        # A range may begin with the second code of a byte, and end with the first one.
+        skipped = int(2 * first + place < low)
+        target = into[2 * (first + skipped) + place - low :: 2]
+        values = torch.from_numpy(half).view(torch.float16)[skipped : skipped + len(target)]
+        target.copy_(values)
+    into.mul_(2.0**14)
+
+
 def has_e4m3_nan(codes: Bytes) -> bool:
     """Whether NaN is among E4M3 codes."""
     return bool((codes & np.uint8(127)).max(initial=0) == 127)
@@ -142,14 +171,43 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return made.reshape(*octets.shape[:-1], -1)[..., : 8 * size // bits]
 
 
-def nearest_levels(values: _Floats, levels: _Floats) -> Bytes:
+@cache
+def _codes_within(bits: int) -> _Floats:
+    """The codes in a byte, for 3 bits in 12 bits, as numbers: a row for each content, the lowest
+    first."""
+    length = 12 if bits == 3 else 8
+    shifts = np.arange(0, length, bits)
+    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
+
+
+def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
+    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
+    lowest bits first and without gaps. Both are in one piece; for 3 bits the number of words in a
+    row is a multiple of three."""
+    content: npt.NDArray[Any] = words.view(np.uint8)
+    if bits == 8:
+        decode_integers(content, out)
+        return
+    if bits == 3:
+        three = content.reshape(-1, 3)
+        content = thread_buffer("twelve bits", 2 * len(three), np.uint16).reshape(-1, 2)
+        content[:, 0] = three[:, 0] | (three[:, 1] & 15).astype(np.uint16) << 8
+        content[:, 1] = three[:, 1] >> 4 | three[:, 2].astype(np.uint16) << 4
+    table = _codes_within(bits)
+    rows = out.reshape(-1, table.shape[1])
+    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
+    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
+
+
+def nearest_level(values: _Floats, levels: _Floats) -> Bytes:
     """The number of the level that is nearest to each value; of two as near, the lower one.
 
     There are at most 256 levels, and they ascend.
     """
     bounds = (levels[1:] + levels[:-1]) / np.float32(2)
     if len(levels) > 32:
-        return np.searchsorted(bounds, values).astype(np.uint8)
+        places: Bytes = np.searchsorted(bounds, values).astype(np.uint8)
+        return places
     # Comparing with each bound is several times as fast as searching among few.
     found = np.zeros(values.shape, np.uint8)
     above = np.empty(values.shape, bool)
@@ -160,12 +218,31 @@ def nearest_levels(values: _Floats, levels: _Floats) -> Bytes:
 
 
 def encode_e4m3(values: _Floats) -> Bytes:
-    """The E4M3 codes nearest to values, flat; what is too large gets the largest."""
-    import torch
+    """The E4M3 code of each value, ties to even; what is too large gets the largest, NaN zero.
 
-    largest = torch.from_numpy(values).nan_to_num(0.0).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
-    codes: Bytes = largest.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-    return codes
+    The exponent and three bits of the fraction of a float32 are those of the code, once half a unit
+    is added; what is below the smallest normal number is a multiple of 2⁻⁹.
+    """
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    small = magnitudes < np.uint32(0x3C800000)  # 2^-6
+    codes = magnitudes >> np.uint32(20)
+    codes &= np.uint32(1)
+    codes += magnitudes
+    codes += np.uint32(0x7FFFF)
+    codes >>= np.uint32(20)
+    codes -= np.uint32(120 << 3)
+    if small.any():
+        codes[small] = np.rint(magnitudes[small].view(np.float32) * np.float32(512))
+    np.minimum(codes, np.uint32(0x7E), out=codes)
+    bits = bits >> np.uint32(24)
+    bits &= np.uint32(0x80)
+    codes |= bits
+    broken = magnitudes > np.uint32(0x7F800000)
+    if broken.any():
+        codes[broken] = 0
+    found: Bytes = codes.astype(np.uint8)
+    return found
 
 
 def encode_integers(values: _Floats, lowest: int, highest: int) -> npt.NDArray[np.int8]:
@@ -233,44 +310,3 @@ def _by_group(values: _Floats, ofs: _Floats, group: int) -> list[tuple[Any, Any]
     if count * group < columns:
         parts.append((matrix[:, count * group :], numbers[:, count:]))
     return parts
-
-
-@cache
-def _codes(bits: int) -> npt.NDArray[np.float32]:
-    """The codes in a byte, for 3 bit in 12 bits, as numbers: a row for each content, lowest bits
-    first."""
-    length = 12 if bits == 3 else 8
-    shifts = np.arange(0, length, bits)
-    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
-
-
-def codes_into(out: npt.NDArray[np.float32], words: npt.NDArray[Any], bits: int) -> None:
-    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
-    lowest bits first and without gaps, as numbers. Both are in one piece; for 3 bit the number of
-    words is a multiple of three."""
-    content: npt.NDArray[Any] = words.view(np.uint8)
-    if bits == 8:
-        out[:] = content
-        return
-    if bits == 3:
-        three = content.reshape(*content.shape[:-1], -1, 3)
-        content = np.empty((*three.shape[:-1], 2), np.uint16)
-        content[..., 0] = three[..., 0] | (three[..., 1] & 15).astype(np.uint16) << 8
-        content[..., 1] = three[..., 1] >> 4 | three[..., 2].astype(np.uint16) << 4
-    table = _codes(bits)
-    rows = out.reshape(content.size, table.shape[1])
-    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
-    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
-
-
-def scale_groups(
-    out: npt.NDArray[np.float32],
-    zeros: npt.NDArray[np.float32],
-    scales: npt.NDArray[np.float32],
-    group: int,
-) -> None:
-    """`(out − zero)·scale`, in place, with one of each for every `group` columns: `[n, columns]`
-    and `[n, columns // group]`."""
-    values = out.reshape(*scales.shape, group)
-    values -= zeros[..., None]
-    values *= scales[..., None]

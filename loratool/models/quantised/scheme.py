@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
+from loratool.models.quantised.numbers import thread_buffer
 from loratool.storage.composed import Composed
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32, block_elements
 from loratool.storage.values import Values, values_of
 
 #: Rows of a weight, `[n, columns]`.
@@ -41,6 +42,16 @@ class Opened(ABC):
         """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
         in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
         raise NotImplementedError
+
+
+class OnGrid(Opened):
+    """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
+    hold lie on a grid, which stays what it is when others come into them."""
+
+    @abstractmethod
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
+        and how many columns, side by side, are of a group."""
 
 
 @dataclass(frozen=True)
@@ -150,32 +161,35 @@ class _Dequantised(Values):
         self._columns = info.shape[-1]
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
-        if high <= low:
-            return
-        first, last = low // self._columns, -(-high // self._columns)
-        begin = low - first * self._columns
-        whole = begin == 0 and high == last * self._columns
+        columns, size = self._columns, self.info.itemsize
+        at = low
         # What is too large becomes infinite, which whoever asked is to see.
         with np.errstate(over="ignore", under="ignore"):
-            if whole and self.info.dtype == "F32":
-                self._opened.rows(first, last, raw.view(np.float32).reshape(-1, self._columns))
-                return
-            values = np.empty((last - first, self._columns), np.float32)
-            self._opened.rows(first, last, values)
-            round_into(values.reshape(-1)[begin : begin + high - low], self.info.dtype, raw)
+            while at < high:
+                first = at // columns
+                last = min(first + block_elements(columns) // columns, -(-high // columns))
+                stop = min(high, last * columns)
+                self._fill(at, stop, first, last, raw[(at - low) * size : (stop - low) * size])
+                at = stop
+
+    def _fill(self, low: int, high: int, first: int, last: int, raw: Bytes) -> None:
+        """Fill `raw` with elements `[low, high)`, which are in rows `[first, last)`."""
+        columns = self._columns
+        start = first * columns
+        if self.info.dtype == "F32" and (start, high) == (low, last * columns):
+            self._opened.rows(first, last, raw.view(np.float32).reshape(-1, columns))
+            return
+        values = thread_buffer("rows", (last - first) * columns, np.float32)
+        self._opened.rows(first, last, values.reshape(-1, columns))
+        round_into(values[low - start : high - start], self.info.dtype, raw)
 
 
 def round_into(values: Floats, dtype: str, raw: Bytes) -> None:
     """Fill `raw` with flat float32 values rounded once to a dtype (ties to even)."""
-    if dtype == "F32":
-        raw.view(np.float32)[:] = values
-    elif dtype == "F16":
-        raw.view(np.float16)[:] = values
-    else:
-        import torch  # NumPy has no bfloat16
+    import torch  # NumPy has no bfloat16, and is slow with float16
 
-        target = torch.from_numpy(raw).view(torch.bfloat16)
-        target.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    torch.from_numpy(raw).view(kind).copy_(torch.from_numpy(values))
 
 
 def round_in_place(values: Floats, dtype: str) -> None:
@@ -207,7 +221,7 @@ def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes
     return values_of(info, files).bytes(first * width, last * width)
 
 
-class Held:
+class HeldPart:
     """A part that is read whole when somebody first asks for it, and kept."""
 
     def __init__(self, info: TensorInfo, files: FilePool) -> None:
@@ -224,11 +238,17 @@ class Held:
             return self._raw
 
 
-def read_finite(info: TensorInfo, files: FilePool) -> Floats:
-    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+def read_finite(info: TensorInfo, files: FilePool, times: float = 1) -> Floats:
+    """A part of floats, in its own shape, which are numbers also when multiplied by `times`.
+
+    Raises BaseError for NaN and infinity in it.
+    """
     values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
-    if not np.isfinite(values).all():
+    highest = float(np.abs(values).max(initial=0))
+    if not math.isfinite(highest):
         raise broken_part(info, "it holds NaN or infinity")
+    if highest * times > float(np.finfo(np.float32).max):
+        raise broken_part(info, "it makes numbers that float32 cannot hold")
     return values
 
 

@@ -15,10 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.module import Format, Module, json_in, roles
-from loratool.models.quantised.numbers import encode_integers, nearest_levels, pair_table
+from loratool.models.quantised.numbers import (
+    decode_pairs,
+    encode_integers,
+    multiply_groups,
+    nearest_level,
+    pair_table,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
-    Held,
+    HeldPart,
     Opened,
     Scheme,
     read_finite,
@@ -82,7 +89,7 @@ class _FourBitRows(Opened):
         self._levels = read_finite(parts["quant_map"], files)
         self._pairs = pair_table(self._levels, high_first=True)
         self._count = math.prod(scheme.shape)
-        self._held = Held(parts["weight"], files)
+        self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         columns = self._scheme.columns
@@ -109,30 +116,37 @@ class _FourBitRows(Opened):
         order = np.argsort(self._levels, kind="stable").astype(np.uint8)
         flat = values.reshape(-1)
         flat /= np.where(scales == 0, np.float32(1), scales)
-        codes: Bytes = order.take(nearest_levels(flat, self._levels[order]))
+        codes = order.take(nearest_level(flat, self._levels[order]))
         np.multiply(self._levels.take(codes), scales, out=flat)
         round_in_place(flat, self._scheme.dtype)
-        octets: Bytes = codes[::2] << np.uint8(4)
-        octets |= codes[1::2]
+        octets: Bytes = codes[::2] << np.uint8(4) | codes[1::2]
         return octets
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
+        begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
+        whole = (begin, end) == (low, high)
+        values = out if whole else thread_buffer("pairs", end - begin, np.float32)
+        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
+        if not whole:
+            out[:] = values[low - begin : high - begin]
+        # A short block, whole ones, and a short one.
         block = self._scheme.blocksize
-        begin, end = low - low % block, min(self._count, -(-high // block) * block)
-        values = self._pairs.take(self._bytes(begin // 2, (end + 1) // 2)).view(np.float32)
-        values = values[: end - begin]
-        scales = self._absmax[begin // block : -(-end // block)]
-        even = len(values) // block * block
-        values[:even].reshape(-1, block)[:] *= scales[: even // block, None]
-        if even < len(values):
-            values[even:] *= scales[-1]
-        out[:] = values[low - begin : high - begin]
+        first = min(-(-low // block) * block, high)
+        last = max(first, high - high % block)
+        for start, stop in ((low, first), (first, last), (last, high)):
+            if start < stop:
+                scales = self._absmax[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(scales), -1)
+                multiply_groups(part, scales, part.shape[1])
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
+        """Bytes `[low, high)` of the codes, in a buffer of this thread."""
         first, last = low // self._itemsize, -(-high // self._itemsize)
-        raw = self._codes.bytes(first, last)
-        return raw[low - first * self._itemsize : high - first * self._itemsize]
+        raw = thread_buffer("codes", (last - first) * self._itemsize)
+        self._codes.read_into(first, last, raw)
+        held: npt.NDArray[np.uint8] = raw[low - first * self._itemsize :][: high - low]
+        return held
 
 
 def _absmax(scheme: FourBit, files: FilePool) -> npt.NDArray[np.float32]:
@@ -190,10 +204,8 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-        if "nested_absmax" in module.tensors:
-            module.refuse(f"{absmax} is no code, and there is a nested_absmax")
     turned = module.is_conv1d
-    extras = tuple(t for r, t in module.tensors.items() if r not in parts)
+    extras = module.beside(parts, states)
     return FourBit(
         (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
         turned,
@@ -213,7 +225,7 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
 # --- int8 -----------------------------------------------------------------------------------------
 
 #: What the library multiplies by, for 1/127.
-_ONE_127TH = np.float32(7.874015718698502e-3)
+ONE_127TH = np.float32(7.874015718698502e-3)
 
 #: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
 _ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -249,10 +261,10 @@ class EightBit(Scheme):
 class _EightBitRows(Opened):
     def __init__(self, scheme: EightBit, files: FilePool) -> None:
         codes = scheme.parts["weight"]
-        self._scales = read_finite(scheme.parts["SCB"], files)
+        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
-        self._held = Held(codes, files) if scheme.turned else None
+        self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]
@@ -263,16 +275,16 @@ class _EightBitRows(Opened):
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
-        out *= _ONE_127TH
+        out *= ONE_127TH
 
     def snap(self, first: int, values: Floats) -> Bytes:
         scales = self._scales[first : first + len(values), None]
         divisors = np.where(scales == 0, np.float32(1), scales)
-        values /= divisors * _ONE_127TH
+        values /= divisors * ONE_127TH
         codes = encode_integers(values, -128, 127)
         values[:] = codes
         values *= scales
-        values *= _ONE_127TH
+        values *= ONE_127TH
         return codes.reshape(-1).view(np.uint8)
 
 
@@ -295,9 +307,9 @@ def _eight_bit(module: Module) -> EightBit:
                 "Load it with the bitsandbytes that wrote it, and save it again.",
             )
     turned = module.is_conv1d
-    extras = () if order is None else (order,)
     shape = weight.shape[::-1] if turned else weight.shape
-    return EightBit(shape, {"weight": weight, "SCB": scales}, extras, turned)
+    parts = {"weight": weight, "SCB": scales}
+    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
 
 
 FORMATS = (

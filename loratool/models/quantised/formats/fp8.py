@@ -8,14 +8,13 @@ transformers derives blocks from the number of scales, which is wrong where the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     add_groups,
     decode_e4m3,
@@ -29,7 +28,7 @@ from loratool.models.quantised.numbers import (
     subtract_groups,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part
+from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
@@ -77,11 +76,11 @@ class Scaled(Scheme):
     def snaps(self) -> bool:
         return True
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
 
-class _ScaledRows(Opened):
+class _ScaledRows(OnGrid):
     def __init__(self, scheme: Scaled, files: FilePool) -> None:
         self._scheme = scheme
         self._main = scheme.main
@@ -92,10 +91,9 @@ class _ScaledRows(Opened):
         self._zeros = (
             None if zero is None else GridScales(zero, scheme.grid, files, integers_as_float32)
         )
-        self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        columns, group = self._scheme.columns, self._scheme.grid.block[1]
+        columns = self._scheme.columns
         codes = thread_buffer("codes", (last - first) * columns)
         self._codes.read_into(first * columns, last * columns, codes)
         if self._main.dtype == "I8":
@@ -104,17 +102,19 @@ class _ScaledRows(Opened):
             if has_e4m3_nan(codes):
                 raise broken_part(self._main, "it holds NaN")
             decode_e4m3(codes, out.reshape(-1))
-        if self._zeros is not None:
-            subtract_groups(out, self._zeros.of_rows(first, last), group)
-        scales = self._scales.of_rows(first, last)
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
+        return self._scales.of_rows(first, last), zeros, self._scheme.grid.block[1]
 
     def snap(self, first: int, values: Floats) -> Bytes:
-        group, flat = self._scheme.grid.block[1], values.reshape(-1)
-        scales = self._scales.of_rows(first, first + len(values))
-        zeros = None if self._zeros is None else self._zeros.of_rows(first, first + len(values))
+        flat = values.reshape(-1)
+        scales, zeros, group = self.grid(first, first + len(values))
         divide_groups(values, scales, group)
         if self._main.dtype == "I8":
             if zeros is not None:
@@ -142,7 +142,7 @@ def scaled(
     if weight.dtype in _OTHER_FLOATS:
         module.refuse(
             f"{weight.name} is {_OTHER_FLOATS[weight.dtype]}, and only e4m3fn is read",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     module.want_dtype(weight, *_LARGEST)
     powers = _POWERS if weight.dtype == "F8_E4M3" else ()
@@ -157,27 +157,30 @@ def scaled(
 def _claims(module: Module) -> bool:
     weight = module.tensors.get("weight")
     if weight is not None and weight.dtype.startswith("F8_"):
-        return True
+        # A vector without a scale is a table of some sort, and copied.
+        return len(weight.shape) > 1 or weight.name.endswith(".weight") or len(module.tensors) > 1
     if weight is None or weight.is_float:
         return bool(_PLAINLY & module.tensors.keys())
     return weight.dtype == "I8" and any(role in module.tensors for role in _SCALES)
 
 
 def _scheme(module: Module) -> Scaled:
-    weight = module.want("weight", "FP8")
     found = [role for role in _SCALES if role in module.tensors]
+    weight = module.tensors.get("weight")
+    if weight is None:
+        module.refuse(f"{module.tensors[found[0]].name} is there, and the weight of it is missing")
     if weight.is_float:
         scale = module.tensors[found[0]]
         module.refuse(
             f"{weight} is plain, and {scale} beside it is the scale of a quantised one",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     if not found:
         others = sorted(info.name for role, info in module.tensors.items() if role != "weight")
         there = f" (there is {', '.join(others)})" if others else ""
         module.refuse(f"{weight.name} is stored in FP8 and its scale is missing{there}")
     if len(weight.shape) not in (2, 3):
-        module.refuse(f"{weight} is no matrix, nor a stack of matrices")
+        module.refuse(f"{weight} is no matrix and no stack of matrices")
     scale = module.tensors[found[0]]
     zero = module.tensors.get("weight_zero_point") if weight.dtype == "I8" else None
     extras = module.beside(
@@ -194,13 +197,16 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
         # Stored [experts, in, out], with a scale for each column.
         module.want_shape(scale, (*stack, 1, columns), (*stack, columns, 1))
         return Grid(rows, columns, (rows, 1))
-    blocks = [one.block for one in weight_arguments(module) if one.block]
-    blocks += [(1, one.group) for one in weight_arguments(module) if one.group]
-    if scale.dtype in _POWERS and math.prod(scale.shape[:-1]) == math.prod(weight.shape[:-1]):
-        blocks.append((1, 32))
-    if not blocks and scale.numel > 1 and len(scale.shape) in (2, 4):
-        blocks.append((128, 128))
-    return fitting_grid(module, weight, scale, blocks)
+    said = weight_arguments(module)
+    blocks = [one.block for one in said if one.block]
+    blocks += [(1, one.group) for one in said if one.group]
+    # An embedding has one scale, in whatever blocks the linear layers are.
+    embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
+    whole = len(blocks) < len(said) or not said or embedding
+    usual = [] if blocks else [(128, 128)]
+    if scale.dtype in _POWERS:
+        usual.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, usual, whole)
 
 
 FORMATS = (

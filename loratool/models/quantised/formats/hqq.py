@@ -166,10 +166,8 @@ def _scheme(module: Module) -> Hqq:
         parts[role] = module.want(role, "HQQ")
         module.want_dtype(parts[role], "F16", "BF16", "F32")
         module.want_shape(parts[role], (rows, 1) if axis == 1 else (1, run), (), (1,), (1, 1))
-    extras = tuple(module.tensors[r] for r in (*_TELLING, *_TOLD) if r in module.tensors)
-    return Hqq(
-        (shape[0], shape[1]), parts, extras, bits, itemsize, run, axis, dtype
-    )  # fmt: skip
+    extras = module.beside(parts, (*_TELLING, *_TOLD))
+    return Hqq((shape[0], shape[1]), parts, extras, bits, itemsize, run, axis, dtype)
 
 
 def _packing(module: Module) -> tuple[int, int]:

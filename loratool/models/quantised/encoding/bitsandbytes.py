@@ -16,7 +16,7 @@ import numpy as np
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
 from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
-from loratool.models.quantised.numbers import nearest_level
+from loratool.models.quantised.numbers import nearest_levels
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
 
@@ -62,7 +62,7 @@ class FourBitEncoder(Encoder):
             if role != "weight":
                 return codes if role == "absmax" else scales
         blocks = blocks * inverse(absmax)[:, None]
-        numbers = nearest_level(blocks, self._levels)
+        numbers = nearest_levels(blocks, self._levels)
         if stand_for is not None:
             self._read_again(numbers, read, stand_for)
         pairs = self._codes.take(numbers).reshape(-1)[: values.size + values.size % 2]
@@ -74,7 +74,7 @@ class FourBitEncoder(Encoder):
         offset = np.float32(self._scheme.nested_offset)
         blocks = _in_blocks(absmax - offset, self._scheme.nested_blocksize)
         scales = largest(blocks)
-        numbers = nearest_level(blocks * inverse(scales)[:, None], self._nested_levels)
+        numbers = nearest_levels(blocks * inverse(scales)[:, None], self._nested_levels)
         read = (self._nested_levels.take(numbers) * scales[:, None]).reshape(-1) + offset
         codes = self._nested_codes.take(numbers).reshape(-1)
         return codes[: len(absmax)], scales, read[: len(absmax)]

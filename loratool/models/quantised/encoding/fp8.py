@@ -15,7 +15,6 @@ import numpy as np
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import (
     BELOW_E4M3,
-    LARGEST_E4M3,
     Codes,
     largest_of_blocks,
     powers_of,
@@ -23,6 +22,7 @@ from loratool.models.quantised.encoding.rounding import (
 )
 from loratool.models.quantised.formats.fp8 import Scaled
 from loratool.models.quantised.numbers import (
+    E4M3_LARGEST,
     decode_e4m3,
     divide_groups,
     encode_e4m3,
@@ -100,7 +100,7 @@ class FP8Encoder(Encoder):
             return powers_of(magnitudes, BELOW_E4M3)
         if dtype == "F32" and self._scale.name.endswith("_inv"):
             with np.errstate(divide="ignore", over="ignore"):
-                twice = np.float32(1) / (np.float32(LARGEST_E4M3) / magnitudes)
+                twice = np.float32(1) / (np.float32(E4M3_LARGEST) / magnitudes)
             if np.isfinite(twice).all() and twice.all():
                 return twice.reshape(-1).view(np.uint8), twice
-        return scales_of(magnitudes, LARGEST_E4M3, dtype)
+        return scales_of(magnitudes, E4M3_LARGEST, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from loratool.storage.tensors import Bytes, as_bytes
 
 Codes = npt.NDArray[Any]
 
-#: The largest E4M3 number, and that of E2M1.
-LARGEST_E4M3, LARGEST_E2M1 = 448, 6
+#: The largest E2M1 number.
+LARGEST_E2M1 = 6
 #: What a power of two must bring the largest value of a block below: half way from the largest
 #: number of a format to the one that would follow.
 BELOW_E4M3, BELOW_E2M1 = 464, 7
@@ -41,25 +42,25 @@ def to_e2m1(values: Floats) -> npt.NDArray[np.uint8]:
 
 def largest(values: Floats) -> Floats:
     """The largest magnitude along the last axis."""
-    found: Floats = np.maximum(values.max(-1), -values.min(-1))
+    import torch  # several times as fast as NumPy
+
+    found: Floats = torch.from_numpy(values).abs().amax(-1).numpy()
     return found
 
 
 def largest_of_blocks(values: Floats, first: int, grid: Grid) -> Floats:
     """The largest magnitude of each block of rows from `first` on, which begin and end with one:
     `[rows of blocks, across]`."""
-    magnitudes: Floats = np.abs(values)
-    columns, width = values.shape[1], grid.block[1]
     if grid.block[0] > 1:
         low, high, index = grid.of_rows(first, first + len(values))
-        starts = np.searchsorted(index, np.arange(high - low))
-        magnitudes = np.maximum.reduceat(magnitudes, starts, axis=0)
-    if width >= columns:
-        found: Floats = magnitudes.max(1, keepdims=True)
-    elif columns % width == 0:
-        found = magnitudes.reshape(len(magnitudes), -1, width).max(2)
-    else:
-        found = np.maximum.reduceat(magnitudes, np.arange(0, columns, width), axis=1)
+        starts = [*np.searchsorted(index, np.arange(high - low)), len(values)]
+        rows = [largest(values[a:b].T) for a, b in pairwise(starts)]
+        values = np.stack(rows)
+    columns, width = values.shape[1], min(grid.block[1], values.shape[1])
+    count = columns // width
+    found = largest(values[:, : count * width].reshape(len(values), count, width))
+    if count * width < columns:
+        found = np.concatenate([found, largest(values[:, count * width :])[:, None]], axis=1)
     return found
 
 

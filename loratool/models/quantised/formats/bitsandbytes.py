@@ -19,7 +19,7 @@ from loratool.models.quantised.numbers import (
     decode_pairs,
     encode_integers,
     multiply_groups,
-    nearest_level,
+    nearest_levels,
     pair_table,
     thread_buffer,
 )
@@ -116,7 +116,7 @@ class _FourBitRows(Opened):
         order = np.argsort(self._levels, kind="stable").astype(np.uint8)
         flat = values.reshape(-1)
         flat /= np.where(scales == 0, np.float32(1), scales)
-        codes = order.take(nearest_level(flat, self._levels[order]))
+        codes = order.take(nearest_levels(flat, self._levels[order]))
         np.multiply(self._levels.take(codes), scales, out=flat)
         round_in_place(flat, self._scheme.dtype)
         octets: Bytes = codes[::2] << np.uint8(4) | codes[1::2]

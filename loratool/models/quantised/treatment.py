@@ -22,6 +22,7 @@ from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
 from loratool.notices import Notice
+from loratool.storage.filenames import QUANTISATION
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
 
@@ -30,11 +31,6 @@ TREATMENTS = ("plain", "keep", "requantise")
 #: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
 _UNTOUCHED = "untouched"
 
-#: Files that describe the quantisation, beside config.json.
-DESCRIPTIONS = (
-    "hf_quant_config.json", "recipe.yaml", "quantize_config.json", "quant_config.json",
-    "quantization_config.json",
-)  # fmt: skip
 _EXPORTED = "hf_quant_config.json"
 
 
@@ -101,7 +97,7 @@ class Treatment:
         """What config.json and its like must say differently; None where nothing."""
         places = self.base.settings.places
         if self.is_plain:
-            return Rewriting(places, None, without=DESCRIPTIONS)
+            return Rewriting(places, None, without=QUANTISATION)
         if not self.opened or not places:
             return None
         paths = _paths(self.base, self.opened)
@@ -156,7 +152,7 @@ def leftover(base: Checkpoint) -> Rewriting | None:
     """What config.json must not say any more where it speaks of quantisation and no weight is
     quantised: programs that load the model would look for scales."""
     places = quantisation_of(base).places
-    return Rewriting(places, None, without=DESCRIPTIONS) if places else None
+    return Rewriting(places, None, without=QUANTISATION) if places else None
 
 
 def note_leftover(base: Checkpoint) -> Notice:

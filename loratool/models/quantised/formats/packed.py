@@ -1,12 +1,14 @@
 """Integers of 2 to 8 bits packed into words, as compressed-tensors' pack-quantized has them.
 
 Source: compressed_tensors/compressors/pack_quantized (codes of two's complement, stored with
-2^(bits − 1) added, dense over the words of a row, lowest bits first; zero points packed likewise,
-down the rows) and quantization/lifecycle/forward.py (`weight_g_idx`).
+2^(bits − 1) added, lowest bits first; zero points packed likewise, down the rows) and
+quantization/lifecycle/forward.py (`weight_g_idx`). Codes lie densely over the words of a row since
+0.18; before, a word had whole codes only, which is another layout for 3, 5, 6 and 7 bits.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +34,7 @@ from loratool.storage.values import Values, values_of
 _WORD = 32
 _PAIRS = pair_table(np.arange(-8, 8, dtype=np.float32), high_first=False)
 _WIDTHS = range(2, 9)
+_DENSE_SINCE = 18
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class PackedIntegers(Scheme):
 
     width: int = field(kw_only=True)
     grid: Grid = field(kw_only=True)
+    #: Whether a word has whole codes only, and some bits to spare.
+    loose: bool = field(default=False, kw_only=True)
 
     @property
     def title(self) -> str:
@@ -66,7 +71,7 @@ class _PackedRows(OnGrid):
         zero = parts.get("zero")
         self._zeros: _Zeros | GridScales | None = None
         if zero is not None and zero.dtype == "I32":
-            self._zeros = _Zeros(values_of(zero, files), scheme.width, grid.across)
+            self._zeros = _Zeros(values_of(zero, files), scheme.width, grid.across, scheme.loose)
         elif zero is not None:
             self._zeros = GridScales(zero, grid, files, integers_as_float32)
         self._order = _order(parts["order"], grid, files) if "order" in parts else None
@@ -95,7 +100,7 @@ class _PackedRows(OnGrid):
         """The codes of rows of words as whole numbers."""
         columns, width = self._scheme.columns, self._scheme.width
         if width != 4:
-            codes = unpacked(words.view(np.int32), width)
+            codes = _codes(words.view(np.int32), width, self._scheme.loose)
             decode_integers(codes[:, :columns], out)
             out -= np.float32(1 << width - 1)
         elif 2 * words.shape[1] == columns:
@@ -106,21 +111,37 @@ class _PackedRows(OnGrid):
             out[:] = padded.reshape(len(words), -1)[:, :columns]
 
 
-class _Zeros:
-    """Zero points, `[words of rows, groups]`: those of 32 rows begin with a word."""
+def _codes(words: npt.NDArray[np.int32], width: int, loose: bool) -> npt.NDArray[np.uint8]:
+    """The codes in words along the last axis."""
+    if not loose:
+        return unpacked(words, width)
+    shifts = np.arange(_WORD // width, dtype=np.uint32) * np.uint32(width)
+    wide = words.view(np.uint32)[..., None] >> shifts & np.uint32((1 << width) - 1)
+    codes: npt.NDArray[np.uint8] = wide.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    return codes
 
-    def __init__(self, values: Values, width: int, groups: int) -> None:
+
+class _Zeros:
+    """Zero points, `[words of rows, groups]`: those of 32 rows, or of as many as have a word,
+    begin with a word."""
+
+    def __init__(self, values: Values, width: int, groups: int, loose: bool) -> None:
         self._values = values
         self._width = width
         self._groups = groups
+        self._loose = loose
+        #: Rows that begin and end with a word, and how many words they take.
+        self._rows, self._words = (_WORD // width, 1) if loose else (_WORD, width)
 
     def of_rows(self, first: int, last: int) -> Floats:
         """Those of rows `[first, last)`: `[rows, groups]`."""
-        begin = first - first % _WORD
-        low, high = begin * self._width // _WORD, -(-last * self._width // _WORD)
+        begin = first - first % self._rows
+        low = begin // self._rows * self._words
+        high = -(-last * self._words // self._rows)
         raw = self._values.bytes(low * self._groups, high * self._groups)
         words = raw.view(np.int32).reshape(-1, self._groups)
-        codes = unpacked(words.T, self._width)[:, first - begin : last - begin]
+        codes = _codes(np.ascontiguousarray(words.T), self._width, self._loose)
+        codes = codes[:, first - begin : last - begin]
         zeros = np.empty((last - first, self._groups), np.float32)
         np.subtract(codes.T, np.float32(1 << self._width - 1), out=zeros)
         return zeros
@@ -149,12 +170,12 @@ def _scheme(module: Module) -> PackedIntegers:
     rows, columns = _shape(module, module.want("weight_shape", title))
     if len(packed.shape) != 2 or packed.shape[0] != rows:
         module.refuse(f"{packed} is not of the {rows} rows that its weight_shape names")
-    width, grid = _width_and_grid(module, packed, scale, (rows, columns))
+    width, grid, loose = _layout(module, packed, scale, (rows, columns))
     parts = {"codes": packed, "scale": scale}
     zero, order = (module.tensors.get(role) for role in ("weight_zero_point", "weight_g_idx"))
     if zero is not None:
         module.want_dtype(zero, "I32", "I8")
-        words = -(-rows * width // _WORD)
+        words = _words(rows, width, loose)
         module.want_shape(zero, (words, grid.across) if zero.dtype == "I32" else scale.shape)
         parts["zero"] = zero
     if order is not None:
@@ -164,8 +185,9 @@ def _scheme(module: Module) -> PackedIntegers:
     used = {r: t for r, t in module.tensors.items() if t in parts.values()}
     extras = module.beside({**used, "weight_shape": module.tensors["weight_shape"]})
     return PackedIntegers(
-        (rows, columns), parts, (module.tensors["weight_shape"], *extras), width=width, grid=grid
-    )
+        (rows, columns), parts, (module.tensors["weight_shape"], *extras), width=width, grid=grid,
+        loose=loose,
+    )  # fmt: skip
 
 
 def _shape(module: Module, info: TensorInfo) -> tuple[int, int]:
@@ -179,17 +201,27 @@ def _shape(module: Module, info: TensorInfo) -> tuple[int, int]:
     return rows, columns
 
 
-def _width_and_grid(
+def _words(count: int, width: int, loose: bool) -> int:
+    """How many words so many codes take."""
+    return -(-count // (_WORD // width)) if loose else -(-count * width // _WORD)
+
+
+def _layout(
     module: Module, packed: TensorInfo, scale: TensorInfo, shape: tuple[int, int]
-) -> tuple[int, Grid]:
-    """Bits of a code and groups, of what the config names that which fits the tensors.
+) -> tuple[int, Grid, bool]:
+    """Bits of a code, groups, and whether words have whole codes only: of what the config names
+    that which fits the tensors.
 
     Without a config they follow from the shapes alone.
     """
     columns = shape[1]
-    widths = [n for n in _WIDTHS if -(-columns * n // _WORD) == packed.shape[1]]
     said = [one for one in weight_arguments(module) if one.bits is not None]
-    fitting = [one for one in said if one.bits in widths]
+    old = _is_old(module.settings.table.get("version"))
+    for loose in (old, not old):
+        widths = [n for n in _WIDTHS if _words(columns, n, loose) == packed.shape[1]]
+        fitting = [one for one in said if one.bits in widths]
+        if fitting or (widths and not said):
+            break
     if (said and not fitting) or not widths:
         known = " or ".join(
             f"{bits}" for bits in sorted({one.bits or 0 for one in said}) or _WIDTHS
@@ -211,7 +243,13 @@ def _width_and_grid(
         module.refuse(
             f"{packed} may hold codes of {' or '.join(map(str, sorted(n for n in bits if n)))} bits"
         )
-    return bits.pop() or 0, grid
+    return bits.pop() or 0, grid, loose
+
+
+def _is_old(version: object) -> bool:
+    """Whether a version of compressed-tensors put whole codes alone into words."""
+    found = re.match(r"0\.(\d+)", version) if isinstance(version, str) else None
+    return found is not None and int(found[1][:4]) < _DENSE_SINCE
 
 
 FORMATS = (

@@ -33,6 +33,9 @@ _UNTOUCHED = "untouched"
 
 _EXPORTED = "hf_quant_config.json"
 
+#: What torchao has in the metadata of a file for a weight that is plain.
+_PLAIN_IN_METADATA = '{"_type": "Tensor"}'
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -92,6 +95,15 @@ class Treatment:
                     found.append(weights[owner])
             if found:
                 yield shard, found
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files of the result say of themselves: of weights as torchao has them, how each
+        is stored."""
+        said = self.base.packed.metadata
+        if self.is_plain or not said.keys() & self.base.weights.keys():
+            return {}
+        return {**said, **dict.fromkeys(said.keys() & self.opened, _PLAIN_IN_METADATA)}
 
     def rewriting(self) -> Rewriting | None:
         """What config.json and its like must say differently; None where nothing."""

@@ -33,6 +33,9 @@ _UNTOUCHED = "untouched"
 
 _EXPORTED = "hf_quant_config.json"
 
+#: What torchao has in the metadata of a file for a weight that is plain.
+_PLAIN_IN_METADATA = '{"_type": "Tensor"}'
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -93,6 +96,15 @@ class Treatment:
             if found:
                 yield shard, found
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files of the result say of themselves: of weights as torchao has them, how each
+        is stored."""
+        said = self.base.packed.metadata
+        if self.is_plain or not said.keys() & self.base.weights.keys():
+            return {}
+        return {**said, **dict.fromkeys(said.keys() & self.opened, _PLAIN_IN_METADATA)}
+
     def rewriting(self) -> Rewriting | None:
         """What config.json and its like must say differently; None where nothing."""
         places = self.base.settings.places
@@ -110,9 +122,9 @@ class Treatment:
         if self.how == _UNTOUCHED or not self.touched:
             return []
         result = (
-            "The result is the dequantised base plus the adapter: the model that a QLoRA adapter "
-            "was trained as. Merged into the 16-bit original, where that is at hand, it is another "
-            "model, often as good."
+            "The result is the dequantised base plus the adapter: the model that was trained, "
+            "where this was its base, as in QLoRA. The 16-bit original, where there is one, gives "
+            "another model, often as good."
         )
         if self.how == "requantise":
             result = (
@@ -198,9 +210,13 @@ def treat(
     return Treatment(base, how, touched, opened, dtype=dtype)
 
 
-def _usual(base: Dequantised, touched: Collection[str]) -> str:
+def _usual(base: Dequantised, touched: frozenset[str]) -> str:
     """What bitsandbytes quantised while loading becomes plain; all else is kept."""
-    return "plain" if all(base.weights[name].stored_as.on_load for name in touched) else "keep"
+    return "plain" if touched <= _made_on_load(base) else "keep"
+
+
+def _made_on_load(base: Dequantised) -> frozenset[str]:
+    return frozenset(n for n, weight in base.weights.items() if weight.stored_as.on_load)
 
 
 def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:

@@ -147,9 +147,10 @@ class _TurnedRows(Opened):
         scales = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
         if not np.isfinite(scales).all():
             raise broken_part(self._scale, "it holds NaN or infinity")
-        for group, one in zip(groups, scales, strict=True):
+        for group in groups:
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
-            out[max(0, begin) : end] *= one
+            one = scales[group - groups.start, None]
+            multiply_groups(out[max(0, begin) : end], one, 1)
         refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
 
 

@@ -9,6 +9,7 @@ from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.file import Undo
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import as_stored
+from loratool.models.quantised.encoding.snapping import row_bytes
 from loratool.models.quantised.scheme import QuantisedTensor
 from loratool.storage.tensors import TensorInfo
 
@@ -46,9 +47,10 @@ def predicted_by(job: Job, base: Checkpoint) -> Predicted | None:
     if not isinstance(source, QuantisedTensor) or source is not base.tensors.get(job.name):
         return None
     scheme = source.stored_as
-    if not scheme.row_bytes or job.columns != scheme.columns:
+    size = row_bytes(scheme)
+    if not size or job.columns != scheme.columns:
         return None
-    return Predicted(scheme.main, scheme.row_bytes // scheme.main.itemsize, scheme.columns)
+    return Predicted(scheme.main, size // scheme.main.itemsize, scheme.columns)
 
 
 def predicted_jobs(plan: Plan) -> dict[str, tuple[Job, Predicted]]:

@@ -35,7 +35,12 @@ class GridEncoder(Encoder):
     _grid: OnGrid
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         scales, zeros, group = self._grid.grid(first, first + len(values))
         numbers = values.copy()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
+from loratool.models.quantised.encoding.rounding import to_e2m1
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
@@ -22,12 +23,13 @@ from loratool.models.quantised.numbers import (
     E8M0,
     decode_columns,
     decode_pairs,
+    divide_groups,
     multiply_groups,
     pair_table,
     thread_buffer,
 )
 from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
-from loratool.storage.tensors import FilePool, TensorInfo, as_float32
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
@@ -57,6 +59,10 @@ class GroupedFP4(Scheme):
     def bits(self) -> int:
         return 4
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
     def opened(self, files: FilePool) -> Opened:
         return _GroupedRows(self, files)
 
@@ -80,14 +86,28 @@ class _GroupedRows(Opened):
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
         decode_pairs(_PAIRS, codes, out.reshape(-1))
-        scales = self._scales.of_rows(first, last)
+        scales = self._scales_of(first, last)
+        multiply_groups(out, scales, self._scheme.grid.block[1])
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        group, scales = self._scheme.grid.block[1], self._scales_of(first, first + len(values))
+        divide_groups(values, scales, group)
+        codes = to_e2m1(values.reshape(-1))
+        octets: Bytes = codes[1::2] << np.uint8(4) | codes[::2]
+        decode_pairs(_PAIRS, octets, values.reshape(-1))
+        multiply_groups(values, scales, group)
+        return octets
+
+    def _scales_of(self, first: int, last: int) -> Floats:
+        """The scales of rows, with the factor in them."""
+        scales: Floats = self._scales.of_rows(first, last)
         with np.errstate(over="ignore"):
             if self._scheme.factor == "divides":
                 scales = scales / self._factor
             elif self._scheme.factor:
                 scales = scales * self._factor
-        multiply_groups(out, scales, self._scheme.grid.block[1])
-        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+        return scales
 
 
 @dataclass(frozen=True)

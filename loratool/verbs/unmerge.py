@@ -25,6 +25,7 @@ from loratool.merging.provenance import Merged, describe, identify, merged_into,
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
 from loratool.merging.undo.file import Undo
 from loratool.merging.undo.kept_base import kept_base
+from loratool.merging.undo.predicted import refuse_other_tensors
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
@@ -225,7 +226,7 @@ def _restore(
         as_it_is=True,  # the undo file has what was taken off the base
         quantised=Quantised(options.get("quantised"), trained_here=True),
     )
-    _refuse_other_tensors(plan, merged, undo)
+    refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
     if originals is not None:
         text = f"{originals} is not read: the undo file holds all that is missing."
@@ -252,26 +253,6 @@ def _restore(
         merged.folder.refuse_changed()
         report.warnings += staged.commit()
     return report
-
-
-def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
-    """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
-    wrong = []
-    jobs = {job.name: job for job in plan.jobs}
-    for name, tensor in undo.tensors.items():
-        info, job = merged.tensors.get(name), jobs.get(name)
-        if tensor.whole:
-            continue
-        if info is None or job is None:
-            wrong.append(f"{name} is missing")
-        elif (info.dtype, info.shape) != (job.dtype, job.source.shape):
-            wrong.append(f"{info}, but {job.dtype} {list(job.source.shape)} was written")
-    if wrong:
-        raise RestoreError(
-            f"{merged.label} is not as the merge wrote it:\n{listed(wrong)}",
-            "Use the directory that `loratool merge --reversible` wrote. `--subtract` does "
-            "without the undo file, but not exactly.",
-        )
 
 
 # ----------------------------------------------------------------------------- by subtraction

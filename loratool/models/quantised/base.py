@@ -123,6 +123,7 @@ def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
             claimed[name] = module, form
     if not claimed and is_plain(base):
         refuse_online(base, settings)
+    if not claimed and (partial or is_plain(base)):
         return base
     if not partial:
         refuse_method(base, settings)

@@ -17,7 +17,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.scheme import Scheme
 from loratool.storage.jsonfile import parse_json
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo, blocks
 
 #: The longest description in a tensor that is read (bitsandbytes' is about 200 bytes).
 LONGEST_DESCRIPTION = 1 << 16
@@ -147,10 +147,17 @@ class Format:
 
 
 def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str], ...]:
-    """Rows of (pattern of a whole tensor name, template of the weight's name, template of its
-    role)."""
-    return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
+    r"""Rows of (pattern of a whole tensor name, template of the weight's name, template of its
+    role); groups of the pattern are `\1` and `\2` in these."""
 
+    def formatted(template: str) -> str:
+        return re.sub(r"\\(\d)", r"{\1}", template)
+
+    return tuple((re.compile(p), formatted(weight), formatted(role)) for p, weight, role in rows)
+
+
+#: How names end that say nothing, in any format; nearly all tensors of a plain model are called so.
+_NO_PARTS = (".weight", ".bias")
 
 _ACTIVATION_ROLES = roles(
     (rf"(.+)\.({'|'.join(sorted(ACTIVATIONS))})", r"\1.weight", r"\2"),
@@ -169,10 +176,11 @@ def gathered(
     rows = list(dict.fromkeys([*_ACTIVATION_ROLES, *(r for form in formats for r in form.roles)]))
     modules: dict[str, Module] = {}
     for name, info in base.tensors.items():
-        for pattern, template, role in rows:
+        for pattern, template, role in () if name.endswith(_NO_PARTS) else rows:
             found = pattern.fullmatch(name)
             if found:
-                weight, part = found.expand(template), found.expand(role)
+                texts = (name, *found.groups())
+                weight, part = template.format(*texts), role.format(*texts)
                 module = modules.setdefault(weight, Module(weight, {}, base, settings))
                 module.tensors[part] = info
                 break
@@ -188,8 +196,9 @@ def gathered(
 def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> None:
     """Read the tensors of these roles, and leave their bytes in `Module.described`.
 
-    Over the network they are read by ranges, several at a time. Raises BaseError for one that is
-    too large for a description.
+    Over the network they are read by ranges, several at a time, and each stream reads neighbours:
+    safetensors files have all whole numbers side by side. Raises BaseError for one that is too
+    large for a description.
     """
     wanted: dict[str, list[tuple[Module, str, TensorInfo]]] = {}
     for module in modules:
@@ -198,14 +207,15 @@ def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> 
             if info.nbytes > LONGEST_DESCRIPTION:
                 module.refuse(f"{info} is too large for a description")
             wanted.setdefault(info.file.name, []).append((module, role, info))
-    pieces = [
-        (file, rows[turn::_STREAMS]) for file, rows in wanted.items() for turn in range(_STREAMS)
-    ]
+    pieces = []
+    for file, rows in wanted.items():
+        rows.sort(key=lambda row: row[2].start)
+        pieces += [
+            (file, rows[low:high]) for low, high in blocks(len(rows), -(-len(rows) // _STREAMS))
+        ]
 
     def read(piece: tuple[str, list[tuple[Module, str, TensorInfo]]]) -> None:
         file, rows = piece
-        if not rows:
-            return
         places = [(info.start, info.nbytes) for _, _, info in rows]
         found = rows[0][0].base.folder.ranges(file, places)
         for (module, role, _), data in zip(rows, found, strict=True):

@@ -39,6 +39,7 @@ def _e4m3() -> npt.NDArray[np.float32]:
 
 
 E4M3 = _e4m3()
+E4M3_LARGEST = 448.0
 
 #: Powers of two by their byte (E8M0): 2^(byte − 127); the last one is NaN.
 E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
@@ -144,9 +145,18 @@ def decode_integers(codes: npt.NDArray[Any], out: _Floats) -> None:
     torch.from_numpy(out).copy_(torch.from_numpy(codes))
 
 
-def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """The codes in 32-bit words along the last axis, lowest bits first and without gaps: a code
-    may straddle two words. `[…, n]` int32 -> `[…, 32·n // bits]`."""
+def unpacked(words: npt.NDArray[Any], bits: int, straddling: bool = True) -> npt.NDArray[np.uint8]:
+    """The codes in 32-bit words along the last axis, lowest bits first.
+
+    `[…, n]` int32 -> `[…, 32·n // bits]`: without gaps, so that a code may straddle two words; or
+    otherwise `[…, n·(32 // bits)]`, with the last bits of a word unused.
+    """
+    if not straddling and 32 % bits:
+        places = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+        parted = np.ascontiguousarray(words).view(np.uint32)[..., None] >> places
+        parted &= np.uint32((1 << bits) - 1)
+        apart: npt.NDArray[np.uint8] = parted.astype(np.uint8)
+        return apart.reshape(*words.shape[:-1], -1)
     octets = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets
@@ -199,6 +209,40 @@ def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
     table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
 
 
+def nearest_levels(values: _Floats, levels: _Floats) -> Bytes:
+    """The number of the level that is nearest to each value; of two as near, the lower one.
+
+    There are at most 256 levels, and they ascend.
+    """
+    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
+    if len(levels) > 32:
+        places: Bytes = np.searchsorted(bounds, values).astype(np.uint8)
+        return places
+    # Comparing with each bound is several times as fast as searching among few.
+    found = np.zeros(values.shape, np.uint8)
+    above = np.empty(values.shape, bool)
+    for bound in bounds:
+        np.greater(values, bound, out=above)
+        found += above.view(np.uint8)
+    return found
+
+
+def encode_e4m3(values: _Floats) -> Bytes:
+    """The E4M3 code of each value, ties to even; what is too large gets the largest, NaN zero."""
+    import torch
+
+    bounded = torch.from_numpy(values).nan_to_num(0.0).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
+    codes: Bytes = bounded.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return codes
+
+
+def encode_integers(values: _Floats, lowest: int, highest: int) -> npt.NDArray[np.int8]:
+    """The whole numbers nearest to values, of 8 bits."""
+    whole = np.rint(np.nan_to_num(values, nan=0.0))
+    codes: npt.NDArray[np.int8] = whole.clip(lowest, highest).astype(np.int8)
+    return codes
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -222,6 +266,18 @@ def multiply_groups(values: _Floats, scales: _Floats, group: int) -> None:
     """
     for part, one in _by_group(values, scales, group):
         part.mul_(one)
+
+
+def divide_groups(values: _Floats, scales: _Floats, group: int) -> None:
+    """Divide, as `multiply_groups` multiplies; by a scale of zero not at all."""
+    for part, one in _by_group(values, np.where(scales == 0, np.float32(1), scales), group):
+        part.div_(one)
+
+
+def add_groups(values: _Floats, zeros: _Floats, group: int) -> None:
+    """Add zero points of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, zeros, group):
+        part.add_(one)
 
 
 def subtract_groups(values: _Floats, zeros: _Floats, group: int) -> None:

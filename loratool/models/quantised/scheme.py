@@ -38,6 +38,21 @@ class Opened(ABC):
         Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
         """
 
+    def snap(self, first: int, values: Floats) -> Bytes:
+        """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
+        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
+        raise NotImplementedError
+
+
+class OnGrid(Opened):
+    """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
+    hold lie on a grid, which stays what it is when others come into them."""
+
+    @abstractmethod
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
+        and how many columns, side by side, are of a group."""
+
 
 @dataclass(frozen=True)
 class Scheme(ABC):
@@ -80,6 +95,12 @@ class Scheme(ABC):
     @property
     def on_load(self) -> bool:
         """Whether programs make it of a plain weight while they load a model."""
+        return False
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
+        part holds them."""
         return False
 
     @property

@@ -22,6 +22,7 @@ from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
 from loratool.notices import Notice
+from loratool.storage.filenames import QUANTISATION
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
 
@@ -30,12 +31,10 @@ TREATMENTS = ("plain", "keep", "requantise")
 #: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
 _UNTOUCHED = "untouched"
 
-#: Files that describe the quantisation, beside config.json.
-DESCRIPTIONS = (
-    "hf_quant_config.json", "recipe.yaml", "quantize_config.json", "quant_config.json",
-    "quantization_config.json",
-)  # fmt: skip
 _EXPORTED = "hf_quant_config.json"
+
+#: What torchao has in the metadata of a file for a weight that is plain.
+_PLAIN_IN_METADATA = '{"_type": "Tensor"}'
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,20 @@ class Treatment:
             if found:
                 yield shard, found
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files of the result say of themselves: of weights as torchao has them, how each
+        is stored."""
+        said = self.base.packed.metadata
+        if self.is_plain or not said.keys() & self.base.weights.keys():
+            return {}
+        return {**said, **dict.fromkeys(said.keys() & self.opened, _PLAIN_IN_METADATA)}
+
     def rewriting(self) -> Rewriting | None:
         """What config.json and its like must say differently; None where nothing."""
         places = self.base.settings.places
         if self.is_plain:
-            return Rewriting(places, None, without=DESCRIPTIONS)
+            return Rewriting(places, None, without=QUANTISATION)
         if not self.opened or not places:
             return None
         paths = _paths(self.base, self.opened)
@@ -156,7 +164,7 @@ def leftover(base: Checkpoint) -> Rewriting | None:
     """What config.json must not say any more where it speaks of quantisation and no weight is
     quantised: programs that load the model would look for scales."""
     places = quantisation_of(base).places
-    return Rewriting(places, None, without=DESCRIPTIONS) if places else None
+    return Rewriting(places, None, without=QUANTISATION) if places else None
 
 
 def note_leftover(base: Checkpoint) -> Notice:

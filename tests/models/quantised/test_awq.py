@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.dequantising import changed, lay, opened, refusal, same_bits, whole, words_of
 from helpers.files import State
+from helpers.laying import changed, lay, opened, refusal, same_bits, whole, words_of
 
 #: The column, of eight, whose code is in each place of a word.
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]

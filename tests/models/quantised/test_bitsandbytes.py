@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.dequantising import changed, lay, opened, refusal, text, whole
 from helpers.files import State
+from helpers.laying import changed, lay, opened, refusal, text, whole
 from helpers.quantised import NF4
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

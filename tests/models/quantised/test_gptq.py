@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.dequantising import changed, lay, opened, refusal, same_bits, whole, words_of
 from helpers.files import State
+from helpers.laying import changed, lay, opened, refusal, same_bits, whole, words_of
 
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import values_of

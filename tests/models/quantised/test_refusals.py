@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dequantising import lay, opened, refusal, text
 from helpers.files import (
     ADAPTED,
     State,
@@ -20,6 +19,7 @@ from helpers.files import (
     small_state,
     write_base,
 )
+from helpers.laying import lay, opened, refusal, text
 from helpers.outcomes import assert_clear, refused
 from helpers.quantised import nf4
 

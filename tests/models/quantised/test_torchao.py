@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.dequantising import changed, lay, opened, refusal, whole
 from helpers.files import State, write_index
+from helpers.laying import changed, lay, opened, refusal, whole
 from safetensors.torch import save_file
 
 Metadata = dict[str, Any]

@@ -1,4 +1,4 @@
-"""bitsandbytes again: NF4 and FP4, with a new absmax for every block.
+"""bitsandbytes again: NF4 and FP4, with a new absmax for every block; int8, with one for each row.
 
 Source: bitsandbytes/backends/default/ops.py (`quantize_4bit`, `quantize_blockwise`) and
 bitsandbytes/functional.py, where an absmax is quantised less the mean of all of them. Here that
@@ -9,14 +9,16 @@ nothing else changes, and a description whose length is that of a number in deci
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
-from loratool.models.quantised.encoding.rounding import Codes, inverse, largest, nearest_level
-from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
+from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
+from loratool.models.quantised.numbers import nearest_levels
 from loratool.models.quantised.scheme import Floats, read_part
-from loratool.storage.tensors import FilePool, as_bytes, as_float32
+from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
 
 
 class FourBitEncoder(Encoder):
@@ -46,7 +48,12 @@ class FourBitEncoder(Encoder):
             self._nested_levels, self._nested_codes = _sorted(levels)
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         blocks = _in_blocks(values.T if self._scheme.turned else values, self._block)
         absmax = largest(blocks)
@@ -60,7 +67,7 @@ class FourBitEncoder(Encoder):
             if role != "weight":
                 return codes if role == "absmax" else scales
         blocks = blocks * inverse(absmax)[:, None]
-        numbers = nearest_level(blocks, self._levels)
+        numbers = nearest_levels(blocks, self._levels)
         if stand_for is not None:
             self._read_again(numbers, read, stand_for)
         pairs = self._codes.take(numbers).reshape(-1)[: values.size + values.size % 2]
@@ -72,7 +79,7 @@ class FourBitEncoder(Encoder):
         offset = np.float32(self._scheme.nested_offset)
         blocks = _in_blocks(absmax - offset, self._scheme.nested_blocksize)
         scales = largest(blocks)
-        numbers = nearest_level(blocks * inverse(scales)[:, None], self._nested_levels)
+        numbers = nearest_levels(blocks * inverse(scales)[:, None], self._nested_levels)
         read = (self._nested_levels.take(numbers) * scales[:, None]).reshape(-1) + offset
         codes = self._nested_codes.take(numbers).reshape(-1)
         return codes[: len(absmax)], scales, read[: len(absmax)]
@@ -87,6 +94,60 @@ class FourBitEncoder(Encoder):
             if self._scheme.turned
             else rounded.reshape(out.shape)
         )
+
+
+class EightBitEncoder(Encoder):
+    """round(w·127/s) with s = max|w| of the row."""
+
+    def __init__(self, scheme: EightBit) -> None:
+        self._scheme = scheme
+        rows, columns = scheme.shape
+        self._scale = scheme.parts["SCB"]
+        self.group = self.strip = 1
+        self.sizes = {"weight": columns, "SCB": self._scale.itemsize}
+        if scheme.turned:  # the rows that have a scale are columns here
+            self.strip, self.lead = rows, "SCB"
+            self.sizes = {"weight": rows * columns, "SCB": self._scale.nbytes}
+
+    def open(self, files: FilePool) -> None:
+        self._led: Floats | None = None
+
+    def encode(
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
+    ) -> Codes:
+        if self.lead == role:
+            return largest(values.T)
+        scales = self._led
+        if scales is None:
+            raw = as_bytes(largest(values), self._scale.dtype)
+            if role == "SCB":
+                return raw
+            scales = as_float32(raw, self._scale.dtype)[:, None]
+        codes = np.rint(values * (np.float32(127) * inverse(scales)))
+        np.clip(codes, -127, 127, out=codes)
+        if stand_for is not None:
+            np.multiply(codes, scales, out=stand_for)
+            stand_for *= ONE_127TH
+        found: Codes = codes.astype(np.int8)
+        return found
+
+    def joined(self, role: str, pieces: Iterable[Codes]) -> Bytes:
+        if self.lead == role:
+            found = np.zeros(self._scheme.columns, np.float32)
+            for piece in pieces:
+                np.maximum(found, piece, out=found)
+            return as_bytes(found, self._scale.dtype)
+        if self.lead is None:
+            return super().joined(role, pieces)
+        return np.ascontiguousarray(np.concatenate(list(pieces)).T).reshape(-1).view(np.uint8)
+
+    def follow(self, raw: Bytes) -> None:
+        self._led = as_float32(raw, self._scale.dtype)
 
 
 def _sorted(levels: Floats) -> tuple[Floats, Codes]:

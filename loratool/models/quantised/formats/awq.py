@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import multiply_groups, subtract_groups, thread_buffer
 from loratool.models.quantised.scheme import (
     Floats,
     HeldPart,
-    Opened,
+    OnGrid,
     Scheme,
     read_finite,
     read_part,
@@ -44,11 +45,11 @@ class Awq(Scheme):
     def rescaled(self) -> bool:
         return True
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 
 
-class _Rows(Opened):
+class _Rows(OnGrid):
     def __init__(self, scheme: Awq, files: FilePool) -> None:
         parts = scheme.parts
         self._words = HeldPart(parts["qweight"], files)
@@ -68,8 +69,12 @@ class _Rows(Opened):
         _unpack(self._words.raw(), self._stored, low, whole)
         if whole is not out:
             out[:] = whole[first - low * 8 :][: len(out)]
-        subtract_groups(out, self._zeros[first:last], self._group)
-        multiply_groups(out, self._scales[first:last], self._group)
+        scales, zeros, group = self.grid(first, last)
+        subtract_groups(out, zeros, group)
+        multiply_groups(out, scales, group)
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats, int]:
+        return self._scales[first:last], self._zeros[first:last], self._group
 
 
 def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:
@@ -81,6 +86,16 @@ def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:
     places = out.reshape(-1, 8, inputs)
     for nibble, output in enumerate(_ORDER):
         places[:, output] = words >> np.uint32(4 * nibble) & np.uint32(15)
+
+
+def in_words(codes: Floats) -> npt.NDArray[np.uint32]:
+    """Codes of outputs, `[n, inputs]`, n a multiple of eight, as the words that hold them:
+    `[n/8, inputs]`."""
+    places = codes.astype(np.uint32).reshape(len(codes) // 8, 8, -1)
+    words = np.zeros((len(places), places.shape[2]), np.uint32)
+    for nibble, output in enumerate(_ORDER):
+        words |= places[:, output] << np.uint32(4 * nibble)
+    return words
 
 
 def _scheme(module: Module) -> Awq:

@@ -17,7 +17,9 @@ import numpy.typing as npt
 from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import (
     decode_pairs,
+    encode_integers,
     multiply_groups,
+    nearest_levels,
     pair_table,
     thread_buffer,
 )
@@ -28,9 +30,10 @@ from loratool.models.quantised.scheme import (
     Scheme,
     read_finite,
     read_part,
+    round_in_place,
 )
 from loratool.storage.fields import is_number, value_text
-from loratool.storage.tensors import FilePool
+from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import values_of
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -68,6 +71,10 @@ class FourBit(Scheme):
     def dtype(self) -> str:
         return self.rounded
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned and self.columns % 2 == 0
+
     def opened(self, files: FilePool) -> Opened:
         return _FourBitRows(self, files)
 
@@ -79,7 +86,8 @@ class _FourBitRows(Opened):
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
-        self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
+        self._levels = read_finite(parts["quant_map"], files)
+        self._pairs = pair_table(self._levels, high_first=True)
         self._count = math.prod(scheme.shape)
         self._held = HeldPart(parts["weight"], files)
 
@@ -100,6 +108,19 @@ class _FourBitRows(Opened):
         values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
         out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        block, low = self._scheme.blocksize, first * self._scheme.columns
+        begin, end = low // block, -(-(low + values.size) // block)
+        scales = np.repeat(self._absmax[begin:end], block)[low - begin * block :][: values.size]
+        order = np.argsort(self._levels, kind="stable").astype(np.uint8)
+        flat = values.reshape(-1)
+        flat /= np.where(scales == 0, np.float32(1), scales)
+        codes = order.take(nearest_levels(flat, self._levels[order]))
+        np.multiply(self._levels.take(codes), scales, out=flat)
+        round_in_place(flat, self._scheme.dtype)
+        octets: Bytes = codes[::2] << np.uint8(4) | codes[1::2]
+        return octets
 
     def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
@@ -204,7 +225,7 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
 # --- int8 -----------------------------------------------------------------------------------------
 
 #: What the library multiplies by, for 1/127.
-_ONE_127TH = np.float32(7.874015718698502e-3)
+ONE_127TH = np.float32(7.874015718698502e-3)
 
 #: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
 _ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -229,6 +250,10 @@ class EightBit(Scheme):
     def on_load(self) -> bool:
         return True
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned
+
     def opened(self, files: FilePool) -> Opened:
         return _EightBitRows(self, files)
 
@@ -250,7 +275,17 @@ class _EightBitRows(Opened):
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
-        out *= _ONE_127TH
+        out *= ONE_127TH
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        scales = self._scales[first : first + len(values), None]
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        values /= divisors * ONE_127TH
+        codes = encode_integers(values, -128, 127)
+        values[:] = codes
+        values *= scales
+        values *= ONE_127TH
+        return codes.reshape(-1).view(np.uint8)
 
 
 def _eight_bit(module: Module) -> EightBit:

@@ -15,19 +15,21 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.encoding.rounding import to_e2m1
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     E2M1,
     E8M0,
     decode_columns,
     decode_pairs,
+    divide_groups,
     multiply_groups,
     pair_table,
     thread_buffer,
 )
 from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
-from loratool.storage.tensors import FilePool, TensorInfo, as_float32
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
@@ -57,6 +59,10 @@ class GroupedFP4(Scheme):
     def bits(self) -> int:
         return 4
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
     def opened(self, files: FilePool) -> Opened:
         return _GroupedRows(self, files)
 
@@ -80,14 +86,28 @@ class _GroupedRows(Opened):
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
         decode_pairs(_PAIRS, codes, out.reshape(-1))
-        scales = self._scales.of_rows(first, last)
+        scales = self._scales_of(first, last)
+        multiply_groups(out, scales, self._scheme.grid.block[1])
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        group, scales = self._scheme.grid.block[1], self._scales_of(first, first + len(values))
+        divide_groups(values, scales, group)
+        codes = to_e2m1(values.reshape(-1))
+        octets: Bytes = codes[1::2] << np.uint8(4) | codes[::2]
+        decode_pairs(_PAIRS, octets, values.reshape(-1))
+        multiply_groups(values, scales, group)
+        return octets
+
+    def _scales_of(self, first: int, last: int) -> Floats:
+        """The scales of rows, with the factor in them."""
+        scales: Floats = self._scales.of_rows(first, last)
         with np.errstate(over="ignore"):
             if self._scheme.factor == "divides":
                 scales = scales / self._factor
             elif self._scheme.factor:
                 scales = scales * self._factor
-        multiply_groups(out, scales, self._scheme.grid.block[1])
-        _check_range(out, scales, self._scale)
+        return scales
 
 
 @dataclass(frozen=True)
@@ -150,20 +170,13 @@ class _TurnedRows(Opened):
         for group, one in zip(groups, scales, strict=True):
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
             out[max(0, begin) : end] *= one
-        _check_range(out, scales, self._scale)
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
 
 
 @dataclass(frozen=True)
 class _Expert:
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.uint8]
-
-
-def _check_range(out: Floats, scales: Floats, info: TensorInfo) -> None:
-    """Raise BaseError where scales make numbers that are none any more."""
-    highest = float(np.finfo(np.float32).max) / _LARGEST_CODE
-    if not np.abs(scales).max() <= highest and not np.isfinite(out).all():
-        raise broken_part(info, "it makes numbers that float32 cannot hold")
 
 
 # --- recognition ----------------------------------------------------------------------------------
@@ -203,9 +216,8 @@ def _grouped(
         module.want_shape(parts["factor"], (), (1,))
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if codes.shape else ()
     groups = [one.group for one in weight_arguments(module) if one.group and one.bits == 4]
-    usual = _NV_GROUP if factor else _MX_GROUP
-    blocks = [(1, group) for group in (*groups, usual)]
-    grid = fitting_grid(module, shape, scale, blocks)
+    usual = [(1, _NV_GROUP if factor else _MX_GROUP)]
+    grid = fitting_grid(module, shape, scale, [(1, group) for group in groups], usual)
     used = {r: t for r, t in module.tensors.items() if t in parts.values()}
     return GroupedFP4(shape, parts, module.beside(used), grid=grid, factor=factor)
 

@@ -13,19 +13,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
+    add_groups,
     decode_e4m3,
     decode_integers,
+    divide_groups,
+    encode_e4m3,
+    encode_integers,
     has_e4m3_nan,
     integers_as_float32,
     multiply_groups,
     subtract_groups,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part
-from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
 #: Roles of scales in the order in which they are looked for; the last two are of names that other
@@ -68,11 +72,15 @@ class Scaled(Scheme):
     def bits(self) -> int:
         return 8
 
-    def opened(self, files: FilePool) -> Opened:
+    @property
+    def snaps(self) -> bool:
+        return True
+
+    def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
 
-class _ScaledRows(Opened):
+class _ScaledRows(OnGrid):
     def __init__(self, scheme: Scaled, files: FilePool) -> None:
         self._scheme = scheme
         self._main = scheme.main
@@ -83,10 +91,9 @@ class _ScaledRows(Opened):
         self._zeros = (
             None if zero is None else GridScales(zero, scheme.grid, files, integers_as_float32)
         )
-        self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        columns, group = self._scheme.columns, self._scheme.grid.block[1]
+        columns = self._scheme.columns
         codes = thread_buffer("codes", (last - first) * columns)
         self._codes.read_into(first * columns, last * columns, codes)
         if self._main.dtype == "I8":
@@ -95,12 +102,32 @@ class _ScaledRows(Opened):
             if has_e4m3_nan(codes):
                 raise broken_part(self._main, "it holds NaN")
             decode_e4m3(codes, out.reshape(-1))
-        if self._zeros is not None:
-            subtract_groups(out, self._zeros.of_rows(first, last), group)
-        scales = self._scales.of_rows(first, last)
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
+        return self._scales.of_rows(first, last), zeros, self._scheme.grid.block[1]
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        flat = values.reshape(-1)
+        scales, zeros, group = self.grid(first, first + len(values))
+        divide_groups(values, scales, group)
+        if self._main.dtype == "I8":
+            if zeros is not None:
+                add_groups(values, zeros, group)
+            codes = encode_integers(flat, -128, 127).view(np.uint8)
+            decode_integers(codes.view(np.int8), flat)
+        else:
+            codes = encode_e4m3(flat)
+            decode_e4m3(codes, flat)
+        if zeros is not None:
+            subtract_groups(values, zeros, group)
+        multiply_groups(values, scales, group)
+        return codes
 
 
 def scaled(
@@ -130,7 +157,8 @@ def scaled(
 def _claims(module: Module) -> bool:
     weight = module.tensors.get("weight")
     if weight is not None and weight.dtype.startswith("F8_"):
-        return True
+        # A vector without a scale is a table of some sort, and copied.
+        return len(weight.shape) > 1 or weight.name.endswith(".weight") or len(module.tensors) > 1
     if weight is None or weight.is_float:
         return bool(_PLAINLY & module.tensors.keys())
     return weight.dtype == "I8" and any(role in module.tensors for role in _SCALES)
@@ -175,11 +203,10 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
     # An embedding has one scale, in whatever blocks the linear layers are.
     embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
     whole = len(blocks) < len(said) or not said or embedding
-    if not blocks:
-        blocks.append((128, 128))
+    usual = [] if blocks else [(128, 128)]
     if scale.dtype in _POWERS:
-        blocks.append((1, 32))
-    return fitting_grid(module, weight.shape, scale, blocks, whole)
+        usual.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, usual, whole)
 
 
 FORMATS = (

@@ -23,7 +23,7 @@ from loratool.models.quantised.numbers import (
 from loratool.models.quantised.scheme import (
     Floats,
     HeldPart,
-    Opened,
+    OnGrid,
     Scheme,
     broken_part,
     read_finite,
@@ -57,11 +57,11 @@ class Gptq(Scheme):
     def bits(self) -> int:
         return self.width
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 
 
-class _Rows(Opened):
+class _Rows(OnGrid):
     def __init__(self, scheme: Gptq, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
@@ -74,7 +74,7 @@ class _Rows(Opened):
         self._group, self._index = scheme.group, None
         if not scheme.group:
             self._index = _groups(parts["g_idx"], len(scales), files)
-            first = max(1, np.count_nonzero(self._index == 0))
+            first = max(1, int(np.count_nonzero(self._index == 0)))
             if np.array_equal(self._index, np.arange(self._inputs) // first):
                 self._group = first
 
@@ -113,6 +113,20 @@ class _Rows(Opened):
             spread = thread_buffer("of each input", out.size, np.float32).reshape(out.shape)
             some.take(own, axis=1, out=spread, mode="clip")
             step(out, spread, out=out)
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        if not self._scheme.turned and self._group:
+            return self._scales[first:last], self._zeros[first:last], self._group
+        index = np.arange(self._inputs) // self._group if self._index is None else self._index
+        if self._scheme.turned:
+            scales, zeros = (some.T.take(index[first:last], 0) for some in self._both)
+        else:
+            scales, zeros = (some[first:last].take(index, 1) for some in self._both)
+        return scales, zeros, 1
+
+    @property
+    def _both(self) -> tuple[Floats, Floats]:
+        return self._scales, self._zeros
 
 
 def _zeros(scheme: Gptq, files: FilePool) -> Floats:

@@ -28,7 +28,7 @@ class FourBitEncoder(Encoder):
         self._scheme = scheme
         self._block = scheme.blocksize
         self._is_nested = "nested_absmax" in scheme.parts
-        rows, columns = scheme.shape
+        columns = scheme.columns
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
         self.group = self.strip = values // math.gcd(values, columns)
         size = self.group * columns
@@ -37,7 +37,7 @@ class FourBitEncoder(Encoder):
         if self._is_nested:
             self.sizes["nested_absmax"] = size // values * 4
         if scheme.turned:  # blocks run across the rows
-            self.group = self.strip = rows
+            self.group = self.strip = scheme.shape[0]
             self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:

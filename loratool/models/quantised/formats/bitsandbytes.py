@@ -172,11 +172,11 @@ def _four_bit(module: Module) -> FourBit:
     state = json_in(module, states[0])
     weight = module.want("weight", title)
     shape, block = state.get("shape"), state.get("blocksize")
-    good = isinstance(shape, list) and len(shape) == 2 and all(
+    good = isinstance(shape, list) and len(shape) in (2, 3) and all(
         type(n) is int and 0 < n < 1 << 31 for n in shape
     )  # fmt: skip
     if not good or not isinstance(shape, list):
-        module.refuse(f"its quant_state has no shape of two sizes ({value_text(shape)})")
+        module.refuse(f"its quant_state has no shape of a matrix or a stack ({value_text(shape)})")
     if type(block) is not int or block < 2 or block % 2 or block > 1 << 20:
         module.refuse(f"its quant_state has no blocksize ({value_text(block)})")
     said = state.get("dtype")
@@ -185,11 +185,11 @@ def _four_bit(module: Module) -> FourBit:
         module.refuse(
             f"its quant_state has the dtype {value_text(said)}, expected {' or '.join(_DTYPES)}"
         )
-    out, width = shape
+    count = math.prod(shape)
     module.want_dtype(weight, *_STORAGES)
-    if weight.nbytes != -(-(out * width) // 2 // weight.itemsize) * weight.itemsize:
+    if weight.nbytes != -(-count // 2 // weight.itemsize) * weight.itemsize:
         module.refuse(f"{weight} holds {2 * weight.nbytes} codes, and its shape is {shape}")
-    blocks = -(-out * width // block)
+    blocks = -(-count // block)
     absmax = module.want("absmax", title)
     parts = {"weight": weight, "absmax": absmax, "quant_map": module.want("quant_map", title)}
     module.want_shape(absmax, (blocks,))
@@ -204,12 +204,10 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-    turned = module.is_conv1d
+    turned = module.is_conv1d and len(shape) == 2
     extras = module.beside(parts, states)
-    return FourBit(
-        (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
-        turned,
-    )  # fmt: skip
+    plain = tuple(reversed(shape) if turned else shape)
+    return FourBit(plain, parts, extras, kind, block, nested, offset, dtype, turned)
 
 
 def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:

@@ -90,8 +90,7 @@ class _Rows(Opened):
             at = end
         values -= self._spread(self._zeros, low, high)
         round_in_place(values, self._scheme.rounded)
-        values *= self._spread(self._scales, low, high)
-        round_in_place(values, self._scheme.rounded)
+        values *= self._spread(self._scales, low, high)  # rounded with the values themselves
 
     def _read(self, low: int, high: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint32]:
         """Items `[low, high)`, which may lie in the file as other numbers of the same bytes."""

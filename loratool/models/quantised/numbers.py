@@ -145,9 +145,18 @@ def decode_integers(codes: npt.NDArray[Any], out: _Floats) -> None:
     torch.from_numpy(out).copy_(torch.from_numpy(codes))
 
 
-def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """The codes in 32-bit words along the last axis, lowest bits first and without gaps: a code
-    may straddle two words. `[…, n]` int32 -> `[…, 32·n // bits]`."""
+def unpacked(words: npt.NDArray[Any], bits: int, straddling: bool = True) -> npt.NDArray[np.uint8]:
+    """The codes in 32-bit words along the last axis, lowest bits first.
+
+    `[…, n]` int32 -> `[…, 32·n // bits]`: without gaps, so that a code may straddle two words; or
+    otherwise `[…, n·(32 // bits)]`, with the last bits of a word unused.
+    """
+    if not straddling and 32 % bits:
+        places = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+        parted = np.ascontiguousarray(words).view(np.uint32)[..., None] >> places
+        parted &= np.uint32((1 << bits) - 1)
+        apart: npt.NDArray[np.uint8] = parted.astype(np.uint8)
+        return apart.reshape(*words.shape[:-1], -1)
     octets = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return octets

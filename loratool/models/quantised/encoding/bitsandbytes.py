@@ -48,7 +48,12 @@ class FourBitEncoder(Encoder):
             self._nested_levels, self._nested_codes = _sorted(levels)
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         blocks = _in_blocks(values.T if self._scheme.turned else values, self._block)
         absmax = largest(blocks)
@@ -108,7 +113,12 @@ class EightBitEncoder(Encoder):
         self._led: Floats | None = None
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         if self.lead == role:
             return largest(values.T)

@@ -38,6 +38,4 @@ _ENCODERS: dict[type[Scheme], Callable[[Any], Encoder]] = {
 def encoder_of(scheme: Scheme) -> Encoder | None:
     """The way back into a scheme; None where it is only read."""
     make = _ENCODERS.get(type(scheme))
-    if isinstance(scheme, PackedIntegers) and scheme.loose:
-        return None  # versions of compressed-tensors before 0.18
     return make(scheme) if make is not None else None

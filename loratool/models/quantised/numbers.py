@@ -69,7 +69,31 @@ def thread_buffer(name: str, count: int, dtype: Any = np.uint8) -> npt.NDArray[A
     return buffer[:size].view(dtype)
 
 
+def midpoints(values: _Floats, upper: bool) -> _Floats:
+    """Half way from each of the values of codes to the next one below or above; beyond the last
+    one infinity."""
+    levels = np.unique(values)
+    between = (levels[:-1] + levels[1:]) / 2
+    ends = [*between, np.inf] if upper else [-np.inf, *between]
+    found: _Floats = np.array(ends, np.float32)[np.searchsorted(levels, values)]
+    return found
+
+
+#: Ends of what E4M3 codes stand for, the lower ones and the upper ones, by byte.
+E4M3_ENDS = tuple(
+    np.where(np.isnan(E4M3), E4M3, midpoints(np.nan_to_num(E4M3), upper)) for upper in (False, True)
+)
+
+
 # --- codes ----------------------------------------------------------------------------------------
+
+
+def ends_of_codes(codes: _Floats, upper: bool, lowest: int, highest: int) -> None:
+    """Move whole numbers half way to the next one below or above, in place; beyond the last one to
+    infinity."""
+    last = codes == (highest if upper else lowest)
+    codes += np.float32(0.5 if upper else -0.5)
+    codes[last] = np.inf if upper else -np.inf
 
 
 def pair_table(values: npt.NDArray[np.float32], high_first: bool) -> npt.NDArray[np.int64]:

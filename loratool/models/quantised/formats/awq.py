@@ -7,6 +7,7 @@ the layer before. So the weights are not those of the original.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,10 @@ class Awq(Scheme):
     def rescaled(self) -> bool:
         return True
 
+    @property
+    def is_nearest(self) -> bool:
+        return False
+
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
 
@@ -68,6 +73,11 @@ class _Rows(Opened):
         if whole is not out:
             out[:] = whole[first - low * 8 :][: len(out)]
         scale_groups(out, self._zeros[first:last], self._scales[first:last], self._group)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        aside = copy(self)
+        aside._zeros = self._zeros - np.float32(0.5 if upper else -0.5)
+        aside.rows(first, last, out)
 
 
 def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy.typing as npt
 from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import (
     decode_pairs,
+    ends_of_codes,
+    midpoints,
     multiply_groups,
     pair_table,
     thread_buffer,
@@ -76,6 +79,7 @@ class _FourBitRows(Opened):
     def __init__(self, scheme: FourBit, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
+        self._files = files
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
@@ -84,29 +88,72 @@ class _FourBitRows(Opened):
         self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        self._fill(first, last, out, self._pairs, self._absmax)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        levels = read_finite(self._scheme.parts["quant_map"], self._files)
+        # Nothing is beyond the largest magnitude.
+        ends = midpoints(levels, upper).clip(levels.min(), levels.max())
+        self._fill(first, last, out, pair_table(ends, high_first=True), self._absmax)
+        if self._scheme.parts["absmax"].dtype == "U8":
+            off = np.empty_like(out)
+            pairs = pair_table(np.abs(ends), high_first=True)
+            self._fill(first, last, off, pairs, self._rounded_off)
+            out += off if upper else -off
+
+    @cached_property
+    def _rounded_off(self) -> npt.NDArray[np.float32]:
+        """By how much codes of 8 bits may be off from the largest magnitude of each block."""
+        parts, files = self._scheme.parts, self._files
+        levels = read_finite(parts["nested_quant_map"], files)
+        lower, upper = (
+            midpoints(levels, up).clip(levels.min(), levels.max()) for up in (False, True)
+        )
+        codes = read_part(parts["absmax"], files)
+        values: npt.NDArray[np.float32] = np.maximum(upper - levels, levels - lower).take(codes)
+        scales = read_finite(parts["nested_absmax"], files)
+        values *= np.repeat(scales, self._scheme.nested_blocksize)[: len(values)]
+        return values
+
+    def _fill(
+        self,
+        first: int,
+        last: int,
+        out: Floats,
+        pairs: npt.NDArray[np.int64],
+        scales: npt.NDArray[np.float32],
+    ) -> None:
+        """What `pairs` says of the codes of these rows, times the scale of each block."""
         columns = self._scheme.columns
         if not self._scheme.turned:
-            self._flat(first * columns, last * columns, out.reshape(-1))
+            self._flat(first * columns, last * columns, out.reshape(-1), pairs, scales)
             return
         # Columns of what is stored, from all of its rows.
         width = self._scheme.shape[0]
         if width % 2:
             whole = np.empty((columns, width), np.float32)
-            self._flat(0, self._count, whole.reshape(-1))
+            self._flat(0, self._count, whole.reshape(-1), pairs, scales)
             out[:] = whole[:, first:last].T
             return
         begin, end = first // 2, (last + 1) // 2
         octets = self._held.raw()[: self._count // 2].reshape(columns, width // 2)[:, begin:end]
-        values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
+        values = pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
-        out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
+        out[:] = (values * scales.take(places // self._scheme.blocksize)).T
 
-    def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
+    def _flat(
+        self,
+        low: int,
+        high: int,
+        out: npt.NDArray[np.float32],
+        pairs: npt.NDArray[np.int64],
+        scales: npt.NDArray[np.float32],
+    ) -> None:
         """Values `[low, high)` of the flat matrix."""
         begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
         whole = (begin, end) == (low, high)
         values = out if whole else thread_buffer("pairs", end - begin, np.float32)
-        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
+        decode_pairs(pairs, self._bytes(begin // 2, end // 2), values)
         if not whole:
             out[:] = values[low - begin : high - begin]
         # A short block, whole ones, and a short one.
@@ -115,9 +162,9 @@ class _FourBitRows(Opened):
         last = max(first, high - high % block)
         for start, stop in ((low, first), (first, last), (last, high)):
             if start < stop:
-                scales = self._absmax[start // block : -(-stop // block), None]
-                part = out[start - low : stop - low].reshape(len(scales), -1)
-                multiply_groups(part, scales, part.shape[1])
+                own = scales[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(own), -1)
+                multiply_groups(part, own, part.shape[1])
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
         """Bytes `[low, high)` of the codes, in a buffer of this thread."""
@@ -244,14 +291,24 @@ class _EightBitRows(Opened):
         self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        self._decode(first, last, out)
+        self._scale(first, last, out)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self._decode(first, last, out)
+        ends_of_codes(out, upper, -128, 128)
+        self._scale(first, last, out)
+
+    def _decode(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]
         if self._held is not None:  # columns of what is stored, from all of its rows
             out[:] = self._held.raw().view(np.int8).reshape(self._stored)[:, first:last].T
-            out *= self._scales
         else:
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
-            out *= self._scales[first:last, None]
+
+    def _scale(self, first: int, last: int, out: Floats) -> None:
+        out *= self._scales if self._held is not None else self._scales[first:last, None]
         out *= _ONE_127TH
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from loratool.models.quantised.numbers import (
     E8M0,
     decode_columns,
     decode_pairs,
+    midpoints,
     multiply_groups,
     pair_table,
     thread_buffer,
@@ -31,6 +33,9 @@ from loratool.storage.tensors import FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
+#: Ends of what codes stand for, the lower ones and the upper ones.
+_ENDS = tuple(midpoints(E2M1, upper) for upper in (False, True))
+_PAIRS_OF_ENDS = tuple(pair_table(ends, high_first=False) for ends in _ENDS)
 _LARGEST_CODE = 6
 _POWERS = ("F8_E8M0", "U8")
 #: Values that share a scale, where the config does not say another number.
@@ -76,10 +81,23 @@ class _GroupedRows(Opened):
                 raise broken_part(info, f"it holds {self._factor}")
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        self._decode(first, last, out, _PAIRS)
+        scales = self._scale_rows(first, last, out)
+        _check_range(out, scales, self._scale)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self._decode(first, last, out, _PAIRS_OF_ENDS[upper])
+        self._scale_rows(first, last, out)
+
+    def _decode(self, first: int, last: int, out: Floats, pairs: npt.NDArray[np.int64]) -> None:
+        """What `pairs` says of the codes of these rows."""
         width = self._scheme.columns // 2
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
-        decode_pairs(_PAIRS, codes, out.reshape(-1))
+        decode_pairs(pairs, codes, out.reshape(-1))
+
+    def _scale_rows(self, first: int, last: int, out: Floats) -> Floats:
+        """Multiply by the scale of each group, in place; the scales of each row."""
         scales = self._scales.of_rows(first, last)
         with np.errstate(over="ignore"):
             if self._scheme.factor == "divides":
@@ -87,7 +105,7 @@ class _GroupedRows(Opened):
             elif self._scheme.factor:
                 scales = scales * self._factor
         multiply_groups(out, scales, self._scheme.grid.block[1])
-        _check_range(out, scales, self._scale)
+        return scales
 
 
 @dataclass(frozen=True)
@@ -120,11 +138,27 @@ class _TurnedRows(Opened):
         self._held: OrderedDict[int, _Expert] = OrderedDict()
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        for expert, low, high, own in self._by_expert(first, last, out):
+            decode_columns(expert.codes, low, high, own)
+            scales = self._scale_columns(expert, low, high, own)
+            _check_range(own, scales, self._scale)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        for expert, low, high, own in self._by_expert(first, last, out):
+            codes = expert.codes[:, low // 2 : -(-high // 2)].T
+            pairs = np.stack([codes & 15, codes >> 4], 1).reshape(-1, self._width)
+            own[:] = _ENDS[upper].take(pairs[low % 2 :][: high - low])
+            self._scale_columns(expert, low, high, own)
+
+    def _by_expert(
+        self, first: int, last: int, out: Floats
+    ) -> Iterator[tuple[_Expert, int, int, Floats]]:
+        """Each expert that rows are of, which of its own they are, and their part of `out`."""
         at = first
         while at < last:
             expert, low = divmod(at, self._depth)
             high = min(self._depth, low + last - at)
-            self._columns(self._expert(expert), low, high, out[at - first :][: high - low])
+            yield self._expert(expert), low, high, out[at - first :][: high - low]
             at += high - low
 
     def _expert(self, number: int) -> _Expert:
@@ -141,16 +175,16 @@ class _TurnedRows(Opened):
                     self._held.popitem(last=False)
             return self._held[number]
 
-    def _columns(self, expert: _Expert, low: int, high: int, out: Floats) -> None:
-        decode_columns(expert.codes, low, high, out)
+    def _scale_columns(self, expert: _Expert, low: int, high: int, out: Floats) -> Floats:
+        """Multiply by the scale of each group, in place; the scales of each row."""
         groups = range(low // _MX_GROUP, -(-high // _MX_GROUP))
-        scales = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
+        scales: Floats = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
         if not np.isfinite(scales).all():
             raise broken_part(self._scale, "it holds NaN or infinity")
         for group, one in zip(groups, scales, strict=True):
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
             out[max(0, begin) : end] *= one
-        _check_range(out, scales, self._scale)
+        return scales
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,24 @@ from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
+    E4M3_ENDS,
     decode_e4m3,
     decode_integers,
+    ends_of_codes,
     has_e4m3_nan,
     integers_as_float32,
     multiply_groups,
     subtract_groups,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part
-from loratool.storage.tensors import FilePool, TensorInfo
+from loratool.models.quantised.scheme import (
+    Floats,
+    Opened,
+    Scheme,
+    blur_of_sums,
+    broken_part,
+)
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
 #: Roles of scales in the order in which they are looked for; the last two are of names that other
@@ -68,6 +76,10 @@ class Scaled(Scheme):
     def bits(self) -> int:
         return 8
 
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(8) if "zero" in self.parts else 0.0
+
     def opened(self, files: FilePool) -> Opened:
         return _ScaledRows(self, files)
 
@@ -86,21 +98,41 @@ class _ScaledRows(Opened):
         self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        columns, group = self._scheme.columns, self._scheme.grid.block[1]
-        codes = thread_buffer("codes", (last - first) * columns)
-        self._codes.read_into(first * columns, last * columns, codes)
+        codes = self._read(first, last)
         if self._main.dtype == "I8":
             decode_integers(codes.view(np.int8), out.reshape(-1))
         else:
             if has_e4m3_nan(codes):
                 raise broken_part(self._main, "it holds NaN")
             decode_e4m3(codes, out.reshape(-1))
+        scales = self._scale_rows(first, last, out)
+        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
+            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        codes = self._read(first, last)
+        if self._main.dtype == "I8":
+            decode_integers(codes.view(np.int8), out.reshape(-1))
+            ends_of_codes(out, upper, -128, 127)
+        else:
+            E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
+        self._scale_rows(first, last, out)
+
+    def _read(self, first: int, last: int) -> Bytes:
+        """The codes of these rows, in a buffer of this thread."""
+        columns = self._scheme.columns
+        codes: Bytes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
+        return codes
+
+    def _scale_rows(self, first: int, last: int, out: Floats) -> Floats:
+        """`(code − zero)·scale`, in place; the scales of each row."""
+        group = self._scheme.grid.block[1]
         if self._zeros is not None:
             subtract_groups(out, self._zeros.of_rows(first, last), group)
         scales = self._scales.of_rows(first, last)
         multiply_groups(out, scales, group)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        return scales
 
 
 def scaled(

@@ -7,6 +7,7 @@ every zero less one, taken from whole words of them.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,10 @@ class Gptq(Scheme):
     def bits(self) -> int:
         return self.width
 
+    @property
+    def is_nearest(self) -> bool:
+        return False
+
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
 
@@ -82,6 +87,11 @@ class _Rows(Opened):
         values = np.empty((out.shape[1], high - low), np.float32)
         self._fill(values, slice(None), low)
         out[:] = values[:, first - low : last - low].T
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        aside = copy(self)
+        aside._zeros = self._zeros - np.float32(0.5 if upper else -0.5)
+        aside.rows(first, last, out)
 
     def _fill(self, out: Floats, outputs: slice, low: int) -> None:
         """Values of these outputs, `[outputs, inputs]`, from input `low` on."""

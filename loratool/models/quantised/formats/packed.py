@@ -18,6 +18,7 @@ from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_integers,
     decode_pairs,
+    ends_of_codes,
     integers_as_float32,
     multiply_groups,
     pair_table,
@@ -25,7 +26,14 @@ from loratool.models.quantised.numbers import (
     thread_buffer,
     unpacked,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
+from loratool.models.quantised.scheme import (
+    Floats,
+    Opened,
+    Scheme,
+    blur_of_sums,
+    broken_part,
+    read_part,
+)
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import Values, values_of
 
@@ -52,6 +60,10 @@ class PackedIntegers(Scheme):
     def bits(self) -> int:
         return self.width
 
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(self.width) if "zero" in self.parts else 0.0
+
     def opened(self, files: FilePool) -> Opened:
         return _PackedRows(self, files)
 
@@ -72,10 +84,24 @@ class _PackedRows(Opened):
         self._order = _order(parts["order"], grid, files) if "order" in parts else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        group = self._scheme.grid.block[1]
+        self._read(first, last, out)
+        self._scale(first, last, out)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self._read(first, last, out)
+        bits = self._scheme.width
+        ends_of_codes(out, upper, -(1 << bits - 1), (1 << bits - 1) - 1)
+        self._scale(first, last, out)
+
+    def _read(self, first: int, last: int, out: Floats) -> None:
+        """The codes of these rows as whole numbers."""
         words = thread_buffer("codes", (last - first) * self._words * 4)
         self._codes.read_into(first * self._words, last * self._words, words)
         self._decode(words.reshape(last - first, -1), out)
+
+    def _scale(self, first: int, last: int, out: Floats) -> None:
+        """`(code − zero)·scale`, in place."""
+        group = self._scheme.grid.block[1]
         scales = self._scales.of_rows(first, last)
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
         if self._order is not None:  # columns of a group do not lie side by side

@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from loratool.errors import FileError
 from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import E4M3
+from loratool.models.quantised.numbers import E4M3, E4M3_ENDS, ends_of_codes
 from loratool.models.quantised.scheme import (
     Floats,
     Opened,
     Scheme,
+    blur_of_sums,
     broken_part,
     read_finite,
     read_part,
@@ -56,6 +57,10 @@ class TorchAo(Scheme):
     def bits(self) -> int:
         return 8 if self.kind == "FP8" else int(self.kind.removeprefix("int"))
 
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(self.bits) if "zero_point" in self.parts else 0.0
+
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
 
@@ -72,19 +77,36 @@ class _Rows(Opened):
         self._zeros = None if zeros is None else _zeros(zeros, files).reshape(self._scales.shape)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        scheme, columns = self._scheme, self._scheme.columns
-        raw = self._codes.bytes(first * columns, last * columns).reshape(out.shape)
-        if scheme.kind == "FP8":
+        raw = self._raw(first, last)
+        if self._scheme.kind == "FP8":
             if ((raw & 127) == 127).any():
                 raise broken_part(self._codes.info, "it holds NaN")
             E4M3.take(raw, out=out, mode="clip")  # without a buffer between
         else:
             out[:] = raw.view(np.int8)
+        self._scale(first, last, out, self._scheme.rounded)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        raw, bits = self._raw(first, last), self._scheme.bits
+        if self._scheme.kind == "FP8":
+            E4M3_ENDS[upper].take(raw, out=out, mode="clip")
+        else:
+            out[:] = raw.view(np.int8)
+            ends_of_codes(out, upper, -(1 << bits - 1), (1 << bits - 1) - 1)
+        self._scale(first, last, out, "F32")
+
+    def _raw(self, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """The codes of these rows."""
+        columns = self._scheme.columns
+        return self._codes.bytes(first * columns, last * columns).reshape(-1, columns)
+
+    def _scale(self, first: int, last: int, out: Floats, rounded: str) -> None:
+        """`(code − zero)·scale`, in place, the difference rounded to this dtype."""
         block = self._blocks_of(first, last)
         values = out.reshape(len(out), self._blocks[-1], -1)
         if self._zeros is not None:
             values -= self._zeros[block][..., None]
-            round_in_place(out, scheme.rounded)
+            round_in_place(out, rounded)
         values *= self._scales[block][..., None]
 
     def _blocks_of(self, first: int, last: int) -> npt.NDArray[np.intp]:

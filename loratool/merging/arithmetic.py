@@ -31,7 +31,7 @@ from loratool.merging.rounding import (
     narrowed,
     squared,
 )
-from loratool.storage.tensors import Bytes, FilePool, block_elements, blocks
+from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
@@ -69,7 +69,9 @@ class RunningJob:
 
     @property
     def task_elements(self) -> int:
-        return BLOCKS_PER_TASK * self.block_elements
+        # What is made of parts that are larger than a block anyway fills its task with fewer.
+        fitting = BLOCKS_PER_TASK * BLOCK_ELEMENTS // self.block_elements
+        return max(1, min(BLOCKS_PER_TASK, fitting)) * self.block_elements
 
     @cached_property
     def taken(self) -> list[Delta]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from loratool.errors import BaseError
 from loratool.merging.counts import Counts, KeptOfDelta
 from loratool.merging.plan import Plan
 from loratool.merging.requantised import Again, PartAgain
+from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.words import percent
@@ -42,26 +44,30 @@ def sample_kept(plan: Plan, of_few_bits: bool = False) -> KeptOfDelta | None:
         plan.base.fetch({part.weight.name for part in parts})
     counts = Counts()
     with FilePool() as files:
-        for part, row in _places(parts):
-            values = Again(part, files)
-            first = row // values.encoder.group // values.step * values.step
-            values.encoded(first, min(first + values.step, values.groups), counts)
+        for part, rows in _places(parts):
+            values, count = Again(part, files), math.prod(part.weight.shape[:-1])
+            for low in sorted({row // values.step * values.step for row in rows}):
+                values.encoded(low, min(low + values.step, count), counts)
     return counts.kept_of_delta
 
 
-def _places(parts: Sequence[PartAgain]) -> Iterator[tuple[PartAgain, int]]:
+def _places(parts: Sequence[PartAgain]) -> Iterator[tuple[PartAgain, list[int]]]:
     """Rows spread evenly over all weights together."""
-    if any(taken.how != "given" for part in parts for taken in part.job.taken):
-        # A decomposition of each.
+    if any(_is_read_whole(part) for part in parts):
         parts = parts[:: -(-len(parts) // _FEW)]
-        yield from ((part, 0) for part in parts)
-        return
     spacing = max(1, sum(part.weight.numel for part in parts) // _SAMPLES)
     end = 0
     for part in parts:
         begin, end = end, end + part.weight.numel
-        for place in range(-(-begin // spacing) * spacing, end, spacing):
-            yield part, (place - begin) // part.weight.shape[-1]
+        found = range(-(-begin // spacing) * spacing, end, spacing)
+        yield part, [(place - begin) // part.weight.shape[-1] for place in found]
+
+
+def _is_read_whole(part: PartAgain) -> bool:
+    """Whether nothing is known of a row before all rows are."""
+    encoder = encoder_of(part.weight.stored_as)
+    leads = encoder is not None and encoder.lead is not None
+    return leads or any(taken.how != "given" for taken in part.job.taken)
 
 
 def refuse_loss(plan: Plan) -> None:

@@ -17,6 +17,7 @@ from loratool.merging.replication import original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.names import is_legacy_buffer
+from loratool.models.quantised.base import as_stored
 from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
 from loratool.storage.header import build_header
@@ -153,6 +154,11 @@ class Plan:
     @property
     def jobs(self) -> list[Job]:
         return [job for jobs in self.shards.values() for job in jobs]
+
+    def is_of_base(self, source: TensorInfo) -> bool:
+        """Whether a job's source is a tensor of the base, as its files hold it or dequantised."""
+        models = self.base, as_stored(original(self.base))
+        return any(source is model.tensors.get(source.name) for model in models)
 
     @property
     def weight_jobs(self) -> list[Job]:

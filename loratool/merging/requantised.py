@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,8 +17,9 @@ import numpy.typing as npt
 
 from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.plan import Edits, Job, Plan, make_job
-from loratool.models.quantised.encoding.encoder import Codes, Encoder
+from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.encoders import encoder_of
+from loratool.models.quantised.encoding.rounding import Codes
 from loratool.models.quantised.scheme import Floats, QuantisedTensor
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, as_float32, blocks
@@ -28,8 +30,8 @@ from loratool.storage.values import Values, values_of
 class PartAgain(Composed):
     """A part of a quantised weight, as it comes of what `job` makes of the weight.
 
-    Name, dtype, shape and place are those that it had. `strip` is the number of bytes that a group
-    of rows has in it, 0 where it is made as a whole.
+    Name, dtype, shape and place are those that it had. `strip` is how many of its bytes are made
+    together.
     """
 
     job: Job = field(kw_only=True)
@@ -53,7 +55,7 @@ class PartAgain(Composed):
 
     @property
     def run(self) -> int:
-        return self.strip // self.itemsize or max(1, self.numel)
+        return max(1, self.strip // self.itemsize)
 
 
 def jobs_again(plan: Plan, edits: dict[str, Edits]) -> dict[str, Job]:
@@ -63,23 +65,28 @@ def jobs_again(plan: Plan, edits: dict[str, Edits]) -> dict[str, Job]:
         return found
     for name in sorted(plan.treatment.back):
         weight = plan.treatment.base.weights[name]
-        scheme = weight.stored_as
-        encoder = encoder_of(scheme)
+        encoder = encoder_of(weight.stored_as)
         assert encoder is not None
         job = replace(make_job(plan, name, weight, edits[name]), dtype="F32")
-        for role, strip in encoder.strips.items():
-            part = scheme.parts[role]
-            source = PartAgain(
-                part.name, part.dtype, part.shape, part.file, part.start, stamp=part.stamp,
-                parts=(*scheme.parts.values(), job.source), job=job, weight=weight, role=role,
-                strip=strip,
-            )  # fmt: skip
-            found[part.name] = Job(part.name, part.dtype, source, job.action, checked=False, of=job)
+        for role in encoder.sizes:
+            source = _part_again(weight, role, job, encoder)
+            found[source.name] = Job(
+                source.name, source.dtype, source, job.action, checked=False, of=job
+            )
     return found
 
 
+def _part_again(weight: QuantisedTensor, role: str, job: Job, encoder: Encoder) -> PartAgain:
+    part = weight.stored_as.parts[role]
+    return PartAgain(
+        part.name, part.dtype, part.shape, part.file, part.start, stamp=part.stamp,
+        parts=(*weight.parts, job.source), job=job, weight=weight, role=role,
+        strip=encoder.sizes[role],
+    )  # fmt: skip
+
+
 class Again(MeasuredValues):
-    """The bytes of a part, made of groups of merged rows. Groups that do not change keep theirs."""
+    """The bytes of a part, made of strips of merged rows. Strips that do not change keep theirs."""
 
     def __init__(self, info: PartAgain, files: FilePool) -> None:
         from loratool.merging.arithmetic import RunningJob  # torch: about two seconds to import
@@ -87,7 +94,7 @@ class Again(MeasuredValues):
         super().__init__(info)
         self._part = info
         self._rows = RunningJob(info.job, files)
-        self._kept = values_of(info.before, files)
+        self._old = values_of(info.before, files)
         self._base: Values | None = None  # where it is not what the merge begins with
         if info.job.source is not info.weight:
             self._base = values_of(info.weight, files)
@@ -97,9 +104,13 @@ class Again(MeasuredValues):
         self.encoder: Encoder = encoder
         self._columns = info.weight.shape[-1]
         self._count = math.prod(info.weight.shape[:-1])
-        # One thread makes what is made as a whole.
+        self._is_lead = info.role == encoder.lead
+        self._lead: Again | None = None
+        if encoder.lead is not None and not self._is_lead:
+            self._lead = Again(_part_again(info.weight, encoder.lead, info.job, encoder), files)
+        # One thread makes it, before anything else.
         self._lock = threading.Lock()
-        self._whole: tuple[Bytes, Counts] | None = None
+        self._follows = False
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         self._read(low, high, raw, None)
@@ -110,74 +121,85 @@ class Again(MeasuredValues):
     def _read(self, low: int, high: int, raw: Bytes, counts: Counts | None) -> None:
         size, strip = self.info.itemsize, self._part.strip
         begin, end = low * size, high * size
-        if not strip:
-            whole, found = self._made_whole()
-            raw[:] = whole[begin:end]
-            if counts is not None and low == 0:
-                counts += found
-            return
         first, last = begin // strip, -(-end // strip)
-        # Where rows have few bytes in a part, a piece of it is of very many.
-        for low, high in blocks(last - first, self.step):
-            at = (first + low) * strip
-            made = self._strips(first + low, first + high, counts)
+        for low_strip, high_strip in blocks(last - first, self._together):
+            at = (first + low_strip) * strip
+            made = self._strips(first + low_strip, first + high_strip, counts)
             start, stop = max(0, begin - at), min(len(made), end - at)
             raw[at + start - begin : at + stop - begin] = made[start:stop]
 
-    def _strips(self, first: int, last: int, counts: Counts | None) -> Bytes:
-        """The bytes of groups `[first, last)`."""
-        strip, size = self._part.strip, self.info.itemsize
-        codes, same = self.encoded(first, last, counts)
-        begin, end = first * strip, min(last * strip, self.info.nbytes)
-        made = np.zeros(end - begin, np.uint8)
-        joined = self.encoder.joined(self._part.role, [codes])
-        made[: len(joined)] = joined
-        if same.any():
-            as_they_were = np.repeat(same, strip)[: len(made)]
-            made[as_they_were] = self._kept.bytes(begin // size, end // size)[as_they_were]
-        return made
-
-    def _made_whole(self) -> tuple[Bytes, Counts]:
-        with self._lock:
-            if self._whole is None:
-                counts, pieces, same = Counts(), [], True
-                for first, last in blocks(self.groups, self.step):
-                    piece, unchanged = self.encoded(first, last, counts)
-                    pieces.append(piece)
-                    same = same and bool(unchanged.all())
-                made = self._kept.bytes(0, self._kept.length)
-                if not same:
-                    joined = self.encoder.joined(self._part.role, pieces)
-                    made[: len(joined)] = joined
-                self._whole = made, counts
-            return self._whole
+    @property
+    def _height(self) -> int:
+        """Rows of a strip."""
+        return self._count if self._is_lead else self.encoder.strip
 
     @property
-    def groups(self) -> int:
-        """How many groups the weight's rows make."""
-        return -(-self._count // self.encoder.group)
+    def _together(self) -> int:
+        """Strips that are made together. Where they consist of several groups it is one."""
+        if self._height > self.encoder.group:
+            return 1
+        return max(1, BLOCK_ELEMENTS // (self._height * self._columns))
 
     @property
     def step(self) -> int:
-        """Groups of about a block of elements."""
-        return max(1, BLOCK_ELEMENTS // (self.encoder.group * self._columns))
+        """Rows that are encoded together: whole groups, of about a block of elements."""
+        group = self.encoder.group
+        return max(1, BLOCK_ELEMENTS // (group * self._columns)) * group
+
+    def _strips(self, first: int, last: int, counts: Counts | None) -> Bytes:
+        """The bytes of strips `[first, last)`."""
+        strip, size = self._part.strip, self.info.itemsize
+        begin, end = first * strip, min(last * strip, self.info.nbytes)
+        same: list[npt.NDArray[np.bool_]] = []
+        joined = self.encoder.joined(self._part.role, self._pieces(first, last, counts, same))
+        made = np.zeros(end - begin, np.uint8)
+        made[: len(joined)] = joined
+        unchanged = np.concatenate(same)
+        if self._height > self.encoder.group:
+            unchanged = np.array([unchanged.all()])
+        if self._lead is None and unchanged.any():
+            kept = np.repeat(unchanged, strip)[: len(made)]
+            made[kept] = self._old.bytes(begin // size, end // size)[kept]
+        return made
+
+    def _pieces(
+        self, first: int, last: int, counts: Counts | None, same: list[npt.NDArray[np.bool_]]
+    ) -> Iterator[Codes]:
+        """What the rows of strips `[first, last)` are in the part; into `same`, which of their
+        groups are as they were."""
+        begin, end = first * self._height, min(last * self._height, self._count)
+        for low, high in blocks(end - begin, self.step):
+            codes, unchanged = self.encoded(begin + low, begin + high, counts)
+            same.append(unchanged)
+            yield codes
 
     def encoded(
         self, first: int, last: int, counts: Counts | None
     ) -> tuple[Codes, npt.NDArray[np.bool_]]:
-        """What groups `[first, last)` are in the part, and which of them are as they were."""
+        """What whole groups of rows, `[first, last)`, are in the part, and which of them are as
+        they were."""
+        self._follow()
         group = self.encoder.group
-        begin, end = first * group, min(last * group, self._count)
-        values, before = self._merged(begin, end)
+        values, before = self._merged(first, last)
         changed = (values != before).any(1)
-        same = ~np.logical_or.reduceat(changed, np.arange(0, end - begin, group))
+        same = ~np.logical_or.reduceat(changed, np.arange(0, last - first, group))
         stand_for = np.empty_like(values) if counts is not None else None
-        codes = self.encoder.encode(self._part.role, begin, values, stand_for)
+        codes = self.encoder.encode(self._part.role, first, values, stand_for)
         if counts is not None and stand_for is not None:
-            kept = np.repeat(same, group)[: end - begin]
-            stand_for[kept] = before[kept]
+            if self._lead is None:
+                kept = np.repeat(same, group)[: last - first]
+                stand_for[kept] = before[kept]
             _count(before, values, stand_for, counts)
         return codes, same
+
+    def _follow(self) -> None:
+        """Let the encoder know what the others go by."""
+        if self._lead is None or self._follows:
+            return
+        with self._lock:
+            if not self._follows:
+                self.encoder.follow(self._lead.bytes(0, self._lead.length))
+                self._follows = True
 
     def _merged(self, first: int, last: int) -> tuple[Floats, Floats]:
         """Rows `[first, last)` of the merged weight, in this thread's scratch, and of the base."""

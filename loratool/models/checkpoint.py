@@ -22,6 +22,11 @@ from loratool.words import counted
 
 _ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
 
+#: What to do about a model in llama.cpp's format.
+CONVERT_GGUF = (
+    "Take the Hugging Face model that it was made from, or convert it first: "
+    "from_pretrained(…, gguf_file=…) and save_pretrained of transformers."
+)
 
 #: How the names of trained tensors end; buffers may well be empty.
 _PARAMETER = re.compile(r"(weight|bias|_proj|_embeddings?)$")
@@ -111,12 +116,18 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
                 f"{place.path}: this describes a model and holds no weights.",
                 f"Give the directory: {folder.path}.",
             )
+        _refuse_foreign(folder, place.file)
         if not partial:
             refuse_part(folder, place.file)
         weights = read_one(folder, place.file)
     elif folder.is_there():
         if entry_of(folder) is None and folder.has(ADAPTER_CONFIG):
             raise BaseError(f"{folder.path}: this is an adapter, not a base model.", _ORDER)
+        if entry_of(folder) is None:
+            names = folder.names(depth=0)
+            if not any(name.endswith(".safetensors") for name in names):
+                for name in names:
+                    _refuse_foreign(folder, name)
         weights = read_folder(folder, partial)
         weights.notes += rival_notes(folder, weights.tensors)
     else:
@@ -134,6 +145,18 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )
+
+
+def _refuse_foreign(folder: Folder, name: str) -> None:
+    """Raise BaseError for a file that holds a whole quantised model in a form of its own."""
+    if name.endswith(".gguf"):
+        raise BaseError(f"{folder.path / name}: a GGUF base, which is not read.", CONVERT_GGUF)
+    if name == "qmodel.pt":
+        raise BaseError(
+            f"{folder.path / name}: a model as HQQ itself saves it, in nested tables, which are "
+            "not read.",
+            "Save it with HQQ's save_to_safetensors, or merge into the unquantised model.",
+        )
 
 
 def refuse_placeholders(model: Checkpoint) -> None:

@@ -71,26 +71,29 @@ def updated_config(config: dict[str, Any], dtype: str, changes: dict[str, Any]) 
 class Rewriting:
     """What a model's files must say differently of its quantisation.
 
-    The table in config.json at `where` ("quantization_config", or "text_config.…") becomes `table`,
-    or goes where that is None; files of other names become what `others` makes of them, and those
-    of `without` do not go along.
+    The table in config.json at each of `places`, given by the keys that lead there, becomes
+    `table`, or goes where that is None; files of other names become what `others` makes of them,
+    and those of `without` do not go along.
     """
 
-    where: str
+    places: tuple[tuple[str, ...], ...]
     table: dict[str, Any] | None
     others: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
     def applied(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json with the table changed."""
-        if not self.where:
-            return config
-        parent, _, key = self.where.rpartition(".")
-        place = config if not parent else config[parent]
-        changed = {name: value for name, value in place.items() if name != key}
+        for place in self.places:
+            config = self._changed(config, place)
+        return config
+
+    def _changed(self, config: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
+        key, *rest = place
+        if rest:
+            return {**config, key: self._changed(config[key], tuple(rest))}
         if self.table is not None:
-            changed = {**place, key: self.table}
-        return {**config, parent: changed} if parent else changed
+            return {**config, key: self.table}
+        return {name: value for name, value in config.items() if name != key}
 
 
 #: What config.json calls the number of layers.

@@ -23,11 +23,13 @@ from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
+from loratool.merging.undo.counterparts import predicted_jobs
 from loratool.merging.undo.file import Undo
 from loratool.merging.undo.kept_base import kept_base
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
-from loratool.models.quantised.treatment import Quantised
+from loratool.models.quantised.base import dequantised
+from loratool.models.quantised.treatment import Quantised, refuse_dtype
 from loratool.models.sidefiles import side_files_of
 from loratool.notices import Notice, document
 from loratool.storage.destination import (
@@ -256,11 +258,12 @@ def _restore(
 def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
     """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
     wrong = []
-    jobs = {job.name: job for job in plan.jobs}
+    jobs = predicted_jobs(plan)
     for name, tensor in undo.tensors.items():
-        info, job = merged.tensors.get(name), jobs.get(name)
         if tensor.whole:
             continue
+        job = jobs[name][0] if name in jobs else None
+        info = merged.tensors.get(job.name) if job is not None else None
         if info is None or job is None:
             wrong.append(f"{name} is missing")
         elif (info.dtype, info.shape) != (job.dtype, job.source.shape):
@@ -278,13 +281,17 @@ def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
 
 def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> UnmergeReport:
     """Subtract the deltas and round once."""
-    merged, record, run = request.merged, request.record, request.run
+    merged, record, run = dequantised(request.merged), request.record, request.run
+    asked = dtype
     if dtype is None:
         known = record["base"].get("dtypes", []) if record else []
         only = dtype_name(known[0]) if len(known) == 1 else "base"
         dtype = only if only in MODEL_DTYPES else "base"
     found = plan_subtraction(merged, request.adapters, request.weights, dtype, base, record, run)
     plan = found.plan
+    if plan.treatment is not None:
+        refuse_dtype(asked, plan.treatment, "loratool dequantise, of the result")
+        dtype = plan.dtype
     refuse_irreversible(found, record)
     report = _report(request, plan, plan.bytes_to_write)
     if not record:
@@ -296,12 +303,15 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     report.dtype, report.copied_from_base = dtype, len(found.originals)
     from loratool.merging.undo.sampling import changed_by_cycle  # torch: about two seconds
 
-    adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
-    subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
-    share = subtracted / max(1, adapted)
-    report.expected_changed = share * changed_by_cycle(found.forward, plan)
-    report.exact = len(found.originals) == len(plan.jobs) and not request.remaining
+    if not (plan.treatment and plan.treatment.back):  # what quantisation took is not known
+        adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
+        subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
+        share = subtracted / max(1, adapted)
+        report.expected_changed = share * changed_by_cycle(found.forward, plan)
+    report.exact = found.is_base and not request.remaining
     files = side_files_of(merged)
+    if plan.rewriting is not None:
+        files.leave(plan.rewriting.without, "of the quantisation")
     files.fetch()
     report.side_files = sorted(files.copied)
     refuse_company(request.target, files.copied, run.overwrite)

@@ -3,9 +3,10 @@
 `OUT/loratool/undo.safetensors`, in a folder of its own because programs that load a model take
 every safetensors file beside it for weights. Its entries:
 
-* `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`
+* `residual:NAME`   what the subtraction misses in tensor NAME: chunks, see `residual`; of codes,
+                    what the nearest ones to the result of it miss
 * `whole:NAME`      all elements of a tensor that is not in the output, in compressed pieces: it was
-                    replaced, or is a part of a quantised weight that was opened
+                    replaced, or is a part of a quantised weight that became plain
 * `gain:NAME:k`     the k-th factor that DoRA multiplied NAME's rows or columns with
 * `taken:NAME:k`    what an initialisation took off NAME before training: two matrices, float32
 * `header:FILE`     the first bytes of a base shard, compressed

@@ -6,6 +6,10 @@ the products are taken on a grid on which every sum is exact (`products.ExactPro
 else is one IEEE operation per element.
 
 What the grid cuts off only makes the prediction a little worse, and what it misses is stored.
+
+Of a quantised weight that became plain the codes are predicted: those whose values, on the scales
+that it had, are nearest to the predicted ones. Rounding to 16 bits is finer than that grid, so next
+to nothing is missed, and what is stored of such a weight are its scales.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import ExactProduct, Terms
 from loratool.merging.rounding import TORCH
+from loratool.models.quantised.scheme import QuantisedTensor
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import read_float32
 from loratool.streams.scratch import scratch
@@ -48,6 +53,10 @@ class Reversal:
         self.taken = taken
         self._lock = threading.Lock()
         self.base_dtype = TORCH[base_dtype]
+        source = job.source
+        self._opened = (
+            source.stored_as.opened(files) if isinstance(source, QuantisedTensor) else None
+        )
         self.work = torch.float64 if base_dtype == "F64" else torch.float32
 
     @cached_property
@@ -71,10 +80,18 @@ class Reversal:
             _ = self.products, self._given_back, self._biases
 
     def predict(self, low: int, high: int, data: Bytes) -> Bytes:
-        """The predicted base bytes of elements `[low, high)`, from their output bytes.
+        """The predicted base bytes of elements `[low, high)`, from their output bytes: those of the
+        `Counterpart`.
 
         They lie in this thread's scratch, until the next call.
         """
+        values = self._predicted(low, high, data)
+        if self._opened is None:
+            return values.view(torch.uint8).numpy()
+        rows = values.float().numpy().reshape(-1, self.columns)
+        return self._opened.snap(low // self.columns, rows)
+
+    def _predicted(self, low: int, high: int, data: Bytes) -> torch.Tensor:
         self._prepare()
         back = scratch.get("back", high - low, self.work)
         back.copy_(torch.from_numpy(data).view(TORCH[self.job.dtype]))
@@ -95,5 +112,4 @@ class Reversal:
         if any(gain is not None for gain in self.gains):
             back.nan_to_num_()  # the sign of a NaN from ∞ - ∞ depends on the processor
         predicted = scratch.get("predicted", high - low, self.base_dtype)
-        predicted.copy_(back)
-        return predicted.view(torch.uint8).numpy()
+        return predicted.copy_(back)

@@ -21,6 +21,7 @@ import numpy as np
 from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.derivation import scale_folded
 from loratool.merging.plan import Job, Plan
+from loratool.merging.undo.counterparts import Counterpart, counterpart, predicted_jobs
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import (
     Distances,
@@ -41,18 +42,14 @@ from loratool.storage.values import values_of
 from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 
 
-def reversed_jobs(plan: Plan) -> dict[str, Job]:
-    """The jobs that begin with a tensor as the base's files hold it, by its name. Other tensors of
-    the base are not in the output."""
-    tensors = as_stored(plan.base).tensors
-    return {job.name: job for job in plan.jobs if job.source is tensors.get(job.name)}
-
-
 class RecordedMerging(Merging):
-    """A job whose source is a tensor of the base, with what its blocks need to be taken back."""
+    """A job from which a tensor of the base is predicted, with what its blocks need for that."""
 
-    def __init__(self, job: Job, files: FilePool) -> None:
+    def __init__(self, job: Job, of_base: Counterpart, files: FilePool) -> None:
         super().__init__(job, files)
+        self.of_base = of_base
+        self.is_copy = of_base.is_copied(job)
+        self.stored = self.values if of_base.info is job.source else values_of(of_base.info, files)
         self._reversal: Reversal | None = None
 
     @property
@@ -83,17 +80,28 @@ class RecordedTask(MergeTask):
     _found: list[tuple[Positions, Distances]] = field(default_factory=list)
 
     def compute(self, low: int, high: int, data: Bytes) -> None:
-        if self.job.job.is_verbatim:
+        if self.job.is_copy:
             self._compute(low, high, data, None)
             return
-        size = self.job.source.itemsize
+        size = self.job.of_base.info.itemsize
+        begin, end = self.span
         if self.base is None:
             assert self.workers is not None
-            self.base = self.workers.take((self.high - self.low) * size)
-        raw = self.base[(low - self.low) * size : (high - self.low) * size]
-        self._compute(low, high, data, raw)
+            self.base = self.workers.take((end - begin) * size)
+        first, last = self.job.of_base.span(low, high)
+        raw = self.base[(first - begin) * size : (last - begin) * size]
+        if self.job.stored is self.job.values:
+            self._compute(low, high, data, raw)
+        else:
+            self._compute(low, high, data, None)
+            self.job.stored.read_into(first, last, raw)
         positions, distances = find(raw, self.job.reversal.predict(low, high, data), size)
-        self._found.append((positions + (low - self.low), distances))
+        self._found.append((positions + (first - begin), distances))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The elements of the base's tensor that are recorded."""
+        return self.job.of_base.span(self.low, self.high)
 
     def finish(self) -> None:
         if self._found:
@@ -113,7 +121,7 @@ class UndoRecorder:
         self.base = as_stored(plan.base)
         self.kept = kept
         self.nbytes = 0
-        self._of_base = reversed_jobs(plan)
+        self._of_base = predicted_jobs(plan)
         self._table: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, Any] = {}
         self._current: RecordedMerging | None = None
@@ -131,16 +139,17 @@ class UndoRecorder:
 
     def _entries(self) -> list[str]:
         """The names of all entries that the undo file may get."""
-        names = [f"residual:{n}" for n, job in self._of_base.items() if not job.is_verbatim]
+        names = [f"residual:{n}" for n, (job, of) in self._of_base.items() if not of.is_copied(job)]
         names += [f"whole:{name}" for name in self.base.tensors if name not in self._of_base]
-        for name, job in self._of_base.items():
+        for name, (job, _) in self._of_base.items():
             names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
             names += [f"taken:{name}:{i}" for i in range(len(job.taken))]
         names += [f"header:{file}" for file in self._headers]
         return names + [f"file:{name}" for name in self.kept.files]
 
     def part(self, job: Job, files: FilePool) -> Merging:
-        return (RecordedMerging if self._of_base.get(job.name) is job else Merging)(job, files)
+        of_base = counterpart(self.plan.base, job)
+        return Merging(job, files) if of_base is None else RecordedMerging(job, of_base, files)
 
     def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:
         """Record a finished task; called in file order. `data` is what was written."""
@@ -149,14 +158,16 @@ class UndoRecorder:
         self._current = task.job if isinstance(task.job, RecordedMerging) else None
         if not isinstance(task, RecordedTask):
             return
-        name = task.job.job.name
-        row = self._row(name, task.job.task_elements)
+        of_base = task.job.of_base
+        name = of_base.info.name
+        row = self._row(name, of_base.span(0, task.job.task_elements)[1])
         row["sizes"].append(len(task.chunk))
         self._writer.append(f"residual:{name}", task.chunk)
         if task.base is None:
             self._digests[name].update(data)  # a copy: what was written is what was read
             return
-        size = (task.high - task.low) * task.job.source.itemsize
+        begin, end = task.span
+        size = (end - begin) * of_base.info.itemsize
         self._hashing.append(self._hasher.submit(self._hash, name, task.base, size, workers))
         if (
             len(self._hashing) > 2
@@ -179,25 +190,27 @@ class UndoRecorder:
         return self._table[name]
 
     def _end_tensor(self, part: RecordedMerging) -> None:
-        if not part.job.is_verbatim:
+        if not part.is_copy:
             self._keep_taken(part)
-            gains = self._table[part.job.name]["gains"]
+            name = part.of_base.info.name
+            gains = self._table[name]["gains"]
             for index, gain in enumerate(part.gains):
                 gains.append(0 if gain is None else gain.numel())
                 if gain is not None:
-                    entry = f"gain:{part.job.name}:{index}"
+                    entry = f"gain:{name}:{index}"
                     self._writer.append(entry, gain.numpy().tobytes())
 
     def _keep_taken(self, part: RecordedMerging) -> None:
         """Store what was taken off the base: another machine would decompose it otherwise."""
+        name = part.of_base.info.name
         places = [delta.place for delta in part.job.deltas]
         for index, delta in enumerate(part.reversal.taken):
             pair = delta.factors.left_right()
             assert pair is not None
             left, right = pair
             numbers = [places.index(delta.place), left.shape[0], *right.shape]
-            self._table[part.job.name]["taken"].append(numbers)
-            entry = f"taken:{part.job.name}:{index}"
+            self._table[name]["taken"].append(numbers)
+            entry = f"taken:{name}:{index}"
             self._writer.append(entry, left.tobytes() + right.tobytes())
 
     def finish(self, files: FilePool, workers: Workers) -> None:

@@ -22,6 +22,7 @@ import torch
 from loratool.errors import FileError, RestoreError
 from loratool.merging.derivation import computed_delta
 from loratool.merging.plan import Job, Plan
+from loratool.merging.undo.counterparts import Counterpart, predicted_jobs
 from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
@@ -46,7 +47,7 @@ def restore(
 
     Raises RestoreError for a tensor that does not come out as it was.
     """
-    jobs = {job.name: job for job in plan.jobs}
+    jobs = predicted_jobs(plan)
     digests: dict[str, Any] = {}
     left = {name: tensor.info.nbytes for name, tensor in undo.tensors.items()}
 
@@ -61,7 +62,12 @@ def restore(
 
     def parts(shard: BaseShard, files: FilePool) -> Iterator[OutputTensor]:
         for name in shard.tensors:
-            yield _part(undo.tensors[name], jobs.get(name), merged.tensors.get(name), undo, files)
+            tensor = undo.tensors[name]
+            if tensor.whole:
+                yield WholePart(tensor, undo, files)
+            else:
+                job, of_base = jobs[name]
+                yield ReversedPart(tensor, undo, files, job, of_base, merged.tensors[job.name])
 
     with FilePool() as files, Workers(run.threads) as workers:
         shards = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in undo.shards}
@@ -86,16 +92,6 @@ def _check_hash(name: str, found: str, undo: Undo, merged: Checkpoint) -> None:
             "Nothing was written. `loratool unmerge --subtract` does without the undo file, but "
             "not exactly.",
         )
-
-
-def _part(
-    tensor: BaseTensor, job: Job | None, merged: TensorInfo | None, undo: Undo, files: FilePool
-) -> RestoredPart:
-    if tensor.whole:
-        return WholePart(tensor, undo, files)
-    assert merged is not None
-    assert job is not None
-    return ReversedPart(tensor, undo, files, job, merged)
 
 
 class RestoredPart(ABC):
@@ -154,20 +150,27 @@ class ReversedPart(RestoredPart):
     """A tensor that was merged, cast or copied."""
 
     def __init__(
-        self, tensor: BaseTensor, undo: Undo, files: FilePool, job: Job, merged: TensorInfo
+        self,
+        tensor: BaseTensor,
+        undo: Undo,
+        files: FilePool,
+        job: Job,
+        of_base: Counterpart,
+        merged: TensorInfo,
     ) -> None:
         super().__init__(tensor, undo, files)
-        self.job = job
+        self.job, self.of_base = job, of_base
         self.merged = values_of(merged, files)
         self._lock = threading.Lock()
 
     @property
     def block_elements(self) -> int:
-        return block_elements(self.job.columns)
+        return self.of_base.span(0, block_elements(self.job.columns))[1]
 
     @cached_property
     def reversal(self) -> Reversal:
-        kind = "f8" if self.info.dtype == "F64" else "f4"
+        source = self.job.source
+        kind = "f8" if source.dtype == "F64" else "f4"
         gains = [
             self.undo.gain(self.info.name, index, kind, self.files)
             for index in range(len(self.job.deltas))
@@ -176,14 +179,14 @@ class ReversedPart(RestoredPart):
         taken = []
         for index, (place, out, _, width) in enumerate(self.tensor.taken):
             fitting = self.job.deltas[place : place + 1]
-            if not fitting or fitting[0].place.shape(self.info.shape) != (out, width):
+            if not fitting or fitting[0].place.shape(source.shape) != (out, width):
                 raise FileError(
                     f"{self.undo.path}: it is damaged at taken:{self.info.name}:{index}.",
                     "Fetch it again.",
                 )
             pair = self.undo.taken(self.info.name, index, self.files)
             taken.append(computed_delta(fitting[0], *pair))
-        return Reversal(self.job, self.info.dtype, self.files, tensors, taken)
+        return Reversal(self.job, source.dtype, self.files, tensors, taken)
 
     def prepared(self) -> Reversal:
         with self._lock:
@@ -202,13 +205,14 @@ class _ReversedTask:
 
     def compute(self, low: int, high: int, data: Bytes) -> None:
         part = self.part
-        if part.job.is_verbatim:
+        if part.of_base.is_copied(part.job):
             part.merged.read_into(low, high, data)
             return
-        size = (high - low) * part.merged.info.itemsize
+        begin, end = part.of_base.span_of_job(low, high)
+        size = (end - begin) * part.merged.info.itemsize
         merged = scratch.get("merged", size, torch.uint8).numpy()
-        part.merged.read_into(low, high, merged)
-        data[:] = part.prepared().predict(low, high, merged)
+        part.merged.read_into(begin, end, merged)
+        data[:] = part.prepared().predict(begin, end, merged)
         first, last = np.searchsorted(self.positions, (low - self.low, high - self.low))
         apply(data, self.positions[first:last] - (low - self.low), self.distances[first:last])
 

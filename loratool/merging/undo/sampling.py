@@ -11,7 +11,8 @@ import torch
 from loratool.merging.arithmetic import RunningJob
 from loratool.merging.plan import Job, Plan
 from loratool.merging.rounding import TORCH, ulp
-from loratool.merging.undo.recording import RecordedMerging, RecordedTask, reversed_jobs
+from loratool.merging.undo.counterparts import predicted_jobs
+from loratool.merging.undo.recording import RecordedMerging, RecordedTask
 from loratool.models.quantised.base import as_stored
 from loratool.storage.tensors import FilePool
 from loratool.streams.workers import Workers
@@ -25,19 +26,20 @@ _ROW_BYTES = 250
 
 def undo_bytes(plan: Plan) -> int:
     """About how many bytes the undo file of a merge will have."""
-    of_base = reversed_jobs(plan)
+    of_base = predicted_jobs(plan)
     # Deriving what was taken off would decompose matrices, and it costs little more than rounding.
     recorded = [
         replace(job, taken=tuple(t for t in job.taken if t.how == "given"))
-        for job in of_base.values()
-        if not job.is_verbatim
+        for job, counterpart in of_base.values()
+        if not counterpart.is_copied(job)
     ]
+    places = {job.name: counterpart for job, counterpart in of_base.values()}
     stored = as_stored(plan.base).tensors
     whole = [info for name, info in stored.items() if name not in of_base]
     coded = elements = 0
     with FilePool() as files, Workers(1) as workers:
         for job, place in _places(recorded):
-            part = RecordedMerging(job, files)
+            part = RecordedMerging(job, places[job.name], files)
             low, high = _block(part, place)
             task = RecordedTask(part, low=low, high=high, workers=workers)
             task.compute(low, high, np.empty((high - low) * part.itemsize, np.uint8))

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.declared import quantisation_of
 from loratool.models.quantised.formats.awq import FORMATS as AWQ
 from loratool.models.quantised.formats.bitsandbytes import FORMATS as BITSANDBYTES
 from loratool.models.quantised.formats.fp4 import FORMATS as FP4
@@ -32,7 +32,14 @@ from loratool.models.quantised.module import (
     gathered,
     read_descriptions,
 )
-from loratool.models.quantised.refusals import refuse_method, refuse_unread
+from loratool.models.quantised.refusals import (
+    is_plain,
+    packed_among,
+    refuse_method,
+    refuse_online,
+    refuse_unread,
+)
+from loratool.models.quantised.rescaling import rescaled_by
 from loratool.models.quantised.scheme import QuantisedTensor, quantised
 from loratool.storage.tensors import TensorInfo
 
@@ -55,6 +62,8 @@ class Dequantised(Checkpoint):
     weights: dict[str, QuantisedTensor] = field(kw_only=True)
     #: Tensors of the quantisation that belong to no single weight.
     extras: frozenset[str] = field(default=frozenset(), kw_only=True)
+    #: What its weights were rescaled by, so that they are others than the original's; "" for none.
+    rescaled_by: str = field(default="", kw_only=True)
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -99,10 +108,11 @@ def as_stored(base: Checkpoint) -> Checkpoint:
     return base.packed if isinstance(base, Dequantised) else base
 
 
-def dequantised(base: Checkpoint) -> Checkpoint:
+def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 
-    Raises BaseError where they are in a form that is not read, or incomplete.
+    Raises BaseError where they are in a form that is not read, or incomplete; of a `partial` base
+    those are left out.
     """
     settings = quantisation_of(base)
     modules = gathered(base, FORMATS, settings)
@@ -111,17 +121,23 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         form = next((form for form in FORMATS if form.claims(module)), None)
         if form is not None:
             claimed[name] = module, form
-    if not claimed:
-        refuse_method(base, settings)
-        refuse_unread(base, settings, base.tensors)
+    if not claimed and is_plain(base):
+        refuse_online(base, settings)
+    if not claimed and (partial or is_plain(base)):
         return base
+    if not partial:
+        refuse_method(base, settings)
     read_descriptions(
         (module for module, _ in claimed.values()),
         frozenset(role for form in FORMATS for role in form.descriptions),
     )
-    weights = {
-        name: quantised(name, form.scheme(module)) for name, (module, form) in claimed.items()
-    }
+    weights: dict[str, QuantisedTensor] = {}
+    for name, (module, form) in claimed.items():
+        try:
+            weights[name] = quantised(name, form.scheme(module))
+        except BaseError:
+            if not partial:
+                raise
     names = {t.name: n for n, weight in weights.items() for t in weight.stored_as.all_parts}
     extras = frozenset(
         info.name
@@ -129,7 +145,12 @@ def dequantised(base: Checkpoint) -> Checkpoint:
         for role, info in module.tensors.items()
         if role in ACTIVATIONS and info.name not in names
     )
-    refuse_unread(base, settings, base.tensors.keys() - names.keys() - extras)
+    others = base.tensors.keys() - names.keys() - extras
+    if partial:
+        parts = {info.name for m, _ in claimed.values() for info in m.tensors.values()}
+        extras |= others & (parts | set(packed_among(base, others)))
+    else:
+        refuse_unread(base, settings, others)
     tensors: dict[str, TensorInfo] = {}
     shards: dict[str, list[str]] = {}
     for shard, held in base.shards.items():
@@ -146,30 +167,5 @@ def dequantised(base: Checkpoint) -> Checkpoint:
     return Dequantised(
         base.source, base.folder, base.config, tensors, shards, base.metadata, base.notes,
         packed=base, settings=settings, weights=weights, extras=extras,
+        rescaled_by=rescaled_by(base, settings, (w.stored_as for w in weights.values())),
     )  # fmt: skip
-
-
-def quantisation_of(base: Checkpoint) -> Quantisation:
-    """What config.json says of quantisation, wherever in it.
-
-    Raises BaseError for a quantization_config that is no table.
-    """
-    places: dict[str, Any] = {"": base.config, **{
-        key: value for key, value in base.config.items() if isinstance(value, dict)
-    }}  # fmt: skip
-    for where, place in places.items():
-        for key in ("quantization_config", "compression_config"):
-            table = place.get(key)
-            if not table:
-                continue
-            if not isinstance(table, dict):
-                raise BaseError(
-                    f"{base.label}: {key} of its config.json is no table ({table!r:.80}).",
-                    "Repair it, or fetch it again.",
-                )
-            method = table.get("quant_method")
-            if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
-                method = "bitsandbytes"
-            name = method if isinstance(method, str) else ""
-            return Quantisation(name.lower().replace("_", "-"), table, f"{where}.{key}".lstrip("."))
-    return Quantisation()

@@ -7,15 +7,15 @@ every matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Module
+from loratool.models.quantised.module import UNQUANTISED, Module
 from loratool.models.quantised.numbers import scales_as_float32
-from loratool.models.quantised.scheme import broken_part
+from loratool.models.quantised.scheme import Floats, broken_part
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
@@ -65,7 +65,7 @@ class GridScales:
         self._numbers = numbers
         self._values = values_of(info, files)
 
-    def of_rows(self, first: int, last: int) -> npt.NDArray[np.float32]:
+    def of_rows(self, first: int, last: int) -> Floats:
         """Those of rows `[first, last)` of the matrix: `[rows, across]`."""
         low, high, index = self._grid.of_rows(first, last)
         across = self._grid.across
@@ -78,68 +78,94 @@ class GridScales:
         return numbers if len(numbers) == len(index) else numbers.take(index, 0)
 
 
+def refuse_overflow(out: Floats, scales: Floats, largest: float, info: TensorInfo) -> None:
+    """Raise BaseError where a product of scales, a part of the weight, and codes up to `largest`
+    is none that float32 holds."""
+    may = np.abs(scales).max() > np.finfo(np.float32).max / largest
+    if may and not np.isfinite(out).all():
+        raise broken_part(info, "it makes numbers that float32 cannot hold")
+
+
 def fitting_grid(
     module: Module,
     shape: tuple[int, ...],
     scale: TensorInfo,
-    blocks: Iterable[Block],
+    blocks: Sequence[Block],
+    usual: Sequence[Block] = (),
     whole: bool = False,
 ) -> Grid:
     """The grid that the scales of a weight, a matrix or a stack of them, are of, by their shape.
 
     `blocks` are those that the model names; where `whole` a scale may be one of a row, or of a
-    matrix. Raises BaseError where none fits, and where several with another meaning do.
+    matrix; those that are `usual` are tried last. Raises BaseError where none fits, and where
+    several with another meaning do.
     """
     if len(shape) not in (2, 3) or not math.prod(shape):
         module.refuse(f"it is {list(shape)}, which is no matrix and no stack of matrices")
-    *stack, rows, columns = shape
-    total = math.prod(shape[:-1])
-    # Gate and up of a stack are quantised apart, and then joined with their scales.
-    joined = stack and module.name.endswith("gate_up_proj") and rows % 2 == 0
-    heights = (rows, rows // 2) if joined else (rows,)
-    ways: list[tuple[Grid, tuple[int, ...]]] = []
-    for height in heights:
-        for block in dict.fromkeys(blocks):
-            grid = Grid(height, columns, block)
-            ways.append((grid, (*stack, rows // height * grid.down, grid.across)))
-        if whole:
-            matrix = Grid(height, columns, (height, columns))
-            ways.append((matrix, (*stack, rows // height, 1)))
-    if whole:
-        row, everything = Grid(rows, columns, (1, columns)), Grid(total, columns, (total, columns))
-        ways += [(row, (*stack, rows, 1)), (row, (*stack, rows)), (everything, (1,))]
-        ways += [(everything, ())]
-        if stack:
-            matrix = Grid(rows, columns, (rows, columns))
-            ways += [(matrix, (*stack, 1)), (matrix, (*stack,))]
-    own = _without_ones(scale.shape)
-    found = [grid for grid, wanted in ways if wanted == own]
-    if not found:
-        module.want_shape(scale, *(wanted for _, wanted in ways))
-    if len({_meaning(grid, rows) for grid in found}) > 1:
+    own = scale.shape
+    if len(own) == 4 and own[1::2] == (1, 1):  # ModelOpt keeps the axes of a block
+        own = own[::2]
+    named: list[_Way] = [
+        *_in_blocks(module, shape, blocks),
+        *(_of_whole(module, shape) if whole else ()),
+    ]
+    fitting = [grid for grid, wanted in named if wanted == own]
+    others = _in_blocks(module, shape, usual)
+    fitting = fitting or [grid for grid, wanted in others if wanted == own]
+    if not fitting:
+        module.want_shape(scale, *(wanted for _, wanted in named or others))
+    if len({_meaning(grid, shape[-2]) for grid in fitting}) > 1:
         first, last = (
-            f"{_size(grid.block)} in {grid.height} rows" for grid in (found[0], found[-1])
+            f"{grid.block[0]}×{grid.block[1]} in {grid.height} rows"
+            for grid in (fitting[0], fitting[-1])
         )
         module.refuse(
             f"{scale.name} is {list(scale.shape)}, which fits blocks of {first} and of {last}",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
-    return found[0]
+    return fitting[0]
+
+
+#: A grid and the shape that its scales have.
+_Way = tuple[Grid, tuple[int, ...]]
+
+
+def _heights(module: Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows in which blocks may begin anew: a matrix, or half of one. Gate and up of a stack are
+    quantised apart, and then joined with their scales."""
+    rows = shape[-2]
+    joined = len(shape) == 3 and module.name.endswith("gate_up_proj") and rows % 2 == 0
+    return (rows, rows // 2) if joined else (rows,)
+
+
+def _in_blocks(module: Module, shape: tuple[int, ...], blocks: Sequence[Block]) -> list[_Way]:
+    *stack, rows, columns = shape
+    grids = [
+        Grid(height, columns, block)
+        for height in _heights(module, shape)
+        for block in dict.fromkeys(blocks)
+    ]
+    return [(grid, (*stack, rows // grid.height * grid.down, grid.across)) for grid in grids]
+
+
+def _of_whole(module: Module, shape: tuple[int, ...]) -> list[_Way]:
+    """A scale for each row, for each matrix (or half of one), or for all of them."""
+    *stack, rows, columns = shape
+    row, matrix = Grid(rows, columns, (1, columns)), Grid(rows, columns, (rows, columns))
+    total = math.prod(shape[:-1])
+    everything = Grid(total, columns, (total, columns))
+    return [
+        *((Grid(height, columns, (height, columns)), (*stack, rows // height, 1))
+          for height in _heights(module, shape)),
+        (row, (*stack, rows, 1)), (row, (*stack, rows)), (everything, (1,)), (everything, ()),
+        *((matrix, short) for short in ((*stack, 1), (*stack,)) if stack),
+    ]  # fmt: skip
 
 
 def _meaning(grid: Grid, rows: int) -> tuple[int, ...]:
     """What two grids have in common that cut a matrix alike."""
     height, width = min(grid.block[0], grid.height), min(grid.block[1], grid.columns)
     return (rows if grid.height % height == 0 else grid.height, height, width)
-
-
-def _size(block: Block) -> str:
-    return f"{block[0]}×{block[1]}"
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """ModelOpt keeps the axes of a block: [rows, 1, columns, 1]."""
-    return shape[::2] if len(shape) == 4 and shape[1::2] == (1, 1) else shape
 
 
 def _parts(size: int, part: int) -> int:

@@ -29,13 +29,16 @@ _KEYS = {
     "modelopt": ("ignore", "exclude_modules"),
 }
 
-#: Where a list of bitsandbytes is given, it takes the place of what is skipped without one.
-_BITSANDBYTES_USUAL = ("lm_head",)
+#: Methods for which transformers skips heads and what is tied where there is no list. A list takes
+#: the place of that, so it must name all that was plain before too.
+_SKIPPED_WITHOUT_LIST = ("fp8", "fbgemm-fp8", "mxfp4", "awq", "torchao", "hqq", "bitsandbytes")
 
 
-def with_ignored(settings: Quantisation, paths: Sequence[str]) -> dict[str, Any]:
-    """The table of config.json with these modules as plain ones."""
-    return _added(copy.deepcopy(settings.table), settings.method, paths)
+def with_ignored(
+    settings: Quantisation, paths: Sequence[str], plain: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The table of config.json with these modules as plain ones; `plain` are those that were."""
+    return _added(copy.deepcopy(settings.table), settings.method, paths, plain)
 
 
 def can_ignore(settings: Quantisation) -> bool:
@@ -52,7 +55,9 @@ def exported_with_ignored(document: dict[str, Any], paths: Sequence[str]) -> dic
     return found
 
 
-def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str, Any]:
+def _added(
+    table: dict[str, Any], method: str, paths: Sequence[str], plain: Sequence[str]
+) -> dict[str, Any]:
     if method == "gptq":
         rules = table.get("dynamic")
         own: dict[str, Any] = {f"-:^{re.escape(path)}$": {} for path in paths}
@@ -60,7 +65,8 @@ def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str
         table["dynamic"] = {**own, **(rules if isinstance(rules, dict) else {})}
         return table
     keys = _KEYS[method]
-    usual = _BITSANDBYTES_USUAL if method == "bitsandbytes" and not table.get(keys[0]) else ()
+    without = method in _SKIPPED_WITHOUT_LIST and not any(table.get(key) for key in keys)
+    usual = ("lm_head", *plain) if without else ()
     there = [key for key in keys if key in table] or [keys[0]]
     # transformers reads the first alone, vLLM the other one before it.
     there += [keys[0]] if method == "fp8" and keys[0] not in there else []
@@ -72,5 +78,5 @@ def _added(table: dict[str, Any], method: str, paths: Sequence[str]) -> dict[str
 def _listed(table: dict[str, Any], key: str, paths: Sequence[str]) -> dict[str, Any]:
     before = table.get(key)
     known = list(before) if isinstance(before, list) else []
-    table[key] = [*known, *(path for path in paths if path not in known)]
+    table[key] = [*known, *dict.fromkeys(path for path in paths if path not in known)]
     return table

@@ -7,7 +7,7 @@ checkpoint by the weight that they would be parts of; which of them really are, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -21,6 +21,9 @@ from loratool.storage.tensors import TensorInfo
 
 #: The longest description in a tensor that is read (bitsandbytes' is about 200 bytes).
 LONGEST_DESCRIPTION = 1 << 16
+
+#: What to do where weights cannot be read.
+UNQUANTISED = "Merge into the unquantised model it was made from, then quantise the result."
 
 #: How many ranges are read at a time.
 _STREAMS = 8
@@ -38,12 +41,19 @@ ACTIVATIONS = frozenset(
 class Quantisation:
     """What a model says of its quantisation: `method` and the whole `table` of it.
 
-    `where` is the key of config.json that it stands in, "" for none.
+    `places` are those in config.json where it says so, each by the keys that lead there;
+    `contradiction` is what is said twice and differently, in words.
     """
 
     method: str = ""
     table: dict[str, Any] = field(default_factory=dict)
-    where: str = ""
+    places: tuple[tuple[str, ...], ...] = ()
+    contradiction: str = ""
+
+    @property
+    def where(self) -> str:
+        """The first place, for people; "" where config.json says nothing."""
+        return ".".join(self.places[0]) if self.places else ""
 
 
 @dataclass
@@ -86,8 +96,11 @@ class Module:
             self.refuse(f"it is stored in {title} and its {role} is missing (there is {have})")
         return found
 
-    def beside(self, parts: dict[str, TensorInfo]) -> tuple[TensorInfo, ...]:
-        """What goes with the weight and is no part of its value.
+    def beside(
+        self, parts: dict[str, TensorInfo], telling: Collection[str] = ()
+    ) -> tuple[TensorInfo, ...]:
+        """What goes with the weight and is no part of its value; `telling` are the roles of those
+        that say how it is stored.
 
         Raises BaseError for anything that would change it.
         """
@@ -97,9 +110,9 @@ class Module:
                 self.refuse(
                     f"{info.name} says that it was rescaled for quantisation, so an adapter of the "
                     "original model does not fit it",
-                    "Merge into the unquantised model that it was made from.",
+                    UNQUANTISED,
                 )
-            if role not in ACTIVATIONS:
+            if role not in ACTIVATIONS and role not in telling:
                 self.refuse(f"it has {info}, which the other tensors of it leave no meaning for")
         return tuple(others.values())
 
@@ -134,10 +147,17 @@ class Format:
 
 
 def roles(*rows: tuple[str, str, str]) -> tuple[tuple[re.Pattern[str], str, str], ...]:
-    """Rows of (pattern of a whole tensor name, template of the weight's name, template of its
-    role)."""
-    return tuple((re.compile(pattern), template, role) for pattern, template, role in rows)
+    r"""Rows of (pattern of a whole tensor name, template of the weight's name, template of its
+    role); groups of the pattern are `\1` and `\2` in these."""
 
+    def formatted(template: str) -> str:
+        return re.sub(r"\\(\d)", r"{\1}", template)
+
+    return tuple((re.compile(p), formatted(weight), formatted(role)) for p, weight, role in rows)
+
+
+#: How names end that say nothing, in any format; nearly all tensors of a plain model are called so.
+_NO_PARTS = (".weight", ".bias")
 
 _ACTIVATION_ROLES = roles(
     (rf"(.+)\.({'|'.join(sorted(ACTIVATIONS))})", r"\1.weight", r"\2"),
@@ -156,10 +176,11 @@ def gathered(
     rows = list(dict.fromkeys([*_ACTIVATION_ROLES, *(r for form in formats for r in form.roles)]))
     modules: dict[str, Module] = {}
     for name, info in base.tensors.items():
-        for pattern, template, role in rows:
+        for pattern, template, role in () if name.endswith(_NO_PARTS) else rows:
             found = pattern.fullmatch(name)
             if found:
-                weight, part = found.expand(template), found.expand(role)
+                texts = (name, *found.groups())
+                weight, part = template.format(*texts), role.format(*texts)
                 module = modules.setdefault(weight, Module(weight, {}, base, settings))
                 module.tensors[part] = info
                 break

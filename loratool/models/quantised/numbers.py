@@ -43,6 +43,22 @@ E4M3 = _e4m3()
 #: Powers of two by their byte (E8M0): 2^(byte − 127); the last one is NaN.
 E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
 
+
+def midpoints(values: _Floats, upper: bool) -> _Floats:
+    """Half way from each of the values of codes to the next one below or above; beyond the last
+    one infinity."""
+    levels = np.unique(values)
+    between = (levels[:-1] + levels[1:]) / 2
+    ends = [*between, np.inf] if upper else [-np.inf, *between]
+    found: _Floats = np.array(ends, np.float32)[np.searchsorted(levels, values)]
+    return found
+
+
+#: The lower and the upper ends of what E4M3 codes stand for, by byte.
+E4M3_ENDS = tuple(
+    np.where(np.isnan(E4M3), E4M3, midpoints(np.nan_to_num(E4M3), upper)) for upper in (False, True)
+)
+
 #: The largest buffer that a thread keeps, in bytes: several times what a block of a tensor takes.
 _LARGEST_KEPT = 1 << 24
 
@@ -69,31 +85,7 @@ def thread_buffer(name: str, count: int, dtype: Any = np.uint8) -> npt.NDArray[A
     return buffer[:size].view(dtype)
 
 
-def midpoints(values: _Floats, upper: bool) -> _Floats:
-    """Half way from each of the values of codes to the next one below or above; beyond the last
-    one infinity."""
-    levels = np.unique(values)
-    between = (levels[:-1] + levels[1:]) / 2
-    ends = [*between, np.inf] if upper else [-np.inf, *between]
-    found: _Floats = np.array(ends, np.float32)[np.searchsorted(levels, values)]
-    return found
-
-
-#: Ends of what E4M3 codes stand for, the lower ones and the upper ones, by byte.
-E4M3_ENDS = tuple(
-    np.where(np.isnan(E4M3), E4M3, midpoints(np.nan_to_num(E4M3), upper)) for upper in (False, True)
-)
-
-
 # --- codes ----------------------------------------------------------------------------------------
-
-
-def ends_of_codes(codes: _Floats, upper: bool, lowest: int, highest: int) -> None:
-    """Move whole numbers half way to the next one below or above, in place; beyond the last one to
-    infinity."""
-    last = codes == (highest if upper else lowest)
-    codes += np.float32(0.5 if upper else -0.5)
-    codes[last] = np.inf if upper else -np.inf
 
 
 def pair_table(values: npt.NDArray[np.float32], high_first: bool) -> npt.NDArray[np.int64]:
@@ -195,6 +187,87 @@ def unpacked(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     return made.reshape(*octets.shape[:-1], -1)[..., : 8 * size // bits]
 
 
+@cache
+def _codes_within(bits: int) -> _Floats:
+    """The codes in a byte, for 3 bits in 12 bits, as numbers: a row for each content, the lowest
+    first."""
+    length = 12 if bits == 3 else 8
+    shifts = np.arange(0, length, bits)
+    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
+
+
+def decode_words(words: npt.NDArray[Any], bits: int, out: _Floats) -> None:
+    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
+    lowest bits first and without gaps. Both are in one piece; for 3 bits the number of words in a
+    row is a multiple of three."""
+    content: npt.NDArray[Any] = words.view(np.uint8)
+    if bits == 8:
+        decode_integers(content, out)
+        return
+    if bits == 3:
+        three = content.reshape(-1, 3)
+        content = thread_buffer("twelve bits", 2 * len(three), np.uint16).reshape(-1, 2)
+        content[:, 0] = three[:, 0] | (three[:, 1] & 15).astype(np.uint16) << 8
+        content[:, 1] = three[:, 1] >> 4 | three[:, 2].astype(np.uint16) << 4
+    table = _codes_within(bits)
+    rows = out.reshape(-1, table.shape[1])
+    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
+    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
+
+
+def nearest_level(values: _Floats, levels: _Floats) -> Bytes:
+    """The number of the level that is nearest to each value; of two as near, the lower one.
+
+    There are at most 256 levels, and they ascend.
+    """
+    bounds = (levels[1:] + levels[:-1]) / np.float32(2)
+    if len(levels) > 32:
+        places: Bytes = np.searchsorted(bounds, values).astype(np.uint8)
+        return places
+    # Comparing with each bound is several times as fast as searching among few.
+    found = np.zeros(values.shape, np.uint8)
+    above = np.empty(values.shape, bool)
+    for bound in bounds:
+        np.greater(values, bound, out=above)
+        found += above.view(np.uint8)
+    return found
+
+
+def encode_e4m3(values: _Floats) -> Bytes:
+    """The E4M3 code of each value, ties to even; what is too large gets the largest, NaN zero.
+
+    The exponent and three bits of the fraction of a float32 are those of the code, once half a unit
+    is added; what is below the smallest normal number is a multiple of 2⁻⁹.
+    """
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    small = magnitudes < np.uint32(0x3C800000)  # 2^-6
+    codes = magnitudes >> np.uint32(20)
+    codes &= np.uint32(1)
+    codes += magnitudes
+    codes += np.uint32(0x7FFFF)
+    codes >>= np.uint32(20)
+    codes -= np.uint32(120 << 3)
+    if small.any():
+        codes[small] = np.rint(magnitudes[small].view(np.float32) * np.float32(512))
+    np.minimum(codes, np.uint32(0x7E), out=codes)
+    bits = bits >> np.uint32(24)
+    bits &= np.uint32(0x80)
+    codes |= bits
+    broken = magnitudes > np.uint32(0x7F800000)
+    if broken.any():
+        codes[broken] = 0
+    found: Bytes = codes.astype(np.uint8)
+    return found
+
+
+def encode_integers(values: _Floats, lowest: int, highest: int) -> npt.NDArray[np.int8]:
+    """The whole numbers nearest to values, of 8 bits."""
+    whole = np.rint(np.nan_to_num(values, nan=0.0))
+    codes: npt.NDArray[np.int8] = whole.clip(lowest, highest).astype(np.int8)
+    return codes
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -220,6 +293,18 @@ def multiply_groups(values: _Floats, scales: _Floats, group: int) -> None:
         part.mul_(one)
 
 
+def divide_groups(values: _Floats, scales: _Floats, group: int) -> None:
+    """Divide, as `multiply_groups` multiplies; by a scale of zero not at all."""
+    for part, one in _by_group(values, np.where(scales == 0, np.float32(1), scales), group):
+        part.div_(one)
+
+
+def add_groups(values: _Floats, zeros: _Floats, group: int) -> None:
+    """Add zero points of groups, as `multiply_groups` multiplies."""
+    for part, one in _by_group(values, zeros, group):
+        part.add_(one)
+
+
 def subtract_groups(values: _Floats, zeros: _Floats, group: int) -> None:
     """Subtract zero points of groups, as `multiply_groups` multiplies."""
     for part, one in _by_group(values, zeros, group):
@@ -241,44 +326,3 @@ def _by_group(values: _Floats, ofs: _Floats, group: int) -> list[tuple[Any, Any]
     if count * group < columns:
         parts.append((matrix[:, count * group :], numbers[:, count:]))
     return parts
-
-
-@cache
-def _codes(bits: int) -> npt.NDArray[np.float32]:
-    """The codes in a byte, for 3 bit in 12 bits, as numbers: a row for each content, lowest bits
-    first."""
-    length = 12 if bits == 3 else 8
-    shifts = np.arange(0, length, bits)
-    return (np.arange(1 << length)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)
-
-
-def codes_into(out: npt.NDArray[np.float32], words: npt.NDArray[Any], bits: int) -> None:
-    """Fill `out`, `[n, codes]`, with the codes of 1, 2, 3, 4 or 8 bits in 32-bit words `[n, …]`,
-    lowest bits first and without gaps, as numbers. Both are in one piece; for 3 bit the number of
-    words is a multiple of three."""
-    content: npt.NDArray[Any] = words.view(np.uint8)
-    if bits == 8:
-        out[:] = content
-        return
-    if bits == 3:
-        three = content.reshape(*content.shape[:-1], -1, 3)
-        content = np.empty((*three.shape[:-1], 2), np.uint16)
-        content[..., 0] = three[..., 0] | (three[..., 1] & 15).astype(np.uint16) << 8
-        content[..., 1] = three[..., 1] >> 4 | three[..., 2].astype(np.uint16) << 4
-    table = _codes(bits)
-    rows = out.reshape(content.size, table.shape[1])
-    # No content is outside of the table; with "clip" NumPy writes without a buffer between.
-    table.take(content.reshape(-1), axis=0, out=rows, mode="clip")
-
-
-def scale_groups(
-    out: npt.NDArray[np.float32],
-    zeros: npt.NDArray[np.float32],
-    scales: npt.NDArray[np.float32],
-    group: int,
-) -> None:
-    """`(out − zero)·scale`, in place, with one of each for every `group` columns: `[n, columns]`
-    and `[n, columns // group]`."""
-    values = out.reshape(*scales.shape, group)
-    values -= zeros[..., None]
-    values *= scales[..., None]

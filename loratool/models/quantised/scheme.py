@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
-from loratool.models.quantised.numbers import thread_buffer
+from loratool.models.quantised.numbers import add_groups, thread_buffer
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32, block_elements
 from loratool.storage.values import Values, values_of
@@ -43,10 +43,29 @@ class Opened(ABC):
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
         """Fill `out` with the lower or the upper ends of what the values of these rows stand for.
 
-        Numbers between the two ends are nearer to the value than to any other that these scales
-        allow. Infinite where all that is beyond the last value becomes it, NaN for a scale of zero
-        there.
+        Numbers between the two are nearer to the value than to others that its scale allows.
+        Infinite where all beyond the last value becomes it; not a number there for a scale of zero.
         """
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
+        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
+        raise NotImplementedError
+
+
+class OnGrid(Opened):
+    """Rows of whole numbers times scales, perhaps less a zero point: the numbers that rows could
+    hold lie on a grid, which stays what it is when others come into them."""
+
+    @abstractmethod
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
+        and how many columns, side by side, are of a group."""
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        scales, _, group = self.grid(first, last)
+        add_groups(out, scales * np.float32(0.5 if upper else -0.5), group)
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,7 @@ class Scheme(ABC):
 
     @property
     def is_nearest(self) -> bool:
-        """Whether every number became the nearest value that its scales allow; otherwise values
+        """Whether every number became the nearest value that its scale allows; otherwise values
         were chosen with data, and nothing is known of the number that one stands for."""
         return True
 
@@ -103,6 +122,21 @@ class Scheme(ABC):
     def on_load(self) -> bool:
         """Whether programs make it of a plain weight while they load a model."""
         return False
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
+        part holds them."""
+        return False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row's codes have to themselves in the main part, where `snaps`; 0 where
+        they share some."""
+        bits, size = self.columns * self.bits, self.main.itemsize
+        rows = math.prod(self.shape[:-1])
+        apart = self.snaps and not bits % (8 * size) and self.main.nbytes == rows * bits // 8
+        return bits // 8 if apart else 0
 
     @property
     def all_parts(self) -> tuple[TensorInfo, ...]:
@@ -236,11 +270,17 @@ class HeldPart:
             return self._raw
 
 
-def read_finite(info: TensorInfo, files: FilePool) -> Floats:
-    """A part of floats, in its own shape. Raises BaseError for NaN and infinity in it."""
+def read_finite(info: TensorInfo, files: FilePool, times: float = 1) -> Floats:
+    """A part of floats, in its own shape, which are numbers also when multiplied by `times`.
+
+    Raises BaseError for NaN and infinity in it.
+    """
     values = as_float32(read_part(info, files), info.dtype).reshape(info.shape)
-    if not np.isfinite(values).all():
+    highest = float(np.abs(values).max(initial=0))
+    if not math.isfinite(highest):
         raise broken_part(info, "it holds NaN or infinity")
+    if highest * times > float(np.finfo(np.float32).max):
+        raise broken_part(info, "it makes numbers that float32 cannot hold")
     return values
 
 

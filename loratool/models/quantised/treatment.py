@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from loratool.dtypes import FACTOR_DTYPES
-from loratool.errors import BaseError, UsageError, listed
+from loratool.errors import BaseError, UsageError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.layout import in_memory
-from loratool.models.quantised.base import Dequantised, as_stored, quantisation_of
+from loratool.models.quantised.base import Dequantised, as_stored
+from loratool.models.quantised.declared import quantisation_of
 from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
@@ -73,7 +74,7 @@ class Treatment:
     @property
     def trained_here(self) -> bool:
         """Whether a user said so of weights that were rescaled."""
-        return any(weight.stored_as.rescaled for weight in self.base.weights.values())
+        return bool(self.base.rescaled_by)
 
     @property
     def is_plain(self) -> bool:
@@ -98,14 +99,14 @@ class Treatment:
 
     def rewriting(self) -> Rewriting | None:
         """What config.json and its like must say differently; None where nothing."""
-        where = self.base.settings.where
+        places = self.base.settings.places
         if self.is_plain:
-            return Rewriting(where, None, without=DESCRIPTIONS)
-        if not self.opened or not where:
+            return Rewriting(places, None, without=DESCRIPTIONS)
+        if not self.opened or not places:
             return None
         paths = _paths(self.base, self.opened)
-        table = with_ignored(self.base.settings, paths)
-        return Rewriting(where, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
+        table = with_ignored(self.base.settings, paths, _paths(self.base, _plain(self.base)))
+        return Rewriting(places, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
 
     @property
     def notices(self) -> list[Notice]:
@@ -154,8 +155,8 @@ class Treatment:
 def leftover(base: Checkpoint) -> Rewriting | None:
     """What config.json must not say any more where it speaks of quantisation and no weight is
     quantised: programs that load the model would look for scales."""
-    where = quantisation_of(base).where
-    return Rewriting(where, None, without=DESCRIPTIONS) if where else None
+    places = quantisation_of(base).places
+    return Rewriting(places, None, without=DESCRIPTIONS) if places else None
 
 
 def note_leftover(base: Checkpoint) -> Notice:
@@ -163,7 +164,7 @@ def note_leftover(base: Checkpoint) -> Notice:
     said = quantisation_of(base)
     text = (
         f"{base.label}: {said.where} of its config.json says {said.method or 'quantised'}, and no "
-        "weight of it is quantised. It is merged as the plain model that it is, and the entry does "
+        "weight of it is quantised. It is taken as the plain model that it is, and the entry does "
         "not go along."
     )
     return Notice("leftover-quantisation", text, base.label)
@@ -207,12 +208,11 @@ def _usual(base: Dequantised, touched: Collection[str]) -> str:
 
 
 def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:
-    rescaled = [name for name, weight in base.weights.items() if weight.stored_as.rescaled]
-    if rescaled and not trained_here:
+    if base.rescaled_by and not trained_here:
         raise BaseError(
             f"{base.label} is quantised with {base.title}: its weights were rescaled for "
-            "quantisation, so an adapter of the original model does not fit them:\n"
-            + listed(rescaled),
+            f"quantisation ({base.rescaled_by}), so an adapter of the original model does not fit "
+            "them.",
             "If the adapter was trained on this very base: --trained-here.",
         )
 
@@ -251,6 +251,15 @@ def _name(code: str) -> str:
     return next(name for name, known in FACTOR_DTYPES.items() if known == code)
 
 
+def _plain(base: Dequantised) -> list[str]:
+    """Matrices that are plain in the files already."""
+    return [
+        name
+        for name, info in base.tensors.items()
+        if name not in base.weights and name.endswith(".weight") and len(info.shape) == 2
+    ]
+
+
 def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     """Modules that are plain now, by path: in files, in memory, and the experts as a whole."""
     called = in_memory(base)
@@ -264,8 +273,10 @@ def _paths(base: Dequantised, opened: Collection[str]) -> list[str]:
     return list(found)
 
 
-def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
-    """Raise UsageError for a dtype where the model stays quantised."""
+def refuse_dtype(
+    dtype: str | None, treatment: Treatment, plainly: str = "--quantised plain"
+) -> None:
+    """Raise UsageError for a dtype where the model stays quantised; `plainly` dequantises it."""
     if dtype not in (None, "base") and treatment.how != "plain":
         own = "every weight keeps its dtype"
         if treatment.opened:
@@ -273,5 +284,5 @@ def refuse_dtype(dtype: str | None, treatment: Treatment) -> None:
         raise UsageError(
             f"--dtype {dtype} has no meaning here: the model stays {treatment.base.title}, and "
             f"{own}.",
-            "Omit --dtype; or dequantise all of it: --quantised plain.",
+            f"Omit --dtype; or dequantise all of it: {plainly}.",
         )

@@ -14,11 +14,15 @@ from loratool.models.quantised.ignoring import (
 )
 from loratool.models.quantised.module import Quantisation
 
+PLAIN = ["model.embed_tokens", "model.layers.1.mlp.gate"]
 PATHS = ["model.layers.1.mlp.down_proj", "model.layers.10.mlp.down_proj"]
 
 CASES: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
     # method, table, key, what the list must be in the end
-    "fp8-none": ("fp8", {"modules_to_not_convert": None}, "modules_to_not_convert", PATHS),
+    "fp8-none": (
+        "fp8", {"modules_to_not_convert": None}, "modules_to_not_convert",
+        ["lm_head", *PLAIN, *PATHS],
+    ),
     "fp8-some": (
         "fp8", {"modules_to_not_convert": ["lm_head"]}, "modules_to_not_convert",
         ["lm_head", *PATHS],
@@ -26,28 +30,32 @@ CASES: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
     "fp8-twice": (
         "fp8", {"modules_to_not_convert": [PATHS[0]]}, "modules_to_not_convert", PATHS,
     ),
-    "mxfp4": ("mxfp4", {}, "modules_to_not_convert", PATHS),
+    "mxfp4": ("mxfp4", {}, "modules_to_not_convert", ["lm_head", *PLAIN, *PATHS]),
     "ct": ("compressed-tensors", {"ignore": ["re:.*gate"]}, "ignore", ["re:.*gate", *PATHS]),
     "modelopt": ("modelopt", {"ignore": ["lm_head"]}, "ignore", ["lm_head", *PATHS]),
     "modelopt-old": (
         "modelopt", {"exclude_modules": ["lm_head"]}, "exclude_modules", ["lm_head", *PATHS],
     ),
     "bnb": ("bitsandbytes", {"llm_int8_skip_modules": None}, "llm_int8_skip_modules",
-            ["lm_head", *PATHS]),
+            ["lm_head", *PLAIN, *PATHS]),
     "bnb-some": ("bitsandbytes", {"llm_int8_skip_modules": ["embed"]}, "llm_int8_skip_modules",
                  ["embed", *PATHS]),
     "hqq": ("hqq", {"skip_modules": ["lm_head"]}, "skip_modules", ["lm_head", *PATHS]),
-    "awq": ("awq", {"modules_to_not_convert": None}, "modules_to_not_convert", PATHS),
+    "awq": (
+        "awq", {"modules_to_not_convert": None}, "modules_to_not_convert",
+        ["lm_head", *PLAIN, *PATHS],
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_lists_by_method(case: str) -> None:
-    """What was there stays, what is new is added once, and all else of the table is as it was."""
+    """What was there stays, what is new is added once, and all else of the table is as it was. A
+    list that is new names what was plain before too: transformers skips heads only without one."""
     method, table, key, expected = CASES[case]
     said = Quantisation(method, {**table, "other": 1}, "quantization_config")
     assert can_ignore(said)
-    found = with_ignored(said, PATHS)
+    found = with_ignored(said, PATHS, PLAIN)
     assert found[key] == expected
     assert {k: v for k, v in found.items() if k != key} == {
         k: v for k, v in said.table.items() if k != key

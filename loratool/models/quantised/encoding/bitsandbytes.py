@@ -1,4 +1,4 @@
-"""bitsandbytes again: NF4 and FP4, with a new absmax for every block.
+"""bitsandbytes again: NF4 and FP4, with a new absmax for every block; int8, with one for each row.
 
 Source: bitsandbytes/backends/default/ops.py (`quantize_4bit`, `quantize_blockwise`) and
 bitsandbytes/functional.py, where an absmax is quantised less the mean of all of them. Here that
@@ -9,19 +9,16 @@ nothing else changes, and a description whose length is that of a number in deci
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import (
-    Codes,
-    Encoder,
-    inverse,
-    largest,
-    nearest_level,
-)
-from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
+from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
+from loratool.models.quantised.numbers import nearest_level
 from loratool.models.quantised.scheme import Floats, read_part
-from loratool.storage.tensors import FilePool, as_bytes, as_float32
+from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
 
 
 class FourBitEncoder(Encoder):
@@ -33,12 +30,15 @@ class FourBitEncoder(Encoder):
         self._is_nested = "nested_absmax" in scheme.parts
         rows, columns = scheme.shape
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
-        self.group = rows if scheme.turned else values // math.gcd(values, columns)
-        size = 0 if scheme.turned else self.group * columns
+        self.group = self.strip = values // math.gcd(values, columns)
+        size = self.group * columns
         itemsize = scheme.parts["absmax"].itemsize
-        self.strips = {"weight": size // 2, "absmax": size // self._block * itemsize}
+        self.sizes = {"weight": size // 2, "absmax": size // self._block * itemsize}
         if self._is_nested:
-            self.strips["nested_absmax"] = size // values * 4
+            self.sizes["nested_absmax"] = size // values * 4
+        if scheme.turned:  # blocks run across the rows
+            self.group = self.strip = rows
+            self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:
         parts = self._scheme.parts
@@ -89,6 +89,55 @@ class FourBitEncoder(Encoder):
             if self._scheme.turned
             else rounded.reshape(out.shape)
         )
+
+
+class EightBitEncoder(Encoder):
+    """round(w·127/s) with s = max|w| of the row."""
+
+    def __init__(self, scheme: EightBit) -> None:
+        self._scheme = scheme
+        rows, columns = scheme.shape
+        self._scale = scheme.parts["SCB"]
+        self.group = self.strip = 1
+        self.sizes = {"weight": columns, "SCB": self._scale.itemsize}
+        if scheme.turned:  # the rows that have a scale are columns here
+            self.strip, self.lead = rows, "SCB"
+            self.sizes = {"weight": rows * columns, "SCB": self._scale.nbytes}
+
+    def open(self, files: FilePool) -> None:
+        self._led: Floats | None = None
+
+    def encode(
+        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+    ) -> Codes:
+        if self.lead == role:
+            return largest(values.T)
+        scales = self._led
+        if scales is None:
+            raw = as_bytes(largest(values), self._scale.dtype)
+            if role == "SCB":
+                return raw
+            scales = as_float32(raw, self._scale.dtype)[:, None]
+        codes = np.rint(values * (np.float32(127) * inverse(scales)))
+        np.clip(codes, -127, 127, out=codes)
+        if stand_for is not None:
+            np.multiply(codes, scales, out=stand_for)
+            stand_for *= ONE_127TH
+        found: Codes = codes.astype(np.int8)
+        return found
+
+    def joined(self, role: str, pieces: Iterable[Codes]) -> Bytes:
+        if self.lead == role:
+            found = np.zeros(self._scheme.columns, np.float32)
+            for piece in pieces:
+                np.maximum(found, piece, out=found)
+            return as_bytes(found, self._scale.dtype)
+        if self.lead is None:
+            return super().joined(role, pieces)
+        return np.ascontiguousarray(np.concatenate(list(pieces)).T).reshape(-1).view(np.uint8)
+
+    def follow(self, raw: Bytes) -> None:
+        self._led = as_float32(raw, self._scale.dtype)
 
 
 def _sorted(levels: Floats) -> tuple[Floats, Codes]:

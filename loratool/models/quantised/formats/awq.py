@@ -7,17 +7,17 @@ the layer before. So the weights are not those of the original.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import scale_groups
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
+from loratool.models.quantised.numbers import multiply_groups, subtract_groups, thread_buffer
 from loratool.models.quantised.scheme import (
     Floats,
     HeldPart,
-    Opened,
+    OnGrid,
     Scheme,
     read_finite,
     read_part,
@@ -49,16 +49,16 @@ class Awq(Scheme):
     def is_nearest(self) -> bool:
         return False
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 
 
-class _Rows(Opened):
+class _Rows(OnGrid):
     def __init__(self, scheme: Awq, files: FilePool) -> None:
         parts = scheme.parts
         self._words = HeldPart(parts["qweight"], files)
         self._stored = parts["qweight"].shape
-        self._scales = np.ascontiguousarray(read_finite(parts["scales"], files).T)
+        self._scales = np.ascontiguousarray(read_finite(parts["scales"], files, times=16).T)
         zeros = read_part(parts["qzeros"], files)
         self._zeros = np.empty(self._scales.shape, np.float32)
         _unpack(zeros, parts["qzeros"].shape, 0, self._zeros)
@@ -68,16 +68,17 @@ class _Rows(Opened):
         low, high = first // 8, -(-last // 8)
         whole = out
         if (low * 8, high * 8) != (first, last):
-            whole = np.empty((8 * (high - low), out.shape[1]), np.float32)
+            count = 8 * (high - low)
+            whole = thread_buffer("eights", count * out.shape[1], np.float32).reshape(count, -1)
         _unpack(self._words.raw(), self._stored, low, whole)
         if whole is not out:
             out[:] = whole[first - low * 8 :][: len(out)]
-        scale_groups(out, self._zeros[first:last], self._scales[first:last], self._group)
+        scales, zeros, group = self.grid(first, last)
+        subtract_groups(out, zeros, group)
+        multiply_groups(out, scales, group)
 
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        aside = copy(self)
-        aside._zeros = self._zeros - np.float32(0.5 if upper else -0.5)
-        aside.rows(first, last, out)
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats, int]:
+        return self._scales[first:last], self._zeros[first:last], self._group
 
 
 def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:
@@ -91,12 +92,26 @@ def _unpack(raw: Bytes, stored: tuple[int, ...], low: int, out: Floats) -> None:
         places[:, output] = words >> np.uint32(4 * nibble) & np.uint32(15)
 
 
+def in_words(codes: Floats) -> npt.NDArray[np.uint32]:
+    """Codes of outputs, `[n, inputs]`, n a multiple of eight, as the words that hold them:
+    `[n/8, inputs]`."""
+    places = codes.astype(np.uint32).reshape(len(codes) // 8, 8, -1)
+    words = np.zeros((len(places), places.shape[2]), np.uint32)
+    for nibble, output in enumerate(_ORDER):
+        words |= places[:, output] << np.uint32(4 * nibble)
+    return words
+
+
 def _scheme(module: Module) -> Awq:
     words, zeros, scales = (module.want(role, "AWQ") for role in ("qweight", "qzeros", "scales"))
     table = module.settings.table
     bits = table.get("bits", table.get("w_bit", 4))
     if bits != 4:
         module.refuse(f"its codes have {value_text(bits)} bits, expected 4")
+    for key in ("version", "format", "checkpoint_format"):
+        said = table.get(key)
+        if said is not None and str(said).lower() != "gemm":
+            module.refuse(f"its {key} is {value_text(said)}, expected gemm", UNQUANTISED)
     for info in (words, zeros):
         module.want_dtype(info, "I32")
     module.want_dtype(scales, "F16", "BF16", "F32")
@@ -112,10 +127,8 @@ def _scheme(module: Module) -> Awq:
     module.want_shape(zeros, (groups, words.shape[1]))
     if inputs % groups or (type(said) is int and said > 0 and inputs % said):
         module.refuse(f"its {inputs} inputs are no whole number of groups ({groups})")
-    if "g_idx" in module.tensors:
-        module.refuse("it has a g_idx, which AWQ has not")
     parts = {"qweight": words, "qzeros": zeros, "scales": scales}
-    return Awq((outputs, inputs), parts)
+    return Awq((outputs, inputs), parts, module.beside(parts))
 
 
 def _claims(module: Module) -> bool:

@@ -8,6 +8,7 @@ where a row is no multiple of the block; the generic one is what is meant.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import (
     decode_pairs,
-    ends_of_codes,
+    encode_integers,
     midpoints,
     multiply_groups,
+    nearest_level,
     pair_table,
     thread_buffer,
 )
@@ -31,9 +33,10 @@ from loratool.models.quantised.scheme import (
     Scheme,
     read_finite,
     read_part,
+    round_in_place,
 )
 from loratool.storage.fields import is_number, value_text
-from loratool.storage.tensors import FilePool
+from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import values_of
 
 _DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -71,6 +74,10 @@ class FourBit(Scheme):
     def dtype(self) -> str:
         return self.rounded
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned and self.columns % 2 == 0
+
     def opened(self, files: FilePool) -> Opened:
         return _FourBitRows(self, files)
 
@@ -83,77 +90,75 @@ class _FourBitRows(Opened):
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
-        self._pairs = pair_table(read_finite(parts["quant_map"], files), high_first=True)
+        self._levels = read_finite(parts["quant_map"], files)
+        self._pairs = pair_table(self._levels, high_first=True)
         self._count = math.prod(scheme.shape)
         self._held = HeldPart(parts["weight"], files)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        self._fill(first, last, out, self._pairs, self._absmax)
-
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        levels = read_finite(self._scheme.parts["quant_map"], self._files)
-        # Nothing is beyond the largest magnitude.
-        ends = midpoints(levels, upper).clip(levels.min(), levels.max())
-        self._fill(first, last, out, pair_table(ends, high_first=True), self._absmax)
-        if self._scheme.parts["absmax"].dtype == "U8":
-            off = np.empty_like(out)
-            pairs = pair_table(np.abs(ends), high_first=True)
-            self._fill(first, last, off, pairs, self._rounded_off)
-            out += off if upper else -off
-
-    @cached_property
-    def _rounded_off(self) -> npt.NDArray[np.float32]:
-        """By how much codes of 8 bits may be off from the largest magnitude of each block."""
-        parts, files = self._scheme.parts, self._files
-        levels = read_finite(parts["nested_quant_map"], files)
-        lower, upper = (
-            midpoints(levels, up).clip(levels.min(), levels.max()) for up in (False, True)
-        )
-        codes = read_part(parts["absmax"], files)
-        values: npt.NDArray[np.float32] = np.maximum(upper - levels, levels - lower).take(codes)
-        scales = read_finite(parts["nested_absmax"], files)
-        values *= np.repeat(scales, self._scheme.nested_blocksize)[: len(values)]
-        return values
-
-    def _fill(
-        self,
-        first: int,
-        last: int,
-        out: Floats,
-        pairs: npt.NDArray[np.int64],
-        scales: npt.NDArray[np.float32],
-    ) -> None:
-        """What `pairs` says of the codes of these rows, times the scale of each block."""
         columns = self._scheme.columns
         if not self._scheme.turned:
-            self._flat(first * columns, last * columns, out.reshape(-1), pairs, scales)
+            self._flat(first * columns, last * columns, out.reshape(-1))
             return
         # Columns of what is stored, from all of its rows.
         width = self._scheme.shape[0]
         if width % 2:
             whole = np.empty((columns, width), np.float32)
-            self._flat(0, self._count, whole.reshape(-1), pairs, scales)
+            self._flat(0, self._count, whole.reshape(-1))
             out[:] = whole[:, first:last].T
             return
         begin, end = first // 2, (last + 1) // 2
         octets = self._held.raw()[: self._count // 2].reshape(columns, width // 2)[:, begin:end]
-        values = pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
+        values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
-        out[:] = (values * scales.take(places // self._scheme.blocksize)).T
+        out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
 
-    def _flat(
-        self,
-        low: int,
-        high: int,
-        out: npt.NDArray[np.float32],
-        pairs: npt.NDArray[np.int64],
-        scales: npt.NDArray[np.float32],
-    ) -> None:
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        aside = copy(self)
+        # Nothing is beyond the largest magnitude.
+        ends = midpoints(self._levels, upper).clip(self._levels.min(), self._levels.max())
+        aside._pairs = pair_table(ends, high_first=True)
+        aside.rows(first, last, out)
+        if self._scheme.parts["absmax"].dtype == "U8":
+            aside._pairs = pair_table(np.abs(ends), high_first=True)
+            aside._absmax = self._rounded_off
+            off = np.empty_like(out)
+            aside.rows(first, last, off)
+            out += off if upper else -off
+
+    @cached_property
+    def _rounded_off(self) -> npt.NDArray[np.float32]:
+        """By how much the largest magnitude of each block may be off, where it is a code itself."""
+        parts, files = self._scheme.parts, self._files
+        levels = read_finite(parts["nested_quant_map"], files)
+        lower, upper = (
+            midpoints(levels, up).clip(levels.min(), levels.max()) for up in (False, True)
+        )
+        gaps: npt.NDArray[np.float32] = np.maximum(upper - levels, levels - lower)
+        values = gaps.take(read_part(parts["absmax"], files))
+        scales = read_finite(parts["nested_absmax"], files)
+        values *= np.repeat(scales, self._scheme.nested_blocksize)[: len(values)]
+        return values
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        block, low = self._scheme.blocksize, first * self._scheme.columns
+        begin, end = low // block, -(-(low + values.size) // block)
+        scales = np.repeat(self._absmax[begin:end], block)[low - begin * block :][: values.size]
+        order = np.argsort(self._levels, kind="stable").astype(np.uint8)
+        flat = values.reshape(-1)
+        flat /= np.where(scales == 0, np.float32(1), scales)
+        codes = order.take(nearest_level(flat, self._levels[order]))
+        np.multiply(self._levels.take(codes), scales, out=flat)
+        round_in_place(flat, self._scheme.dtype)
+        octets: Bytes = codes[::2] << np.uint8(4) | codes[1::2]
+        return octets
+
+    def _flat(self, low: int, high: int, out: npt.NDArray[np.float32]) -> None:
         """Values `[low, high)` of the flat matrix."""
         begin, end = low - low % 2, high + high % 2  # whole bytes; there is one for an odd end
         whole = (begin, end) == (low, high)
         values = out if whole else thread_buffer("pairs", end - begin, np.float32)
-        decode_pairs(pairs, self._bytes(begin // 2, end // 2), values)
+        decode_pairs(self._pairs, self._bytes(begin // 2, end // 2), values)
         if not whole:
             out[:] = values[low - begin : high - begin]
         # A short block, whole ones, and a short one.
@@ -162,9 +167,9 @@ class _FourBitRows(Opened):
         last = max(first, high - high % block)
         for start, stop in ((low, first), (first, last), (last, high)):
             if start < stop:
-                own = scales[start // block : -(-stop // block), None]
-                part = out[start - low : stop - low].reshape(len(own), -1)
-                multiply_groups(part, own, part.shape[1])
+                scales = self._absmax[start // block : -(-stop // block), None]
+                part = out[start - low : stop - low].reshape(len(scales), -1)
+                multiply_groups(part, scales, part.shape[1])
 
     def _bytes(self, low: int, high: int) -> npt.NDArray[np.uint8]:
         """Bytes `[low, high)` of the codes, in a buffer of this thread."""
@@ -230,10 +235,8 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-        if "nested_absmax" in module.tensors:
-            module.refuse(f"{absmax} is no code, and there is a nested_absmax")
     turned = module.is_conv1d
-    extras = tuple(t for r, t in module.tensors.items() if r not in parts)
+    extras = module.beside(parts, states)
     return FourBit(
         (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
         turned,
@@ -253,7 +256,7 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
 # --- int8 -----------------------------------------------------------------------------------------
 
 #: What the library multiplies by, for 1/127.
-_ONE_127TH = np.float32(7.874015718698502e-3)
+ONE_127TH = np.float32(7.874015718698502e-3)
 
 #: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
 _ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
@@ -278,6 +281,10 @@ class EightBit(Scheme):
     def on_load(self) -> bool:
         return True
 
+    @property
+    def snaps(self) -> bool:
+        return not self.turned
+
     def opened(self, files: FilePool) -> Opened:
         return _EightBitRows(self, files)
 
@@ -285,31 +292,36 @@ class EightBit(Scheme):
 class _EightBitRows(Opened):
     def __init__(self, scheme: EightBit, files: FilePool) -> None:
         codes = scheme.parts["weight"]
-        self._scales = read_finite(scheme.parts["SCB"], files)
+        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
         self._codes = values_of(codes, files)
         self._stored = codes.shape
         self._held = HeldPart(codes, files) if scheme.turned else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        self._decode(first, last, out)
-        self._scale(first, last, out)
-
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        self._decode(first, last, out)
-        ends_of_codes(out, upper, -128, 128)
-        self._scale(first, last, out)
-
-    def _decode(self, first: int, last: int, out: Floats) -> None:
         width = self._stored[1]
         if self._held is not None:  # columns of what is stored, from all of its rows
             out[:] = self._held.raw().view(np.int8).reshape(self._stored)[:, first:last].T
+            out *= self._scales
         else:
             codes = self._codes.bytes(first * width, last * width).view(np.int8)
             out[:] = codes.reshape(-1, width)
+            out *= self._scales[first:last, None]
+        out *= ONE_127TH
 
-    def _scale(self, first: int, last: int, out: Floats) -> None:
-        out *= self._scales if self._held is not None else self._scales[first:last, None]
-        out *= _ONE_127TH
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        half = self._scales * (ONE_127TH * np.float32(0.5 if upper else -0.5))
+        out += half if self._held is not None else half[first:last, None]
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        scales = self._scales[first : first + len(values), None]
+        divisors = np.where(scales == 0, np.float32(1), scales)
+        values /= divisors * ONE_127TH
+        codes = encode_integers(values, -128, 127)
+        values[:] = codes
+        values *= scales
+        values *= ONE_127TH
+        return codes.reshape(-1).view(np.uint8)
 
 
 def _eight_bit(module: Module) -> EightBit:
@@ -331,9 +343,9 @@ def _eight_bit(module: Module) -> EightBit:
                 "Load it with the bitsandbytes that wrote it, and save it again.",
             )
     turned = module.is_conv1d
-    extras = () if order is None else (order,)
     shape = weight.shape[::-1] if turned else weight.shape
-    return EightBit(shape, {"weight": weight, "SCB": scales}, extras, turned)
+    parts = {"weight": weight, "SCB": scales}
+    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
 
 
 FORMATS = (

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     E2M1,
@@ -33,7 +33,7 @@ from loratool.storage.tensors import FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
-#: Ends of what codes stand for, the lower ones and the upper ones.
+#: The lower and the upper ends of what codes stand for.
 _ENDS = tuple(midpoints(E2M1, upper) for upper in (False, True))
 _PAIRS_OF_ENDS = tuple(pair_table(ends, high_first=False) for ends in _ENDS)
 _LARGEST_CODE = 6
@@ -81,23 +81,18 @@ class _GroupedRows(Opened):
                 raise broken_part(info, f"it holds {self._factor}")
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        self._decode(first, last, out, _PAIRS)
-        scales = self._scale_rows(first, last, out)
-        _check_range(out, scales, self._scale)
+        scales = self._products(first, last, out, _PAIRS)
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
 
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        self._decode(first, last, out, _PAIRS_OF_ENDS[upper])
-        self._scale_rows(first, last, out)
+        self._products(first, last, out, _PAIRS_OF_ENDS[upper])
 
-    def _decode(self, first: int, last: int, out: Floats, pairs: npt.NDArray[np.int64]) -> None:
-        """What `pairs` says of the codes of these rows."""
+    def _products(self, first: int, last: int, out: Floats, pairs: npt.NDArray[np.int64]) -> Floats:
+        """What `pairs` says of the codes of these rows, times their scales, which are returned."""
         width = self._scheme.columns // 2
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
         decode_pairs(pairs, codes, out.reshape(-1))
-
-    def _scale_rows(self, first: int, last: int, out: Floats) -> Floats:
-        """Multiply by the scale of each group, in place; the scales of each row."""
         scales = self._scales.of_rows(first, last)
         with np.errstate(over="ignore"):
             if self._scheme.factor == "divides":
@@ -140,15 +135,15 @@ class _TurnedRows(Opened):
     def rows(self, first: int, last: int, out: Floats) -> None:
         for expert, low, high, own in self._by_expert(first, last, out):
             decode_columns(expert.codes, low, high, own)
-            scales = self._scale_columns(expert, low, high, own)
-            _check_range(own, scales, self._scale)
+            scales = self._multiply(expert, low, high, own)
+            refuse_overflow(own, scales, _LARGEST_CODE, self._scale)
 
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
         for expert, low, high, own in self._by_expert(first, last, out):
             codes = expert.codes[:, low // 2 : -(-high // 2)].T
             pairs = np.stack([codes & 15, codes >> 4], 1).reshape(-1, self._width)
             own[:] = _ENDS[upper].take(pairs[low % 2 :][: high - low])
-            self._scale_columns(expert, low, high, own)
+            self._multiply(expert, low, high, own)
 
     def _by_expert(
         self, first: int, last: int, out: Floats
@@ -175,8 +170,8 @@ class _TurnedRows(Opened):
                     self._held.popitem(last=False)
             return self._held[number]
 
-    def _scale_columns(self, expert: _Expert, low: int, high: int, out: Floats) -> Floats:
-        """Multiply by the scale of each group, in place; the scales of each row."""
+    def _multiply(self, expert: _Expert, low: int, high: int, out: Floats) -> Floats:
+        """Multiply by the scales of these rows of an expert, in place, and return them."""
         groups = range(low // _MX_GROUP, -(-high // _MX_GROUP))
         scales: Floats = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
         if not np.isfinite(scales).all():
@@ -191,13 +186,6 @@ class _TurnedRows(Opened):
 class _Expert:
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.uint8]
-
-
-def _check_range(out: Floats, scales: Floats, info: TensorInfo) -> None:
-    """Raise BaseError where scales make numbers that are none any more."""
-    highest = float(np.finfo(np.float32).max) / _LARGEST_CODE
-    if not np.abs(scales).max() <= highest and not np.isfinite(out).all():
-        raise broken_part(info, "it makes numbers that float32 cannot hold")
 
 
 # --- recognition ----------------------------------------------------------------------------------
@@ -237,9 +225,8 @@ def _grouped(
         module.want_shape(parts["factor"], (), (1,))
     shape = (*codes.shape[:-1], 2 * codes.shape[-1]) if codes.shape else ()
     groups = [one.group for one in weight_arguments(module) if one.group and one.bits == 4]
-    usual = _NV_GROUP if factor else _MX_GROUP
-    blocks = [(1, group) for group in (*groups, usual)]
-    grid = fitting_grid(module, shape, scale, blocks)
+    usual = [(1, _NV_GROUP if factor else _MX_GROUP)]
+    grid = fitting_grid(module, shape, scale, [(1, group) for group in groups], usual)
     used = {r: t for r, t in module.tensors.items() if t in parts.values()}
     return GroupedFP4(shape, parts, module.beside(used), grid=grid, factor=factor)
 

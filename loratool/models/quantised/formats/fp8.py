@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     E4M3_ENDS,
+    add_groups,
     decode_e4m3,
     decode_integers,
-    ends_of_codes,
+    divide_groups,
+    encode_e4m3,
+    encode_integers,
     has_e4m3_nan,
     integers_as_float32,
     multiply_groups,
@@ -28,7 +31,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import (
     Floats,
-    Opened,
+    OnGrid,
     Scheme,
     blur_of_sums,
     broken_part,
@@ -77,14 +80,18 @@ class Scaled(Scheme):
         return 8
 
     @property
+    def snaps(self) -> bool:
+        return True
+
+    @property
     def blur(self) -> float:
         return blur_of_sums(8) if "zero" in self.parts else 0.0
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
 
-class _ScaledRows(Opened):
+class _ScaledRows(OnGrid):
     def __init__(self, scheme: Scaled, files: FilePool) -> None:
         self._scheme = scheme
         self._main = scheme.main
@@ -95,44 +102,54 @@ class _ScaledRows(Opened):
         self._zeros = (
             None if zero is None else GridScales(zero, scheme.grid, files, integers_as_float32)
         )
-        self._highest = float(np.finfo(np.float32).max) / _LARGEST[self._main.dtype]
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        codes = self._read(first, last)
+        columns = self._scheme.columns
+        codes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
         if self._main.dtype == "I8":
             decode_integers(codes.view(np.int8), out.reshape(-1))
         else:
             if has_e4m3_nan(codes):
                 raise broken_part(self._main, "it holds NaN")
             decode_e4m3(codes, out.reshape(-1))
-        scales = self._scale_rows(first, last, out)
-        if np.abs(scales).max() > self._highest and not np.isfinite(out).all():
-            raise broken_part(self._scale, "it makes numbers that float32 cannot hold")
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
+        multiply_groups(out, scales, group)
+        refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
 
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        codes = self._read(first, last)
         if self._main.dtype == "I8":
-            decode_integers(codes.view(np.int8), out.reshape(-1))
-            ends_of_codes(out, upper, -128, 127)
-        else:
-            E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
-        self._scale_rows(first, last, out)
-
-    def _read(self, first: int, last: int) -> Bytes:
-        """The codes of these rows, in a buffer of this thread."""
+            super().ends(first, last, out, upper)
+            return
         columns = self._scheme.columns
-        codes: Bytes = thread_buffer("codes", (last - first) * columns)
+        codes = thread_buffer("codes", (last - first) * columns)
         self._codes.read_into(first * columns, last * columns, codes)
-        return codes
-
-    def _scale_rows(self, first: int, last: int, out: Floats) -> Floats:
-        """`(code − zero)·scale`, in place; the scales of each row."""
-        group = self._scheme.grid.block[1]
-        if self._zeros is not None:
-            subtract_groups(out, self._zeros.of_rows(first, last), group)
-        scales = self._scales.of_rows(first, last)
+        E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
+        scales, _, group = self.grid(first, last)
         multiply_groups(out, scales, group)
-        return scales
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
+        return self._scales.of_rows(first, last), zeros, self._scheme.grid.block[1]
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        flat = values.reshape(-1)
+        scales, zeros, group = self.grid(first, first + len(values))
+        divide_groups(values, scales, group)
+        if self._main.dtype == "I8":
+            if zeros is not None:
+                add_groups(values, zeros, group)
+            codes = encode_integers(flat, -128, 127).view(np.uint8)
+            decode_integers(codes.view(np.int8), flat)
+        else:
+            codes = encode_e4m3(flat)
+            decode_e4m3(codes, flat)
+        if zeros is not None:
+            subtract_groups(values, zeros, group)
+        multiply_groups(values, scales, group)
+        return codes
 
 
 def scaled(
@@ -147,7 +164,7 @@ def scaled(
     if weight.dtype in _OTHER_FLOATS:
         module.refuse(
             f"{weight.name} is {_OTHER_FLOATS[weight.dtype]}, and only e4m3fn is read",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     module.want_dtype(weight, *_LARGEST)
     powers = _POWERS if weight.dtype == "F8_E4M3" else ()
@@ -162,7 +179,8 @@ def scaled(
 def _claims(module: Module) -> bool:
     weight = module.tensors.get("weight")
     if weight is not None and weight.dtype.startswith("F8_"):
-        return True
+        # A vector without a scale is a table of some sort, and copied.
+        return len(weight.shape) > 1 or weight.name.endswith(".weight") or len(module.tensors) > 1
     if weight is None or weight.is_float:
         return bool(_PLAINLY & module.tensors.keys())
     return weight.dtype == "I8" and any(role in module.tensors for role in _SCALES)
@@ -177,7 +195,7 @@ def _scheme(module: Module) -> Scaled:
         scale = module.tensors[found[0]]
         module.refuse(
             f"{weight} is plain, and {scale} beside it is the scale of a quantised one",
-            "Merge into the unquantised model that it was made from.",
+            UNQUANTISED,
         )
     if not found:
         others = sorted(info.name for role, info in module.tensors.items() if role != "weight")
@@ -207,11 +225,10 @@ def _grid(module: Module, weight: TensorInfo, scale: TensorInfo) -> Grid:
     # An embedding has one scale, in whatever blocks the linear layers are.
     embedding = scale.name.endswith(".weight_scale") and scale.shape in ((), (1,))
     whole = len(blocks) < len(said) or not said or embedding
-    if not blocks:
-        blocks.append((128, 128))
+    usual = [] if blocks else [(128, 128)]
     if scale.dtype in _POWERS:
-        blocks.append((1, 32))
-    return fitting_grid(module, weight.shape, scale, blocks, whole)
+        usual.append((1, 32))
+    return fitting_grid(module, weight.shape, scale, blocks, usual, whole)
 
 
 FORMATS = (

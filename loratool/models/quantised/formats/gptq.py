@@ -7,19 +7,23 @@ every zero less one, taken from whole words of them.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import codes_into, scale_groups
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
+from loratool.models.quantised.numbers import (
+    decode_words,
+    multiply_groups,
+    subtract_groups,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
     HeldPart,
-    Opened,
+    OnGrid,
     Scheme,
     broken_part,
     read_finite,
@@ -57,18 +61,18 @@ class Gptq(Scheme):
     def is_nearest(self) -> bool:
         return False
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 
 
-class _Rows(Opened):
+class _Rows(OnGrid):
     def __init__(self, scheme: Gptq, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
         self._words = HeldPart(parts["qweight"], files)
         self._stored = parts["qweight"].shape
         self._inputs = scheme.shape[0] if scheme.turned else scheme.columns
-        scales = read_finite(parts["scales"], files)
+        scales = read_finite(parts["scales"], files, times=1 << scheme.width)
         self._scales = np.ascontiguousarray(scales.T)
         self._zeros = np.ascontiguousarray(_zeros(scheme, files)[:, : scales.shape[1]].T)
         self._group, self._index = scheme.group, None
@@ -88,11 +92,6 @@ class _Rows(Opened):
         self._fill(values, slice(None), low)
         out[:] = values[:, first - low : last - low].T
 
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        aside = copy(self)
-        aside._zeros = self._zeros - np.float32(0.5 if upper else -0.5)
-        aside.rows(first, last, out)
-
     def _fill(self, out: Floats, outputs: slice, low: int) -> None:
         """Values of these outputs, `[outputs, inputs]`, from input `low` on."""
         bits, count = self._scheme.width, out.shape[1]
@@ -100,19 +99,38 @@ class _Rows(Opened):
         held = self._words.raw().view("<i4").reshape(self._stored)
         words = np.ascontiguousarray(held[low * bits // 32 : end, outputs].T)
         codes = words.shape[1] * 32 // bits
-        values = out if codes == count else np.empty((len(out), codes), np.float32)
-        codes_into(values, words, bits)
+        values = out
+        if codes != count:
+            values = thread_buffer("codes", len(out) * codes, np.float32).reshape(-1, codes)
+        decode_words(words, bits, values)
         if values is not out:
             out[:] = values[:, :count]
         zeros, scales, group = self._zeros[outputs], self._scales[outputs], self._group
         if group and low % group == 0 and count % group == 0:
             chosen = slice(low // group, (low + count) // group)
-            scale_groups(out, zeros[:, chosen], scales[:, chosen], group)
+            subtract_groups(out, zeros[:, chosen], group)
+            multiply_groups(out, scales[:, chosen], group)
             return
         index = np.arange(self._inputs) // group if self._index is None else self._index
-        chosen_inputs = index[low : low + count]
-        out -= zeros.take(chosen_inputs, axis=1)
-        out *= scales.take(chosen_inputs, axis=1)
+        own = index[low : low + count]
+        for some, step in ((zeros, np.subtract), (scales, np.multiply)):
+            spread = thread_buffer("of each input", out.size, np.float32).reshape(out.shape)
+            some.take(own, axis=1, out=spread, mode="clip")
+            step(out, spread, out=out)
+
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
+        if not self._scheme.turned and self._group:
+            return self._scales[first:last], self._zeros[first:last], self._group
+        index = np.arange(self._inputs) // self._group if self._index is None else self._index
+        if self._scheme.turned:
+            scales, zeros = (some.T.take(index[first:last], 0) for some in self._both)
+        else:
+            scales, zeros = (some[first:last].take(index, 1) for some in self._both)
+        return scales, zeros, 1
+
+    @property
+    def _both(self) -> tuple[Floats, Floats]:
+        return self._scales, self._zeros
 
 
 def _zeros(scheme: Gptq, files: FilePool) -> Floats:
@@ -122,7 +140,7 @@ def _zeros(scheme: Gptq, files: FilePool) -> Floats:
     if not scheme.second and bits in _ONES:
         words = words + np.uint32(_ONES[bits])  # with what is carried over, as it was taken away
     found = np.empty((len(words), words.shape[1] * 32 // bits), np.float32)
-    codes_into(found, words, bits)
+    decode_words(words, bits, found)
     if not scheme.second and bits not in _ONES:
         found = (found + 1) % (1 << bits)
     return found
@@ -182,7 +200,7 @@ def _scheme(module: Module) -> Gptq:
         parts["g_idx"] = index
     turned = module.is_conv1d
     shape = (inputs, outputs) if turned else (outputs, inputs)
-    return Gptq(shape, parts, (), bits, group, _is_second(module), turned)
+    return Gptq(shape, parts, module.beside(parts), bits, group, _is_second(module), turned)
 
 
 def _is_second(module: Module) -> bool:
@@ -192,7 +210,7 @@ def _is_second(module: Module) -> bool:
     if said and said not in ({"gptq"}, {"gptq_v2"}):
         module.refuse(
             f"its format is {' and '.join(sorted(said)):.80}, expected gptq or gptq_v2",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     return said == {"gptq_v2"}
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loratool.dtypes import FLOAT_FORMATS
 from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import ends_of_codes
 from loratool.models.quantised.scheme import Floats, Opened, Scheme, read_finite, round_in_place
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import values_of
@@ -64,9 +62,9 @@ class Hqq(Scheme):
         return self.rounded
 
     @property
-    def blur(self) -> float:
-        # Zeros and scales are rounded after the codes have been found by them.
-        return 1.5 * 2.0**self.width * FLOAT_FORMATS[self.rounded].rounding
+    def is_nearest(self) -> bool:
+        # Zeros are moved until the weights as a whole are near, and some are cut off.
+        return False
 
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
@@ -86,22 +84,6 @@ class _Rows(Opened):
     def rows(self, first: int, last: int, out: Floats) -> None:
         values = out.reshape(-1)
         low, high = first * self._scheme.columns, last * self._scheme.columns
-        self._decode(low, high, values)
-        values -= self._spread(self._zeros, low, high)
-        round_in_place(values, self._scheme.rounded)
-        values *= self._spread(self._scales, low, high)
-        round_in_place(values, self._scheme.rounded)
-
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        values = out.reshape(-1)
-        low, high = first * self._scheme.columns, last * self._scheme.columns
-        self._decode(low, high, values)
-        ends_of_codes(values, upper, 0, (1 << self._scheme.width) - 1)
-        values -= self._spread(self._zeros, low, high)
-        values *= self._spread(self._scales, low, high)
-
-    def _decode(self, low: int, high: int, values: npt.NDArray[np.float32]) -> None:
-        """Codes `[low, high)` of the flat weight as numbers."""
         bits, items = self._scheme.width, self._items
         at = low
         while at < high:
@@ -111,6 +93,16 @@ class _Rows(Opened):
             shift = bits * (_CODES[bits] - 1 - part)
             values[at - low : end - low] = (codes >> shift) & ((1 << bits) - 1)
             at = end
+        values -= self._spread(self._zeros, low, high)
+        round_in_place(values, self._scheme.rounded)
+        values *= self._spread(self._scales, low, high)
+        round_in_place(values, self._scheme.rounded)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        low, high = first * self._scheme.columns, last * self._scheme.columns
+        values = out.reshape(-1)
+        values += self._spread(self._scales, low, high) * np.float32(0.5 if upper else -0.5)
 
     def _read(self, low: int, high: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint32]:
         """Items `[low, high)`, which may lie in the file as other numbers of the same bytes."""
@@ -185,10 +177,8 @@ def _scheme(module: Module) -> Hqq:
         parts[role] = module.want(role, "HQQ")
         module.want_dtype(parts[role], "F16", "BF16", "F32")
         module.want_shape(parts[role], (rows, 1) if axis == 1 else (1, run), (), (1,), (1, 1))
-    extras = tuple(module.tensors[r] for r in (*_TELLING, *_TOLD) if r in module.tensors)
-    return Hqq(
-        (shape[0], shape[1]), parts, extras, bits, itemsize, run, axis, dtype
-    )  # fmt: skip
+    extras = module.beside(parts, (*_TELLING, *_TOLD))
+    return Hqq((shape[0], shape[1]), parts, extras, bits, itemsize, run, axis, dtype)
 
 
 def _packing(module: Module) -> tuple[int, int]:

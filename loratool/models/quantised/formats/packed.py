@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
-from loratool.models.quantised.grid import Grid, GridScales, fitting_grid
+from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_integers,
     decode_pairs,
-    ends_of_codes,
     integers_as_float32,
     multiply_groups,
     pair_table,
@@ -28,7 +27,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import (
     Floats,
-    Opened,
+    OnGrid,
     Scheme,
     blur_of_sums,
     broken_part,
@@ -64,11 +63,11 @@ class PackedIntegers(Scheme):
     def blur(self) -> float:
         return blur_of_sums(self.width) if "zero" in self.parts else 0.0
 
-    def opened(self, files: FilePool) -> Opened:
+    def opened(self, files: FilePool) -> OnGrid:
         return _PackedRows(self, files)
 
 
-class _PackedRows(Opened):
+class _PackedRows(OnGrid):
     def __init__(self, scheme: PackedIntegers, files: FilePool) -> None:
         self._scheme = scheme
         parts, grid = scheme.parts, scheme.grid
@@ -84,23 +83,16 @@ class _PackedRows(Opened):
         self._order = _order(parts["order"], grid, files) if "order" in parts else None
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        self._read(first, last, out)
-        self._scale(first, last, out)
-
-    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        self._read(first, last, out)
-        bits = self._scheme.width
-        ends_of_codes(out, upper, -(1 << bits - 1), (1 << bits - 1) - 1)
-        self._scale(first, last, out)
-
-    def _read(self, first: int, last: int, out: Floats) -> None:
-        """The codes of these rows as whole numbers."""
         words = thread_buffer("codes", (last - first) * self._words * 4)
         self._codes.read_into(first * self._words, last * self._words, words)
         self._decode(words.reshape(last - first, -1), out)
+        scales, zeros, group = self.grid(first, last)
+        if zeros is not None:
+            subtract_groups(out, zeros, group)
+        multiply_groups(out, scales, group)
+        refuse_overflow(out, scales, 1 << self._scheme.width, self._scheme.parts["scale"])
 
-    def _scale(self, first: int, last: int, out: Floats) -> None:
-        """`(code − zero)·scale`, in place."""
+    def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         group = self._scheme.grid.block[1]
         scales = self._scales.of_rows(first, last)
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)
@@ -108,9 +100,7 @@ class _PackedRows(Opened):
             group = 1
             scales = scales.take(self._order, 1)
             zeros = None if zeros is None else zeros.take(self._order, 1)
-        if zeros is not None:
-            subtract_groups(out, zeros, group)
-        multiply_groups(out, scales, group)
+        return scales, zeros, group
 
     def _decode(self, words: npt.NDArray[np.uint8], out: Floats) -> None:
         """The codes of rows of words as whole numbers."""
@@ -224,7 +214,7 @@ def _width_and_grid(
     whole = len(blocks) < len(fitting) or not said
     if not said and groups and columns % groups == 0:
         blocks.append((1, columns // groups))
-    grid = fitting_grid(module, shape, scale, blocks, whole)
+    grid = fitting_grid(module, shape, scale, blocks, whole=whole)
     bits = (
         {one.bits for one in fitting if one.group in (None, grid.block[1])} if said else {*widths}
     )

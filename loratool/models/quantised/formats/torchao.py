@@ -16,8 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import FileError
-from loratool.models.quantised.module import Format, Module, roles
-from loratool.models.quantised.numbers import E4M3, E4M3_ENDS, ends_of_codes
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
+from loratool.models.quantised.numbers import (
+    E4M3_ENDS,
+    add_groups,
+    decode_e4m3,
+    decode_integers,
+    has_e4m3_nan,
+    integers_as_float32,
+    multiply_groups,
+    subtract_groups,
+    thread_buffer,
+)
 from loratool.models.quantised.scheme import (
     Floats,
     Opened,
@@ -72,42 +82,38 @@ class _Rows(Opened):
         self._codes = values_of(parts["qdata"], files)
         #: Blocks along each axis, and their scales and zeros by rows of blocks.
         self._blocks = tuple(n // b for n, b in zip(scheme.shape, scheme.block, strict=True))
-        self._scales = read_finite(parts["scale"], files).reshape(-1, self._blocks[-1])
+        scales = read_finite(parts["scale"], files, times=448)
+        self._scales = scales.reshape(-1, self._blocks[-1])
         zeros = parts.get("zero_point")
         self._zeros = None if zeros is None else _zeros(zeros, files).reshape(self._scales.shape)
 
     def rows(self, first: int, last: int, out: Floats) -> None:
-        raw = self._raw(first, last)
-        if self._scheme.kind == "FP8":
-            if ((raw & 127) == 127).any():
-                raise broken_part(self._codes.info, "it holds NaN")
-            E4M3.take(raw, out=out, mode="clip")  # without a buffer between
+        scheme, columns = self._scheme, self._scheme.columns
+        codes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
+        if scheme.kind != "FP8":
+            decode_integers(codes.view(np.int8), out.reshape(-1))
+        elif has_e4m3_nan(codes):
+            raise broken_part(self._codes.info, "it holds NaN")
         else:
-            out[:] = raw.view(np.int8)
-        self._scale(first, last, out, self._scheme.rounded)
+            decode_e4m3(codes, out.reshape(-1))
+        blocks = self._blocks_of(first, last)
+        if self._zeros is not None:
+            subtract_groups(out, self._zeros[blocks], scheme.block[-1])
+            round_in_place(out, scheme.rounded)
+        multiply_groups(out, self._scales[blocks], scheme.block[-1])
 
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
-        raw, bits = self._raw(first, last), self._scheme.bits
-        if self._scheme.kind == "FP8":
-            E4M3_ENDS[upper].take(raw, out=out, mode="clip")
-        else:
-            out[:] = raw.view(np.int8)
-            ends_of_codes(out, upper, -(1 << bits - 1), (1 << bits - 1) - 1)
-        self._scale(first, last, out, "F32")
-
-    def _raw(self, first: int, last: int) -> npt.NDArray[np.uint8]:
-        """The codes of these rows."""
-        columns = self._scheme.columns
-        return self._codes.bytes(first * columns, last * columns).reshape(-1, columns)
-
-    def _scale(self, first: int, last: int, out: Floats, rounded: str) -> None:
-        """`(code − zero)·scale`, in place, the difference rounded to this dtype."""
-        block = self._blocks_of(first, last)
-        values = out.reshape(len(out), self._blocks[-1], -1)
-        if self._zeros is not None:
-            values -= self._zeros[block][..., None]
-            round_in_place(out, rounded)
-        values *= self._scales[block][..., None]
+        scheme, columns = self._scheme, self._scheme.columns
+        scales = self._scales[self._blocks_of(first, last)]
+        if scheme.kind != "FP8":
+            self.rows(first, last, out)
+            add_groups(out, scales * np.float32(0.5 if upper else -0.5), scheme.block[-1])
+            return
+        codes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
+        E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
+        multiply_groups(out, scales, scheme.block[-1])
 
     def _blocks_of(self, first: int, last: int) -> npt.NDArray[np.intp]:
         """The row of blocks that each of these rows is in."""
@@ -119,7 +125,7 @@ class _Rows(Opened):
 
 def _zeros(info: TensorInfo, files: FilePool) -> Floats:
     if info.dtype == "I8":
-        return read_part(info, files).view(np.int8).astype(np.float32)
+        return integers_as_float32(read_part(info, files), info.dtype)
     return read_finite(info, files)
 
 
@@ -134,7 +140,7 @@ def _scheme(module: Module) -> TorchAo:
         module.refuse(
             "its inputs are multiplied by act_pre_scale before the weight is, so it is not the "
             "weight of a plain model",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     for name in names:
         module.want(name, "torchao")
@@ -150,7 +156,7 @@ def _scheme(module: Module) -> TorchAo:
         parts["zero_point"] = zeros
         if zeros.dtype != "I8":
             rounded = _dtype(module, fields)
-    extras = tuple(info for role, info in module.tensors.items() if role not in parts)
+    extras = module.beside(parts, ("act_quant_scale", "act_quant_zero_point"))
     return TorchAo(codes.shape, parts, extras, _kind(module, kind, fields), block, rounded)
 
 
@@ -173,7 +179,7 @@ def _described(module: Module) -> tuple[str, dict[str, Any], list[str]]:
         module.refuse(
             f"it is stored as torchao's {kind if isinstance(kind, str) else value_text(kind):.80}, "
             f"and read are {', '.join(_CLASSES)}",
-            "Merge into the unquantised model it was made from, then quantise the result.",
+            UNQUANTISED,
         )
     if not isinstance(fields, dict):
         module.refuse("the metadata of its file has no fields of it (_data)")

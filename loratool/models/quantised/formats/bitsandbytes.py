@@ -8,7 +8,9 @@ where a row is no multiple of the block; the generic one is what is meant.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import (
     decode_pairs,
     encode_integers,
+    midpoints,
     multiply_groups,
     nearest_levels,
     pair_table,
@@ -83,6 +86,7 @@ class _FourBitRows(Opened):
     def __init__(self, scheme: FourBit, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
+        self._files = files
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
@@ -108,6 +112,33 @@ class _FourBitRows(Opened):
         values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
         out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        aside = copy(self)
+        # Nothing is beyond the largest magnitude.
+        ends = midpoints(self._levels, upper).clip(self._levels.min(), self._levels.max())
+        aside._pairs = pair_table(ends, high_first=True)
+        aside.rows(first, last, out)
+        if self._scheme.parts["absmax"].dtype == "U8":
+            aside._pairs = pair_table(np.abs(ends), high_first=True)
+            aside._absmax = self._rounded_off
+            off = np.empty_like(out)
+            aside.rows(first, last, off)
+            out += off if upper else -off
+
+    @cached_property
+    def _rounded_off(self) -> npt.NDArray[np.float32]:
+        """By how much the largest magnitude of each block may be off, where it is a code itself."""
+        parts, files = self._scheme.parts, self._files
+        levels = read_finite(parts["nested_quant_map"], files)
+        lower, upper = (
+            midpoints(levels, up).clip(levels.min(), levels.max()) for up in (False, True)
+        )
+        gaps: npt.NDArray[np.float32] = np.maximum(upper - levels, levels - lower)
+        values = gaps.take(read_part(parts["absmax"], files))
+        scales = read_finite(parts["nested_absmax"], files)
+        values *= np.repeat(scales, self._scheme.nested_blocksize)[: len(values)]
+        return values
 
     def snap(self, first: int, values: Floats) -> Bytes:
         block, low = self._scheme.blocksize, first * self._scheme.columns
@@ -274,6 +305,11 @@ class _EightBitRows(Opened):
             out[:] = codes.reshape(-1, width)
             out *= self._scales[first:last, None]
         out *= ONE_127TH
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        half = self._scales * (ONE_127TH * np.float32(0.5 if upper else -0.5))
+        out += half if self._held is not None else half[first:last, None]
 
     def snap(self, first: int, values: Floats) -> Bytes:
         scales = self._scales[first : first + len(values), None]

@@ -57,6 +57,10 @@ class Gptq(Scheme):
     def bits(self) -> int:
         return self.width
 
+    @property
+    def is_nearest(self) -> bool:
+        return False
+
     def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 

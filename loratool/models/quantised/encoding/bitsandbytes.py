@@ -15,7 +15,8 @@ import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
-from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
+from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.formats.llm_int8 import ONE_127TH, EightBit
 from loratool.models.quantised.numbers import nearest_levels
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32

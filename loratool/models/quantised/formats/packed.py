@@ -77,7 +77,7 @@ class PackedIntegers(Scheme):
 
     @property
     def blur(self) -> float:
-        return blur_of_sums(self.width) if "zero" in self.parts else 0.0
+        return blur_of_sums(self.bits) if "zero" in self.parts else 0.0
 
     def opened(self, files: FilePool) -> OnGrid:
         return _PackedRows(self, files)

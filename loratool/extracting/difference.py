@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
+from loratool.extracting.quantising import Ends, QuantisingTest
 from loratool.extracting.rounding import RoundingTest
 from loratool.merging.rounding import TORCH
+from loratool.models.quantised.ends import ends_of
 from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo
 from loratool.storage.values import values_of
 from loratool.streams.scratch import scratch
@@ -37,7 +39,8 @@ class Size:
     """`energy` is ‖tuned - base‖² and `weight` ‖base‖²; `changed` is False where all are equal.
 
     `noise` estimates ‖·‖² of what storing the tuned values in their dtype rounded off, of those
-    that differ. With `rounding` the whole difference is of that kind, and `noise` is all of it.
+    that differ, and of what quantising did; `quantising` is that part of it. With `rounding` the
+    whole difference is of that kind, and `noise` is all of it.
     """
 
     energy: float
@@ -45,6 +48,17 @@ class Size:
     changed: bool
     noise: float
     rounding: bool = False
+    quantising: float = 0.0
+
+    def bounded(self, cut: float) -> Size:
+        """The same, now that factors of a low rank leave no more than `cut` of ‖Δ‖².
+
+        What was rounded off has full rank, so half of it at least would be left.
+        """
+        if cut >= self.quantising / 4:
+            return self
+        of_codes = min(self.quantising, 2 * cut)
+        return replace(self, noise=self.noise - self.quantising + of_codes, quantising=of_codes)
 
 
 class Stopped(Exception):
@@ -71,7 +85,12 @@ class Difference:
         self.device = device
         self.rows = base.shape[0] if base.shape else 1
         self.columns = base.numel // self.rows if self.rows else 0
+        self.elements = self.rows * self.columns
         self._values = {info: values_of(info, files) for info in (base, tuned)}
+        self._ends = [
+            None if pair is None else [values_of(end, files) for end in pair]
+            for pair in (ends_of(base), ends_of(tuned))
+        ]
         self._stop = stop or threading.Event()
         self.held: torch.Tensor | None = None
         double = "F64" in (base.dtype, tuned.dtype)
@@ -89,9 +108,12 @@ class Difference:
             held = self._buffer()
         energy = weight = moved = 0.0
         test = RoundingTest(self.base.dtype, self.tuned.dtype)
+        quantising = QuantisingTest(self.base, self.tuned) if any(self._ends) else None
         for low, high in self._ranges():
             before, after = self._both(low, high)
             test.take(before, after)
+            if quantising is not None:
+                quantising.take(before, after, self._read_ends(low, high))
             block = after.sub_(before).float()
             weight += _squared(before)
             energy += _squared(block)
@@ -101,9 +123,15 @@ class Difference:
         if not energy < _LARGEST:
             self._explain()
         self.held = held
+        noise, of_codes = moved * _rounded_off(self.tuned.dtype), 0.0
         rounding = energy > 0 and test.passed
-        noise = energy if rounding else min(moved * _rounded_off(self.tuned.dtype), energy)
-        return Size(energy, weight, energy > 0, noise, rounding)
+        if quantising is not None:
+            of_codes = min(quantising.noise, energy)
+            noise += of_codes
+            if energy > 0 and not rounding and quantising.passed:
+                rounding, of_codes = True, energy
+        noise = energy if rounding else min(noise, energy)
+        return Size(energy, weight, energy > 0, noise, rounding, of_codes)
 
     def _buffer(self) -> torch.Tensor:
         """Room for the whole matrix. On the CPU each thread has one, and uses it again."""
@@ -142,6 +170,21 @@ class Difference:
         side = "values" if info is self.tuned else "before"
         widened = scratch.get(side, stored.numel(), self._work).view(stored.shape)
         return widened.copy_(stored)
+
+    def _read_ends(self, low: int, high: int) -> tuple[Ends | None, Ends | None]:
+        """What rows `[low, high)` of both sides stand for; None of one that is not quantised."""
+        found: list[Ends | None] = []
+        for ends in self._ends:
+            if ends is None:
+                found.append(None)
+                continue
+            raw = [values.bytes(low * self.columns, high * self.columns) for values in ends]
+            lower, upper = (
+                torch.from_numpy(one).view(torch.float32).view(high - low, self.columns)
+                .to(self.device, self._work) for one in raw
+            )  # fmt: skip
+            found.append((lower, upper))
+        return found[0], found[1]
 
     def _explain(self) -> None:
         """Raise ValueRangeError that names the side with NaN or infinity, or the overflow."""

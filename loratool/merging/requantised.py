@@ -26,6 +26,9 @@ from loratool.storage.composed import Composed
 from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, as_float32, blocks
 from loratool.storage.values import Values, values_of
 
+#: Elements of a weight of which a sample does not go through all rows.
+_LARGE = 8 * BLOCK_ELEMENTS
+
 
 @dataclass(frozen=True)
 class PartAgain(Composed):
@@ -118,8 +121,9 @@ class Again(MeasuredValues):
         self._lead: Values | None = None
         if encoder.lead is not None and not self._is_lead:
             leading = _part_again(info.weight, encoder.lead, info.job, encoder)
-            # That of a whole weight takes all of its rows; a sample makes do with the base's.
-            self._lead = values_of(leading.before if is_sample else leading, files)
+            # It takes all rows of a weight; of a large one a sample makes do with the base's.
+            is_large = info.weight.numel > _LARGE
+            self._lead = values_of(leading.before if is_sample and is_large else leading, files)
         # One thread makes it, before anything else.
         self._lock = threading.Lock()
         self._follows = False
@@ -196,7 +200,7 @@ class Again(MeasuredValues):
         changed = (values != before).any(1)
         same = ~np.logical_or.reduceat(changed, np.arange(0, last - first, group))
         stand_for = np.empty_like(values) if counts is not None else None
-        codes = self.encoder.encode(self._part.role, first, values, stand_for)
+        codes = self.encoder.encode(self._part.role, first, values, before, stand_for)
         if counts is not None and stand_for is not None:
             if self._lead is None:
                 kept = np.repeat(same, group)[: last - first]

@@ -122,9 +122,9 @@ class Treatment:
         if self.how == _UNTOUCHED or not self.touched:
             return []
         result = (
-            "The result is the dequantised base plus the adapter: the model that a QLoRA adapter "
-            "was trained as. Merged into the 16-bit original, where that is at hand, it is another "
-            "model, often as good."
+            "The result is the dequantised base plus the adapter: the model that was trained, "
+            "where this was its base, as in QLoRA. The 16-bit original, where there is one, gives "
+            "another model, often as good."
         )
         if self.how == "requantise":
             result = (
@@ -210,9 +210,13 @@ def treat(
     return Treatment(base, how, touched, opened, dtype=dtype)
 
 
-def _usual(base: Dequantised, touched: Collection[str]) -> str:
+def _usual(base: Dequantised, touched: frozenset[str]) -> str:
     """What bitsandbytes quantised while loading becomes plain; all else is kept."""
-    return "plain" if all(base.weights[name].stored_as.on_load for name in touched) else "keep"
+    return "plain" if touched <= _made_on_load(base) else "keep"
+
+
+def _made_on_load(base: Dequantised) -> frozenset[str]:
+    return frozenset(n for n, weight in base.weights.items() if weight.stored_as.on_load)
 
 
 def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:

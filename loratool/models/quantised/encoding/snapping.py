@@ -34,7 +34,7 @@ def snapping(scheme: Scheme, files: FilePool) -> Snap:
 
     def snap(first: int, values: Floats) -> Bytes:
         role = _main_role(scheme)
-        return encoder.joined(role, [encoder.encode(role, first, values, values)])
+        return encoder.joined(role, [encoder.encode(role, first, values, values, values)])
 
     return snap
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from loratool.errors import BaseError
 from loratool.merging.counts import Counts, KeptOfDelta
 from loratool.merging.plan import Plan
 from loratool.merging.requantised import Again, PartAgain
-from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
+from loratool.streams.run import Run
 from loratool.words import percent
 
 #: Blocks that are looked at.
 _SAMPLES = 48
-#: Weights that are looked at where each is read whole for it.
+#: Weights that are looked at where each has to be decomposed.
 _FEW = 6
 #: Bits of a code up to which quantising again loses most of a usual delta.
 _FEW_BITS = 4
@@ -24,7 +25,7 @@ _FEW_BITS = 4
 _ENOUGH = 0.9
 
 
-def sample_kept(plan: Plan, of_few_bits: bool = False) -> KeptOfDelta | None:
+def sample_kept(plan: Plan, run: Run, of_few_bits: bool = False) -> KeptOfDelta | None:
     """What quantising again would leave of the delta; None where nothing is, or nothing changes.
 
     `of_few_bits` looks at formats of few bits alone. Tensors that are not on this disk are fetched,
@@ -42,19 +43,32 @@ def sample_kept(plan: Plan, of_few_bits: bool = False) -> KeptOfDelta | None:
     if not all(file.is_file() for part in parts for file in part.files):
         parts = [part for part in parts if part.files == parts[0].files]
         plan.base.fetch({part.weight.name for part in parts})
+    from loratool.streams.workers import Workers  # torch: about two seconds to import
+
+    total = Counts()
+    with FilePool() as files, Workers(run.threads) as workers:
+        for counts in workers.in_order(_calls(parts, files)):
+            total += counts
+    return total.kept_of_delta
+
+
+def _calls(parts: Sequence[PartAgain], files: FilePool) -> Iterator[Callable[[], Counts]]:
+    for part, rows in _places(parts):
+        values, count = Again(part, files, is_sample=True), math.prod(part.weight.shape[:-1])
+        for low in sorted({row // values.step * values.step for row in rows}):
+            yield partial(_counted, values, low, min(low + values.step, count))
+
+
+def _counted(values: Again, first: int, last: int) -> Counts:
     counts = Counts()
-    with FilePool() as files:
-        for part, rows in _places(parts):
-            values, count = Again(part, files), math.prod(part.weight.shape[:-1])
-            for low in sorted({row // values.step * values.step for row in rows}):
-                values.encoded(low, min(low + values.step, count), counts)
-    return counts.kept_of_delta
+    values.encoded(first, last, counts)
+    return counts
 
 
 def _places(parts: Sequence[PartAgain]) -> Iterator[tuple[PartAgain, list[int]]]:
     """Rows spread evenly over all weights together."""
-    if any(_is_read_whole(part) for part in parts):
-        parts = parts[:: -(-len(parts) // _FEW)]
+    if any(taken.how != "given" for part in parts for taken in part.job.taken):
+        parts = parts[:: -(-len(parts) // _FEW)]  # each is decomposed for it
     spacing = max(1, sum(part.weight.numel for part in parts) // _SAMPLES)
     end = 0
     for part in parts:
@@ -63,17 +77,10 @@ def _places(parts: Sequence[PartAgain]) -> Iterator[tuple[PartAgain, list[int]]]
         yield part, [(place - begin) // part.weight.shape[-1] for place in found]
 
 
-def _is_read_whole(part: PartAgain) -> bool:
-    """Whether nothing is known of a row before all rows are."""
-    encoder = encoder_of(part.weight.stored_as)
-    leads = encoder is not None and encoder.lead is not None
-    return leads or any(taken.how != "given" for taken in part.job.taken)
-
-
-def refuse_loss(plan: Plan) -> None:
+def refuse_loss(plan: Plan, run: Run) -> None:
     """Raise BaseError where weights of few bits would be quantised again, with what is left of the
     delta."""
-    kept = sample_kept(plan, of_few_bits=True)
+    kept = sample_kept(plan, run, of_few_bits=True)
     if kept is not None and plan.treatment is not None:
         raise BaseError(
             f"{plan.base.label} is quantised ({plan.treatment.base.title}). Quantised again, "

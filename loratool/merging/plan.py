@@ -106,12 +106,15 @@ class OutputShard:
 
     name: str
     jobs: tuple[Job, ...]
+    #: What it says of itself beside its format.
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def header(self) -> bytes:
         """The first bytes of the file."""
         return build_header(
-            [(j.name, j.dtype, j.source.shape) for j in self.jobs], {"format": "pt"}
+            [(j.name, j.dtype, j.source.shape) for j in self.jobs],
+            {**self.metadata, "format": "pt"},
         )
 
     @property
@@ -168,7 +171,8 @@ class Plan:
     @property
     def outputs(self) -> list[OutputShard]:
         """What is to be made, file by file; each by itself, in any order, on any machine."""
-        return [OutputShard(name, tuple(jobs)) for name, jobs in self.shards.items()]
+        metadata = self.treatment.metadata if self.treatment is not None else {}
+        return [OutputShard(name, tuple(jobs), metadata) for name, jobs in self.shards.items()]
 
     @property
     def inputs(self) -> list[Adapter]:

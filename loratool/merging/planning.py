@@ -29,7 +29,7 @@ from loratool.models.layouts.names import (
     is_vocabulary_bias,
 )
 from loratool.models.quantised.base import Dequantised
-from loratool.models.quantised.treatment import AS_USUAL, Quantised, leftover, note_leftover, treat
+from loratool.models.quantised.treatment import AS_USUAL, Quantised, treat
 from loratool.models.tasks import CLASS_ENDS, CLASSIFYING
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
@@ -261,7 +261,6 @@ def _settle_quantisation(plan: Plan, edits: dict[str, Edits], quantised: Quantis
     """Decide what becomes of a quantised base, now that it is known what changes."""
     base = original(plan.base)
     if not isinstance(base, Dequantised):
-        plan.notices += [note_leftover(base)] if leftover(base) else []
         return
     changed = {name for name, found in edits.items() if found}
     asked = quantised.how
@@ -274,7 +273,6 @@ def _settle_quantisation(plan: Plan, edits: dict[str, Edits], quantised: Quantis
     plan.treatment = treat(base, changed, asked, quantised.trained_here)
     if plan.treatment.how != "plain":
         plan.dtype = "base"
-    plan.notices += plan.treatment.notices
 
 
 def _same_place(one: Job, other: Job) -> bool:

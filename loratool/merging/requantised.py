@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from loratool.errors import MatchError
 from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.plan import Edits, Job, Plan, make_job
 from loratool.models.quantised.encoding.encoder import Encoder
@@ -24,6 +25,9 @@ from loratool.models.quantised.scheme import Floats, QuantisedTensor
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, TensorInfo, as_float32, blocks
 from loratool.storage.values import Values, values_of
+
+#: Elements of a weight of which a sample does not go through all rows.
+_LARGE = 8 * BLOCK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,24 @@ def jobs_again(plan: Plan, edits: dict[str, Edits]) -> dict[str, Job]:
         return found
     for name in sorted(plan.treatment.back):
         weight = plan.treatment.base.weights[name]
-        encoder = encoder_of(weight.stored_as)
-        assert encoder is not None
-        job = replace(make_job(plan, name, weight, edits[name]), dtype="F32")
-        for role in encoder.sizes:
-            source = _part_again(weight, role, job, encoder)
-            found[source.name] = Job(
-                source.name, source.dtype, source, job.action, checked=False, of=job
-            )
+        for job in parts_again(weight, make_job(plan, name, weight, edits[name])):
+            found[job.name] = job
     return found
+
+
+def parts_again(weight: QuantisedTensor, job: Job) -> list[Job]:
+    """The jobs of the parts that change of a weight, of which `job` gives the values."""
+    encoder = encoder_of(weight.stored_as)
+    assert encoder is not None
+    if job.source.shape != weight.shape:
+        raise MatchError(
+            f"{job.name}: the adapter replaces it by {list(job.source.shape)}, and it is stored in "
+            f"{weight.stored_as.title} as {list(weight.shape)}.",
+            "--quantised keep or plain takes it as it is.",
+        )
+    whole = replace(job, dtype="F32")
+    sources = [_part_again(weight, role, whole, encoder) for role in encoder.sizes]
+    return [Job(s.name, s.dtype, s, job.action, checked=False, of=whole) for s in sources]
 
 
 def _part_again(weight: QuantisedTensor, role: str, job: Job, encoder: Encoder) -> PartAgain:
@@ -88,7 +101,7 @@ def _part_again(weight: QuantisedTensor, role: str, job: Job, encoder: Encoder) 
 class Again(MeasuredValues):
     """The bytes of a part, made of strips of merged rows. Strips that do not change keep theirs."""
 
-    def __init__(self, info: PartAgain, files: FilePool) -> None:
+    def __init__(self, info: PartAgain, files: FilePool, is_sample: bool = False) -> None:
         from loratool.merging.arithmetic import RunningJob  # torch: about two seconds to import
 
         super().__init__(info)
@@ -105,9 +118,12 @@ class Again(MeasuredValues):
         self._columns = info.weight.shape[-1]
         self._count = math.prod(info.weight.shape[:-1])
         self._is_lead = info.role == encoder.lead
-        self._lead: Again | None = None
+        self._lead: Values | None = None
         if encoder.lead is not None and not self._is_lead:
-            self._lead = Again(_part_again(info.weight, encoder.lead, info.job, encoder), files)
+            leading = _part_again(info.weight, encoder.lead, info.job, encoder)
+            # It takes all rows of a weight; of a large one a sample makes do with the base's.
+            is_large = info.weight.numel > _LARGE
+            self._lead = values_of(leading.before if is_sample and is_large else leading, files)
         # One thread makes it, before anything else.
         self._lock = threading.Lock()
         self._follows = False
@@ -184,7 +200,7 @@ class Again(MeasuredValues):
         changed = (values != before).any(1)
         same = ~np.logical_or.reduceat(changed, np.arange(0, last - first, group))
         stand_for = np.empty_like(values) if counts is not None else None
-        codes = self.encoder.encode(self._part.role, first, values, stand_for)
+        codes = self.encoder.encode(self._part.role, first, values, before, stand_for)
         if counts is not None and stand_for is not None:
             if self._lead is None:
                 kept = np.repeat(same, group)[: last - first]

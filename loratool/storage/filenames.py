@@ -65,6 +65,12 @@ OF_A_RUN = re.compile(
 #: Endings of files that torch pickles.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
+#: What tools write beside a quantised model of how it was made and is stored.
+QUANTISATION = (
+    "hf_quant_config.json", "recipe.yaml", "quantize_config.json", "quant_config.json",
+    "quantization_config.json",
+)  # fmt: skip
+
 #: How an output came about; written by every command that makes one.
 PROVENANCE = "loratool.json"
 
@@ -86,7 +92,7 @@ _OF_A_MODEL = re.compile(
 
 def is_of_a_model(name: str) -> bool:
     """Whether a file by this relative path is a usual part of a model or of an adapter."""
-    named = {CONFIG, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *_LITTER}
+    named = {CONFIG, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}
     return name in named or any(
         pattern.fullmatch(name)
         for pattern in (_OF_A_MODEL, TOKENIZER, PROCESSOR, GENERATION, LEGAL)

@@ -12,12 +12,12 @@ from loratool.errors import explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.options import MergeOptions
 from loratool.merging.plan import Plan
-from loratool.merging.replication import replicated
+from loratool.merging.replication import original, replicated
 from loratool.merging.report import MergeReport
 from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
-from loratool.models.quantised.treatment import Quantised, refuse_dtype
+from loratool.models.quantised.treatment import Quantised, note_leftover, refuse_dtype
 from loratool.publishing.target import workplace
 from loratool.storage.destination import (
     Overwrite,
@@ -158,6 +158,9 @@ def _planned(
     )  # fmt: skip
     if plan.treatment is not None:
         refuse_dtype(options.dtype, plan.treatment)
+        plan.notices += plan.treatment.notices
+    elif plan.rewriting is not None:
+        plan.notices.append(note_leftover(original(checkpoint)))
     plan.notices += note_other_base(checkpoint, loras)
     if plan.treatment is None or plan.treatment.how == "plain":
         plan.notices += notices

@@ -23,9 +23,9 @@ from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
 from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
-from loratool.merging.undo.counterparts import predicted_jobs
 from loratool.merging.undo.file import Undo
 from loratool.merging.undo.kept_base import kept_base
+from loratool.merging.undo.predicted import refuse_other_tensors
 from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
@@ -226,7 +226,7 @@ def _restore(
         as_it_is=True,  # the undo file has what was taken off the base
         quantised=Quantised(options.get("quantised"), trained_here=True),
     )
-    _refuse_other_tensors(plan, merged, undo)
+    refuse_other_tensors(plan, merged, undo)
     report = _report(request, plan, base.nbytes)
     if originals is not None:
         text = f"{originals} is not read: the undo file holds all that is missing."
@@ -253,27 +253,6 @@ def _restore(
         merged.folder.refuse_changed()
         report.warnings += staged.commit()
     return report
-
-
-def _refuse_other_tensors(plan: Plan, merged: Checkpoint, undo: Undo) -> None:
-    """The undo file fits the tensors that the merge wrote, not a copy in another dtype."""
-    wrong = []
-    jobs = predicted_jobs(plan)
-    for name, tensor in undo.tensors.items():
-        if tensor.whole:
-            continue
-        job = jobs[name][0] if name in jobs else None
-        info = merged.tensors.get(job.name) if job is not None else None
-        if info is None or job is None:
-            wrong.append(f"{name} is missing")
-        elif (info.dtype, info.shape) != (job.dtype, job.source.shape):
-            wrong.append(f"{info}, but {job.dtype} {list(job.source.shape)} was written")
-    if wrong:
-        raise RestoreError(
-            f"{merged.label} is not as the merge wrote it:\n{listed(wrong)}",
-            "Use the directory that `loratool merge --reversible` wrote. `--subtract` does "
-            "without the undo file, but not exactly.",
-        )
 
 
 # ----------------------------------------------------------------------------- by subtraction

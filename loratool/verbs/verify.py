@@ -15,6 +15,7 @@ from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
 from loratool.merging.proof.findings import Finding, Stats, judge
+from loratool.merging.proof.quantised_again import look_for_quantised_again
 from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
 from loratool.merging.provenance import read_record
@@ -125,6 +126,7 @@ def verify(
         report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
         stats = measure(found.pairs, run)
         findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
+        findings = look_for_quantised_again(findings, found.pairs, plan.base, run)
         findings = look_for_base(findings, found.pairs, plan, run)
         findings = look_for_adapters(findings, found.pairs, stats, plan, run)
         _conclude(report, [*findings, *found.findings], stats)

@@ -64,9 +64,9 @@ def write_planned(
     if not options.again:
         refuse_held(plan.base, plan.adapters)
     if not options.quantised.force:
-        refuse_loss(plan)
+        refuse_loss(plan, run)
     if run.dry_run:
-        report.kept_of_delta = sample_kept(plan)
+        report.kept_of_delta = sample_kept(plan, run)
         report.warnings += note_loss(report.kept_of_delta, plan)
         report.range_loss = sample_range_loss(plan)
         if report.derivation is not None:

@@ -66,7 +66,7 @@ class Stats:
 
 
 #: Findings that mean "this is base + adapters".
-SOUND = ("once", "rounded-twice", "low-precision", "same", "same-rounded")
+SOUND = ("once", "rounded-twice", "low-precision", "requantised", "same", "same-rounded")
 
 
 #: A weight this near to 1 is 1.

@@ -84,6 +84,7 @@ def _phrase(f: Finding) -> Phrase:
         "low-precision": Phrase("is", f"merged, with a product of low precision: {way}")
         if way
         else Phrase("is", "merged, with less precision than by rounding once"),
+        "requantised": Phrase("is", "merged, and quantised again as the base is"),
         "not-merged": Phrase("was", "never merged"),
         "weights": Phrase("was", f"merged with {weights} instead of what was asked"),
         "damaged": Phrase(

@@ -7,9 +7,11 @@ of a quantised base were stored.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 from loratool.errors import FileError
 from loratool.merging.undo.file import BaseTensor, Undo
@@ -17,6 +19,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import dequantised
 from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
+from loratool.storage.stamps import Stamp
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import Values, read_raw, values_of
 
@@ -103,6 +106,15 @@ class _BaseFolder(Folder):
                 f"{self._undo.path}: the base's {name} in it is no JSON object.", "Fetch it again."
             )
         return found
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[tuple[BinaryIO, int, Stamp | None]]:
+        if name in self._undo.files:
+            content = self._undo.files[name]
+            yield BytesIO(content), len(content), None
+        else:
+            with super().reading(name) as found:
+                yield found
 
     def ranges(self, name: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
         return [self._held(start) for start, _ in places]

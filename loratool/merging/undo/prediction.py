@@ -24,6 +24,7 @@ from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import ExactProduct, Terms
 from loratool.merging.rounding import TORCH
+from loratool.models.quantised.encoding.snapping import Snap, snapping
 from loratool.models.quantised.scheme import QuantisedTensor
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import read_float32
@@ -54,9 +55,9 @@ class Reversal:
         self._lock = threading.Lock()
         self.base_dtype = TORCH[base_dtype]
         source = job.source
-        self._opened = (
-            source.stored_as.opened(files) if isinstance(source, QuantisedTensor) else None
-        )
+        self._snap: Snap | None = None
+        if isinstance(source, QuantisedTensor):
+            self._snap = snapping(source.stored_as, files)
         self.work = torch.float64 if base_dtype == "F64" else torch.float32
 
     @cached_property
@@ -81,15 +82,15 @@ class Reversal:
 
     def predict(self, low: int, high: int, data: Bytes) -> Bytes:
         """The predicted base bytes of elements `[low, high)`, from their output bytes: those of the
-        `Counterpart`.
+        `Predicted`.
 
         They lie in this thread's scratch, until the next call.
         """
         values = self._predicted(low, high, data)
-        if self._opened is None:
+        if self._snap is None:
             return values.view(torch.uint8).numpy()
         rows = values.float().numpy().reshape(-1, self.columns)
-        return self._opened.snap(low // self.columns, rows)
+        return self._snap(low // self.columns, rows)
 
     def _predicted(self, low: int, high: int, data: Bytes) -> torch.Tensor:
         self._prepare()

@@ -21,7 +21,7 @@ import numpy as np
 from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.derivation import scale_folded
 from loratool.merging.plan import Job, Plan
-from loratool.merging.undo.counterparts import Counterpart, counterpart, predicted_jobs
+from loratool.merging.undo.predicted import Predicted, predicted_by, predicted_jobs
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import (
     Distances,
@@ -45,7 +45,7 @@ from loratool.streams.workers import BLOCKS_PER_TASK, Workers
 class RecordedMerging(Merging):
     """A job from which a tensor of the base is predicted, with what its blocks need for that."""
 
-    def __init__(self, job: Job, of_base: Counterpart, files: FilePool) -> None:
+    def __init__(self, job: Job, of_base: Predicted, files: FilePool) -> None:
         super().__init__(job, files)
         self.of_base = of_base
         self.is_copy = of_base.is_copied(job)
@@ -148,7 +148,7 @@ class UndoRecorder:
         return names + [f"file:{name}" for name in self.kept.files]
 
     def part(self, job: Job, files: FilePool) -> Merging:
-        of_base = counterpart(self.plan.base, job)
+        of_base = predicted_by(job, self.plan.base)
         return Merging(job, files) if of_base is None else RecordedMerging(job, of_base, files)
 
     def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:

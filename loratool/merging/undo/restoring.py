@@ -22,8 +22,8 @@ import torch
 from loratool.errors import FileError, RestoreError
 from loratool.merging.derivation import computed_delta
 from loratool.merging.plan import Job, Plan
-from loratool.merging.undo.counterparts import Counterpart, predicted_jobs
 from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
+from loratool.merging.undo.predicted import Predicted, predicted_jobs
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
 from loratool.models.checkpoint import Checkpoint
@@ -155,7 +155,7 @@ class ReversedPart(RestoredPart):
         undo: Undo,
         files: FilePool,
         job: Job,
-        of_base: Counterpart,
+        of_base: Predicted,
         merged: TensorInfo,
     ) -> None:
         super().__init__(tensor, undo, files)

@@ -11,7 +11,7 @@ import torch
 from loratool.merging.arithmetic import RunningJob
 from loratool.merging.plan import Job, Plan
 from loratool.merging.rounding import TORCH, ulp
-from loratool.merging.undo.counterparts import predicted_jobs
+from loratool.merging.undo.predicted import predicted_jobs
 from loratool.merging.undo.recording import RecordedMerging, RecordedTask
 from loratool.models.quantised.base import as_stored
 from loratool.storage.tensors import FilePool

@@ -17,7 +17,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CONV1D
 from loratool.models.quantised.scheme import Scheme
 from loratool.storage.jsonfile import parse_json
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo, blocks
 
 #: The longest description in a tensor that is read (bitsandbytes' is about 200 bytes).
 LONGEST_DESCRIPTION = 1 << 16
@@ -196,8 +196,9 @@ def gathered(
 def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> None:
     """Read the tensors of these roles, and leave their bytes in `Module.described`.
 
-    Over the network they are read by ranges, several at a time. Raises BaseError for one that is
-    too large for a description.
+    Over the network they are read by ranges, several at a time, and each stream reads neighbours:
+    safetensors files have all whole numbers side by side. Raises BaseError for one that is too
+    large for a description.
     """
     wanted: dict[str, list[tuple[Module, str, TensorInfo]]] = {}
     for module in modules:
@@ -206,14 +207,15 @@ def read_descriptions(modules: Iterable[Module], roles_read: frozenset[str]) -> 
             if info.nbytes > LONGEST_DESCRIPTION:
                 module.refuse(f"{info} is too large for a description")
             wanted.setdefault(info.file.name, []).append((module, role, info))
-    pieces = [
-        (file, rows[turn::_STREAMS]) for file, rows in wanted.items() for turn in range(_STREAMS)
-    ]
+    pieces = []
+    for file, rows in wanted.items():
+        rows.sort(key=lambda row: row[2].start)
+        pieces += [
+            (file, rows[low:high]) for low, high in blocks(len(rows), -(-len(rows) // _STREAMS))
+        ]
 
     def read(piece: tuple[str, list[tuple[Module, str, TensorInfo]]]) -> None:
         file, rows = piece
-        if not rows:
-            return
         places = [(info.start, info.nbytes) for _, _, info in rows]
         found = rows[0][0].base.folder.ranges(file, places)
         for (module, role, _), data in zip(rows, found, strict=True):

@@ -130,15 +130,6 @@ class Scheme(ABC):
         return False
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes that a row's codes have to themselves in the main part, where `snaps`; 0 where
-        they share some."""
-        bits, size = self.columns * self.bits, self.main.itemsize
-        rows = math.prod(self.shape[:-1])
-        apart = self.snaps and not bits % (8 * size) and self.main.nbytes == rows * bits // 8
-        return bits // 8 if apart else 0
-
-    @property
     def all_parts(self) -> tuple[TensorInfo, ...]:
         """All tensors that are there for this weight alone."""
         return (*self.parts.values(), *self.extras)

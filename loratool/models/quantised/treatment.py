@@ -22,6 +22,7 @@ from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
 from loratool.notices import Notice
+from loratool.storage.filenames import QUANTISATION
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
 
@@ -30,12 +31,10 @@ TREATMENTS = ("plain", "keep", "requantise")
 #: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
 _UNTOUCHED = "untouched"
 
-#: Files that describe the quantisation, beside config.json.
-DESCRIPTIONS = (
-    "hf_quant_config.json", "recipe.yaml", "quantize_config.json", "quant_config.json",
-    "quantization_config.json",
-)  # fmt: skip
 _EXPORTED = "hf_quant_config.json"
+
+#: What torchao has in the metadata of a file for a weight that is plain.
+_PLAIN_IN_METADATA = '{"_type": "Tensor"}'
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,20 @@ class Treatment:
             if found:
                 yield shard, found
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the files of the result say of themselves: of weights as torchao has them, how each
+        is stored."""
+        said = self.base.packed.metadata
+        if self.is_plain or not said.keys() & self.base.weights.keys():
+            return {}
+        return {**said, **dict.fromkeys(said.keys() & self.opened, _PLAIN_IN_METADATA)}
+
     def rewriting(self) -> Rewriting | None:
         """What config.json and its like must say differently; None where nothing."""
         places = self.base.settings.places
         if self.is_plain:
-            return Rewriting(places, None, without=DESCRIPTIONS)
+            return Rewriting(places, None, without=QUANTISATION)
         if not self.opened or not places:
             return None
         paths = _paths(self.base, self.opened)
@@ -114,9 +122,9 @@ class Treatment:
         if self.how == _UNTOUCHED or not self.touched:
             return []
         result = (
-            "The result is the dequantised base plus the adapter: the model that a QLoRA adapter "
-            "was trained as. Merged into the 16-bit original, where that is at hand, it is another "
-            "model, often as good."
+            "The result is the dequantised base plus the adapter: the model that was trained, "
+            "where this was its base, as in QLoRA. The 16-bit original, where there is one, gives "
+            "another model, often as good."
         )
         if self.how == "requantise":
             result = (
@@ -156,7 +164,7 @@ def leftover(base: Checkpoint) -> Rewriting | None:
     """What config.json must not say any more where it speaks of quantisation and no weight is
     quantised: programs that load the model would look for scales."""
     places = quantisation_of(base).places
-    return Rewriting(places, None, without=DESCRIPTIONS) if places else None
+    return Rewriting(places, None, without=QUANTISATION) if places else None
 
 
 def note_leftover(base: Checkpoint) -> Notice:
@@ -202,9 +210,13 @@ def treat(
     return Treatment(base, how, touched, opened, dtype=dtype)
 
 
-def _usual(base: Dequantised, touched: Collection[str]) -> str:
+def _usual(base: Dequantised, touched: frozenset[str]) -> str:
     """What bitsandbytes quantised while loading becomes plain; all else is kept."""
-    return "plain" if all(base.weights[name].stored_as.on_load for name in touched) else "keep"
+    return "plain" if touched <= _made_on_load(base) else "keep"
+
+
+def _made_on_load(base: Dequantised) -> frozenset[str]:
+    return frozenset(n for n, weight in base.weights.items() if weight.stored_as.on_load)
 
 
 def _refuse_rescaled(base: Dequantised, trained_here: bool) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.models.quantised.encoding.rounding import packed
 from loratool.models.quantised.numbers import (
     E2M1,
     decode_columns,
@@ -33,13 +34,27 @@ def test_words_are_one_long_number(bits: int, words: list[int], rows: int) -> No
     assert unpacked(stacked, bits).tolist() == [expected] * rows
 
 
+@pytest.mark.parametrize("straddling", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_go_into_words_and_come_back(bits: int, straddling: bool) -> None:
+    """Without gaps, and by whole words: what is packed is what was unpacked."""
+    rng = np.random.default_rng(bits)
+    for count in (1, 31, 32, 33, 100):
+        codes = rng.integers(0, 1 << bits, (3, count), dtype=np.uint8)
+        words = -(-count * bits // 32) if straddling else -(-count // (32 // bits))
+        octets = packed(codes, bits, 4 * words, straddling)
+        assert octets.shape == (3, 4 * words)
+        back = unpacked(np.ascontiguousarray(octets).view(np.int32), bits, straddling)
+        assert np.array_equal(back[:, :count], codes)
+
+
 def test_columns_of_codes_that_begin_anywhere() -> None:
     """Any range of columns, as rows: it may begin and end within a byte."""
-    packed = np.random.default_rng(0).integers(0, 256, (3, 4), dtype=np.uint8)
-    codes = np.stack([packed & 15, packed >> 4], -1).reshape(3, 8)
+    octets = np.random.default_rng(0).integers(0, 256, (3, 4), dtype=np.uint8)
+    codes = np.stack([octets & 15, octets >> 4], -1).reshape(3, 8)
     for low, high in itertools.combinations(range(9), 2):
         out = np.full((high - low, 3), np.nan, np.float32)
-        decode_columns(packed, low, high, out)
+        decode_columns(octets, low, high, out)
         expected = E2M1[codes[:, low:high]].T
         assert np.array_equal(out.view(np.uint32), np.ascontiguousarray(expected).view(np.uint32))
 

@@ -15,8 +15,12 @@ from helpers.files import State
 W = "model.layers.0.mlp.down_proj"
 
 
-def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows of codes as words: one long number a row, bit by bit, cut into words of 32."""
+def packed(codes: torch.Tensor, bits: int, apart: bool = False) -> torch.Tensor:
+    """Rows of codes as words: one long number a row, bit by bit, cut into words of 32; or each word
+    by itself."""
+    if apart:
+        each = codes.split(32 // bits, 1)
+        return torch.cat([packed(some, bits) for some in each], 1)
     words = -(-codes.shape[1] * bits // 32)
     rows = []
     for row in codes.tolist():
@@ -33,6 +37,7 @@ def made(
     asymmetric: bool = False,
     order: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    apart: bool = False,
 ) -> tuple[State, torch.Tensor]:
     """A packed weight, and what it stands for, value by value."""
     random = torch.Generator().manual_seed(rows * columns * bits)
@@ -43,12 +48,12 @@ def made(
     zeros = torch.full((rows, groups), half)
     index = torch.arange(columns) // (group or columns)
     stored = {
-        "weight_packed": packed(codes, bits), "weight_scale": scale,
+        "weight_packed": packed(codes, bits, apart), "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
     }  # fmt: skip
     if asymmetric:
         zeros = torch.randint(0, 1 << bits, (rows, groups), generator=random)
-        stored["weight_zero_point"] = packed(zeros.T, bits).T.contiguous()
+        stored["weight_zero_point"] = packed(zeros.T, bits, apart).T.contiguous()
     if order:
         index = index[torch.randperm(columns, generator=random)]
         stored["weight_g_idx"] = index.to(torch.int32)
@@ -67,6 +72,11 @@ def said(*ways: tuple[int, int | None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def written(*ways: tuple[int, int | None]) -> dict[str, Any]:
+    """The same of a version without gaps between codes."""
+    return said(*ways) | {"version": "0.20.0"}
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
 def test_any_size_in_any_groups(tmp_path: Path, bits: int, asymmetric: bool) -> None:
@@ -74,9 +84,30 @@ def test_any_size_in_any_groups(tmp_path: Path, bits: int, asymmetric: bool) -> 
     sizes = [(1, 1), (5, 33), (32, 64), (67, 100)]
     for case, (size, group) in enumerate(itertools.product(sizes, (32, 24, None))):
         stored, expected = made(*size, bits, group, asymmetric)
-        base = opened(tmp_path / str(case), stored, said((bits, group)))
+        base = opened(tmp_path / str(case), stored, written((bits, group)))
         assert list(base.tensors) == [f"{W}.weight"]
         assert same_bits(values(base, f"{W}.weight"), expected), (size, group)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_words_with_gaps(tmp_path: Path, bits: int, asymmetric: bool) -> None:
+    """Before 0.18 a word held as many codes as fit; the version tells where their number does
+    not."""
+    for case, size in enumerate([(1, 1), (9, 12), (5, 33), (32, 64), (67, 100)]):
+        for version in ("0.17.1", "0.18.0"):
+            stored, expected = made(*size, bits, 32, asymmetric, apart=version == "0.17.1")
+            settings = said((bits, 32)) | {"version": version}
+            base = opened(tmp_path / f"{case}-{version}", stored, settings)
+            assert same_bits(values(base, f"{W}.weight"), expected), (size, version)
+
+
+def test_words_that_may_have_gaps(tmp_path: Path) -> None:
+    """12 codes of 3 bits are two words either way, and nobody says which."""
+    stored, _ = made(4, 12, 3, None)
+    unreadable(tmp_path / "0", stored, said((3, None)), "weight_packed", "version")
+    settings = said((3, None)) | {"version": ["0.17"]}
+    unreadable(tmp_path / "1", stored, settings, "weight_packed", "version")
 
 
 @pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])

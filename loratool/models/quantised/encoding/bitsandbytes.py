@@ -15,8 +15,9 @@ import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
-from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
-from loratool.models.quantised.numbers import nearest_level
+from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.formats.llm_int8 import ONE_127TH, EightBit
+from loratool.models.quantised.numbers import nearest_levels
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
 
@@ -28,7 +29,7 @@ class FourBitEncoder(Encoder):
         self._scheme = scheme
         self._block = scheme.blocksize
         self._is_nested = "nested_absmax" in scheme.parts
-        rows, columns = scheme.shape
+        columns = scheme.columns
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
         self.group = self.strip = values // math.gcd(values, columns)
         size = self.group * columns
@@ -37,7 +38,7 @@ class FourBitEncoder(Encoder):
         if self._is_nested:
             self.sizes["nested_absmax"] = size // values * 4
         if scheme.turned:  # blocks run across the rows
-            self.group = self.strip = rows
+            self.group = self.strip = scheme.shape[0]
             self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:
@@ -48,7 +49,12 @@ class FourBitEncoder(Encoder):
             self._nested_levels, self._nested_codes = _sorted(levels)
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         blocks = _in_blocks(values.T if self._scheme.turned else values, self._block)
         absmax = largest(blocks)
@@ -62,7 +68,7 @@ class FourBitEncoder(Encoder):
             if role != "weight":
                 return codes if role == "absmax" else scales
         blocks = blocks * inverse(absmax)[:, None]
-        numbers = nearest_level(blocks, self._levels)
+        numbers = nearest_levels(blocks, self._levels)
         if stand_for is not None:
             self._read_again(numbers, read, stand_for)
         pairs = self._codes.take(numbers).reshape(-1)[: values.size + values.size % 2]
@@ -74,7 +80,7 @@ class FourBitEncoder(Encoder):
         offset = np.float32(self._scheme.nested_offset)
         blocks = _in_blocks(absmax - offset, self._scheme.nested_blocksize)
         scales = largest(blocks)
-        numbers = nearest_level(blocks * inverse(scales)[:, None], self._nested_levels)
+        numbers = nearest_levels(blocks * inverse(scales)[:, None], self._nested_levels)
         read = (self._nested_levels.take(numbers) * scales[:, None]).reshape(-1) + offset
         codes = self._nested_codes.take(numbers).reshape(-1)
         return codes[: len(absmax)], scales, read[: len(absmax)]
@@ -108,7 +114,12 @@ class EightBitEncoder(Encoder):
         self._led: Floats | None = None
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         if self.lead == role:
             return largest(values.T)

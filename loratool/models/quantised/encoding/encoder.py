@@ -40,12 +40,18 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         """What rows from `first` on, finite float32 `[n, columns]`, are in the part of this role.
 
-        They are whole groups. `stand_for`, of the same shape, is filled with the values that are
-        read of the part again; it is given with the codes alone, the scheme's main part.
+        They are whole groups. `before` is what the base has there. `stand_for` is filled with the
+        values that are read of the part again; it is given with the codes alone, the scheme's main
+        part.
         """
 
     def joined(self, role: str, pieces: Iterable[Codes]) -> Bytes:

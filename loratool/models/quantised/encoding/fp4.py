@@ -15,17 +15,20 @@ import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import (
-    BELOW_E2M1,
-    LARGEST_E2M1,
+    E2M1_RANGE,
     Codes,
+    calibrated_or,
+    largest,
     largest_of_blocks,
     powers_of,
-    scales_of,
+    rounded_scales,
+    scale_bytes,
     to_e2m1,
 )
 from loratool.models.quantised.formats.fp4 import ExpertsMXFP4, GroupedFP4
 from loratool.models.quantised.numbers import (
     E2M1,
+    E4M3,
     divide_groups,
     encode_e4m3,
     multiply_groups,
@@ -33,6 +36,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_float32
+from loratool.storage.values import values_of
 
 
 class FP4Encoder(Encoder):
@@ -47,36 +51,55 @@ class FP4Encoder(Encoder):
         }  # fmt: skip
 
     def open(self, files: FilePool) -> None:
+        self._old = values_of(self._scale, files)
         self._factor = np.float32(1)
         if self._scheme.factor:
             info = self._scheme.parts["factor"]
             self._factor = as_float32(read_part(info, files), info.dtype)[0]
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
-        raw, scales = self._scales(largest_of_blocks(values, first, self._scheme.grid))
+        grid, dtype = self._scheme.grid, self._scale.dtype
+        low, high = first * grid.across, (first + len(values)) * grid.across
+        old = scales_as_float32(self._old.bytes(low, high), dtype).reshape(-1, grid.across)
+        both = [largest_of_blocks(some, first, grid) for some in (values, before)]
+        scales = self._scales(old, *both)
         if role == "scale":
-            return raw
-        group = self._scheme.grid.block[1]
-        codes = _divided(values, scales, group)
+            return scale_bytes(scales, dtype)
+        scales = self._times_factor(scales)
+        codes = _divided(values, scales, grid.block[1])
         if stand_for is not None:
             E2M1.take(codes, out=stand_for)
-            multiply_groups(stand_for, scales, group)
+            multiply_groups(stand_for, scales, grid.block[1])
         return _in_pairs(codes)
 
-    def _scales(self, magnitudes: Floats) -> tuple[Codes, Floats]:
-        """The scales as they are stored, and as what values are multiplied with."""
-        kind, dtype = self._scheme.factor, self._scale.dtype
+    def _scales(self, old: Floats, magnitudes: Floats, before: Floats) -> Floats:
+        """The scales of groups, as they are stored."""
+        dtype = self._scale.dtype
         if dtype in ("U8", "F8_E8M0"):
-            return powers_of(magnitudes, BELOW_E2M1)
-        if not kind:
-            return scales_of(magnitudes, LARGEST_E2M1, dtype)
-        wanted = magnitudes / np.float32(LARGEST_E2M1)
-        codes = encode_e4m3(wanted * self._factor if kind == "divides" else wanted / self._factor)
-        codes[(codes == 0) & (magnitudes > 0)] = 1
-        read = scales_as_float32(codes.reshape(-1), dtype).reshape(codes.shape)
-        return codes, read / self._factor if kind == "divides" else read * self._factor
+            return powers_of(magnitudes, old, E2M1_RANGE.below)
+        if dtype == "F8_E4M3":
+            magnitudes, before = (some / self._times_factor(_ONE) for some in (magnitudes, before))
+            codes = encode_e4m3(magnitudes / np.float32(E2M1_RANGE.largest))
+            new = E4M3.take(np.maximum(codes, 1))  # no scale is zero
+        else:
+            new = rounded_scales(magnitudes, E2M1_RANGE.largest, dtype)
+        return calibrated_or(new, old, magnitudes, before, E2M1_RANGE)
+
+    def _times_factor(self, scales: Floats) -> Floats:
+        """What values are multiplied with."""
+        divides = self._scheme.factor == "divides"
+        found: Floats = scales / self._factor if divides else scales * self._factor
+        return found
+
+
+_ONE = np.ones(1, np.float32)
 
 
 def _in_pairs(codes: Codes) -> Codes:
@@ -97,19 +120,24 @@ class ExpertsEncoder(Encoder):
     def __init__(self, scheme: ExpertsMXFP4) -> None:
         _, depth, width = scheme.shape
         self.group, self.strip = 32, depth
-        self.sizes = {"blocks": depth * width // 2, "scales": depth // 32 * width}
+        self.sizes = {"blocks": depth * width // 2, "scales": depth * width // 32}
 
     def open(self, files: FilePool) -> None:
         pass
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         turned = np.ascontiguousarray(values.T)  # [out, n]
-        groups = turned.reshape(len(turned), -1, 32)
-        raw, scales = powers_of(np.maximum(groups.max(2), -groups.min(2)), BELOW_E2M1)
+        magnitudes = largest(turned.reshape(len(turned), -1, 32))
+        scales = powers_of(magnitudes, np.ones_like(magnitudes), E2M1_RANGE.below)
         if role == "scales":
-            return raw.reshape(scales.shape)
+            return scale_bytes(scales, "F8_E8M0").reshape(scales.shape)
         codes = _divided(turned, scales, 32)
         if stand_for is not None:
             back = E2M1.take(codes)

@@ -1,9 +1,10 @@
-"""FP8 again, with a new scale for every block: s = max|w|/448 in the dtype of scales, then w/s.
+"""FP8 again, with new scales of blocks: s = max|w|/448 in the dtype of scales, then w/s.
 
-Sources: compressed_tensors/quantization/utils/helpers.py (`calculate_qparams`) and, for what it
-calls `weight_scale_inv`, transformers/integrations/finegrained_fp8.py, where a scale is the inverse
-of an inverse. Powers of two (E8M0) are the smallest ones that leave nothing out of range: a larger
-one would only move bits from codes to scales.
+Scales that were calibrated stay where they do. Powers of two (E8M0) are the smallest ones that
+leave nothing out of range: a larger one would only move bits from codes to scales.
+Sources: compressed_tensors/quantization/utils/helpers.py (`calculate_qparams`) and, for what is
+called `weight_scale_inv`, transformers/integrations/finegrained_fp8.py, where a scale is the
+inverse of an inverse.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import (
-    BELOW_E4M3,
-    LARGEST_E4M3,
+    E4M3_RANGE,
     Codes,
+    calibrated_or,
     largest_of_blocks,
     powers_of,
-    scales_of,
+    rounded_scales,
+    scale_bytes,
 )
 from loratool.models.quantised.formats.fp8 import Scaled
 from loratool.models.quantised.numbers import (
@@ -31,6 +33,7 @@ from loratool.models.quantised.numbers import (
 )
 from loratool.models.quantised.scheme import Floats
 from loratool.storage.tensors import Bytes, FilePool
+from loratool.storage.values import values_of
 
 
 class FP8Encoder(Encoder):
@@ -55,24 +58,29 @@ class FP8Encoder(Encoder):
         self._led: Floats | None = None
 
     def open(self, files: FilePool) -> None:
-        pass
+        self._old = values_of(self._scale, files)
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         grid, last = self._grid, first + len(values)
         low, high, index = grid.of_rows(first, last)
         if self._led is not None:
             scales = self._led[low:high]
         else:
-            magnitudes = largest_of_blocks(values, first, grid)
+            both = [largest_of_blocks(some, first, grid) for some in (values, before)]
             if role == self.lead:
-                found = np.zeros((self._rows, grid.across), np.float32)
-                found[low:high] = magnitudes
+                found = np.zeros((2, self._rows, grid.across), np.float32)
+                found[:, low:high] = both
                 return found
-            raw, scales = self._scales(magnitudes)
+            scales = self._scales(low, *both)
             if role == "scale":
-                return raw
+                return scale_bytes(scales, self._scale.dtype)
         scales = scales.take(index, 0)
         quotients = values.copy()
         divide_groups(quotients, scales, grid.block[1])
@@ -85,22 +93,26 @@ class FP8Encoder(Encoder):
     def joined(self, role: str, pieces: Iterable[Codes]) -> Bytes:
         if role != self.lead:
             return super().joined(role, pieces)
-        found = np.zeros((self._rows, self._grid.across), np.float32)
+        found = np.zeros((2, self._rows, self._grid.across), np.float32)
         for piece in pieces:
             np.maximum(found, piece, out=found)
-        return self._scales(found)[0]
+        return scale_bytes(self._scales(0, *found), self._scale.dtype)
 
     def follow(self, raw: Bytes) -> None:
-        found = scales_as_float32(raw, self._scale.dtype)
-        self._led = found.reshape(self._rows, self._grid.across)
+        self._led = self._as_rows(raw)
 
-    def _scales(self, magnitudes: Floats) -> tuple[Bytes, Floats]:
-        dtype = self._scale.dtype
+    def _scales(self, low: int, magnitudes: Floats, before: Floats) -> Floats:
+        """Those of rows of blocks from `low` on."""
+        dtype, across = self._scale.dtype, self._grid.across
+        old = self._as_rows(self._old.bytes(low * across, (low + len(magnitudes)) * across))
         if dtype in ("U8", "F8_E8M0"):
-            return powers_of(magnitudes, BELOW_E4M3)
+            return powers_of(magnitudes, old, E4M3_RANGE.below)
+        new = rounded_scales(magnitudes, E4M3_RANGE.largest, dtype)
         if dtype == "F32" and self._scale.name.endswith("_inv"):
             with np.errstate(divide="ignore", over="ignore"):
-                twice = np.float32(1) / (np.float32(LARGEST_E4M3) / magnitudes)
-            if np.isfinite(twice).all() and twice.all():
-                return twice.reshape(-1).view(np.uint8), twice
-        return scales_of(magnitudes, LARGEST_E4M3, dtype)
+                twice = np.float32(1) / (np.float32(E4M3_RANGE.largest) / magnitudes)
+            new = np.where((twice > 0) & (twice < np.inf), twice, new)
+        return calibrated_or(new, old, magnitudes, before, E4M3_RANGE)
+
+    def _as_rows(self, raw: Bytes) -> Floats:
+        return scales_as_float32(raw, self._scale.dtype).reshape(-1, self._grid.across)

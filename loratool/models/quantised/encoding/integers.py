@@ -35,7 +35,12 @@ class GridEncoder(Encoder):
     _grid: OnGrid
 
     def encode(
-        self, role: str, first: int, values: Floats, stand_for: Floats | None = None
+        self,
+        role: str,
+        first: int,
+        values: Floats,
+        before: Floats,
+        stand_for: Floats | None = None,
     ) -> Codes:
         scales, zeros, group = self._grid.grid(first, first + len(values))
         numbers = values.copy()
@@ -80,14 +85,15 @@ class PackedEncoder(GridEncoder):
         self._scheme = scheme
         self.group = self.strip = 1
         self.sizes = {"codes": 4 * scheme.main.shape[1]}
-        self.low, self.high = -(1 << scheme.width - 1), (1 << scheme.width - 1) - 1
+        self.low, self.high = -(1 << scheme.bits - 1), (1 << scheme.bits - 1) - 1
 
     def open(self, files: FilePool) -> None:
         self._grid = self._scheme.opened(files)
 
     def _packed(self, numbers: Floats) -> Codes:
         codes = (numbers - self.low).astype(np.uint8)
-        return packed(codes, self._scheme.width, self.sizes["codes"])
+        packing = self._scheme.packing
+        return packed(codes, packing.width, self.sizes["codes"], packing.straddling)
 
 
 class GptqEncoder(GridEncoder):

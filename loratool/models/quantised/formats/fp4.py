@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
+from loratool.models.quantised.encoding.rounding import to_e2m1
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import Format, Module, roles
 from loratool.models.quantised.numbers import (
@@ -23,13 +24,14 @@ from loratool.models.quantised.numbers import (
     E8M0,
     decode_columns,
     decode_pairs,
+    divide_groups,
     midpoints,
     multiply_groups,
     pair_table,
     thread_buffer,
 )
 from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
-from loratool.storage.tensors import FilePool, TensorInfo, as_float32
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
@@ -62,6 +64,10 @@ class GroupedFP4(Scheme):
     def bits(self) -> int:
         return 4
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
     def opened(self, files: FilePool) -> Opened:
         return _GroupedRows(self, files)
 
@@ -93,13 +99,27 @@ class _GroupedRows(Opened):
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
         decode_pairs(pairs, codes, out.reshape(-1))
-        scales = self._scales.of_rows(first, last)
+        scales = self._scales_of(first, last)
+        multiply_groups(out, scales, self._scheme.grid.block[1])
+        return scales
+
+    def snap(self, first: int, values: Floats) -> Bytes:
+        group, scales = self._scheme.grid.block[1], self._scales_of(first, first + len(values))
+        divide_groups(values, scales, group)
+        codes = to_e2m1(values.reshape(-1))
+        octets: Bytes = codes[1::2] << np.uint8(4) | codes[::2]
+        decode_pairs(_PAIRS, octets, values.reshape(-1))
+        multiply_groups(values, scales, group)
+        return octets
+
+    def _scales_of(self, first: int, last: int) -> Floats:
+        """The scales of rows, with the factor in them."""
+        scales: Floats = self._scales.of_rows(first, last)
         with np.errstate(over="ignore"):
             if self._scheme.factor == "divides":
                 scales = scales / self._factor
             elif self._scheme.factor:
                 scales = scales * self._factor
-        multiply_groups(out, scales, self._scheme.grid.block[1])
         return scales
 
 
@@ -176,9 +196,10 @@ class _TurnedRows(Opened):
         scales: Floats = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
         if not np.isfinite(scales).all():
             raise broken_part(self._scale, "it holds NaN or infinity")
-        for group, one in zip(groups, scales, strict=True):
+        for group in groups:
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
-            out[max(0, begin) : end] *= one
+            one = scales[group - groups.start, None]
+            multiply_groups(out[max(0, begin) : end], one, 1)
         return scales
 
 
@@ -301,7 +322,11 @@ FORMATS = (
     Format(
         "MXFP4 of gpt-oss",
         roles((r"(.+)_(blocks|scales)", r"\1", r"\2")),
-        lambda module: {"blocks", "scales"} & module.tensors.keys() != set(),
+        # `….scales` without a part that GPTQ or AWQ has are something else.
+        lambda module: (
+            bool({"blocks", "scales"} & module.tensors.keys())
+            and not module.name.endswith(".weight")
+        ),
         _experts,
     ),
 )

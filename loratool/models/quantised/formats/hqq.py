@@ -95,8 +95,7 @@ class _Rows(Opened):
             at = end
         values -= self._spread(self._zeros, low, high)
         round_in_place(values, self._scheme.rounded)
-        values *= self._spread(self._scales, low, high)
-        round_in_place(values, self._scheme.rounded)
+        values *= self._spread(self._scales, low, high)  # rounded with the values themselves
 
     def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
         self.rows(first, last, out)

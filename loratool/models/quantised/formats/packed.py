@@ -1,12 +1,14 @@
 """Integers of 2 to 8 bits packed into words, as compressed-tensors' pack-quantized has them.
 
 Source: compressed_tensors/compressors/pack_quantized (codes of two's complement, stored with
-2^(bits − 1) added, dense over the words of a row, lowest bits first; zero points packed likewise,
-down the rows) and quantization/lifecycle/forward.py (`weight_g_idx`).
+2^(bits − 1) added, lowest bits first; dense over the words of a row since 0.18, before that as many
+as fit into a word; zero points packed likewise, down the rows) and
+quantization/lifecycle/forward.py (`weight_g_idx`).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     decode_integers,
     decode_pairs,
@@ -39,29 +41,43 @@ from loratool.storage.values import Values, values_of
 _WORD = 32
 _PAIRS = pair_table(np.arange(-8, 8, dtype=np.float32), high_first=False)
 _WIDTHS = range(2, 9)
+#: The version of compressed-tensors since which there are no gaps between codes.
+_DENSE_SINCE = (0, 18)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Bits of a code, and whether it may straddle words."""
+
+    width: int
+    straddling: bool
+
+    def words(self, count: int) -> int:
+        """How many words so many codes take."""
+        if self.straddling:
+            return -(-count * self.width // _WORD)
+        return -(-count // (_WORD // self.width))
 
 
 @dataclass(frozen=True)
 class PackedIntegers(Scheme):
     """`(code − zero)·scale` in float32, without zero points for symmetric ones."""
 
-    width: int = field(kw_only=True)
+    packing: Packing = field(kw_only=True)
     grid: Grid = field(kw_only=True)
 
     @property
     def title(self) -> str:
         group, columns = self.grid.block[1], self.grid.columns
-        return f"INT{self.width} " + (
-            "per channel" if group >= columns else f"in groups of {group}"
-        )
+        return f"INT{self.bits} " + ("per channel" if group >= columns else f"in groups of {group}")
 
     @property
     def bits(self) -> int:
-        return self.width
+        return self.packing.width
 
     @property
     def blur(self) -> float:
-        return blur_of_sums(self.width) if "zero" in self.parts else 0.0
+        return blur_of_sums(self.bits) if "zero" in self.parts else 0.0
 
     def opened(self, files: FilePool) -> OnGrid:
         return _PackedRows(self, files)
@@ -77,7 +93,7 @@ class _PackedRows(OnGrid):
         zero = parts.get("zero")
         self._zeros: _Zeros | GridScales | None = None
         if zero is not None and zero.dtype == "I32":
-            self._zeros = _Zeros(values_of(zero, files), scheme.width, grid.across)
+            self._zeros = _Zeros(values_of(zero, files), scheme)
         elif zero is not None:
             self._zeros = GridScales(zero, grid, files, integers_as_float32)
         self._order = _order(parts["order"], grid, files) if "order" in parts else None
@@ -90,7 +106,7 @@ class _PackedRows(OnGrid):
         if zeros is not None:
             subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
-        refuse_overflow(out, scales, 1 << self._scheme.width, self._scheme.parts["scale"])
+        refuse_overflow(out, scales, 1 << self._scheme.bits, self._scheme.parts["scale"])
 
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         group = self._scheme.grid.block[1]
@@ -104,9 +120,9 @@ class _PackedRows(OnGrid):
 
     def _decode(self, words: npt.NDArray[np.uint8], out: Floats) -> None:
         """The codes of rows of words as whole numbers."""
-        columns, width = self._scheme.columns, self._scheme.width
+        columns, width = self._scheme.columns, self._scheme.bits
         if width != 4:
-            codes = unpacked(words.view(np.int32), width)
+            codes = unpacked(words.view(np.int32), width, self._scheme.packing.straddling)
             decode_integers(codes[:, :columns], out)
             out -= np.float32(1 << width - 1)
         elif 2 * words.shape[1] == columns:
@@ -118,22 +134,24 @@ class _PackedRows(OnGrid):
 
 
 class _Zeros:
-    """Zero points, `[words of rows, groups]`: those of 32 rows begin with a word."""
+    """Zero points, `[words of rows, groups]`: those of 32 rows, or as many as fit into one, begin
+    with a word."""
 
-    def __init__(self, values: Values, width: int, groups: int) -> None:
+    def __init__(self, values: Values, scheme: PackedIntegers) -> None:
         self._values = values
-        self._width = width
-        self._groups = groups
+        self._groups = scheme.grid.across
+        self._packing = scheme.packing
 
     def of_rows(self, first: int, last: int) -> Floats:
         """Those of rows `[first, last)`: `[rows, groups]`."""
-        begin = first - first % _WORD
-        low, high = begin * self._width // _WORD, -(-last * self._width // _WORD)
+        width, straddling = self._packing.width, self._packing.straddling
+        begin = first - first % (_WORD if straddling else _WORD // width)
+        low, high = self._packing.words(begin), self._packing.words(last)
         raw = self._values.bytes(low * self._groups, high * self._groups)
         words = raw.view(np.int32).reshape(-1, self._groups)
-        codes = unpacked(words.T, self._width)[:, first - begin : last - begin]
+        codes = unpacked(words.T, width, straddling)[:, first - begin : last - begin]
         zeros = np.empty((last - first, self._groups), np.float32)
-        np.subtract(codes.T, np.float32(1 << self._width - 1), out=zeros)
+        np.subtract(codes.T, np.float32(1 << width - 1), out=zeros)
         return zeros
 
 
@@ -160,13 +178,13 @@ def _scheme(module: Module) -> PackedIntegers:
     rows, columns = _shape(module, module.want("weight_shape", title))
     if len(packed.shape) != 2 or packed.shape[0] != rows:
         module.refuse(f"{packed} is not of the {rows} rows that its weight_shape names")
-    width, grid = _width_and_grid(module, packed, scale, (rows, columns))
+    packing, grid = _packing_and_grid(module, (rows, columns))
     parts = {"codes": packed, "scale": scale}
     zero, order = (module.tensors.get(role) for role in ("weight_zero_point", "weight_g_idx"))
     if zero is not None:
         module.want_dtype(zero, "I32", "I8")
-        words = -(-rows * width // _WORD)
-        module.want_shape(zero, (words, grid.across) if zero.dtype == "I32" else scale.shape)
+        words = (packing.words(rows), grid.across)
+        module.want_shape(zero, words if zero.dtype == "I32" else scale.shape)
         parts["zero"] = zero
     if order is not None:
         module.want_dtype(order, "I32", "I64")
@@ -175,8 +193,9 @@ def _scheme(module: Module) -> PackedIntegers:
     used = {r: t for r, t in module.tensors.items() if t in parts.values()}
     extras = module.beside({**used, "weight_shape": module.tensors["weight_shape"]})
     return PackedIntegers(
-        (rows, columns), parts, (module.tensors["weight_shape"], *extras), width=width, grid=grid
-    )
+        (rows, columns), parts, (module.tensors["weight_shape"], *extras),
+        packing=packing, grid=grid,
+    )  # fmt: skip
 
 
 def _shape(module: Module, info: TensorInfo) -> tuple[int, int]:
@@ -190,39 +209,70 @@ def _shape(module: Module, info: TensorInfo) -> tuple[int, int]:
     return rows, columns
 
 
-def _width_and_grid(
-    module: Module, packed: TensorInfo, scale: TensorInfo, shape: tuple[int, int]
-) -> tuple[int, Grid]:
-    """Bits of a code and groups, of what the config names that which fits the tensors.
+def _packing_and_grid(module: Module, shape: tuple[int, int]) -> tuple[Packing, Grid]:
+    """How codes are packed and what shares a scale: of what the config names that which fits the
+    tensors. Without a config it follows from their shapes alone.
 
-    Without a config they follow from the shapes alone.
+    Raises BaseError where nothing fits, and where several do.
     """
     columns = shape[1]
-    widths = [n for n in _WIDTHS if -(-columns * n // _WORD) == packed.shape[1]]
+    packed, scale = module.tensors["weight_packed"], module.tensors["weight_scale"]
+    fitting = _packings(module, shape)
     said = [one for one in weight_arguments(module) if one.bits is not None]
-    fitting = [one for one in said if one.bits in widths]
-    if (said and not fitting) or not widths:
-        known = " or ".join(
-            f"{bits}" for bits in sorted({one.bits or 0 for one in said}) or _WIDTHS
-        )
+    named = [one for one in said if one.bits in {packing.width for packing in fitting}]
+    if not fitting or (said and not named):
+        known = sorted({one.bits or 0 for one in said} or _WIDTHS)
         module.refuse(
             f"{packed} is {packed.shape[1]} words a row for {columns} columns, which are none of "
-            f"{known} bits"
+            f"{' or '.join(map(str, known))} bits"
         )
     groups = scale.shape[1] if len(scale.shape) == 2 else 1
-    blocks = [(1, one.group) for one in fitting if one.group]
-    whole = len(blocks) < len(fitting) or not said
+    blocks = [(1, one.group) for one in named if one.group]
+    whole = len(blocks) < len(named) or not said
     if not said and groups and columns % groups == 0:
         blocks.append((1, columns // groups))
     grid = fitting_grid(module, shape, scale, blocks, whole=whole)
-    bits = (
-        {one.bits for one in fitting if one.group in (None, grid.block[1])} if said else {*widths}
-    )
-    if len(bits) != 1:
-        module.refuse(
-            f"{packed} may hold codes of {' or '.join(map(str, sorted(n for n in bits if n)))} bits"
+    if said:
+        widths = {one.bits for one in named if one.group in (None, grid.block[1])}
+        fitting = [packing for packing in fitting if packing.width in widths]
+    if len(fitting) > 1:
+        fitting = _of_version(module, fitting)
+    if len(fitting) != 1:
+        ways = " or ".join(
+            f"{packing.width} bits {'without gaps' if packing.straddling else 'by whole words'}"
+            for packing in fitting
         )
-    return bits.pop() or 0, grid
+        module.refuse(
+            f"{packed} may hold codes of {ways}, and config.json does not say which it is, nor the "
+            "version that wrote it",
+            UNQUANTISED,
+        )
+    return fitting[0], grid
+
+
+def _packings(module: Module, shape: tuple[int, int]) -> list[Packing]:
+    """Those that the number of words allows."""
+    rows, columns = shape
+    packed, zero = module.tensors["weight_packed"], module.tensors.get("weight_zero_point")
+    of_zeros = zero.shape[0] if zero is not None and zero.dtype == "I32" and zero.shape else None
+    found = []
+    for width in _WIDTHS:
+        ways = [Packing(width, True)]
+        # Codes that all begin in the first word are where they are either way.
+        if _WORD % width and max(columns, rows if of_zeros else 0) > _WORD // width:
+            ways.append(Packing(width, False))
+        ways = [way for way in ways if way.words(columns) == packed.shape[1]]
+        found += [way for way in ways if of_zeros in (None, way.words(rows))] or ways
+    return found
+
+
+def _of_version(module: Module, packings: list[Packing]) -> list[Packing]:
+    """Those that the version of the library in the config writes."""
+    version = re.match(r"(\d{1,6})\.(\d{1,6})", str(module.settings.table.get("version")))
+    if version is None:
+        return packings
+    dense = (int(version[1]), int(version[2])) >= _DENSE_SINCE
+    return [one for one in packings if one.straddling == dense or _WORD % one.width == 0]
 
 
 FORMATS = (

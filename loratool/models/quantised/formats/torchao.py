@@ -175,7 +175,7 @@ def _described(module: Module) -> tuple[str, dict[str, Any], list[str]]:
     if not isinstance(found, dict):
         module.refuse("what the metadata of its file says of it is no JSON object")
     kind, fields, names = (found.get(key) for key in ("_type", "_data", "_tensor_data_names"))
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         module.refuse(
             f"it is stored as torchao's {kind if isinstance(kind, str) else value_text(kind):.80}, "
             f"and read are {', '.join(_CLASSES)}",
@@ -184,7 +184,7 @@ def _described(module: Module) -> tuple[str, dict[str, Any], list[str]]:
     if not isinstance(fields, dict):
         module.refuse("the metadata of its file has no fields of it (_data)")
     listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    return str(kind), fields, listed
+    return kind, fields, listed
 
 
 def _block(

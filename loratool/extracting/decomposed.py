@@ -63,6 +63,7 @@ def _joined(found: list[Decomposed]) -> Decomposed:
     size = Size(
         energy=math.fsum(s.energy for s in sizes), weight=math.fsum(s.weight for s in sizes),
         changed=any(s.changed for s in sizes), noise=math.fsum(s.noise for s in sizes),
+        quantising=math.fsum(s.quantising for s in sizes),
     )  # fmt: skip
     alive = [f for f in found if f.changed]
     if not alive:

@@ -172,6 +172,8 @@ class Extraction:
             data.append(factor_bytes(part.twin, a.T, b.T, self.dtype))
         lost = None if self.dtype == "F32" else rounding_loss(b, a, data[0], self.dtype)
         following = result.following[result.following > NEGLIGIBLE * result.values[0]]
+        if len(result.values) * 4 * (difference.rows + difference.columns) <= difference.elements:
+            size = size.bounded(result.cut)
         return Decomposed(
             part, size, result.values, following, result.cut, result.least, lost, result.passes
         ), data

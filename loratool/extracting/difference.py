@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError
+from loratool.extracting.quantising import Ends, QuantisingTest
 from loratool.extracting.rounding import RoundingTest
 from loratool.merging.rounding import TORCH
+from loratool.models.quantised.ends import ends_of
 from loratool.storage.tensors import BLOCK_ELEMENTS, FilePool, TensorInfo
 from loratool.storage.values import values_of
 from loratool.streams.scratch import scratch
@@ -37,7 +40,8 @@ class Size:
     """`energy` is ‖tuned - base‖² and `weight` ‖base‖²; `changed` is False where all are equal.
 
     `noise` estimates ‖·‖² of what storing the tuned values in their dtype rounded off, of those
-    that differ. With `rounding` the whole difference is of that kind, and `noise` is all of it.
+    that differ, and of what quantising did; `quantising` is that part of it. With `rounding` the
+    whole difference is of that kind, and `noise` is all of it.
     """
 
     energy: float
@@ -45,6 +49,17 @@ class Size:
     changed: bool
     noise: float
     rounding: bool = False
+    quantising: float = 0.0
+
+    def bounded(self, cut: float) -> Size:
+        """The same, now that factors of a low rank leave no more than `cut` of ‖Δ‖².
+
+        What was rounded off has full rank, so half of it at least would be left.
+        """
+        if cut >= self.quantising / 4:
+            return self
+        of_codes = min(self.quantising, 2 * cut)
+        return replace(self, noise=self.noise - self.quantising + of_codes, quantising=of_codes)
 
 
 class Stopped(Exception):
@@ -71,7 +86,12 @@ class Difference:
         self.device = device
         self.rows = base.shape[0] if base.shape else 1
         self.columns = base.numel // self.rows if self.rows else 0
+        self.elements = self.rows * self.columns
         self._values = {info: values_of(info, files) for info in (base, tuned)}
+        self._ends = [
+            None if pair is None else [values_of(end, files) for end in pair]
+            for pair in (ends_of(base), ends_of(tuned))
+        ]
         self._stop = stop or threading.Event()
         self.held: torch.Tensor | None = None
         double = "F64" in (base.dtype, tuned.dtype)
@@ -89,9 +109,12 @@ class Difference:
             held = self._buffer()
         energy = weight = moved = 0.0
         test = RoundingTest(self.base.dtype, self.tuned.dtype)
+        quantising = QuantisingTest(self.base, self.tuned) if any(self._ends) else None
         for low, high in self._ranges():
             before, after = self._both(low, high)
             test.take(before, after)
+            if quantising is not None:
+                quantising.take(before, after, partial(self._read_ends, low))
             block = after.sub_(before).float()
             weight += _squared(before)
             energy += _squared(block)
@@ -101,9 +124,15 @@ class Difference:
         if not energy < _LARGEST:
             self._explain()
         self.held = held
+        noise, of_codes = moved * _rounded_off(self.tuned.dtype), 0.0
         rounding = energy > 0 and test.passed
-        noise = energy if rounding else min(moved * _rounded_off(self.tuned.dtype), energy)
-        return Size(energy, weight, energy > 0, noise, rounding)
+        if quantising is not None:
+            of_codes = min(quantising.noise, energy)
+            noise += of_codes
+            if energy > 0 and not rounding and quantising.passed:
+                rounding, of_codes = True, energy
+        noise = energy if rounding else min(noise, energy)
+        return Size(energy, weight, energy > 0, noise, rounding, of_codes)
 
     def _buffer(self) -> torch.Tensor:
         """Room for the whole matrix. On the CPU each thread has one, and uses it again."""
@@ -142,6 +171,20 @@ class Difference:
         side = "values" if info is self.tuned else "before"
         widened = scratch.get(side, stored.numel(), self._work).view(stored.shape)
         return widened.copy_(stored)
+
+    def _read_ends(self, base: int, low: int, high: int) -> tuple[Ends | None, Ends | None]:
+        """What both sides stand for in rows `[low, high)` from row `base` on."""
+        found: list[Ends | None] = [None, None]
+        for side, ends in enumerate(self._ends):
+            if ends is not None:
+                start, stop = ((base + row) * self.columns for row in (low, high))
+                lower, upper = (
+                    torch.from_numpy(values.bytes(start, stop)).view(torch.float32)
+                    .view(high - low, self.columns).to(self.device, self._work)
+                    for values in ends
+                )  # fmt: skip
+                found[side] = lower, upper
+        return found[0], found[1]
 
     def _explain(self) -> None:
         """Raise ValueRangeError that names the side with NaN or infinity, or the overflow."""

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.factorfile import note_ranks
 from loratool.adapters.factors import ModuleShape
-from loratool.dtypes import dtype_name
 from loratool.errors import MatchError, ValueRangeError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposed import Decomposed, joined_stacks
 from loratool.extracting.policy import Policy
+from loratool.extracting.quantised_sides import note_quantised
 from loratool.extracting.selection import ON_REQUEST
 from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
+from loratool.models.quantised.ends import form_of
 from loratool.notices import Notice
 from loratool.paths import ranged_names
 from loratool.words import agreeing, counted, format_bytes, percent
@@ -124,6 +125,7 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     outcome = Outcome(fates["factors"], whole, left, unchanged, list(pairs.notices))
     _note_unasked(outcome)
     _note_noise(outcome)
+    outcome.notices += note_quantised(outcome.factors)
     return outcome
 
 
@@ -139,7 +141,7 @@ def _refuse_nothing(
         verb = agreeing(len(noise) or count, "differs")
         raise ValueRangeError(
             f"The two models are the same{beyond}: {which} of {counted(count, 'tensor')} {verb}"
-            + (", by no more than storing in another dtype rounds off." if noise else "."),
+            + (", by no more than how they are stored rounds off." if noise else "."),
             f"Give the fine-tuned model, not a copy of the base{keep}.",
         )
     selected = " in what was selected" if fates["left"] else ""
@@ -243,10 +245,10 @@ def _note_noise(outcome: Outcome) -> None:
     noise = outcome.noise
     if not noise:
         return
-    dtypes = {dtype_name(info.dtype) for f in noise for info in (f.part.base, f.part.tuned) if info}
+    forms = {form_of(info) for f in noise for info in (f.part.base, f.part.tuned) if info}
     text = (
         f"{counted(len(noise), 'tensor', 'differs')} by rounding alone "
-        f"({', '.join(sorted(dtypes))}) and {agreeing(len(noise), 'is')} left out:\n"
+        f"({', '.join(sorted(forms))}) and {agreeing(len(noise), 'is')} left out:\n"
         f"{listed(ranged_names(f.part.name for f in noise))}\n  --keep-noise keeps them."
     )
     outcome.notices.append(Notice("rounding-only", text, noise[0].part.name))

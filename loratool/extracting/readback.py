@@ -26,6 +26,7 @@ from loratool.models.layouts.assembly import assembled
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.table import Segment
+from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import values_of
 from loratool.streams.scratch import scratch
@@ -46,7 +47,7 @@ def distance(
     `saved` names the tensors that are in the adapter whole. Raises VerifyError if one of them does
     not come back as it is.
     """
-    plan = build_plan(base, [read_lora(adapter)], [1.0], "base")
+    plan = build_plan(base, [read_lora(adapter)], [1.0], "base", quantised=AS_IT_WAS_TRAINED)
     goals = list(_goals(plan.jobs, Layout(base), Layout(tuned), pairs))
     off = size = 0.0
     wrong = set(saved) - {name for goal in goals for name in goal.names}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratool.extracting.quantised_sides import quantising_share, title_of
 from loratool.extracting.selection import ON_REQUEST
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice, document
@@ -98,9 +99,11 @@ class ExtractReport:
     `held` is the share of ‖tuned - base‖² over all tensors that both models have, in factors or
     whole; `error` is √(1 - held), and no adapter of these ranks is below `best_error`. `noise` is
     what storing the tuned weights rounded off, over ‖tuned - base‖, and `rounding` what the
-    factors' dtype adds. `groups` are the norms and the biases that changed. `verified` is the error
-    of base + adapter as read back. `proposals` are the sizes of the file by rank, of a dry run;
-    `held_by_rank` is what one rank for all would hold.
+    factors' dtype adds. `base_quantised` and `tuned_quantised` say what the two are quantised as,
+    "" where they are not, and `quantising` is the part of `noise` that comes of it. `groups` are
+    the norms and the biases that changed. `verified` is the error of base + adapter as read back.
+    `proposals` are the sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for
+    all would hold.
     """
 
     base: str
@@ -120,7 +123,10 @@ class ExtractReport:
     error: float | None
     best_error: float | None
     noise: float
+    quantising: float
     rounding: float | None
+    base_quantised: str
+    tuned_quantised: str
     bytes_tuned: int
     bytes_written: int
     proposals: dict[int, int] = field(default_factory=dict)
@@ -173,6 +179,9 @@ def report_of(
         error=math.sqrt(cut / energy) if known else None,
         best_error=math.sqrt(least / energy) if known else None,
         noise=_noise(held.factors),
+        quantising=quantising_share(held.factors),
+        base_quantised=title_of(base),
+        tuned_quantised=title_of(tuned),
         rounding=math.sqrt(rounded / kept) if kept and dtype != "float32" else None,
         bytes_tuned=tuned.folder.nbytes_of(tuned.files),
         bytes_written=held.nbytes,
@@ -180,12 +189,16 @@ def report_of(
         verified=held.verified,
         warnings=held.notices,
     )
-    report.warnings += _note_fit(report, sum(f.size.weight for f in held.factors))
+    quantising = _energy_of_quantising([*held.factors, *held.noise])
+    report.warnings += _note_fit(report, sum(f.size.weight for f in held.factors), quantising)
     return report
 
 
-def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
-    """What to think of the result, where it is not what people hope for."""
+def _note_fit(report: ExtractReport, weight: float, quantising: float) -> list[Notice]:
+    """What to think of the result, where it is not what people hope for.
+
+    `quantising` is what of the whole ‖Δ‖² quantising rounded off, which no rank holds.
+    """
     notices = []
     if report.norm**2 > weight:
         text = (
@@ -195,7 +208,8 @@ def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
         )
         notices.append(Notice("unrelated", text))
     asked = any(tensor.why == "excluded" for tensor in report.left)
-    if report.held is not None and report.held < _LITTLE and not asked:
+    most = 1 - min(1.0, quantising / (report.norm**2 or 1.0))
+    if report.held is not None and report.held < _LITTLE * most and not asked:
         text = (
             f"The adapter holds {report.held:.1%} of the change, which is far from low-rank. Try a "
             "higher --rank, or --energy 0.9 --max-rank 256."
@@ -208,6 +222,10 @@ def _note_fit(report: ExtractReport, weight: float) -> list[Notice]:
 
 def _noise(factors: Sequence[Decomposed]) -> float:
     return math.sqrt(math.fsum(f.size.noise for f in factors) / _energy(factors))
+
+
+def _energy_of_quantising(found: Sequence[Decomposed]) -> float:
+    return math.fsum(f.size.quantising for f in found)
 
 
 def _held_by_rank(held: Outcome) -> dict[int, float]:

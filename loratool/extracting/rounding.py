@@ -51,13 +51,12 @@ class RoundingTest:
             return True
         if not self._near or not self._count:
             return False
-        spread = min(max(_SPREAD, _SPREAD_OF_FEW / math.sqrt(self._count)), _LARGEST_SPREAD)
-        return abs(12 * self._squares / self._count - 1) <= spread
+        return abs(12 * self._squares / self._count - 1) <= enough_spread(self._count, _SPREAD)
 
     def _is_near(self, before: torch.Tensor, after: torch.Tensor) -> bool:
         """Whether no value is further off than half a unit of each side; counts the errors."""
         base, tuned = (
-            _unit(values, form) for values, form in zip((before, after), self._sides, strict=True)
+            unit(values, form) for values, form in zip((before, after), self._sides, strict=True)
         )
         errors = (after - before).abs_()
         if bool((errors > (base + tuned) / 2).any()):
@@ -78,7 +77,12 @@ def _rounded(values: torch.Tensor, way: tuple[str, ...]) -> torch.Tensor:
     return stored.to(values.dtype)
 
 
-def _unit(values: torch.Tensor, form: FloatFormat) -> torch.Tensor:
+def enough_spread(count: int, usual: float) -> float:
+    """How far the mean square of so many errors may be from what is expected, as a share of it."""
+    return min(max(usual, _SPREAD_OF_FEW / math.sqrt(count)), _LARGEST_SPREAD)
+
+
+def unit(values: torch.Tensor, form: FloatFormat) -> torch.Tensor:
     """The distance of each value to the next one of a format."""
     exponents = torch.frexp(values).exponent - 1
     exponents = torch.where(values == 0, form.smallest, exponents).clamp_(min=form.smallest)

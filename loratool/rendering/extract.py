@@ -17,8 +17,8 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     if report.dry_run:
         out.print("[bold]Plan[/] (nothing was written)")
     facts = fact_grid()
-    facts.add_row("base", verbatim(report.base))
-    facts.add_row("tuned", verbatim(report.tuned))
+    facts.add_row("base", _model_text(report.base, report.base_quantised))
+    facts.add_row("tuned", _model_text(report.tuned, report.tuned_quantised))
     facts.add_row("modules", _modules_text(report))
     if report.saved:
         facts.add_row("saved whole", _others_text(report.saved))
@@ -40,7 +40,8 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
             (r, share) for r, share in report.held_by_rank.items() if r <= 2 * (report.rank or 0)
         ]
         facts.add_row("by rank", ", ".join(f"{r}: {percent(share)}" for r, share in near))
-    facts.add_row("noise", f"{percent(report.noise)} of ‖ΔW‖ is what storing TUNED rounded off")
+    what = "quantising and storing" if report.quantising else "storing TUNED"
+    facts.add_row("noise", f"{percent(report.noise)} of ‖ΔW‖ is what {what} rounded off")
     if report.rounding is not None:
         facts.add_row("rounding", f"took about {percent(report.rounding)} of the delta")
     if report.verified is not None:
@@ -63,6 +64,10 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
         out.print()
         values = [(m.path, m.singular_values[: m.rank]) for m in report.modules]
         out.print(spectrum_table(values, "singular values in the adapter"))
+
+
+def _model_text(name: str, quantised: str) -> str:
+    return verbatim(name) + (f" (quantised: {verbatim(quantised)})" if quantised else "")
 
 
 def _modules_text(report: ExtractReport) -> str:

@@ -12,6 +12,7 @@ from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, explained_os_errors
 from loratool.extracting.options import ExtractOptions
 from loratool.extracting.pairing import pair
+from loratool.extracting.quantised_sides import note_rescaled
 from loratool.extracting.report import ExtractReport, report_of
 from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_placeholders
 from loratool.models.quantised.base import dequantised
@@ -113,8 +114,10 @@ def extract(
         refuse_company(target, (), overwrite)
     for model in (before, after):
         refuse_placeholders(model)
+    rescaled = note_rescaled(before, after)
     pairs = pair(before, after, options.selection)
     pairs.notices += [*before.notices, *after.notices, *_note_swapped(before, after)]
+    pairs.notices += rescaled
     before.fetch()
     after.fetch()
 

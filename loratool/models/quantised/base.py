@@ -22,6 +22,7 @@ from loratool.models.quantised.formats.fp4 import FORMATS as FP4
 from loratool.models.quantised.formats.fp8 import FORMATS as FP8
 from loratool.models.quantised.formats.gptq import FORMATS as GPTQ
 from loratool.models.quantised.formats.hqq import FORMATS as HQQ
+from loratool.models.quantised.formats.llm_int8 import FORMATS as LLM_INT8
 from loratool.models.quantised.formats.packed import FORMATS as PACKED
 from loratool.models.quantised.formats.torchao import FORMATS as TORCHAO
 from loratool.models.quantised.module import (
@@ -45,7 +46,7 @@ from loratool.storage.tensors import TensorInfo
 
 #: Every format that is read; the first one that claims a module has it.
 FORMATS: tuple[Format, ...] = (
-    *BITSANDBYTES, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP4, *PACKED, *FP8,
+    *BITSANDBYTES, *LLM_INT8, *AWQ, *GPTQ, *HQQ, *TORCHAO, *FP4, *PACKED, *FP8,
 )  # fmt: skip
 
 

@@ -70,6 +70,6 @@ def _method(table: dict[str, Any]) -> str:
 def _said_beside(base: Checkpoint) -> Quantisation:
     """What a file beside config.json says, for want of an entry in that."""
     for name, method in _BESIDE.items():
-        if base.is_directory and base.folder.has(name):
+        if base.folder.has(name):
             return Quantisation(method, base.folder.json(name))
     return Quantisation()

@@ -44,6 +44,22 @@ E4M3_LARGEST = 448.0
 #: Powers of two by their byte (E8M0): 2^(byte − 127); the last one is NaN.
 E8M0 = np.append(2.0 ** (np.arange(255.0) - 127), np.nan).astype(np.float32)
 
+
+def midpoints(values: _Floats, upper: bool) -> _Floats:
+    """Half way from each of the values of codes to the next one below or above; beyond the last
+    one infinity."""
+    levels = np.unique(values)
+    between = (levels[:-1] + levels[1:]) / 2
+    ends = [*between, np.inf] if upper else [-np.inf, *between]
+    found: _Floats = np.array(ends, np.float32)[np.searchsorted(levels, values)]
+    return found
+
+
+#: The lower and the upper ends of what E4M3 codes stand for, by byte.
+E4M3_ENDS = tuple(
+    np.where(np.isnan(E4M3), E4M3, midpoints(np.nan_to_num(E4M3), upper)) for upper in (False, True)
+)
+
 #: The largest buffer that a thread keeps, in bytes: several times what a block of a tensor takes.
 _LARGEST_KEPT = 1 << 24
 
@@ -120,7 +136,7 @@ def decode_columns(packed: npt.NDArray[np.uint8], low: int, high: int, out: _Flo
     into = torch.from_numpy(out)
     for place in (0, 1):
         if place == 0:
-            np.left_shift(codes, 4, out=upper)
+            np.multiply(codes, np.uint8(16), out=upper)  # a shift takes ten times as long
         else:
             np.bitwise_and(codes, np.uint8(0xF0), out=upper)
         np.multiply(upper.view(np.int8), np.int16(32), out=half, dtype=np.int16)

@@ -85,7 +85,7 @@ def _algorithm(table: dict[str, Any]) -> str:
 
 
 def _told_by_recipe(base: Checkpoint) -> str:
-    if not base.is_directory or not base.folder.has(_RECIPE):
+    if not base.folder.has(_RECIPE):
         return ""
     with base.folder.reading(_RECIPE) as (stream, _, _):
         text = stream.read(_LONGEST_RECIPE).decode("utf-8", "replace")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from loratool.errors import BaseError
-from loratool.models.quantised.numbers import thread_buffer
+from loratool.models.quantised.numbers import add_groups, thread_buffer
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32, block_elements
 from loratool.storage.values import Values, values_of
@@ -38,6 +39,14 @@ class Opened(ABC):
         Raises BaseError for parts that no number comes of: NaN codes, scales that are not finite.
         """
 
+    @abstractmethod
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        """Fill `out` with the lower or the upper ends of what the values of these rows stand for.
+
+        Numbers between the two are nearer to the value than to others that its scale allows.
+        Infinite where all beyond the last value becomes it; not a number there for a scale of zero.
+        """
+
     def snap(self, first: int, values: Floats) -> Bytes:
         """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
         in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
@@ -52,6 +61,11 @@ class OnGrid(Opened):
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         """Scales and zero points (None for none) of rows `[first, last)`, `[last - first, groups]`,
         and how many columns, side by side, are of a group."""
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        scales, _, group = self.grid(first, last)
+        add_groups(out, scales * np.float32(0.5 if upper else -0.5), group)
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,18 @@ class Scheme(ABC):
     def rescaled(self) -> bool:
         """Whether this is another weight than the original's, with scales of its inputs in it."""
         return False
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether every number became the nearest value that its scale allows; otherwise values
+        were chosen with data, and nothing is known of the number that one stands for."""
+        return True
+
+    @property
+    def blur(self) -> float:
+        """How far off the ends of what a value stands for may be, as a share of what is between
+        them: by what its library rounds on the way to the codes."""
+        return 0.0
 
     @property
     def on_load(self) -> bool:
@@ -143,19 +169,20 @@ def quantised(name: str, scheme: Scheme) -> QuantisedTensor:
     )  # fmt: skip
 
 
-class _Dequantised(Values):
-    """Elements of a quantised weight: whole rows are computed, and rounded to its dtype."""
+class ComputedRows(Values):
+    """Elements of a quantised weight: whole rows are computed, and rounded to the dtype."""
 
-    def __init__(self, info: QuantisedTensor, files: FilePool) -> None:
+    def __init__(self, info: TensorInfo, compute: Callable[[int, int, Floats], None]) -> None:
+        """`compute(first, last, out)` fills `out` with rows, as `Opened.rows` does."""
         super().__init__(info)
-        self._opened = info.stored_as.opened(files)
+        self._compute = compute
         self._columns = info.shape[-1]
 
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         columns, size = self._columns, self.info.itemsize
         at = low
         # What is too large becomes infinite, which whoever asked is to see.
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             while at < high:
                 first = at // columns
                 last = min(first + block_elements(columns) // columns, -(-high // columns))
@@ -168,10 +195,10 @@ class _Dequantised(Values):
         columns = self._columns
         start = first * columns
         if self.info.dtype == "F32" and (start, high) == (low, last * columns):
-            self._opened.rows(first, last, raw.view(np.float32).reshape(-1, columns))
+            self._compute(first, last, raw.view(np.float32).reshape(-1, columns))
             return
         values = thread_buffer("rows", (last - first) * columns, np.float32)
-        self._opened.rows(first, last, values.reshape(-1, columns))
+        self._compute(first, last, values.reshape(-1, columns))
         round_into(values[low - start : high - start], self.info.dtype, raw)
 
 
@@ -194,7 +221,7 @@ def round_in_place(values: Floats, dtype: str) -> None:
 
 @values_of.register
 def _(info: QuantisedTensor, files: FilePool) -> Values:
-    return _Dequantised(info, files)
+    return ComputedRows(info, info.stored_as.opened(files).rows)
 
 
 # --- for formats ----------------------------------------------------------------------------------
@@ -206,10 +233,9 @@ def read_part(info: TensorInfo, files: FilePool) -> Bytes:
     return values.bytes(0, values.length)
 
 
-def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes:
-    """The bytes of rows `[first, last)` of a part seen as `[rows, …]`, flat."""
-    width = math.prod(info.shape[1:])
-    return values_of(info, files).bytes(first * width, last * width)
+def blur_of_sums(bits: int) -> float:
+    """The blur of codes of so many bits that are sums with a zero point, in bfloat16."""
+    return 2.0 ** (bits - 9)
 
 
 class HeldPart:

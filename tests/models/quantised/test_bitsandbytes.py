@@ -111,6 +111,17 @@ def test_gpt2_in_4_bit(columns: int, tmp_path: Path) -> None:
     assert np.array_equal(whole(base, f"{path}.weight"), expected.T)
 
 
+def test_stacks_of_experts(tmp_path: Path) -> None:
+    """Parameters with a matrix for each expert are quantised as a whole, under their own name."""
+    tensors, expected = four_bit(12, 35, nested=256)
+    said = json.loads(bytes(tensors[f"m.{STATE}"].tolist()))
+    tensors[f"m.{STATE}"] = text(json.dumps({**said, "shape": [3, 4, 35]}))
+    named = {name.replace("m.weight", "experts.down_proj"): t for name, t in tensors.items()}
+    base = opened(lay(tmp_path / "base", named))
+    assert list(base.tensors) == ["experts.down_proj"]
+    assert np.array_equal(whole(base, "experts.down_proj"), expected.reshape(3, 4, 35))
+
+
 def int8(rows: int = 6, columns: int = 11, path: str = "m") -> tuple[State, np.ndarray]:
     rng = np.random.default_rng(rows)
     codes = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
@@ -165,13 +176,13 @@ def states(**rows: tuple[dict[str, Any], str]) -> dict[str, tuple[dict[str, Any]
 HUGE = 10**900
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     **states(
-        shape_missing=({"shape": None}, "no shape of two sizes"),
-        shape_text=({"shape": "../../etc/passwd"}, "no shape of two sizes"),
-        shape_of_three=({"shape": [9, 10, 10]}, "no shape of two sizes"),
-        shape_negative=({"shape": [-9, -100]}, "no shape of two sizes"),
-        shape_of_floats=({"shape": [9.0, 100.0]}, "no shape of two sizes"),
-        shape_of_truths=({"shape": [True, 900]}, "no shape of two sizes"),
-        shape_huge=({"shape": [HUGE, 2]}, "no shape of two sizes"),
+        shape_missing=({"shape": None}, "no shape of a matrix or a stack"),
+        shape_text=({"shape": "../../etc/passwd"}, "no shape of a matrix or a stack"),
+        shape_of_four=({"shape": [9, 10, 5, 2]}, "no shape of a matrix or a stack"),
+        shape_negative=({"shape": [-9, -100]}, "no shape of a matrix or a stack"),
+        shape_of_floats=({"shape": [9.0, 100.0]}, "no shape of a matrix or a stack"),
+        shape_of_truths=({"shape": [True, 900]}, "no shape of a matrix or a stack"),
+        shape_huge=({"shape": [HUGE, 2]}, "no shape of a matrix or a stack"),
         shape_large=({"shape": [2**31 - 1, 2**31 - 1]}, "holds 900 codes"),
         shape_other=({"shape": [9, 102]}, "holds 900 codes, and its shape is [9, 102]"),
         block_missing=({"blocksize": None}, "no blocksize (null)"),

@@ -76,6 +76,7 @@ SIZES = {
     "8-bit": (8, 12, 20, 4),
     "one-group": (4, 40, 24, -1),
     "one-each": (4, 16, 8, 1),
+    "groups-of-several-words": (4, 192, 8, 96),
 }
 
 
@@ -102,6 +103,15 @@ def test_one_version_is_not_the_other(tmp_path: Path) -> None:
     assert not same_bits(whole(other, "m.weight"), expected)
 
 
+def test_newer_names_of_fields(tmp_path: Path) -> None:
+    """gptqmodel calls them `method` and `format` today; `backend` is what it is run with."""
+    tensors, expected = gptq(second=True)
+    said = {
+        "method": "gptq", "format": "gptq_v2", "bits": 4, "group_size": 16, "backend": "marlin",
+    }  # fmt: skip
+    assert same_bits(whole(opened(lay(tmp_path / "base", tensors, said)), "m.weight"), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scales_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     """Scales need not be float16; of float32 ones the product is rounded once."""
@@ -110,7 +120,9 @@ def test_scales_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert np.array_equal(found, expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("size", ["3-bit-ragged", "4-bit-ragged", "8-bit", "one-group"])
+@pytest.mark.parametrize(
+    "size", ["3-bit-ragged", "4-bit-ragged", "8-bit", "one-group", "groups-of-several-words"]
+)
 def test_conv1d_is_turned(size: str, tmp_path: Path) -> None:
     """GPT-2's plain file has [in, out]: rows of it are inputs, which are in a few words of each
     column."""

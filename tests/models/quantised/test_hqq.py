@@ -113,6 +113,13 @@ def test_one_scale_for_all(tmp_path: Path) -> None:
     assert set(np.unique(found)) <= {(code - 3) / 2 for code in range(16)}
 
 
+def test_no_more_is_padded_than_needed(tmp_path: Path) -> None:
+    """Ten codes of 3 bits in a word may leave up to nine over, and no more."""
+    tensors, _ = hqq(3, (19, 10))
+    tensors["m.W_q"] = torch.cat([tensors["m.W_q"], tensors["m.W_q"][:1]])
+    refusal(lay(tmp_path / "base", tensors), "holds 30 x 10 codes of 3 bits")
+
+
 U8 = torch.uint8
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "no-codes": ({"W_q": None}, "its W_q is missing"),

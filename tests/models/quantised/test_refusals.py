@@ -135,7 +135,7 @@ INCOMPLETE: dict[str, tuple[State, str]] = {
     "bnb-4-bit": ({"weight.absmax": torch.ones(4)}, "its quant_state is missing"),
     "bnb-state": (
         {"weight": random_of(U8, 32, 1), "weight.quant_state.bitsandbytes__nf4": text("{}")},
-        "no shape of two sizes",
+        "no shape of a matrix or a stack",
     ),
     "bnb-8-bit": ({"SCB": torch.ones(8)}, "its weight is missing"),
     "hqq": ({"W_q": random_of(U8, 4, 8)}, "its packing is missing"),

@@ -15,7 +15,8 @@ import numpy as np
 
 from loratool.models.quantised.encoding.encoder import Encoder
 from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
-from loratool.models.quantised.formats.bitsandbytes import ONE_127TH, EightBit, FourBit
+from loratool.models.quantised.formats.bitsandbytes import FourBit
+from loratool.models.quantised.formats.llm_int8 import ONE_127TH, EightBit
 from loratool.models.quantised.numbers import nearest_levels
 from loratool.models.quantised.scheme import Floats, read_part
 from loratool.storage.tensors import Bytes, FilePool, as_bytes, as_float32
@@ -28,7 +29,7 @@ class FourBitEncoder(Encoder):
         self._scheme = scheme
         self._block = scheme.blocksize
         self._is_nested = "nested_absmax" in scheme.parts
-        rows, columns = scheme.shape
+        columns = scheme.columns
         values = self._block * (scheme.nested_blocksize if self._is_nested else 1)
         self.group = self.strip = values // math.gcd(values, columns)
         size = self.group * columns
@@ -37,7 +38,7 @@ class FourBitEncoder(Encoder):
         if self._is_nested:
             self.sizes["nested_absmax"] = size // values * 4
         if scheme.turned:  # blocks run across the rows
-            self.group = self.strip = rows
+            self.group = self.strip = scheme.shape[0]
             self.sizes = {role: scheme.parts[role].nbytes for role in self.sizes}
 
     def open(self, files: FilePool) -> None:

@@ -16,10 +16,11 @@ from loratool.models.quantised.encoding.integers import (
     PackedEncoder,
 )
 from loratool.models.quantised.formats.awq import Awq
-from loratool.models.quantised.formats.bitsandbytes import EightBit, FourBit
+from loratool.models.quantised.formats.bitsandbytes import FourBit
 from loratool.models.quantised.formats.fp4 import ExpertsMXFP4, GroupedFP4
 from loratool.models.quantised.formats.fp8 import Scaled
 from loratool.models.quantised.formats.gptq import Gptq
+from loratool.models.quantised.formats.llm_int8 import EightBit
 from loratool.models.quantised.formats.packed import PackedIntegers
 from loratool.models.quantised.scheme import Scheme
 

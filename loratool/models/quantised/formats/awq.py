@@ -45,6 +45,10 @@ class Awq(Scheme):
     def rescaled(self) -> bool:
         return True
 
+    @property
+    def is_nearest(self) -> bool:
+        return False
+
     def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 

@@ -1,14 +1,16 @@
-"""bitsandbytes: NF4 and FP4 with one absmax per block, nested or not; int8 with one per row.
+"""NF4 and FP4 of bitsandbytes, with one absmax per block, nested or not.
 
-Source: bitsandbytes/functional.py (`quantize_4bit`, `dequantize_4bit`, `QuantState.from_dict`),
-bitsandbytes/nn/modules.py (`Linear8bitLt._save_to_state_dict`). Its CPU kernel for NF4 is wrong
-where a row is no multiple of the block; the generic one is what is meant.
+Source: bitsandbytes/functional.py (`quantize_4bit`, `dequantize_4bit`, `QuantState.from_dict`). Its
+CPU kernel for NF4 is wrong where a row is no multiple of the block; the generic one is what is
+meant.
 """
 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from loratool.models.quantised.module import Format, Module, json_in, roles
 from loratool.models.quantised.numbers import (
     decode_pairs,
-    encode_integers,
+    midpoints,
     multiply_groups,
     nearest_levels,
     pair_table,
@@ -83,6 +85,7 @@ class _FourBitRows(Opened):
     def __init__(self, scheme: FourBit, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme
+        self._files = files
         self._codes = values_of(parts["weight"], files)
         self._itemsize = parts["weight"].itemsize
         self._absmax = _absmax(scheme, files)
@@ -108,6 +111,33 @@ class _FourBitRows(Opened):
         values = self._pairs.take(octets).view(np.float32)[:, first % 2 :][:, : last - first]
         places = np.arange(columns)[:, None] * width + np.arange(first, last)
         out[:] = (values * self._absmax.take(places // self._scheme.blocksize)).T
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        aside = copy(self)
+        # Nothing is beyond the largest magnitude.
+        ends = midpoints(self._levels, upper).clip(self._levels.min(), self._levels.max())
+        aside._pairs = pair_table(ends, high_first=True)
+        aside.rows(first, last, out)
+        if self._scheme.parts["absmax"].dtype == "U8":
+            aside._pairs = pair_table(np.abs(ends), high_first=True)
+            aside._absmax = self._rounded_off
+            off = np.empty_like(out)
+            aside.rows(first, last, off)
+            out += off if upper else -off
+
+    @cached_property
+    def _rounded_off(self) -> npt.NDArray[np.float32]:
+        """By how much the largest magnitude of each block may be off, where it is a code itself."""
+        parts, files = self._scheme.parts, self._files
+        levels = read_finite(parts["nested_quant_map"], files)
+        lower, upper = (
+            midpoints(levels, up).clip(levels.min(), levels.max()) for up in (False, True)
+        )
+        gaps: npt.NDArray[np.float32] = np.maximum(upper - levels, levels - lower)
+        values = gaps.take(read_part(parts["absmax"], files))
+        scales = read_finite(parts["nested_absmax"], files)
+        values *= np.repeat(scales, self._scheme.nested_blocksize)[: len(values)]
+        return values
 
     def snap(self, first: int, values: Floats) -> Bytes:
         block, low = self._scheme.blocksize, first * self._scheme.columns
@@ -172,11 +202,11 @@ def _four_bit(module: Module) -> FourBit:
     state = json_in(module, states[0])
     weight = module.want("weight", title)
     shape, block = state.get("shape"), state.get("blocksize")
-    good = isinstance(shape, list) and len(shape) == 2 and all(
+    good = isinstance(shape, list) and len(shape) in (2, 3) and all(
         type(n) is int and 0 < n < 1 << 31 for n in shape
     )  # fmt: skip
     if not good or not isinstance(shape, list):
-        module.refuse(f"its quant_state has no shape of two sizes ({value_text(shape)})")
+        module.refuse(f"its quant_state has no shape of a matrix or a stack ({value_text(shape)})")
     if type(block) is not int or block < 2 or block % 2 or block > 1 << 20:
         module.refuse(f"its quant_state has no blocksize ({value_text(block)})")
     said = state.get("dtype")
@@ -185,11 +215,11 @@ def _four_bit(module: Module) -> FourBit:
         module.refuse(
             f"its quant_state has the dtype {value_text(said)}, expected {' or '.join(_DTYPES)}"
         )
-    out, width = shape
+    count = math.prod(shape)
     module.want_dtype(weight, *_STORAGES)
-    if weight.nbytes != -(-(out * width) // 2 // weight.itemsize) * weight.itemsize:
+    if weight.nbytes != -(-count // 2 // weight.itemsize) * weight.itemsize:
         module.refuse(f"{weight} holds {2 * weight.nbytes} codes, and its shape is {shape}")
-    blocks = -(-out * width // block)
+    blocks = -(-count // block)
     absmax = module.want("absmax", title)
     parts = {"weight": weight, "absmax": absmax, "quant_map": module.want("quant_map", title)}
     module.want_shape(absmax, (blocks,))
@@ -204,12 +234,10 @@ def _four_bit(module: Module) -> FourBit:
             module.want_dtype(parts[role], "F32")
     else:
         module.want_dtype(absmax, "F32", "F16", "BF16")
-    turned = module.is_conv1d
+    turned = module.is_conv1d and len(shape) == 2
     extras = module.beside(parts, states)
-    return FourBit(
-        (width, out) if turned else (out, width), parts, extras, kind, block, nested, offset, dtype,
-        turned,
-    )  # fmt: skip
+    plain = tuple(reversed(shape) if turned else shape)
+    return FourBit(plain, parts, extras, kind, block, nested, offset, dtype, turned)
 
 
 def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
@@ -220,96 +248,6 @@ def _nesting(module: Module, state: dict[str, Any]) -> tuple[int, float]:
     if not isinstance(offset, int | float) or not is_number(offset):
         module.refuse(f"its quant_state has no nested_offset ({value_text(offset)})")
     return block, float(offset)
-
-
-# --- int8 -----------------------------------------------------------------------------------------
-
-#: What the library multiplies by, for 1/127.
-ONE_127TH = np.float32(7.874015718698502e-3)
-
-#: Orders of the bytes by `weight_format`. Those of GPUs' kernels are no longer written.
-_ORDERS = {1: "col32", 2: "col_turing", 3: "col_ampere"}
-
-
-@dataclass(frozen=True)
-class EightBit(Scheme):
-    """LLM.int8(): `float32(code)·SCB[row]·(1/127)`, in this order."""
-
-    #: Conv1D of GPT-2 is quantised as `[out, in]`, while the plain file has `[in, out]`.
-    turned: bool = False
-
-    @property
-    def title(self) -> str:
-        return "int8"
-
-    @property
-    def bits(self) -> int:
-        return 8
-
-    @property
-    def on_load(self) -> bool:
-        return True
-
-    @property
-    def snaps(self) -> bool:
-        return not self.turned
-
-    def opened(self, files: FilePool) -> Opened:
-        return _EightBitRows(self, files)
-
-
-class _EightBitRows(Opened):
-    def __init__(self, scheme: EightBit, files: FilePool) -> None:
-        codes = scheme.parts["weight"]
-        self._scales = read_finite(scheme.parts["SCB"], files, times=128)
-        self._codes = values_of(codes, files)
-        self._stored = codes.shape
-        self._held = HeldPart(codes, files) if scheme.turned else None
-
-    def rows(self, first: int, last: int, out: Floats) -> None:
-        width = self._stored[1]
-        if self._held is not None:  # columns of what is stored, from all of its rows
-            out[:] = self._held.raw().view(np.int8).reshape(self._stored)[:, first:last].T
-            out *= self._scales
-        else:
-            codes = self._codes.bytes(first * width, last * width).view(np.int8)
-            out[:] = codes.reshape(-1, width)
-            out *= self._scales[first:last, None]
-        out *= ONE_127TH
-
-    def snap(self, first: int, values: Floats) -> Bytes:
-        scales = self._scales[first : first + len(values), None]
-        divisors = np.where(scales == 0, np.float32(1), scales)
-        values /= divisors * ONE_127TH
-        codes = encode_integers(values, -128, 127)
-        values[:] = codes
-        values *= scales
-        values *= ONE_127TH
-        return codes.reshape(-1).view(np.uint8)
-
-
-def _eight_bit(module: Module) -> EightBit:
-    weight, scales = module.want("weight", "int8"), module.want("SCB", "int8")
-    module.want_dtype(weight, "I8")
-    if len(weight.shape) != 2:
-        module.refuse(f"{weight} is no matrix")
-    module.want_dtype(scales, "F32", "F16", "BF16")
-    module.want_shape(scales, weight.shape[:1])
-    order = module.tensors.get("weight_format")  # older versions had none, for rows
-    if order is not None:
-        module.want_dtype(order, "U8")
-        module.want_shape(order, (), (1,))
-        code = module.described["weight_format"][0]
-        if code:
-            module.refuse(
-                f"its codes are packed for a kernel ({_ORDERS.get(code, 'unknown')}, "
-                f"weight_format {code}), expected rows (0)",
-                "Load it with the bitsandbytes that wrote it, and save it again.",
-            )
-    turned = module.is_conv1d
-    shape = weight.shape[::-1] if turned else weight.shape
-    parts = {"weight": weight, "SCB": scales}
-    return EightBit(shape, parts, module.beside(parts, ("weight_format",)), turned)
 
 
 FORMATS = (
@@ -325,12 +263,5 @@ FORMATS = (
         ),
         _four_bit,
         descriptions=("quant_state__nf4", "quant_state__fp4"),
-    ),
-    Format(
-        "bitsandbytes int8",
-        roles((r"(.+)\.(SCB|weight_format)", r"\1.weight", r"\2")),
-        lambda module: bool(module.tensors.keys() & {"SCB", "weight_format"}),
-        _eight_bit,
-        descriptions=("weight_format",),
     ),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,13 +18,14 @@ import numpy.typing as npt
 from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.encoding.rounding import to_e2m1
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     E2M1,
     E8M0,
     decode_columns,
     decode_pairs,
     divide_groups,
+    midpoints,
     multiply_groups,
     pair_table,
     thread_buffer,
@@ -33,6 +35,9 @@ from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
 _PAIRS = pair_table(E2M1, high_first=False)
+#: The lower and the upper ends of what codes stand for.
+_ENDS = tuple(midpoints(E2M1, upper) for upper in (False, True))
+_PAIRS_OF_ENDS = tuple(pair_table(ends, high_first=False) for ends in _ENDS)
 _LARGEST_CODE = 6
 _POWERS = ("F8_E8M0", "U8")
 #: Values that share a scale, where the config does not say another number.
@@ -82,13 +87,21 @@ class _GroupedRows(Opened):
                 raise broken_part(info, f"it holds {self._factor}")
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        scales = self._products(first, last, out, _PAIRS)
+        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self._products(first, last, out, _PAIRS_OF_ENDS[upper])
+
+    def _products(self, first: int, last: int, out: Floats, pairs: npt.NDArray[np.int64]) -> Floats:
+        """What `pairs` says of the codes of these rows, times their scales, which are returned."""
         width = self._scheme.columns // 2
         codes = thread_buffer("codes", (last - first) * width)
         self._codes.read_into(first * width, last * width, codes)
-        decode_pairs(_PAIRS, codes, out.reshape(-1))
+        decode_pairs(pairs, codes, out.reshape(-1))
         scales = self._scales_of(first, last)
         multiply_groups(out, scales, self._scheme.grid.block[1])
-        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+        return scales
 
     def snap(self, first: int, values: Floats) -> Bytes:
         group, scales = self._scheme.grid.block[1], self._scales_of(first, first + len(values))
@@ -140,11 +153,27 @@ class _TurnedRows(Opened):
         self._held: OrderedDict[int, _Expert] = OrderedDict()
 
     def rows(self, first: int, last: int, out: Floats) -> None:
+        for expert, low, high, own in self._by_expert(first, last, out):
+            decode_columns(expert.codes, low, high, own)
+            scales = self._multiply(expert, low, high, own)
+            refuse_overflow(own, scales, _LARGEST_CODE, self._scale)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        for expert, low, high, own in self._by_expert(first, last, out):
+            codes = expert.codes[:, low // 2 : -(-high // 2)].T
+            pairs = np.stack([codes & 15, codes >> 4], 1).reshape(-1, self._width)
+            own[:] = _ENDS[upper].take(pairs[low % 2 :][: high - low])
+            self._multiply(expert, low, high, own)
+
+    def _by_expert(
+        self, first: int, last: int, out: Floats
+    ) -> Iterator[tuple[_Expert, int, int, Floats]]:
+        """Each expert that rows are of, which of its own they are, and their part of `out`."""
         at = first
         while at < last:
             expert, low = divmod(at, self._depth)
             high = min(self._depth, low + last - at)
-            self._columns(self._expert(expert), low, high, out[at - first :][: high - low])
+            yield self._expert(expert), low, high, out[at - first :][: high - low]
             at += high - low
 
     def _expert(self, number: int) -> _Expert:
@@ -161,16 +190,17 @@ class _TurnedRows(Opened):
                     self._held.popitem(last=False)
             return self._held[number]
 
-    def _columns(self, expert: _Expert, low: int, high: int, out: Floats) -> None:
-        decode_columns(expert.codes, low, high, out)
+    def _multiply(self, expert: _Expert, low: int, high: int, out: Floats) -> Floats:
+        """Multiply by the scales of these rows of an expert, in place, and return them."""
         groups = range(low // _MX_GROUP, -(-high // _MX_GROUP))
-        scales = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
+        scales: Floats = E8M0.take(expert.scales[:, groups.start : groups.stop].T)
         if not np.isfinite(scales).all():
             raise broken_part(self._scale, "it holds NaN or infinity")
-        for group, one in zip(groups, scales, strict=True):
+        for group in groups:
             begin, end = group * _MX_GROUP - low, (group + 1) * _MX_GROUP - low
-            out[max(0, begin) : end] *= one
-        refuse_overflow(out, scales, _LARGEST_CODE, self._scale)
+            one = scales[group - groups.start, None]
+            multiply_groups(out[max(0, begin) : end], one, 1)
+        return scales
 
 
 @dataclass(frozen=True)
@@ -186,6 +216,14 @@ def _compressed(module: Module) -> GroupedFP4:
     small = module.tensors.get("weight_scale")
     title = "MXFP4" if small is not None and small.dtype in _POWERS else "NVFP4"
     codes, scale = module.want("weight_packed", title), module.want("weight_scale", title)
+    bits = {one.bits for one in weight_arguments(module) if one.bits is not None}
+    if bits and 4 not in bits:
+        known = " or ".join(map(str, sorted(bits)))
+        module.refuse(
+            f"{codes} holds codes of {known} bits by its config.json, and of bytes that are packed "
+            "only those of 4 bits are read",
+            UNQUANTISED,
+        )
     if title == "MXFP4":
         return _grouped(module, codes, scale)
     return _grouped(module, codes, scale, "divides", "weight_global_scale")

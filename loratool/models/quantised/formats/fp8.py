@@ -16,6 +16,7 @@ from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
+    E4M3_ENDS,
     add_groups,
     decode_e4m3,
     decode_integers,
@@ -28,7 +29,13 @@ from loratool.models.quantised.numbers import (
     subtract_groups,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part
+from loratool.models.quantised.scheme import (
+    Floats,
+    OnGrid,
+    Scheme,
+    blur_of_sums,
+    broken_part,
+)
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
 
@@ -76,6 +83,10 @@ class Scaled(Scheme):
     def snaps(self) -> bool:
         return True
 
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(8) if "zero" in self.parts else 0.0
+
     def opened(self, files: FilePool) -> OnGrid:
         return _ScaledRows(self, files)
 
@@ -107,6 +118,17 @@ class _ScaledRows(OnGrid):
             subtract_groups(out, zeros, group)
         multiply_groups(out, scales, group)
         refuse_overflow(out, scales, _LARGEST[self._main.dtype], self._scale)
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        if self._main.dtype == "I8":
+            super().ends(first, last, out, upper)
+            return
+        columns = self._scheme.columns
+        codes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
+        E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
+        scales, _, group = self.grid(first, last)
+        multiply_groups(out, scales, group)
 
     def grid(self, first: int, last: int) -> tuple[Floats, Floats | None, int]:
         zeros = None if self._zeros is None else self._zeros.of_rows(first, last)

@@ -57,6 +57,10 @@ class Gptq(Scheme):
     def bits(self) -> int:
         return self.width
 
+    @property
+    def is_nearest(self) -> bool:
+        return False
+
     def opened(self, files: FilePool) -> OnGrid:
         return _Rows(self, files)
 
@@ -74,9 +78,9 @@ class _Rows(OnGrid):
         self._group, self._index = scheme.group, None
         if not scheme.group:
             self._index = _groups(parts["g_idx"], len(scales), files)
-            usual = -(-self._inputs // len(scales))
-            if np.array_equal(self._index, np.arange(self._inputs) // usual):
-                self._group = usual
+            first = max(1, int(np.count_nonzero(self._index == 0)))
+            if np.array_equal(self._index, np.arange(self._inputs) // first):
+                self._group = first
 
     def rows(self, first: int, last: int, out: Floats) -> None:
         if not self._scheme.turned:
@@ -102,8 +106,8 @@ class _Rows(OnGrid):
         if values is not out:
             out[:] = values[:, :count]
         zeros, scales, group = self._zeros[outputs], self._scales[outputs], self._group
-        if group and low % group == 0 and count % group == 0:
-            chosen = slice(low // group, (low + count) // group)
+        if group and low % group == 0:
+            chosen = slice(low // group, -(-(low + count) // group))
             subtract_groups(out, zeros[:, chosen], group)
             multiply_groups(out, scales[:, chosen], group)
             return

@@ -61,6 +61,11 @@ class Hqq(Scheme):
     def dtype(self) -> str:
         return self.rounded
 
+    @property
+    def is_nearest(self) -> bool:
+        # Zeros are moved until the weights as a whole are near, and some are cut off.
+        return False
+
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
 
@@ -90,8 +95,13 @@ class _Rows(Opened):
             at = end
         values -= self._spread(self._zeros, low, high)
         round_in_place(values, self._scheme.rounded)
-        values *= self._spread(self._scales, low, high)
-        round_in_place(values, self._scheme.rounded)
+        values *= self._spread(self._scales, low, high)  # rounded with the values themselves
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        self.rows(first, last, out)
+        low, high = first * self._scheme.columns, last * self._scheme.columns
+        values = out.reshape(-1)
+        values += self._spread(self._scales, low, high) * np.float32(0.5 if upper else -0.5)
 
     def _read(self, low: int, high: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint32]:
         """Items `[low, high)`, which may lie in the file as other numbers of the same bytes."""

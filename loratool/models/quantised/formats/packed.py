@@ -27,7 +27,14 @@ from loratool.models.quantised.numbers import (
     thread_buffer,
     unpacked,
 )
-from loratool.models.quantised.scheme import Floats, OnGrid, Scheme, broken_part, read_part
+from loratool.models.quantised.scheme import (
+    Floats,
+    OnGrid,
+    Scheme,
+    blur_of_sums,
+    broken_part,
+    read_part,
+)
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import Values, values_of
 
@@ -67,6 +74,10 @@ class PackedIntegers(Scheme):
     @property
     def bits(self) -> int:
         return self.packing.width
+
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(self.bits) if "zero" in self.parts else 0.0
 
     def opened(self, files: FilePool) -> OnGrid:
         return _PackedRows(self, files)

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from loratool.errors import FileError
 from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
+    E4M3_ENDS,
+    add_groups,
     decode_e4m3,
     decode_integers,
     has_e4m3_nan,
@@ -30,6 +32,7 @@ from loratool.models.quantised.scheme import (
     Floats,
     Opened,
     Scheme,
+    blur_of_sums,
     broken_part,
     read_finite,
     read_part,
@@ -64,6 +67,10 @@ class TorchAo(Scheme):
     def bits(self) -> int:
         return 8 if self.kind == "FP8" else int(self.kind.removeprefix("int"))
 
+    @property
+    def blur(self) -> float:
+        return blur_of_sums(self.bits) if "zero_point" in self.parts else 0.0
+
     def opened(self, files: FilePool) -> Opened:
         return _Rows(self, files)
 
@@ -95,6 +102,18 @@ class _Rows(Opened):
             subtract_groups(out, self._zeros[blocks], scheme.block[-1])
             round_in_place(out, scheme.rounded)
         multiply_groups(out, self._scales[blocks], scheme.block[-1])
+
+    def ends(self, first: int, last: int, out: Floats, upper: bool) -> None:
+        scheme, columns = self._scheme, self._scheme.columns
+        scales = self._scales[self._blocks_of(first, last)]
+        if scheme.kind != "FP8":
+            self.rows(first, last, out)
+            add_groups(out, scales * np.float32(0.5 if upper else -0.5), scheme.block[-1])
+            return
+        codes = thread_buffer("codes", (last - first) * columns)
+        self._codes.read_into(first * columns, last * columns, codes)
+        E4M3_ENDS[upper].take(codes, out=out.reshape(-1), mode="clip")
+        multiply_groups(out, scales, scheme.block[-1])
 
     def _blocks_of(self, first: int, last: int) -> npt.NDArray[np.intp]:
         """The row of blocks that each of these rows is in."""

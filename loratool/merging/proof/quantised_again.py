@@ -81,6 +81,8 @@ def _is_again(weight: QuantisedTensor, pair: Pair, run: Run) -> bool:
     made = [replace(pair, job=jobs[p.name], merged=new.parts[r]) for r, p in changed.items()]
     stats = measure(made, run)
     unlike = {name: found.elements - found.equal for name, found in stats.items()}
+    if all(same_bytes(jobs[part.name].source, part) for part in changed.values()):
+        return False  # nothing of the merge is left: that is the base
     if old == new and not any(unlike.values()):
         return True
     codes = replace(pair, job=jobs[old.main.name], merged=old.main)

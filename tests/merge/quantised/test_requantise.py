@@ -389,6 +389,19 @@ def test_what_others_quantise_again_is_known(tmp_path: Path, nested: bool) -> No
     assert loratool.verify(base, base, adapter).verdict == "no"
 
 
+def test_a_delta_that_is_lost_was_not_merged(tmp_path: Path) -> None:
+    """Where quantising again takes all of a delta, the result is the base, and verify says so."""
+    base = golden("ct-int4-group").lay(tmp_path / "base")
+    plain = read(base)
+    modules = [n.removesuffix(".weight") for n in plain if n.endswith(".weight")]
+    adapter = lora(tmp_path / "adapter", plain, *modules, size=0.002, target_modules=modules)
+    report = loratool.merge(base, adapter, tmp_path / "out", **FORCED)
+    assert report.kept_of_delta is not None
+    assert report.kept_of_delta.share == 0
+    assert differing(base, tmp_path / "out") == set()
+    assert loratool.verify(tmp_path / "out", base, adapter).verdict == "no"
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -114,7 +114,7 @@ class Difference:
             before, after = self._both(low, high)
             test.take(before, after)
             if quantising is not None:
-                quantising.take(before, after, partial(self._read_ends, low))
+                quantising.take(before, after, partial(self._read_ends, low), test.is_exact)
             block = after.sub_(before).float()
             weight += _squared(before)
             energy += _squared(block)

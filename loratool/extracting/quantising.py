@@ -106,11 +106,14 @@ class QuantisingTest:
         self._spread = _Mean()
         self._sums = _Sums()
 
-    def take(self, before: torch.Tensor, after: torch.Tensor, ends: ReadEnds) -> None:
-        """Rows of the base and of the tuned model, widened to one dtype."""
+    def take(
+        self, before: torch.Tensor, after: torch.Tensor, ends: ReadEnds, explained: bool
+    ) -> None:
+        """Rows of the base and of the tuned model, widened to one dtype. They are `explained` where
+        the tuned values are the base's, rounded to their dtype, which all stand for."""
         rows = max(1, _SAMPLE // before.shape[1])
         for low in range(0, len(before), rows):
-            if low and not (self._rounded or self._overlap):
+            if low and (explained or not (self._rounded or self._overlap)):
                 return
             high = min(low + rows, len(before))
             base, tuned = (

@@ -29,6 +29,13 @@ _FUSED = (
     ("in_proj_qkvz", "in_proj_ba"),
     ("wk", "weights_proj"),
 )
+#: What vLLM calls the matrix of such modules.
+_NAMES = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("query", "key", "value"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
+}
 _EXPERTS = re.compile(r"(.*\bexperts)\..+")
 
 
@@ -52,6 +59,18 @@ def with_fused(chosen: Collection[str], weights: Collection[str]) -> set[str]:
             found.add(name)
             waiting += [other for unit in _units(name) for other in units[unit]]
     return found
+
+
+def fused_paths(paths: Collection[str]) -> list[str]:
+    """What these modules are called as the one matrix that some of them are in vLLM."""
+    split = [path.rpartition(".") for path in paths]
+    found = [
+        f"{parent}{dot}{name}"
+        for parent, dot, last in split
+        for parts, name in _NAMES.items()
+        if last in parts
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _units(name: str) -> list[str]:

@@ -4,7 +4,7 @@ Every method has a list of its own. Entries are whole paths, as the files have t
 differ, as memory has them: transformers asks with the one, vLLM with either.
 Source: transformers/quantizers/quantizers_utils.py (`should_convert_module`);
 vllm/model_executor/layers/quantization (`is_layer_skipped`, `should_ignore_layer`,
-`get_dynamic_override`).
+`get_dynamic_override`, torchao's `should_skip`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from loratool.models.quantised.fused import fused_paths
 from loratool.models.quantised.module import Quantisation
 
 #: The keys of the list by method; all that are there are written, otherwise the first.
@@ -28,6 +29,9 @@ _KEYS = {
     "compressed-tensors": ("ignore",),
     "modelopt": ("ignore", "exclude_modules"),
 }
+
+#: Methods of which vLLM asks for q, k and v, or gate and up, by the name of their one matrix.
+_FUSED_BY_NAME = ("gptq", "torchao")
 
 #: Methods for which transformers skips heads and what is tied where there is no list. A list takes
 #: the place of that, so it must name all that was plain before too.
@@ -58,6 +62,8 @@ def exported_with_ignored(document: dict[str, Any], paths: Sequence[str]) -> dic
 def _added(
     table: dict[str, Any], method: str, paths: Sequence[str], plain: Sequence[str]
 ) -> dict[str, Any]:
+    if method in _FUSED_BY_NAME:
+        paths = (*paths, *fused_paths(paths))
     if method == "gptq":
         rules = table.get("dynamic")
         own: dict[str, Any] = {f"-:^{re.escape(path)}$": {} for path in paths}

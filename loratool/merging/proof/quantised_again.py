@@ -40,7 +40,7 @@ def look_for_quantised_again(
     it is quantised, and how much of the delta that leaves."""
     from loratool.merging.proof.grids import on_own_grid  # torch: about two seconds to import
 
-    unlike = {f.tensor for f in findings if not f.sound}
+    unlike = {f.tensor for f in findings if not f.sound and f.code != "not-merged"}
     asked = [
         pair
         for pair in pairs

@@ -351,7 +351,7 @@ def test_verify_proves_it(tmp_path: Path, state: State) -> None:
     """What was quantised again is recomputed, byte by byte; one other code is a finding."""
     base, out = tmp_path / "base", tmp_path / "out"
     write_nf4_base(base, state)
-    adapter = lora(tmp_path / "adapter", state, Q, V, size=0.02)
+    adapter = lora(tmp_path / "adapter", state, Q, V, size=0.3)
     loratool.merge(base, adapter, out, **FORCED)
     report = loratool.verify(out, base, adapter)
     assert report.verdict == "yes"
@@ -373,7 +373,7 @@ def test_what_others_quantise_again_is_known(tmp_path: Path, nested: bool) -> No
     state = llama_state(width=128)
     base = tmp_path / "base"
     plain = write_nf4_base(base, state, nested=nested)
-    adapter = lora(tmp_path / "adapter", state, Q, UP, size=0.1)
+    adapter = lora(tmp_path / "adapter", state, Q, UP, size=0.3)
     loratool.merge(base, adapter, tmp_path / "plain", dtype="bfloat16")
     merged = {**{n: t.bfloat16() for n, t in plain.items()}, **load(tmp_path / "plain")}
     write_nf4_base(tmp_path / "theirs", merged, nested=nested)

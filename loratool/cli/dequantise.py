@@ -8,10 +8,12 @@ from loratool.cli.options import (
     dry_run_option,
     json_option,
     model_dtype_option,
+    no_keep_option,
     output_option,
     overwrite_option,
     private_option,
     quiet_option,
+    shard_push_option,
     threads_option,
 )
 from loratool.storage.destination import Overwrite
@@ -26,14 +28,8 @@ from loratool.storage.destination import Overwrite
 )
 @overwrite_option("Replace OUT, or the weights in REPO, if there.")
 @click.option("--verify", is_flag=True, help="Read the output again and check every value.")
-@click.option(
-    "--push", metavar="REPO",
-    help="Upload to this repository on the Hub, each shard as soon as it is verified.",
-)  # fmt: skip
-@click.option(
-    "--no-keep", is_flag=True,
-    help="With --push: remove each shard here once it is there; no OUT then.",
-)  # fmt: skip
+@shard_push_option()
+@no_keep_option()
 @private_option("With --push: create the repository private.")
 @dry_run_option("Say what would be written; write nothing.")
 @threads_option()

@@ -12,11 +12,13 @@ from loratool.cli.options import (
     initial_option,
     json_option,
     model_dtype_option,
+    no_keep_option,
     output_option,
     overwrite_option,
     private_option,
     quiet_option,
     replicate_layers_option,
+    shard_push_option,
     threads_option,
     weight_option,
 )
@@ -62,14 +64,8 @@ from loratool.storage.destination import Overwrite
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
 )  # fmt: skip
 @click.option("--verify", is_flag=True, help="Read the output again and check every value.")
-@click.option(
-    "--push", metavar="REPO",
-    help="Upload to this repository on the Hub, each shard as soon as it is verified.",
-)  # fmt: skip
-@click.option(
-    "--no-keep", is_flag=True,
-    help="With --push: remove each shard here once it is there; no OUT then.",
-)  # fmt: skip
+@shard_push_option()
+@no_keep_option()
 @private_option("With --push: create the repository private.")
 @dry_run_option("Print the plan; write nothing.")
 @threads_option()

@@ -132,6 +132,14 @@ spectrum_option = _shared(
     "--spectrum", is_flag=True, help="Show the singular values of every module."
 )
 private_option = _shared("--private", is_flag=True, help="Create the repository private.")
+shard_push_option = _shared(
+    "--push", metavar="REPO",
+    help="Upload to this repository on the Hub, each shard as soon as it is verified.",
+)  # fmt: skip
+no_keep_option = _shared(
+    "--no-keep", is_flag=True,
+    help="With --push: remove each shard here once it is there; no OUT then.",
+)  # fmt: skip
 
 
 def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:

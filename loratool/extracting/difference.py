@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -113,7 +114,7 @@ class Difference:
             before, after = self._both(low, high)
             test.take(before, after)
             if quantising is not None:
-                quantising.take(before, after, self._read_ends(low, high))
+                quantising.take(before, after, partial(self._read_ends, low), test.is_exact)
             block = after.sub_(before).float()
             weight += _squared(before)
             energy += _squared(block)
@@ -171,19 +172,18 @@ class Difference:
         widened = scratch.get(side, stored.numel(), self._work).view(stored.shape)
         return widened.copy_(stored)
 
-    def _read_ends(self, low: int, high: int) -> tuple[Ends | None, Ends | None]:
-        """What rows `[low, high)` of both sides stand for; None of one that is not quantised."""
-        found: list[Ends | None] = []
-        for ends in self._ends:
-            if ends is None:
-                found.append(None)
-                continue
-            raw = [values.bytes(low * self.columns, high * self.columns) for values in ends]
-            lower, upper = (
-                torch.from_numpy(one).view(torch.float32).view(high - low, self.columns)
-                .to(self.device, self._work) for one in raw
-            )  # fmt: skip
-            found.append((lower, upper))
+    def _read_ends(self, base: int, low: int, high: int) -> tuple[Ends | None, Ends | None]:
+        """What both sides stand for in rows `[low, high)` from row `base` on."""
+        found: list[Ends | None] = [None, None]
+        for side, ends in enumerate(self._ends):
+            if ends is not None:
+                start, stop = ((base + row) * self.columns for row in (low, high))
+                lower, upper = (
+                    torch.from_numpy(values.bytes(start, stop)).view(torch.float32)
+                    .view(high - low, self.columns).to(self.device, self._work)
+                    for values in ends
+                )  # fmt: skip
+                found[side] = lower, upper
         return found[0], found[1]
 
     def _explain(self) -> None:

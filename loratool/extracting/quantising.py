@@ -2,29 +2,31 @@
 
 A quantised value stands for all numbers between two ends (`models.quantised.ends`). A fine-tune of
 the 16-bit original differs from a quantised base everywhere by what quantising rounded off, also
-where nothing was trained: 9 % of the weights' norm in 4 bits. As for dtypes (`rounding`), what is
-left out is proved, value by value; a trained change that is smaller is not taken for noise.
+where nothing was trained: by 9 % of the weights' norm in 4 bits. As with dtypes (`rounding`), what
+is left out is proved, value by value; a trained change that is smaller is not taken for noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from loratool.dtypes import FLOAT_FORMATS
-from loratool.extracting.rounding import enough_spread, unit
+from loratool.extracting.rounding import enough_spread
 from loratool.models.quantised.ends import schemes_of
 from loratool.storage.tensors import TensorInfo
 
-#: How far ends may be off, as a share of themselves: half a unit of bfloat16, which models are
-#: stored in and libraries divide in before they round.
+#: How far off ends may be, as a share of themselves: half a unit of bfloat16, which models are
+#: stored in, and which libraries divide in before they round.
 _BLUR = 2.0**-8
 
-#: Between these the mean square of errors is that of rounding, 1, where one side is quantised. What
-#: was made from the quantised values themselves is far below. Where both are, half of it is less.
-_SPREAD_OF_ONE = (0.6, 1.35)
+#: How far the mean square of errors may be from that of rounding, where one side is quantised. What
+#: was made from the quantised values themselves is far below.
+_SPREAD_OF_ONE = 0.4
+#: The same where both are: half of it is less if one was made from the other's values.
 _SPREAD_OF_BOTH = 0.15
 
 #: Where one side tells numbers so much more finely, what it rounds off itself is of no account.
@@ -33,56 +35,57 @@ _FINER = 4
 #: How much the width of what values stand for has to vary within rows to explain anything.
 _LEAST_VARIATION = 0.05
 
-#: Lower and upper ends of what the values of a block stand for.
+#: Values that are looked at together, and those of a block that sums are made of.
+_SAMPLE = 1 << 16
+
+#: Lower and upper ends of what values stand for.
 Ends = tuple[torch.Tensor, torch.Tensor]
+#: Reads those of some rows of a block: of the base and of the tuned model, None for a plain one.
+ReadEnds = Callable[[int, int], tuple[Ends | None, Ends | None]]
 
 
-@dataclass
-class _Side:
-    """One of the two models: a quantised one, or one with values of this dtype."""
-
-    dtype: str
-    blur: float
-    is_quantised: bool
-    is_nearest: bool
-
-    @classmethod
-    def of(cls, info: TensorInfo) -> _Side:
-        schemes = schemes_of(info)
-        return cls(
-            info.dtype, max((scheme.blur for scheme in schemes), default=0.0), bool(schemes),
-            all(scheme.is_nearest for scheme in schemes),
-        )  # fmt: skip
-
-    def cells(self, values: torch.Tensor, ends: Ends | None) -> _Cells:
-        if ends is None:
-            width = unit(values, FLOAT_FORMATS[self.dtype])
-            return _Cells(values - width / 2, values + width / 2, values, width, values != 0)
-        low, high = ends
-        low.nan_to_num_(-math.inf, math.inf, -math.inf)
-        high.nan_to_num_(math.inf, math.inf, -math.inf)
-        closed = low.isfinite() & high.isfinite()
-        below, above = values - low, high - values
-        # Of what has no end on one side the other half counts twice.
-        width = torch.where(closed, below + above, 2 * torch.minimum(below, above))
-        width = width.nan_to_num_(0.0, 0.0, 0.0)
-        middle = torch.where(closed, (low + high) / 2, values)
-        blur = self.blur * width
-        low = low - blur - _BLUR * low.abs().nan_to_num_(posinf=0.0)
-        high = high + blur + _BLUR * high.abs().nan_to_num_(posinf=0.0)
-        return _Cells(low, high, middle, width, closed & (width > 0))
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Cells:
-    """What the values of a block stand for: ends, with what these may be off, the middle, and what
-    is between them. `known` marks those that have two ends."""
+    """What some values stand for: the two ends, and the width of what is between them."""
 
+    value: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
-    middle: torch.Tensor
     width: torch.Tensor
-    known: torch.Tensor
+    #: How far off the ends may be.
+    slack: torch.Tensor
+
+    def may_be(self, number: torch.Tensor) -> bool:
+        """Whether these numbers became the values."""
+        return _none_beyond(torch.maximum(self.low - number, number - self.high), self.slack)
+
+    def may_be_of(self, other: _Cells) -> bool:
+        """Whether the values of both sides may be of the same numbers."""
+        apart = torch.maximum(self.low - other.high, other.low - self.high)
+        return _none_beyond(apart, self.slack + other.slack)
+
+
+class _Side:
+    """One of the two models."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        schemes = schemes_of(info)
+        self.is_quantised = bool(schemes)
+        self.is_nearest = all(scheme.is_nearest for scheme in schemes)
+        self._blur = max((scheme.blur for scheme in schemes), default=0.0)
+        self._unit = 2 * FLOAT_FORMATS[info.dtype].rounding
+
+    def cells(self, value: torch.Tensor, ends: Ends | None) -> _Cells:
+        size = value.abs()
+        if ends is None:
+            width = size * self._unit
+            return _Cells(value, value, value, width, width / 2)
+        low, high = ends
+        width = high - low
+        # Of what has one end only, the other half is as wide; of nothing at all, nothing is known.
+        half = torch.minimum(value - low, high - value)
+        width = width.where(width.isfinite(), 2 * half).nan_to_num_(0.0, 0.0, 0.0)
+        return _Cells(value, low, high, width, size.mul_(_BLUR).add_(width, alpha=self._blur))
 
 
 class QuantisingTest:
@@ -94,86 +97,71 @@ class QuantisingTest:
     """
 
     def __init__(self, base: TensorInfo, tuned: TensorInfo) -> None:
-        self._sides = _Side.of(base), _Side.of(tuned)
+        self._sides = _Side(base), _Side(tuned)
         self._both = all(side.is_quantised for side in self._sides)
         nearest = all(side.is_nearest for side in self._sides)
         self._rounded = nearest and self._sides[1].is_quantised
         self._overlap = nearest
         self._alike = nearest and self._both
-        self._count = 0
-        self._shares = 0.0
-        self._differing = 0.0
-        self._within_rows = [0.0, 0.0]
-        self._of_base = 0.0
-        self._squares = 0.0
-        self._values = 0
+        self._spread = _Mean()
+        self._sums = _Sums()
 
     def take(
-        self,
-        before: torch.Tensor,
-        after: torch.Tensor,
-        ends: tuple[Ends | None, Ends | None],
+        self, before: torch.Tensor, after: torch.Tensor, ends: ReadEnds, explained: bool
     ) -> None:
-        """Rows of the base and of the tuned model, and of what they stand for."""
-        cells = [
-            side.cells(values, own)
-            for side, values, own in zip(self._sides, (before, after), ends, strict=True)
-        ]
-        if self._rounded or self._overlap:
-            self._compare(before, after, *cells)
-        self._estimate(after - before, [cell.width.square_().div_(12) for cell in cells])
+        """Rows of the base and of the tuned model, widened to one dtype. They are `explained` where
+        the tuned values are the base's, rounded to their dtype, which all stand for."""
+        rows = max(1, _SAMPLE // before.shape[1])
+        for low in range(0, len(before), rows):
+            if low and (explained or not (self._rounded or self._overlap)):
+                return
+            high = min(low + rows, len(before))
+            base, tuned = (
+                side.cells(values[low:high], own)
+                for side, values, own in zip(
+                    self._sides, (before, after), ends(low, high), strict=True
+                )
+            )
+            self._prove(base, tuned)
+            if low == 0:
+                self._measure(base, tuned, len(before) / high)
 
-    def _compare(
-        self, before: torch.Tensor, after: torch.Tensor, base: _Cells, tuned: _Cells
-    ) -> None:
-        if self._rounded:
-            self._rounded = bool(((tuned.low <= before) & (before <= tuned.high)).all())
-        overlap = torch.maximum(base.low, tuned.low) <= torch.minimum(base.high, tuned.high)
-        self._overlap = self._overlap and bool(overlap.all())
-        wide = torch.maximum(base.width, tuned.width)
-        narrow = torch.minimum(base.width, tuned.width)
+    def _prove(self, base: _Cells, tuned: _Cells) -> None:
+        self._rounded = self._rounded and tuned.may_be(base.value)
+        self._overlap = self._overlap and base.may_be_of(tuned)
         if self._alike:
-            self._alike = bool(((after - before).abs() <= narrow / 2).all())
-        chosen = base.known & tuned.known
-        if not self._both:
-            chosen &= wide >= _FINER * narrow
-        expected = (base.width.square() + tuned.width.square())[chosen] / 12
-        squares = (tuned.middle - base.middle)[chosen].square()
-        self._count += squares.numel()
-        self._shares += float((squares / expected).sum(dtype=torch.float64))
+            narrow = torch.minimum(base.width, tuned.width)
+            self._alike = _none_beyond((tuned.value - base.value).abs_(), narrow / 2)
 
-    def _estimate(self, difference: torch.Tensor, expected: list[torch.Tensor]) -> None:
-        """Add up what quantising rounds off on average: of the base, and of what differs."""
-        squares = difference.square()
-        base = expected[0] if self._sides[0].is_quantised else torch.zeros_like(squares)
-        tuned = expected[1] if self._sides[1].is_quantised else torch.zeros_like(squares)
-        differing = (difference != 0).to(squares.dtype)
-        self._differing += _sum((base + tuned).mul_(differing) if self._both else tuned * differing)
-        if self._both:
-            return
-        self._values += squares.numel()
-        self._of_base += _sum(base)
-        self._squares += _sum(squares)
-        # Rows may differ in the size of weights and of changes alike, so each is its own measure.
-        centred = base - base.mean(1, keepdim=True)
-        self._within_rows[0] += _sum(centred * squares)
-        self._within_rows[1] += _sum(centred.square_())
+    def _measure(self, base: _Cells, tuned: _Cells, weight: float) -> None:
+        """How differences are spread, and what of them is rounding on average, in rows that stand
+        for `weight` times as many."""
+        expected = base.width.square() + tuned.width.square()
+        if self._overlap:
+            chosen = expected > 0
+            for cells in (base, tuned):
+                chosen &= cells.low.isfinite() & cells.high.isfinite()
+            if not self._both:
+                wide = torch.maximum(base.width, tuned.width)
+                chosen &= wide >= _FINER * torch.minimum(base.width, tuned.width)
+                # What was zero stays so, and is no sample of what is rounded.
+                chosen &= (base.value != 0) | (tuned.value != 0)
+            apart = (tuned.low + tuned.high) / 2 - (base.low + base.high) / 2
+            self._spread.add((12 * apart.square() / expected)[chosen])
+        squares = (tuned.value - base.value).square_()
+        of_base, of_tuned = (
+            cells.width.square() / 12 if side.is_quantised else torch.zeros_like(squares)
+            for side, cells in zip(self._sides, (base, tuned), strict=True)
+        )
+        differing = (squares > 0).to(squares.dtype)
+        self._sums.add(weight, squares, of_base, of_tuned, differing)
 
     @property
     def passed(self) -> bool:
         if self._rounded or (self._overlap and self._alike):
             return True
-        if not self._overlap or not self._count:
-            return False
-        share = self._shares / self._count
-        if self._both:
-            return abs(share - 1) <= enough_spread(self._count, _SPREAD_OF_BOTH)
-        low, high = _SPREAD_OF_ONE
-        return (
-            1 - enough_spread(self._count, 1 - low)
-            <= share
-            <= 1 + enough_spread(self._count, high - 1)
-        )
+        usual = _SPREAD_OF_BOTH if self._both else _SPREAD_OF_ONE
+        return self._overlap and self._spread.is_near_one(usual)
 
     @property
     def noise(self) -> float:
@@ -183,18 +171,72 @@ class QuantisingTest:
         was made from the quantised base: then differences are no larger where its values are
         further apart.
         """
-        return self._differing + (self._of_base if self._was_before else 0.0)
+        sums = self._sums
+        if self._both:
+            return sums.of_both_where_differing
+        return sums.of_tuned_where_differing + (sums.of_base if sums.explained_by_base else 0.0)
+
+
+class _Mean:
+    """The mean of numbers that come in turns."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = 0.0
+
+    def add(self, numbers: torch.Tensor) -> None:
+        self._count += numbers.numel()
+        self._sum += _sum(numbers)
+
+    def is_near_one(self, usual: float) -> bool:
+        if not self._count:
+            return False
+        return abs(self._sum / self._count - 1) <= enough_spread(self._count, usual)
+
+
+class _Sums:
+    """Squared differences, and what is expected of them if they are rounding: sums over all."""
+
+    def __init__(self) -> None:
+        self.of_base = 0.0
+        self.of_tuned_where_differing = 0.0
+        self.of_both_where_differing = 0.0
+        self._squares = 0.0
+        self._count = 0.0
+        self._covariance = 0.0
+        self._variance = 0.0
+
+    def add(
+        self,
+        weight: float,
+        squares: torch.Tensor,
+        of_base: torch.Tensor,
+        of_tuned: torch.Tensor,
+        differing: torch.Tensor,
+    ) -> None:
+        self._count += weight * squares.numel()
+        self._squares += weight * _sum(squares)
+        self.of_base += weight * _sum(of_base)
+        self.of_tuned_where_differing += weight * _sum(of_tuned * differing)
+        self.of_both_where_differing += weight * _sum((of_base + of_tuned) * differing)
+        # Large weights may have large changes; so rows are compared with themselves alone.
+        centred = of_base - of_base.mean(1, keepdim=True)
+        self._covariance += weight * _sum(centred * squares)
+        self._variance += weight * _sum(centred.square_())
 
     @property
-    def _was_before(self) -> bool:
-        """Whether the tuned model was made from what the base was before it was quantised."""
-        if self._squares < self._of_base / 2:
+    def explained_by_base(self) -> bool:
+        """Whether what the base rounded off is in the differences."""
+        if self._squares < self.of_base / 2 or not self._count:
             return False
-        covariance, variance = self._within_rows
-        mean = self._of_base / max(1, self._values)
-        if variance < _LEAST_VARIATION * mean**2 * self._values:
-            return True
-        return covariance > variance / 2
+        if self._variance < _LEAST_VARIATION * self.of_base**2 / self._count:
+            return True  # nothing tells
+        return self._covariance > self._variance / 2
+
+
+def _none_beyond(off: torch.Tensor, slack: torch.Tensor) -> bool:
+    """Whether nothing is off by more than its slack. What is no number is off by nothing."""
+    return float((off - slack).nan_to_num_(0.0, math.inf, -math.inf).max()) <= 0
 
 
 def _sum(values: torch.Tensor) -> float:

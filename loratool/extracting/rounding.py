@@ -46,8 +46,13 @@ class RoundingTest:
         self._near = self._near and self._is_near(before, after)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every tuned value so far is the base's, rounded."""
+        return bool(self._ways)
+
+    @property
     def passed(self) -> bool:
-        if self._ways:
+        if self.is_exact:
             return True
         if not self._near or not self._count:
             return False

@@ -20,9 +20,9 @@ _SAMPLES = 48
 #: Weights that are looked at where each has to be decomposed.
 _FEW = 6
 #: Bits of a code up to which quantising again loses most of a usual delta.
-_FEW_BITS = 4
+FEW_BITS = 4
 #: The share of the delta below which a user is warned.
-_ENOUGH = 0.9
+ENOUGH = 0.9
 
 
 def sample_kept(plan: Plan, run: Run, of_few_bits: bool = False) -> KeptOfDelta | None:
@@ -36,7 +36,7 @@ def sample_kept(plan: Plan, run: Run, of_few_bits: bool = False) -> KeptOfDelta 
         for job in plan.jobs
         if isinstance(job.source, PartAgain)
         and job.source.is_codes
-        and not (of_few_bits and job.source.weight.stored_as.bits > _FEW_BITS)
+        and not (of_few_bits and job.source.weight.stored_as.bits > FEW_BITS)
     ]
     if not parts:
         return None
@@ -92,7 +92,7 @@ def refuse_loss(plan: Plan, run: Run) -> None:
 
 def note_loss(kept: KeptOfDelta | None, plan: Plan) -> list[Notice]:
     """A warning where little of the delta is kept."""
-    if kept is None or kept.share >= _ENOUGH:
+    if kept is None or kept.share >= ENOUGH:
         return []
     text = (
         f"Quantising again keeps {_about(kept)}. --quantised keep leaves adapted weights plain, "

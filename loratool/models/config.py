@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class Rewriting:
 
     places: tuple[tuple[str, ...], ...]
     table: dict[str, Any] | None
-    others: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    others: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
     def applied(self, config: dict[str, Any]) -> dict[str, Any]:

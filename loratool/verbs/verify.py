@@ -15,7 +15,7 @@ from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
 from loratool.merging.proof.findings import Finding, Stats, judge
-from loratool.merging.proof.quantised_again import look_for_quantised_again
+from loratool.merging.proof.quantised_again import look_for_original, look_for_quantised_again
 from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
 from loratool.merging.provenance import read_record
@@ -123,11 +123,12 @@ def verify(
         report.summary = [error.message.rstrip(".")]
     else:
         found = pair_up(plan, model)
-        report.bytes_read = sum(pair.merged.nbytes for pair in found.pairs)
+        report.bytes_read = sum(pair.merged.disk_bytes for pair in found.pairs)
         stats = measure(found.pairs, run)
         findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
-        findings = look_for_quantised_again(findings, found.pairs, plan.base, run)
+        findings = look_for_quantised_again(findings, found.pairs, stats, plan.base, run)
         findings = look_for_base(findings, found.pairs, plan, run)
+        findings = look_for_original(findings, found.pairs, stats, run)
         findings = look_for_adapters(findings, found.pairs, stats, plan, run)
         _conclude(report, [*findings, *found.findings], stats)
         report.warnings += model.notices + found.notices

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from helpers.adapters import pair, write_adapter
 from helpers.files import State, random_of, write_base
 
 #: The 16 values of NF4. Source: bitsandbytes/functional.py (`create_normal_map`).
@@ -175,3 +176,25 @@ def _write(
     for name, value in stored.items():
         shards.setdefault(shard_of(name) if shard_of else 0, {})[name] = value.contiguous()
     write_base(folder, *(shards[n] for n in sorted(shards)), config={**named, **(config or {})})
+
+
+def adapter_on(folder: Path, shapes: dict[str, tuple[int, ...]], size: float = 0.1) -> Path:
+    """An adapter with random factors on weights `[out, in]` of these names, or on stacks of them as
+    parameters, `[experts, in, out]`."""
+    tensors: dict[str, np.ndarray] = {}
+    modules, parameters = set(), set()
+    for seed, (name, shape) in enumerate(shapes.items()):
+        path = name.removesuffix(".weight")
+        if len(shape) == 2:
+            modules.add(path.rpartition(".")[2])
+            factors = pair(path, shape[0], shape[1], seed=seed)
+        else:
+            count, width, out = shape
+            parameters.add(".".join(path.split(".")[-2:]))
+            path = path.rpartition(".")[0]
+            factors = pair(path, out, width, 4 * count, seed)
+        tensors |= {key: value * np.float32(size) for key, value in factors.items()}
+    config: dict[str, Any] = {"target_modules": sorted(modules)}
+    if parameters:
+        config |= {"target_parameters": sorted(parameters)}
+    return write_adapter(folder, tensors, config)

@@ -66,7 +66,15 @@ class Stats:
 
 
 #: Findings that mean "this is base + adapters".
-SOUND = ("once", "rounded-twice", "low-precision", "requantised", "same", "same-rounded")
+SOUND = (
+    "once",
+    "rounded-twice",
+    "low-precision",
+    "requantised",
+    "same",
+    "same-rounded",
+    "same-quantised",
+)
 
 
 #: A weight this near to 1 is 1.
@@ -78,8 +86,11 @@ class Finding:
     """One tensor of the merged model: `code` says what became of it.
 
     once, rounded-twice, low-precision: merged, with one rounding, two, or a product in half
-    precision. same, same-rounded: as the adapter leaves it. not-merged; weight: merged with
-    `applied` times what it should be; weights: with another weight for each adapter, `by_adapter`;
+    precision. same, same-rounded, same-quantised: as the adapter leaves it. not-merged; weight:
+    merged with `applied` times what it should be; weights: with another weight for each adapter,
+    `by_adapter`;
+    requantised: merged and quantised again; delta-lost: the same, and too little is left of the
+    delta (`note` says how much); original: of the model that the base was quantised from;
     damaged: merged, but some values are off; other: changed in a way the adapters do not explain;
     changed: touched although no adapter does; missing, added, shape, dtype: the tensor itself is
     not as expected.

@@ -84,7 +84,17 @@ def _phrase(f: Finding) -> Phrase:
         "low-precision": Phrase("is", f"merged, with a product of low precision: {way}")
         if way
         else Phrase("is", "merged, with less precision than by rounding once"),
-        "requantised": Phrase("is", "merged, and quantised again as the base is"),
+        "requantised": Phrase("is", f"merged and quantised again, with {f.note} of the delta left"),
+        "delta-lost": Phrase(
+            "is", f"quantised, and holds {f.note} of the delta",
+            f"quantised, and hold {f.note} of the delta",
+        ),
+        "same-quantised": Phrase(
+            "is", "as it should be, but quantised", "as they should be, but quantised"
+        ),
+        "original": Phrase("was", "merged into the model that the base was quantised from")
+        if f.adapted
+        else Phrase("is", "as in the model that the base was quantised from"),
         "not-merged": Phrase("was", "never merged"),
         "weights": Phrase("was", f"merged with {weights} instead of what was asked"),
         "damaged": Phrase(

@@ -14,7 +14,7 @@ from loratool.storage.fields import value_text
 _KEYS = ("quantization_config", "compression_config")
 
 #: Files that older versions wrote in its place, and whose they are.
-_BESIDE = {
+BESIDE = {
     "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def _method(table: dict[str, Any]) -> str:
 
 def _said_beside(base: Checkpoint) -> Quantisation:
     """What a file beside config.json says, for want of an entry in that."""
-    for name, method in _BESIDE.items():
+    for name, method in BESIDE.items():
         if base.folder.has(name):
             return Quantisation(method, base.folder.json(name))
     return Quantisation()

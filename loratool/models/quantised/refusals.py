@@ -78,7 +78,7 @@ _PACKED = re.compile(
     r"weight_global_scale|had_[KUL]|had_(left|right))$|_(blocks|scales|scale_inv)$"
 )
 #: Names of what a plain model holds as floats.
-_WEIGHT = re.compile(r"(\.weight|_proj)$")
+_WEIGHT = re.compile(r"([._]weight|_proj)$")
 _GGML = re.compile(r"blk(\.\d+\..+)?\.weight")
 
 

@@ -238,12 +238,6 @@ def blur_of_sums(bits: int) -> float:
     return 2.0 ** (bits - 9)
 
 
-def read_rows(info: TensorInfo, first: int, last: int, files: FilePool) -> Bytes:
-    """The bytes of rows `[first, last)` of a part seen as `[rows, …]`, flat."""
-    width = math.prod(info.shape[1:])
-    return values_of(info, files).bytes(first * width, last * width)
-
-
 class HeldPart:
     """A part that is read whole when somebody first asks for it, and kept."""
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import BaseError, UsageError
@@ -17,10 +19,11 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import Rewriting
 from loratool.models.layouts.layout import in_memory
 from loratool.models.quantised.base import Dequantised, as_stored
-from loratool.models.quantised.declared import quantisation_of
+from loratool.models.quantised.declared import BESIDE, quantisation_of
 from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.fused import experts_of, with_fused
 from loratool.models.quantised.ignoring import can_ignore, exported_with_ignored, with_ignored
+from loratool.models.quantised.module import Quantisation
 from loratool.notices import Notice
 from loratool.storage.filenames import QUANTISATION
 from loratool.storage.tensors import TensorInfo
@@ -30,8 +33,6 @@ from loratool.words import counted
 TREATMENTS = ("plain", "keep", "requantise")
 #: What becomes of a base of which no adapter changes a quantised weight, unless it becomes plain.
 _UNTOUCHED = "untouched"
-
-_EXPORTED = "hf_quant_config.json"
 
 #: What torchao has in the metadata of a file for a weight that is plain.
 _PLAIN_IN_METADATA = '{"_type": "Tensor"}'
@@ -110,11 +111,15 @@ class Treatment:
         places = self.base.settings.places
         if self.is_plain:
             return Rewriting(places, None, without=QUANTISATION)
-        if not self.opened or not places:
+        if not self.opened:
             return None
-        paths = _paths(self.base, self.opened)
-        table = with_ignored(self.base.settings, paths, _paths(self.base, _plain(self.base)))
-        return Rewriting(places, table, {_EXPORTED: lambda old: exported_with_ignored(old, paths)})
+        paths, plain = _paths(self.base, self.opened), _paths(self.base, _plain(self.base))
+        table = with_ignored(self.base.settings, paths, plain) if places else None
+        others = {
+            name: partial(_beside_with_ignored, method, paths, plain)
+            for name, method in BESIDE.items()
+        }
+        return Rewriting(places, table, others)
 
     @property
     def notices(self) -> list[Notice]:
@@ -261,6 +266,15 @@ def own_dtype(base: Checkpoint) -> str:
 
 def _name(code: str) -> str:
     return next(name for name, known in FACTOR_DTYPES.items() if known == code)
+
+
+def _beside_with_ignored(
+    method: str, paths: list[str], plain: list[str], old: dict[str, Any]
+) -> dict[str, Any]:
+    """A file beside config.json that says the same."""
+    if method == "modelopt":
+        return exported_with_ignored(old, paths)
+    return with_ignored(Quantisation(method, old), paths, plain)
 
 
 def _plain(base: Dequantised) -> list[str]:

@@ -366,6 +366,42 @@ def test_verify_proves_it(tmp_path: Path, state: State) -> None:
     assert codes[f"{Q}.weight"] != "requantised"
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_others_quantise_again_is_known(tmp_path: Path, nested: bool) -> None:
+    """Sums in bfloat16, scales that are rounded otherwise: merged all the same. With another weight
+    it is not, and the base itself is not either."""
+    state = llama_state(width=128)
+    base = tmp_path / "base"
+    plain = write_nf4_base(base, state, nested=nested)
+    adapter = lora(tmp_path / "adapter", state, Q, UP, size=0.1)
+    loratool.merge(base, adapter, tmp_path / "plain", dtype="bfloat16")
+    merged = {**{n: t.bfloat16() for n, t in plain.items()}, **load(tmp_path / "plain")}
+    write_nf4_base(tmp_path / "theirs", merged, nested=nested)
+    others, ours = load(tmp_path / "theirs"), load(base)
+    # What they do not touch they would not quantise again.
+    kept = {n: t for n, t in ours.items() if not n.startswith((Q, UP))}
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    save_file({**others, **kept}, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    report = loratool.verify(tmp_path / "theirs", base, adapter)
+    assert report.verdict == "yes"
+    assert {f.code for f in report.findings} == {"requantised"}
+    assert loratool.verify(tmp_path / "theirs", base, adapter, weights=[0.8]).verdict == "no"
+    assert loratool.verify(base, base, adapter).verdict == "no"
+
+
+def test_a_delta_that_is_lost_was_not_merged(tmp_path: Path) -> None:
+    """Where quantising again takes all of a delta, the result is the base, and verify says so."""
+    base = golden("ct-int4-group").lay(tmp_path / "base")
+    plain = read(base)
+    modules = [n.removesuffix(".weight") for n in plain if n.endswith(".weight")]
+    adapter = lora(tmp_path / "adapter", plain, *modules, size=0.002, target_modules=modules)
+    report = loratool.merge(base, adapter, tmp_path / "out", **FORCED)
+    assert report.kept_of_delta is not None
+    assert report.kept_of_delta.share == 0
+    assert differing(base, tmp_path / "out") == set()
+    assert loratool.verify(tmp_path / "out", base, adapter).verdict == "no"
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

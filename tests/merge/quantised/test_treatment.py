@@ -236,3 +236,18 @@ def test_dequantise_alone(tmp_path: Path, state: State) -> None:
     again = run_cli("dequantise", tmp_path / "out", "-o", tmp_path / "again")
     assert again.exit_code == 1
     assert "is not quantised" in again.stderr
+
+
+def test_a_file_beside_the_config_says_the_same(tmp_path: Path, state: State) -> None:
+    """ModelOpt's description names what is opened too, also where config.json says nothing."""
+    write_fp8_base(tmp_path / "base", state, block=None)
+    base, said = tmp_path / "base", {"quantization": {"quant_algo": "FP8", "exclude_modules": []}}
+    (base / "hf_quant_config.json").write_text(json.dumps(said))
+    config = config_of(base)
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    adapter, _ = lora_for(tmp_path / "adapter", state, DOWN)
+    loratool.merge(base, adapter, tmp_path / "out")
+    assert "quantization_config" not in config_of(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert found["quantization"]["exclude_modules"] == [DOWN]

@@ -206,6 +206,23 @@ def test_what_no_number_comes_of_is_refused(tmp_path: Path, case: str) -> None:
     unreadable(tmp_path, stored, None, *parts)
 
 
+def test_other_packed_floats_are_refused(tmp_path: Path) -> None:
+    """MXFP6 has four codes in three bytes: neither of 4 bits nor read."""
+    settings = {"config_groups": {"a": {"weights": {"num_bits": 6, "group_size": 32}}}}
+    stored = mx(weight_packed=octets(4, 48), weight_scale=octets(4, 2, low=100, high=140))
+    unreadable(tmp_path, stored, settings, "weight_packed", "6 bits")
+
+
+def test_packed_stacks_of_other_names_are_refused(tmp_path: Path) -> None:
+    """Bytes where a plain model has floats are no plain model, whatever lies beside them."""
+    name = "model.layers.0.mlp.experts.w13_weight"
+    stored = {
+        name: octets(2, 4, 32), f"{name}_scale": torch.ones(2, 4, 4).to(FP8),
+        f"{name}_amax": torch.ones(2),
+    }  # fmt: skip
+    unreadable(tmp_path, stored, None, name)
+
+
 @pytest.mark.parametrize("value", [0, -5, "x", 10**30, [16], True])
 def test_groups_that_are_none_are_refused(tmp_path: Path, value: Any) -> None:
     """Hostile values in the config end in one line that says where they stand."""

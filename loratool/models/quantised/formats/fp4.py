@@ -18,7 +18,7 @@ import numpy.typing as npt
 from loratool.models.quantised.arguments import weight_arguments
 from loratool.models.quantised.encoding.rounding import to_e2m1
 from loratool.models.quantised.grid import Grid, GridScales, fitting_grid, refuse_overflow
-from loratool.models.quantised.module import Format, Module, roles
+from loratool.models.quantised.module import UNQUANTISED, Format, Module, roles
 from loratool.models.quantised.numbers import (
     E2M1,
     E8M0,
@@ -216,6 +216,14 @@ def _compressed(module: Module) -> GroupedFP4:
     small = module.tensors.get("weight_scale")
     title = "MXFP4" if small is not None and small.dtype in _POWERS else "NVFP4"
     codes, scale = module.want("weight_packed", title), module.want("weight_scale", title)
+    bits = {one.bits for one in weight_arguments(module) if one.bits is not None}
+    if bits and 4 not in bits:
+        known = " or ".join(map(str, sorted(bits)))
+        module.refuse(
+            f"{codes} holds codes of {known} bits by its config.json, and of bytes that are packed "
+            "only those of 4 bits are read",
+            UNQUANTISED,
+        )
     if title == "MXFP4":
         return _grouped(module, codes, scale)
     return _grouped(module, codes, scale, "divides", "weight_global_scale")

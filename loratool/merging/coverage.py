@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
@@ -20,7 +20,8 @@ from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_token_embedding
-from loratool.models.quantised.base import dequantised
+from loratool.models.quantised.base import Dequantised, dequantised
+from loratool.models.quantised.treatment import leftover, note_leftover
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool, TensorInfo
@@ -49,6 +50,11 @@ class BaseReport:
     unmatched: list[str]
     #: Whether its weights were read, for ‖ΔW‖/‖W‖.
     measured: bool
+    #: What its weights are quantised as, in words, "" where none is; how many are, and how many of
+    #: these the adapter changes. Parameters are counted as in the plain model.
+    quantised: str = ""
+    quantised_weights: int = 0
+    quantised_adapted: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,12 @@ def cover(
         unmatched=[what for what, _ in found.unmatched],
         measured=lengths is not None,
     )
+    if isinstance(checkpoint, Dequantised):
+        report.quantised = checkpoint.title
+        report.quantised_weights = len(checkpoint.weights)
+        report.quantised_adapted = len(adapted & checkpoint.weights.keys())
+    elif leftover(checkpoint):
+        notices.append(note_leftover(checkpoint))
     return Covered(report, notices, lengths or {})
 
 
@@ -124,7 +136,10 @@ def _lengths(
             # What is tied to another matrix has no tensor of its own.
             name = delta.tensor
             whole = base.tensors[layout.aliases.get(name, name)]
-            parts[delta.module] += view_of(whole, delta.place)
+            place = delta.place
+            if place.rows is None:  # of all of a matrix the norm is the same either way round
+                place = replace(place, transposed=False)
+            parts[delta.module] += view_of(whole, place)
     names = {info.name for found in parts.values() for info in found}
     if norms:
         base.fetch(names)

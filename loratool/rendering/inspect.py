@@ -144,6 +144,11 @@ def _show_base(report: InspectReport) -> None:
     facts = fact_grid()
     facts.add_row("base", f"{verbatim(base.source)} ({verbatim(base.model_type or 'no config')}, "
                   f"{counted(base.parameters, 'parameter')})")  # fmt: skip
+    if base.quantised:
+        count, adapted = counted(base.quantised_weights, "weight"), base.quantised_adapted
+        facts.add_row(
+            "quantised", f"{verbatim(base.quantised)}, {count}, {adapted} of them adapted"
+        )
     facts.add_row("share", f"{base.trainable_share:.3%} of the base's parameters")
     if report.measured and not base.measured:
         facts.add_row("‖ΔW‖/‖W‖", "--norms downloads the adapted weights for it")

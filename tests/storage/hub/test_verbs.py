@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.adapters import Q
 from helpers.hub import HubServer
 from helpers.hub_runs import (
@@ -20,6 +21,9 @@ from helpers.hub_runs import (
     sparse,
 )
 from helpers.places import FIXTURES
+from helpers.quantised import llama_state, write_nf4_base
+
+import loratool
 
 
 def test_one_safetensors_file_of_any_name(hub: HubServer, home: Path, tmp_path: Path) -> None:
@@ -34,6 +38,28 @@ def test_one_safetensors_file_of_any_name(hub: HubServer, home: Path, tmp_path: 
         assert [c["adapted"] for c in found["coverage"]] == [1]
         assert found["model_type"] == "llama"
     assert downloads(hub) == []
+
+
+def test_a_quantised_base_is_known_from_headers(hub: HubServer, home: Path, tmp_path: Path) -> None:
+    """Its format and what is adapted of it need the descriptions of its weights, by ranges, and no
+    weights; --norms fetches the shards of what is adapted."""
+    base, adapter = tmp_path / "base", small(tmp_path / "a")
+    state = {n: t for n, t in llama_state(64, layers=6).items() if n != f"{Q}.weight"}
+    state |= {f"{Q}.weight": torch.full((12, 10), 0.5), "extra.weight": torch.ones(512, 512)}
+    write_nf4_base(base, state, shard_of=lambda name: int("extra" in name))
+    hub.add("org/nf4", dict(paths(base)))
+    command = ["inspect", adapter, "--base", "org/nf4", "--json"]
+    found = run(hub, home, *command).json["base"]
+    assert (found["quantised"], found["quantised_weights"]) == ("NF4", 42)
+    assert (found["quantised_adapted"], found["measured"]) == (1, False)
+    assert [n for n in downloads(hub) if n.endswith(".safetensors")] == []
+    assert len(hub.requests("/cdn/", "GET")) < 20
+    found = run(hub, home, *command, "--norms").json
+    assert found["base"]["measured"]
+    weights = {n for n in downloads(hub) if n.endswith(".safetensors")}
+    assert weights == {"model-00001-of-00002.safetensors"}
+    ratios = [m["relative_norm"] for m in found["modules"]]
+    assert [m.relative_norm for m in loratool.inspect(adapter, base=base).modules] == ratios
 
 
 def test_torch_files(hub: HubServer, home: Path, tmp_path: Path) -> None:

@@ -60,7 +60,15 @@ def test_architectures_that_exceed_float16_are_listed() -> None:
         "README.md",
         *(
             f"docs/{n}.md"
-            for n in ("design", "warnings", "merging", "combining", "extracting", "hub")
+            for n in (
+                "design",
+                "warnings",
+                "merging",
+                "combining",
+                "extracting",
+                "hub",
+                "quantised",
+            )
         ),
     ],
 )

@@ -47,9 +47,10 @@ def assert_as_loaded(merged: Path, plain: Path, opened: State, tolerance: float)
     assert (found - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize(
-    "kind", ["nf4", "int8", "fp8_blocks", "ct_fp8_channel", "ct_int4", "torchao_int8"]
-)
+KINDS = ("nf4", "int8", "fp8_blocks", "ct_fp8_channel", "ct_int4", "torchao_int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_mixed_llama(kind: str, llama: Path, tmp_path: Path) -> None:
     """q, v, gate and down of both layers are adapted; k and up are opened with them, o is not."""
     from helpers.live_quantised import BASES, adapter_of
@@ -62,6 +63,21 @@ def test_a_mixed_llama(kind: str, llama: Path, tmp_path: Path) -> None:
     opened = {n: t for n, t in files.items() if "_proj.weight" in n and "o_proj" not in n}
     assert len(opened) == 12
     assert_as_loaded(tmp_path / "keep", tmp_path / "plain", opened, 0.05)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "torchao_int8"])
+def test_a_llama_quantised_again(kind: str, llama: Path, tmp_path: Path) -> None:
+    """What loratool wrote in the base's own format, the libraries read as loratool reads it."""
+    from helpers.live_quantised import BASES, adapter_of
+
+    BASES[kind](llama, tmp_path / "base")
+    adapter = adapter_of(llama, tmp_path / "adapter", "q_proj", "v_proj", "gate_proj", "down_proj")
+    loratool.merge(
+        tmp_path / "base", adapter, tmp_path / "again", quantised="requantise", force=True
+    )
+    assert load(tmp_path / "again").keys() == load(tmp_path / "base").keys()
+    loratool.dequantise(tmp_path / "again", tmp_path / "plain", dtype="bfloat16")
+    assert_as_loaded(tmp_path / "again", tmp_path / "plain", {}, 0.05)
 
 
 def test_gpt_oss_with_attention_adapted(gpt_oss: Path, tmp_path: Path) -> None:

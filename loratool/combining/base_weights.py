@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from loratool.merging.coverage import note_broken_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
 from loratool.models.checkpoint import open_checkpoint
+from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
-from loratool.models.quantised.base import dequantised
+from loratool.models.layouts.place import Place
+from loratool.models.quantised.base import Dequantised, dequantised
+from loratool.models.quantised.treatment import leftover, note_leftover
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32
@@ -42,6 +46,8 @@ class BaseWeights:
             lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
             self._deltas |= {d.factors.path: d for d in placed.deltas}
         self._notices += [*self._base.notices, *layout.notices]
+        if not isinstance(self._base, Dequantised) and leftover(self._base):
+            self._notices.append(note_leftover(self._base))
         if not self._deltas:
             raise MatchError(
                 f"No module of the adapters is in the base {base}:\n{listed(lost)}",
@@ -64,7 +70,11 @@ class BaseWeights:
         if delta is None or delta.factors.kind == "embedding":
             return {}
         info = self._base.tensors.get(delta.tensor) or self._base.tensors[str(self._tied)]
-        weight = delta.place.part(read_float32(info, files))
+        place = delta.place
+        if place.expert is not None:  # of a stack only its own matrix is read
+            info = next(view_of(info, Place(place.tensor, expert=place.expert)))
+            place = replace(place, expert=None)
+        weight = place.part(read_float32(info, files))
         if not np.isfinite(weight).all():
             self._broken.add(info.name)
             return {}

@@ -19,6 +19,7 @@ from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.models.carried import carried_files
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.layouts.names import is_token_embedding
+from loratool.models.quantised.base import dequantised_if_read
 from loratool.models.tokenizers import (
     is_part_of_tokenizer,
     note_ids_without_rows,
@@ -172,7 +173,7 @@ def _refuse_incomplete(manifest: Manifest) -> None:
         manifest.notices += adapter.notices + _note_local_base(adapter)
     else:
         try:
-            model = open_checkpoint(path)
+            model = dequantised_if_read(open_checkpoint(path))
         except FileError as error:
             raise type(error)(error.message, f"{error.hint} Nothing was pushed.") from error
         indices = {name for name in manifest.files if name.endswith(".index.json")}

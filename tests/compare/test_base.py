@@ -9,6 +9,8 @@ from helpers.adapters import Q
 from helpers.cli import run_cli
 from helpers.comparing import fails, of
 from helpers.files import write_base
+from helpers.golden import golden
+from helpers.quantised import llama_state, write_nf4_base
 
 import loratool
 from loratool.errors import LoraToolError, MatchError
@@ -36,6 +38,38 @@ def test_intruders_are_counted_against_the_base(tmp_path: Path) -> None:
     words = run_cli("compare", *map(str, adapters), "--base", str(base)).stdout
     assert "intruders" in words
     assert loratool.compare(adapters).modules[0].intruders is None
+
+
+def test_a_quantised_base_is_its_values(tmp_path: Path) -> None:
+    """Intruders are counted against what codes stand for, also in a matrix of a stack."""
+    state = llama_state(64)
+    plain = write_base(tmp_path / "plain", write_nf4_base(tmp_path / "nf4", state))
+    new = np.random.default_rng(5).standard_normal((64, 1))
+    adapters = [
+        of(tmp_path / str(size), {Q: (size * new, new.T / 64)}) for size in (0.01, 30.0, 100.0)
+    ]
+    counts = [
+        loratool.compare(adapters, base=base).modules[0].intruders
+        for base in (tmp_path / "nf4", plain)
+    ]
+    assert counts[0] == counts[1] == [0, 1, 1]
+    case = golden("mxfp4-gpt-oss")
+    name = next(n for n in case.expected if n.endswith("down_proj"))
+    values = case.expected[name].float()
+    path = f"{name.rpartition('.')[0]}.1.down_proj"
+    rest = {n: t for n, t in case.stored.items() if "experts" not in n}
+    config = {k: v for k, v in case.config.items() if k != "quantization_config"}
+    plain = write_base(tmp_path / "plain-stack", case.expected | rest, config=config)
+    left, right = np.ones((values.shape[2], 1)), np.ones((1, values.shape[1]))
+    sizes = [float(values.norm()) * share for share in (1e-6, 10)]
+    pair = [of(tmp_path / f"e{n}", {path: (n * left, right)}) for n in sizes]
+    counts = [
+        loratool.compare(pair, base=base).modules[0].intruders
+        for base in (case.lay(tmp_path / "stack"), plain)
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0] is not None
+    assert None not in counts[0]
 
 
 def test_intruders_of_the_fixtures(adapter: Path, base: Path) -> None:

@@ -109,6 +109,15 @@ def as_stored(base: Checkpoint) -> Checkpoint:
     return base.packed if isinstance(base, Dequantised) else base
 
 
+def dequantised_if_read(base: Checkpoint) -> Checkpoint:
+    """The same, or what the files hold where that is in a form that is not read: for those who only
+    say what a model is."""
+    try:
+        return dequantised(base)
+    except BaseError:
+        return base
+
+
 def dequantised(base: Checkpoint, partial: bool = False) -> Checkpoint:
     """The same base, or where its weights are quantised the plain model that they stand for.
 

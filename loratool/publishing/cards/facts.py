@@ -14,6 +14,7 @@ from loratool.adapters.reading import declared_in, read_adapter
 from loratool.dtypes import dtype_name
 from loratool.merging.identity import is_quantised_name, plain_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.quantised.base import dequantised_if_read
 from loratool.models.tokenizers import tokenizer_files
 from loratool.publishing.cards.markdown import HUB, code, link, one_line
 from loratool.storage.fields import is_finite
@@ -170,7 +171,7 @@ def _opened(folder: Path) -> tuple[Adapter | None, Checkpoint | None]:
             adapter = read_adapter(folder)
             if adapter.format not in ("base-checkpoint", "unknown"):
                 return adapter, None
-    return None, open_checkpoint(folder)
+    return None, dequantised_if_read(open_checkpoint(folder))
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
     "extract": {"dtype": "float16", "seed": 0},
     "resize": {},
     "unmerge": {},
-    "dequantise": {"dtype": "float16", "quantised": "plain"},
+    "dequantise": {"dtype": "float16", "quantised": "plain", "trained_here": True},
 }
 
 
@@ -60,6 +60,8 @@ def _rebuilt(facts: Facts) -> str:
         flag = "--" + key.replace("_", "-")
         for entry in value if isinstance(value, list) else [value]:
             words += [flag] if entry is True else [flag, _value(entry)]
+    if name == "merge" and part(record, "options").get("quantised") == "requantise":
+        words.append("--force")  # which formats of few bits ask for
     if name == "merge" and record.get("undo"):
         words.append("--reversible")
     if removed:

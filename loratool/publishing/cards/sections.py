@@ -11,6 +11,8 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.models.checkpoint import Checkpoint
+from loratool.models.quantised.base import Dequantised
+from loratool.models.quantised.refusals import is_plain
 from loratool.paths import pattern, ranged
 from loratool.publishing.cards.facts import (
     Facts,
@@ -122,7 +124,10 @@ def _what_model(facts: Facts, model: Checkpoint) -> str:
     if facts.command == "merge" and inputs:
         what = "a LoRA adapter" if len(inputs) == 1 else f"{len(inputs)} LoRA adapters"
         first = f"{named} with {what} merged into its weights: {enumerated(inputs)}. "
-        first += _said_bases(facts)
+        first += _said_bases(facts) + _said_treatment(facts)
+    elif facts.command == "dequantise":
+        form = prose(string(base.get("quantised"))) or "quantised"
+        first = f"{named}, dequantised: the plain model that its {form} weights stand for. "
     elif facts.command == "unmerge":
         removed = enumerated([linked(entry) for entry in dicts(facts.record.get("removed"))])
         first = f"{linked(base)} without {removed}, whose deltas were subtracted and the result "
@@ -131,9 +136,37 @@ def _what_model(facts: Facts, model: Checkpoint) -> str:
         first = f"The base model is {link(facts.base)}. "
     classes = texts(model.config.get("architectures"))
     kind = enumerated([code(name) for name in [*classes[:1], model.model_type][:1] if name])
-    size = f"{counted(model.parameters, 'parameter')} in {dtype_names(model.tensors.values())}"
     what = f"The model ({kind})" if kind else "The model"
-    return f"{first}{what} has {counted(len(model.tensors), 'tensor')}, {size}, {_bytes(model)}."
+    tensors = counted(len(model.tensors), "tensor")
+    return f"{first}{what} has {tensors}, {_model_size(model)}, {_bytes(model)}."
+
+
+def _model_size(model: Checkpoint) -> str:
+    """Its parameters and what they are stored in."""
+    size = counted(model.parameters, "parameter")
+    if isinstance(model, Dequantised):
+        plain = [info for name, info in model.tensors.items() if name not in model.weights]
+        rest = f", all else is {dtype_names(plain)}" if plain else ""
+        count = counted(len(model.weights), "weight", "is")
+        return f"{size} ({count} quantised as {prose(model.title)}{rest})"
+    if not is_plain(model):  # in a form that is not read: parts of weights are no parameters
+        return "of quantised weights"
+    return f"{size} in {dtype_names(model.tensors.values())}"
+
+
+def _said_treatment(facts: Facts) -> str:
+    """What became of a base that was quantised."""
+    form = prose(string(part(facts.record, "base").get("quantised")))
+    if not form:
+        return ""
+    become = {
+        "plain": "all of it was dequantised",
+        "keep": "what is adapted was dequantised, the rest is as it was",
+        "requantise": "what is adapted was quantised again, which rounds the change",
+    }
+    how = part(facts.record, "options").get("quantised")
+    known = become.get(how) if isinstance(how, str) else None
+    return f"The base is quantised ({form}): {known or 'what is quantised of it is as it was'}. "
 
 
 def _bytes(model: Checkpoint) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.models.layouts.names import is_label_head, is_token_embedding
+from loratool.models.quantised.base import Dequantised
 from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import Facts, address, part, texts
 from loratool.publishing.cards.markdown import code
@@ -128,6 +129,11 @@ def _model_usage(facts: Facts, place: str) -> str:
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
     text = _fenced("python", lines)
+    if isinstance(facts.model, Dequantised):
+        method = facts.model.settings.method
+        named = f" ({code(method)} in its `config.json`)" if method else ""
+        text += "\n\nWeights of it are quantised, so what loads it needs the library of that method"
+        text += f"{named}."
     if facts.model.config.get("auto_map"):
         text += "\n\nThe model has code of its own, so `from_pretrained` asks for "
         text += "`trust_remote_code=True`: read that code first."

@@ -205,6 +205,8 @@ class _Sums:
         self._count = 0.0
         self._covariance = 0.0
         self._variance = 0.0
+        #: The square of how far off the covariance is by chance.
+        self._scatter = 0.0
 
     def add(
         self,
@@ -221,8 +223,10 @@ class _Sums:
         self.of_both_where_differing += weight * _sum((of_base + of_tuned) * differing)
         # Large weights may have large changes; so rows are compared with themselves alone.
         centred = of_base - of_base.mean(1, keepdim=True)
-        self._covariance += weight * _sum(centred * squares)
-        self._variance += weight * _sum(centred.square_())
+        self._variance += weight * _sum(centred.square())
+        products = centred.mul_(squares)
+        self._covariance += weight * _sum(products)
+        self._scatter += weight**2 * _sum(products.square_())
 
     @property
     def explained_by_base(self) -> bool:
@@ -231,7 +235,7 @@ class _Sums:
             return False
         if self._variance < _LEAST_VARIATION * self.of_base**2 / self._count:
             return True  # nothing tells
-        return self._covariance > self._variance / 2
+        return self._covariance + 2 * math.sqrt(self._scatter) > self._variance / 2
 
 
 def _none_beyond(off: torch.Tensor, slack: torch.Tensor) -> bool:

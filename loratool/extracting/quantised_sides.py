@@ -67,9 +67,11 @@ def note_quantised(factors: Sequence[Decomposed]) -> list[Notice]:
         titles.append(dict.fromkeys(scheme.title for scheme in schemes))
         chosen = chosen or not all(scheme.is_nearest for scheme in schemes)
     base, tuned = (" and ".join(own) for own in titles)
+    about = "about"
     if base and tuned:
         what = f"BASE ({base}) and TUNED ({tuned}) are quantised"
         hint = "Give both as they were before."
+        about = "up to"  # less where TUNED was made from the values of BASE
     elif base:
         what = f"BASE is quantised ({base}), and TUNED was made from the weights before that"
         hint = "Give the 16-bit model that BASE was made from."
@@ -77,7 +79,7 @@ def note_quantised(factors: Sequence[Decomposed]) -> list[Notice]:
         what = f"TUNED is quantised ({tuned})"
         hint = "Give the fine-tune as it was before."
     text = (
-        f"{what}: of the change in the modules with factors about {percent(min(share, 1.0))} of "
+        f"{what}: of the change in the modules with factors {about} {percent(min(share, 1.0))} of "
         f"‖ΔW‖ is what quantising rounded off, which is no training. {hint}"
     )
     if chosen:

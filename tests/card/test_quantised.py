@@ -89,4 +89,20 @@ def test_a_form_that_is_not_read(tmp_path: Path) -> None:
     text = make_card(folder, None)
     assert "of quantised weights" in text
     assert " parameters" not in text
+    assert "needs the library of that method" in text
     assert pack(folder).kind == "model"
+
+
+def test_uploaded_shards_of_which_the_headers_are_left(tmp_path: Path) -> None:
+    """With --no-keep a shard is a header and zeros when the card is made: descriptions of weights
+    are not there any more, and nothing is made up."""
+    folder = bases(tmp_path)["nf4"]
+    shard = folder / "model.safetensors"
+    raw = shard.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    shard.write_bytes(raw[:end])
+    with shard.open("r+b") as file:
+        file.truncate(len(raw))
+    text = make_card(folder, None)
+    assert "of quantised weights" in text
+    assert "needs the library of that method" in text

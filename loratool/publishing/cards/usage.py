@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from loratool.adapters.adapter import Adapter
 from loratool.models.layouts.names import is_label_head, is_token_embedding
 from loratool.models.quantised.base import Dequantised
+from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import Facts, address, part, texts
 from loratool.publishing.cards.markdown import code
@@ -129,8 +130,8 @@ def _model_usage(facts: Facts, place: str) -> str:
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
     text = _fenced("python", lines)
-    if isinstance(facts.model, Dequantised):
-        method = facts.model.settings.method
+    if isinstance(facts.model, Dequantised) or not is_plain(facts.model):
+        method = facts.model.settings.method if isinstance(facts.model, Dequantised) else ""
         named = f" ({code(method)} in its `config.json`)" if method else ""
         text += "\n\nWeights of it are quantised, so what loads it needs the library of that method"
         text += f"{named}."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.version import __version__
 
 if TYPE_CHECKING:
+    from loratool.adapters.told import Told
     from loratool.errors import LoraToolError
     from loratool.extracting.report import ExtractReport
     from loratool.merging.report import MergeReport
@@ -44,6 +45,7 @@ __all__ = [
     "MergeReport",
     "PushReport",
     "ResizeReport",
+    "Told",
     "UnmergeReport",
     "VerifyReport",
     "__version__",
@@ -65,6 +67,8 @@ def __getattr__(name: str) -> Any:
     verb = name.removesuffix("Report").lower()
     if name == "LoraToolError":
         home = "errors"
+    elif name == "Told":
+        home = "adapters.told"
     elif verb in VERBS and name in (verb, f"{verb.capitalize()}Report"):
         home = f"verbs.{verb}"
     else:

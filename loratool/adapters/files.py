@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loratool.adapters.companions import is_companion
 from loratool.errors import FileError, listed
@@ -37,6 +38,7 @@ class Held:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     top: str = "dict"
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_held(folder: Folder, file: str, source: str | Path) -> Held:

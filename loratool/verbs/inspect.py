@@ -20,14 +20,16 @@ from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.adapters.norms import DeltaNorms, norms_of
 from loratool.adapters.reading import read_adapter
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.merging.coverage import BaseReport, cover
+from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.fields import strict
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import count_not_finite
-from loratool.verbs.inputs import as_texts, check_paths
+from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
 from loratool.words import counted
 
 
@@ -156,6 +158,7 @@ def inspect(
     norms: bool = False,
     layers: str | None = None,
     include: Sequence[str] = (),
+    told: Told = NOTHING_TOLD,
     expert_b_layout: str | None = None,
 ) -> InspectReport:
     """Report what is in an adapter directory or weights file, here or on the Hub.
@@ -172,6 +175,7 @@ def inspect(
         and of an adapter there with more than `SMALL` bytes.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
+    told: what the user says of the adapter, because its file does not; see `merge`.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
         (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
 
@@ -181,7 +185,9 @@ def inspect(
     check_paths([source], [source], "loratool inspect SOURCE")
     if components and base is None:
         raise UsageError("--components are parts of a base.", "Add --base BASE.")
-    adapter = read_adapter(source, expert_b_layout)
+    (said,) = told_of(told, [source], expert_b_layout)
+    model = model_at(base)
+    adapter = read_adapter(source, said, model)
     if spectrum or norms or adapter.nbytes <= SMALL:
         adapter.fetch()
     measured = adapter.is_here
@@ -212,14 +218,14 @@ def inspect(
         measured=measured,
         warnings=notices,
     )
-    if base is not None:
+    if model is not None:
         if not adapter.is_read:
             raise UsageError(
                 f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
                 "a base.",
                 "Omit --base.",
             )
-        _add_base(report, adapter, base, norms, as_texts(components))
+        _add_base(report, adapter, model, norms, as_texts(components))
     adapter.folder.refuse_changed()
     return report
 
@@ -305,7 +311,7 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
 def _add_base(
     report: InspectReport,
     adapter: Adapter,
-    base: str | Path,
+    base: Checkpoint,
     norms: bool,
     components: Sequence[str],
 ) -> None:

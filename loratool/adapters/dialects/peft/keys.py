@@ -23,6 +23,7 @@ from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
 from loratool.adapters.dialects.peft.wrappers import WrappedPair
 from loratool.adapters.factors import Kind, LowRank
+from loratool.adapters.told import Scaling, scaling
 from loratool.errors import listed
 from loratool.notices import Notice
 from loratool.storage.fields import value_text
@@ -75,12 +76,13 @@ def fill_adapter(adapter: Adapter) -> None:
     if adapter.config:
         adapter.notices += config_notices(adapter.config)
         adapter.notices += layout_notices(adapter.config.get("lora_B_layout") or "")
-    else:
+    elif not adapter.told.says_scale:
         adapter.notices.append(
             Notice(
                 "no-config",
                 "There is no adapter_config.json beside the weights, so alpha and the scale are "
-                "unknown.",
+                "unknown. Put it there, or say --alpha (lora_alpha in the training script) or "
+                "--scale.",
                 str(adapter.weights),
                 refused=True,
             )
@@ -153,7 +155,7 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     """Fill `modules` and `token_rows`. Returns the paths that have only a part of a pair."""
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
-    resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
+    resolve = rank_and_scale(adapter.config, adapter.told) if adapter.config and not fused else None
     bare = BareParameters(adapter, {
         path: WrappedPair(found.tensors["A"], found.tensors["B"])
         for path, found in parts.items()
@@ -180,19 +182,23 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         a, b = tensors["A"], tensors["B"]
         # PEFT gives the output projection of an attention module the rank and alpha of the module.
         owner = plain.removesuffix(".out_proj") if kind == "attention-out" else plain
-        alpha = scale = None
+        scaled = Scaling()
         if resolve is not None:
-            rank, alpha, scale = resolve(owner)
-            scale *= 2 if kind == "attention-out" else 1
+            rank, scaled = resolve(owner)
             if len(a.shape) > 1 and a.shape[0] not in (0, rank):
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
+        elif not adapter.config and a.shape and a.shape[0]:
+            scaled = scaling(adapter.told, a.shape[0], where=plain)
+        scale = scaled.scale
+        if scale is not None and kind == "attention-out":
+            scale *= 2
         if plain in adapter.modules:
             adapter.unknown += [a.name, b.name]
             continue
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
-            plain, kind, a, b, alpha, scale,
-            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
+            plain, kind, a, b, scaled.alpha, scale,
+            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b, scaled.origin,
         )  # fmt: skip
     bare.finish()
     wrong_ranks += bare.troubles.pop("rank-mismatch", [])

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.wrappers import Parameter, WrappedPair, Wrappers, packings
 from loratool.adapters.experts import ExpertStack
-from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import LowRank
 from loratool.adapters.told import Packing, Scaling
 from loratool.errors import AdapterError

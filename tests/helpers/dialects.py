@@ -1,4 +1,4 @@
-"""Adapters of every dialect as their own libraries saved them (`fixtures/dialects`), and what is right."""
+"""Adapters as the libraries of each dialect saved them (`fixtures/dialects`), and what is right."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DIALECTS = FIXTURES / "dialects"
 
 @dataclass(frozen=True)
 class DialectCase:
-    """An adapter, the base that it is for, what somebody must say beside (`options`), and what merging
-    adds to each tensor of the base: `merges` is false where it must be refused, and `why` says why."""
+    """An adapter, the base that it is for, and what somebody must say beside (`options`). `merges` is
+    false where it must be refused, and `why` says why."""
 
     name: str
     dialect: str
@@ -76,8 +76,8 @@ def cases(*dialects: str, merges: bool | None = None) -> list[DialectCase]:
 
 
 def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    """How far deltas are from the right ones: the largest relative error (Frobenius) of a tensor. Both
-    must be of the same tensors; one that is all zeros need not be there."""
+    """How far deltas are from the right ones: the largest relative error (Frobenius) of a tensor.
+    Both must be of the same tensors; of what was found, zeros count as absent."""
     found = {name: value for name, value in found.items() if np.any(value)}
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     errors = [0.0]

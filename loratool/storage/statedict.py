@@ -33,6 +33,9 @@ _DTYPES = {
 _MOST_ENTRIES = 250_000
 _MAX_DEPTH = 50
 
+#: Where training scripts put a state dict that they save with other things. litgpt says "model".
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "lora_state_dict", "module")
+
 _CONTAINERS = {dict, Ordered, list, tuple}
 
 #: The least that a pickle spends on a tensor: its name, and a reference to one it has already.
@@ -182,6 +185,7 @@ def _from_type(build: Any, kind: Any, arguments: Any, _state: Any) -> Any:
 def named_tensors(top: Any, length: int) -> dict[str, Tensor]:
     """The tensors in nested tables and lists by dotted name; values of other kinds are skipped.
 
+    Where all of them are of one state dict in the outermost table, they have the names in that.
     `length` is how many bytes the pickle has that described them. What is named again and again can
     unfold into far more than it says; Malformed is raised for that, and for two tensors of a name.
     """
@@ -195,7 +199,19 @@ def named_tensors(top: Any, length: int) -> dict[str, Tensor]:
         if names < 0 or len(found) > 1000 + length // _BYTES_PER_TENSOR:
             raise Malformed("it names the same tensors over and over")
         found[name] = tensor
-    return found
+    return _state_dict(top, len(found)) or found
+
+
+def _state_dict(top: Any, count: int) -> dict[str, Tensor]:
+    """The state dict in a table, by one of the usual names, if it has all of the `count` tensors
+    that there are; else nothing. Its names have dots: other tables are parts of the names."""
+    for wrapper in _WRAPPERS if isinstance(top, dict) else ():
+        table = top.get(wrapper)
+        if isinstance(table, dict) and any("." in str(name) for name in table):
+            inner = {str(name): item for name, item in table.items() if type(item) is Tensor}
+            if len(inner) == count:
+                return inner
+    return {}
 
 
 def _walk(top: Any, visits: int) -> Iterator[tuple[str, Tensor]]:

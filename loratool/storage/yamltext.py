@@ -25,7 +25,6 @@ _LONGEST_NUMBER = 100
 _NUMBERS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
-
 def load_yaml(text: str) -> dict[Any, Any]:
     """The mapping in a YAML text, {} without any. Raises ValueError, in one line, for what is out
     of bounds, or no mapping."""
@@ -48,9 +47,7 @@ def read_yaml_file(path: Path) -> dict[Any, Any]:
                 raise ValueError(f"more than {4 * _LONGEST:,} bytes")
             return load_yaml(stream.read(4 * _LONGEST).decode("utf-8"))
     except ValueError as error:
-        raise FileError(
-            f"{path}: not valid YAML ({error}).", "Repair or fetch it again."
-        ) from None
+        raise FileError(f"{path}: not valid YAML ({error}).", "Repair or fetch it again.") from None
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from loratool.storage.yamltext import load_yaml
 #: than these, in linear time.
 BLOCK = re.compile(r"\A(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|\Z))")
 
+
 def read_metadata(text: str) -> dict[Any, Any]:
     """The values of a card's YAML, {} without any. Raises FileError for YAML out of bounds."""
     found = BLOCK.search(text.removeprefix("\ufeff"))

@@ -14,6 +14,7 @@ from loratool.adapters.dialects import TARGETS
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.converting.cutting import note_cuts, within_rank
 from loratool.converting.files import draft_bytes, write_draft
 from loratool.converting.readback import prove
 from loratool.converting.unchanged import unchanged
@@ -167,7 +168,8 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
-    if to is None or (to == source.format and source.is_plain):
+    source, cuts = within_rank(source, asked)
+    if to is None or (to == source.format and source.is_plain and not cuts):
         draft = unchanged(source, asked, metadata)
     else:
         draft = TARGETS[to].draft(source, asked)
@@ -177,6 +179,7 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
                 "Omit it, or choose a target in safetensors or GGUF.",
             )
         draft.metadata |= metadata
+    note_cuts(draft, cuts)
     refused = [f"{fate.what}: {fate.detail}" for fate in draft.fates if fate.outcome == "refused"]
     if refused:
         raise AdapterError(

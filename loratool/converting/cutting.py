@@ -78,7 +78,7 @@ def note_cuts(draft: Draft, cuts: list[Fate]) -> None:
     for fate in draft.fates:
         cut = by_path.pop(fate.what, None)
         if cut is not None and fate.outcome != "refused":
-            detail = ", ".join(filter(None, [f"{cut.error:.2g} of ‖ΔW‖ cut off", fate.detail]))
-            fate.outcome, fate.detail = "cut", detail
+            fate.outcome = cut.outcome
+            fate.detail = ", ".join(filter(None, [cut.detail, fate.detail]))
             fate.rank, fate.error = cut.rank, cut.error
     draft.fates += by_path.values()

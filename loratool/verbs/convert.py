@@ -30,6 +30,7 @@ from loratool.storage.destination import (
     refuse_full_disk,
 )
 from loratool.storage.filenames import PROVENANCE
+from loratool.storage.ggufwriting import TypedValue
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own, refuse_leading_out
@@ -178,7 +179,10 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
                 f"--set-metadata: files of {to} have no metadata.",
                 "Omit it, or choose a target in safetensors or GGUF.",
             )
-        draft.metadata |= metadata
+        if draft.container == "gguf":
+            draft.metadata |= {key: TypedValue("string", text) for key, text in metadata.items()}
+        else:
+            draft.metadata |= metadata
     note_cuts(draft, cuts)
     refused = [f"{fate.what}: {fate.detail}" for fate in draft.fates if fate.outcome == "refused"]
     if refused:

@@ -62,8 +62,13 @@ OF_A_RUN = re.compile(
     r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp|\d{7}_adapters\.(safetensors|npz)"
 )
 
-#: Endings of files that torch pickles.
-TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+#: Endings of files that torch pickles; litgpt calls an adapter `lit_model.pth.lora`.
+TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".lora"})
+#: Of zip archives of NumPy arrays, and of the container of llama.cpp.
+NPZ_SUFFIX = ".npz"
+GGUF_SUFFIX = ".gguf"
+#: Endings of all files with weights.
+WEIGHTS_SUFFIXES = TORCH_SUFFIXES | {".safetensors", NPZ_SUFFIX, GGUF_SUFFIX}
 
 #: What tools write beside a quantised model of how it was made and is stored.
 QUANTISATION = (

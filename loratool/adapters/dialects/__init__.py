@@ -16,9 +16,6 @@ DIALECTS: tuple[Dialect, ...] = (WRITTEN, Mlx())
 #: What adapters can be converted to, by name.
 TARGETS: dict[str, Writer] = {d.name: d for d in DIALECTS if isinstance(d, Writer)}
 
-#: What adapters can be converted to, by name.
-TARGETS: dict[str, Writer] = {d.name: d for d in DIALECTS if isinstance(d, Writer)}
-
 
 def claimed_by(
     evidence: Evidence, told: str | None = None, override: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects import TARGETS
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
+from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.converting.cutting import note_cuts, within_rank
@@ -121,6 +122,7 @@ def convert(
     source = read_lora(adapter, said, asked.base)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
+    refuse_not_finite(source)
     draft = _drafted(source, to, asked, dict(set_metadata or {}))
     nbytes = draft_bytes(draft)
     report = ConvertReport(

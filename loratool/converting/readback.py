@@ -87,7 +87,11 @@ def _prove_copy(draft: Draft, written: Adapter) -> None:
 
 def _settle(draft: Draft, path: str, error: float) -> None:
     fate = _fate_of(draft, path)
-    fate.error = max(error, fate.error or 0.0)
+    fate.error = (
+        math.hypot(error, fate.error or 0.0)
+        if fate.outcome == "cut"
+        else max(error, fate.error or 0.0)
+    )
     if error and fate.outcome in ("exact", "expanded"):
         fate.outcome = "rounded"
 

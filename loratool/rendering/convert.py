@@ -7,7 +7,7 @@ from rich.table import Table
 from loratool.adapters.dialects.writing import Fate
 from loratool.rendering.terminal import fact_grid, folded_table, out, verbatim
 from loratool.verbs.convert import ConvertReport
-from loratool.words import counted, format_bytes
+from loratool.words import counted, format_bytes, percent
 
 _ORDER = ("exact", "rounded", "expanded", "cut")
 
@@ -58,6 +58,13 @@ def _cells(group: list[Fate]) -> dict[str, str]:
         "r": "–" if first.rank is None else str(first.rank),
         "new r": "–" if first.new_rank is None else str(first.new_rank),
         "outcome": first.outcome,
-        "error": f"{max(errors):.1g}" if errors else "–",
+        "error": _error(errors),
         "what was done": first.detail,
     }
+
+
+def _error(errors: list[float]) -> str:
+    if not errors:
+        return "–"
+    largest = max(errors)
+    return percent(largest) if largest >= 1e-3 else f"{largest:.1g}"

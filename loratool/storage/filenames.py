@@ -24,7 +24,9 @@ TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
-ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", LITGPT)
+ADAPTER_ENTRIES = (
+    ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
+)  # fmt: skip
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
@@ -65,7 +67,7 @@ OF_A_RUN = re.compile(
     r"(training_args|custom_optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|"
     r"random_states?|rng_state|training_state)([._-].*)?\.(pt|pth|bin|pkl|safetensors)"
     r"|(optimizer|optim_states).*|(rng_state|random_states).*|events\.out\.tfevents.*"
-    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp"
+    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp|\d{7}_adapters\.(safetensors|npz)"
 )
 
 #: Endings of files that torch pickles; the last is that of litgpt's adapters.

@@ -17,8 +17,8 @@ DIALECTS = FIXTURES / "dialects"
 
 @dataclass(frozen=True)
 class DialectCase:
-    """An adapter, the base that it is for, and what somebody must say beside (`options`). `merges` is
-    false where it must be refused, and `why` says why."""
+    """An adapter, the base that it is for, and what somebody must say beside (`options`). `merges`
+    is false where it must be refused, and `why` says why."""
 
     name: str
     dialect: str

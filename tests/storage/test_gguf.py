@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.outcomes import assert_clear, file_error
+from helpers.places import FIXTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,8 @@ from loratool.storage.folder import Folder
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32, read_raw, values_of
 from loratool.storage.weights import Contents, read_contents
+
+GOLDEN = FIXTURES / "containers"
 
 on_files = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -192,6 +195,33 @@ def test_other_blocks_are_refused_where_they_are_read(
     with pytest.raises(FileError) as caught:
         read_float32(info)
     assert_clear(caught.value, str(path), "'w'", name)
+
+
+# --- files of gguf's own package ------------------------------------------------------------------
+
+
+def test_what_gguf_writes_is_read_as_it_reads_it() -> None:
+    """Every type of value and of tensor, as llama.cpp's own package wrote and decoded them."""
+    found = read_gguf(GOLDEN / "types.gguf")
+    assert found.values == {
+        "general.architecture": "llama", "general.alignment": 64, "a.uint8": 255, "a.int8": -1,
+        "a.uint16": 65535, "a.int16": -1, "a.uint32": 2**32 - 1, "a.int32": -1,
+        "a.uint64": 2**64 - 1, "a.int64": -1, "a.float32": float(np.float32(0.1)), "a.float64": 0.1,
+        "a.bool": True, "a.string": "é", "a.array": ["a", "bc", "é"], "floats": [0.5, -2.0],
+        "ints": [1, -1], "truths": [True, False],
+    }  # fmt: skip
+    wanted = np.load(GOLDEN / "types.npz")
+    assert found.tensors.keys() == {*wanted, "Q4_0"}
+    for name, values in wanted.items():
+        info = found.tensors[name]
+        assert info.shape == values.shape
+        assert info.start % 64 == 0
+        if info.is_float and info.dtype != "F64":
+            assert read_float32(info).tobytes() == values.tobytes(), name
+        else:
+            assert read_raw(info).tobytes() == values.tobytes(), name
+    with pytest.raises(FileError, match="Q4_0"):
+        read_float32(found.tensors["Q4_0"])
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.outcomes import assert_clear, file_error
+from helpers.places import FIXTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +98,23 @@ def test_two_raw_bytes_are_bfloat16(tmp_path: Path) -> None:
         info = read_npz(file)["w"]
         assert (info.dtype, info.shape, info.strides) == ("BF16", (3,), None)
         assert np.array_equal(read_float32(info), values)
+
+
+def test_what_mlx_writes_is_read() -> None:
+    """A file of MLX's own: four dtypes, and matrices that it left lying column by column."""
+    found = read_npz(FIXTURES / "containers/mlx.npz")
+    values = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5
+    for name, wanted in {"lora_a": values, "lora_b": values.T, "m": values[0]}.items():
+        for dtype, code in {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.items():
+            info = found[f"{dtype}.{name}"]
+            assert info.dtype == code
+            assert np.array_equal(read_float32(info), wanted)
+        info = found[f"int32.{name}"]
+        assert info.dtype == "I32"
+        assert read_raw(info).tobytes() == wanted.astype("<i4").tobytes()
+    assert found["float32.lora_b"].strides == (1, 3)
+    assert read_float32(found["scalar"]) == np.float32(0.5)
+    assert len(found) == 13
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

@@ -18,21 +18,21 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.troubles import (
+    refuse_empty,
     refuse_halves,
     refuse_modules,
-    refuse_placeholders,
     refuse_shapes,
     refuse_unknown,
     refuse_without_scale,
 )
 from loratool.adapters.factors import LowRank
-from loratool.adapters.told import scaling
+from loratool.adapters.told import refuse_contradictions, scaling
 from loratool.errors import AdapterError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import Heads, heads_of, pairs_apart
 from loratool.notices import Notice
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TEXT, check_fields
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
+from loratool.storage.filenames import CONFIG
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_sample
 
@@ -128,11 +128,13 @@ class Torchtune(Dialect):
         refuse_modules(
             adapter, "rank-mismatch", "has another rank than adapter_config.json gives", wrong_ranks
         )
-        refuse_placeholders(adapter)
+        refuse_empty(adapter)
         refuse_shapes(adapter, {})
         refuse_unknown(adapter)
         refuse_without_scale(adapter)
         _order_rows(adapter, base)
+        ranks = {path: module.rank for path, module in adapter.modules.items()}
+        refuse_contradictions(adapter.told, "factors of torchtune", "BA", ranks)
 
 
 def _sorted(adapter: Adapter) -> dict[str, dict[str, TensorInfo]]:

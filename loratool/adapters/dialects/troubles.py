@@ -63,7 +63,7 @@ def refuse_unknown(adapter: Adapter) -> None:
         adapter.notices.append(notice)
 
 
-def refuse_placeholders(adapter: Adapter) -> None:
+def refuse_empty(adapter: Adapter) -> None:
     """Refuse what is not a factor and holds no values: heads, embeddings, biases, magnitudes."""
     others = dict(adapter.replaced)
     others |= {path: rows.rows for path, rows in adapter.token_rows.items()}

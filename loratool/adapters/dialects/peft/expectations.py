@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.names import plain_path
+from loratool.adapters.dialects.troubles import refuse_unknown
 from loratool.errors import listed
 from loratool.models.layouts.names import CLASSIFIERS, is_value_head, is_vocabulary
 from loratool.notices import Notice
@@ -31,8 +32,8 @@ def note_expectations(adapter: Adapter, halves: Collection[str]) -> None:
         *_square_transposes(adapter),
         *_few_rows(adapter),
         *_value_head(adapter),
-        *_unknown_tensors(adapter),
     ]
+    refuse_unknown(adapter)
 
 
 def _quoted(names: Collection[str]) -> str:
@@ -126,10 +127,3 @@ def _few_rows(adapter: Adapter) -> Iterator[Notice]:
             "embedding."
         )
         yield Notice("partial-embedding-rows", text, next(iter(few)))
-
-
-def _unknown_tensors(adapter: Adapter) -> Iterator[Notice]:
-    unknown = adapter.unknown
-    if unknown:
-        text = f"{counted(len(unknown), 'tensor', 'has')} no known meaning or no free place:\n"
-        yield Notice("unknown-tensors", text + listed(unknown), unknown[0], refused=True)

@@ -3,8 +3,8 @@
 A [r, in] and B [out, r] lie as in PEFT, but rows of q and k, of magnitudes too, are in the order of
 torchtune's weights, which for most families has rotary pairs side by side
 (https://github.com/pytorch/torchtune, models/convert_weights.py and models/*/_convert_weights.py).
-Its export for PEFT in the same folder re-orders B alone, and also B of families whose weights are in
-the other order already: with magnitudes, and for Qwen2, it is wrong.
+Its export for PEFT in the same folder re-orders B alone, and B also where the weights of a family
+have the order of Hugging Face: with magnitudes, and for Qwen2, it is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import Heads, heads_of, pairs_apart
 from loratool.notices import Notice
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TEXT, check_fields
-from loratool.storage.filenames import CONFIG
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_sample
 

@@ -27,7 +27,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.tasks import CLASSIFYING
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
+from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.peft import Peft
 from loratool.errors import AdapterError, unknown
 
 #: The dialect that combine, resize and extract write.
 WRITTEN: WritableDialect = Peft()
 
-DIALECTS: tuple[Dialect, ...] = (WRITTEN,)
+DIALECTS: tuple[Dialect, ...] = (WRITTEN, Hand())
 
 
 def claimed_by(

@@ -17,8 +17,8 @@ from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_ENTRIES,
     OF_A_RUN,
-    TORCH_SUFFIXES,
     VALUE_HEAD,
+    WEIGHTS_SUFFIXES,
 )
 from loratool.storage.folder import Folder
 from loratool.storage.tensors import TensorInfo
@@ -86,7 +86,7 @@ def _weights_in(folder: Folder) -> list[str]:
     return [
         name
         for name in folder.names(depth=1)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors", ".npz"}
+        if Path(name).suffix in WEIGHTS_SUFFIXES
         and ("/" not in name or _forgotten(name.partition("/")[0], named))
         and folder.has(name)
     ]

@@ -15,7 +15,7 @@ from loratool.storage.filenames import (
     ADAPTER_INDICES,
     INDEX,
     SHARD,
-    TORCH_SUFFIXES,
+    WEIGHTS_SUFFIXES,
 )
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.hub.folder import not_there
@@ -55,7 +55,9 @@ def read_held(folder: Folder, file: str, source: str | Path) -> Held:
     if shard and not file and int(shard["count"]) > 1:
         return _numbered(folder, entry)
     contents = read_contents(folder, entry)
-    return Held(folder, entry, (entry,), contents.tensors, contents.metadata, contents.top)
+    return Held(
+        folder, entry, (entry,), contents.tensors, contents.metadata, contents.top, contents.values
+    )
 
 
 def _indexed(folder: Folder, entry: str) -> Held:
@@ -115,11 +117,7 @@ def _find(folder: Folder, source: str | Path) -> str:
             f"{path}: this is a base model (sharded weights), not an adapter.",
             "Name the adapter, or one of the shards to look into it.",
         )
-    weights = [
-        name
-        for name in folder.names(depth=0)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
-    ]
+    weights = [name for name in folder.names(depth=0) if Path(name).suffix in WEIGHTS_SUFFIXES]
     inside = [name for name in weights if not is_companion(name)]
     deeper = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
     found = ((inner, _usual(folder.inside(inner))) for inner in sorted(deeper))

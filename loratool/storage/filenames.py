@@ -18,7 +18,7 @@ MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.jso
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
-ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors")
+ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz")
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
@@ -59,11 +59,16 @@ OF_A_RUN = re.compile(
     r"(training_args|custom_optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|"
     r"random_states?|rng_state|training_state)([._-].*)?\.(pt|pth|bin|pkl|safetensors)"
     r"|(optimizer|optim_states).*|(rng_state|random_states).*|events\.out\.tfevents.*"
-    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp"
+    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp|\d{7}_adapters\.(safetensors|npz)"
 )
 
-#: Endings of files that torch pickles.
-TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+#: Endings of files that torch pickles; litgpt calls an adapter `lit_model.pth.lora`.
+TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".lora"})
+#: Of zip archives of NumPy arrays, and of the container of llama.cpp.
+NPZ_SUFFIX = ".npz"
+GGUF_SUFFIX = ".gguf"
+#: Endings of all files with weights.
+WEIGHTS_SUFFIXES = TORCH_SUFFIXES | {".safetensors", NPZ_SUFFIX, GGUF_SUFFIX}
 
 #: What tools write beside a quantised model of how it was made and is stored.
 QUANTISATION = (

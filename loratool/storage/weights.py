@@ -6,12 +6,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from loratool.errors import BaseError, FileError, listed
-from loratool.storage.filenames import INDEX, MODEL, MODEL_ENTRIES, SHARD, TORCH_SUFFIXES
+from loratool.storage.filenames import (
+    GGUF_SUFFIX,
+    INDEX,
+    MODEL,
+    MODEL_ENTRIES,
+    NPZ_SUFFIX,
+    SHARD,
+    TORCH_SUFFIXES,
+)
 from loratool.storage.folder import CachedFolder, Folder
+from loratool.storage.gguf import GGUF_MAGIC, parse_gguf
 from loratool.storage.header import parse_header
+from loratool.storage.npz import parse_npz
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import parse_pickled
 from loratool.words import agreeing, counted
@@ -32,25 +42,40 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
 
-class Contents(NamedTuple):
-    """What the header of one file says. `top` is the kind of its outermost object: "dict" for all
-    safetensors files, anything for torch files."""
+@dataclass(frozen=True)
+class Contents:
+    """What the header of one file says.
+
+    `top` is the kind of its outermost object: anything for torch files, "dict" for all others.
+    `values` are what a GGUF file says beside its tensors, as plain Python has them.
+    """
 
     tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
     top: str = "dict"
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_contents(folder: Folder, name: str) -> Contents:
-    """The header of a file of either kind, by its ending. Raises FileError for what is damaged."""
+    """The header of a file of any kind, by its ending; GGUF files also by how they begin.
+
+    Raises FileError for what is damaged.
+    """
     path = folder.path / name
-    pickled = path.suffix in TORCH_SUFFIXES
-    if pickled:
-        folder.fetch([name])  # what a torch file holds cannot be told from its beginning
+    pickled, arrays = path.suffix in TORCH_SUFFIXES, path.suffix == NPZ_SUFFIX
+    if pickled or arrays:
+        folder.fetch([name])  # what these hold cannot be told from their beginning
     with folder.reading(name) as (stream, size, stamp):
+        begins_so = stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+        stream.seek(0)
+        if begins_so or path.suffix == GGUF_SUFFIX:
+            found = parse_gguf(path, stream, size, stamp)
+            return Contents(found.tensors, values=found.values)
+        if arrays and stamp is not None:
+            return Contents(parse_npz(path, stream, stamp))
         if pickled and stamp is not None:
             tensors, top = parse_pickled(path, stream, stamp)
-            return Contents(tensors, {}, top)
+            return Contents(tensors, top=top)
         return Contents(*parse_header(path, stream, size, stamp))
 
 

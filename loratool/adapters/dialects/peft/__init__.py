@@ -18,8 +18,10 @@ from loratool.adapters.dialects.peft.config import (
     layer_ranges,
     name_list,
 )
+from loratool.adapters.dialects.peft.drafting import drafted
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.wrappers import registered
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
 from loratool.models.checkpoint import Checkpoint
@@ -30,10 +32,11 @@ _FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
 
 
 @dataclass(frozen=True)
-class Peft(WritableDialect):
+class Peft(WritableDialect, Writer):
     """LoRA with all its variants, and trained token rows, as PEFT saves them."""
 
     name: str = "peft"
+    title: str = "PEFT, and what loads its directories"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
@@ -56,6 +59,9 @@ class Peft(WritableDialect):
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         fill_adapter(adapter)
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        return drafted(adapter, asked)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
         return names.factor_shapes(outline, rank)

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -39,6 +40,8 @@ class Peft(WritableDialect, Writer):
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
+            return None
+        if is_hand_written(evidence):
             return None
         tensors = evidence.tensors
         kind = str(evidence.config.get("peft_type") or "LORA").upper()

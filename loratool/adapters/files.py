@@ -55,7 +55,9 @@ def read_held(folder: Folder, file: str, source: str | Path) -> Held:
     if shard and not file and int(shard["count"]) > 1:
         return _numbered(folder, entry)
     contents = read_contents(folder, entry)
-    return Held(folder, entry, (entry,), contents.tensors, contents.metadata, contents.top)
+    return Held(
+        folder, entry, (entry,), contents.tensors, contents.metadata, contents.top, contents.values
+    )
 
 
 def _indexed(folder: Folder, entry: str) -> Held:

@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects import TARGETS
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
+from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.converting.cutting import note_cuts, within_rank
@@ -30,6 +31,7 @@ from loratool.storage.destination import (
     refuse_full_disk,
 )
 from loratool.storage.filenames import PROVENANCE
+from loratool.storage.ggufwriting import TypedValue
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own, refuse_leading_out
@@ -120,6 +122,7 @@ def convert(
     source = read_lora(adapter, said, asked.base)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
+    refuse_not_finite(source)
     draft = _drafted(source, to, asked, dict(set_metadata or {}))
     nbytes = draft_bytes(draft)
     report = ConvertReport(
@@ -178,7 +181,10 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
                 f"--set-metadata: files of {to} have no metadata.",
                 "Omit it, or choose a target in safetensors or GGUF.",
             )
-        draft.metadata |= metadata
+        if draft.container == "gguf":
+            draft.metadata |= {key: TypedValue("string", text) for key, text in metadata.items()}
+        else:
+            draft.metadata |= metadata
     note_cuts(draft, cuts)
     refused = [f"{fate.what}: {fate.detail}" for fate in draft.fates if fate.outcome == "refused"]
     if refused:

@@ -6,6 +6,7 @@ from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialec
 from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.mlx import Mlx
 from loratool.adapters.dialects.peft import Peft
+from loratool.adapters.dialects.tinker import Tinker
 from loratool.adapters.dialects.torchtune import Torchtune
 from loratool.adapters.dialects.writing import Writer
 from loratool.errors import AdapterError, unknown
@@ -17,6 +18,7 @@ DIALECTS: tuple[Dialect, ...] = (
     WRITTEN,
     Mlx(),
     Torchtune(),
+    Tinker(),
     Hand(),
 )
 

@@ -32,7 +32,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import Heads, heads_of, pairs_apart
 from loratool.notices import Notice
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TEXT, check_fields
-from loratool.storage.filenames import CONFIG
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_sample
 

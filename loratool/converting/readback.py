@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.drafting import scale_of
+from loratool.adapters.dialects.drafting import known_scale
 from loratool.adapters.dialects.writing import Draft, Fate
 from loratool.adapters.factors import Factors, Matrix
 from loratool.errors import VerifyError, listed
@@ -127,7 +127,7 @@ def _difference(old: Factors, new: Factors, files: FilePool) -> float:
     one, other = old.left_right(files), new.left_right(files)
     if one is None or other is None or old.shape != new.shape:
         return math.inf
-    return relative_difference(one, scale_of(old), other, scale_of(new))
+    return relative_difference(one, known_scale(old), other, known_scale(new))
 
 
 def relative_difference(

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loratool.adapters.expertvalues import Matrices, Packing, of_experts
+from loratool.adapters.expertvalues import Matrices, of_experts
 from loratool.adapters.factors import Kind, Matrix, ModuleShape, Part
+from loratool.adapters.told import Packing
 from loratool.errors import unknown
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 
@@ -56,6 +57,7 @@ class ExpertStack:
     packing: Packing = "rank-major"
     #: The version of PEFT that wrote it, where that is known.
     peft_version: str = ""
+    scale_from: str = ""
     kind: Kind = field(default="experts", init=False)
     magnitude: None = field(default=None, init=False)
     bias: None = field(default=None, init=False)
@@ -188,6 +190,10 @@ class ExpertPair:
     @property
     def scale(self) -> float | None:
         return self.stack.scale
+
+    @property
+    def scale_from(self) -> str:
+        return self.stack.scale_from
 
     @property
     def magnitude(self) -> None:

@@ -79,6 +79,10 @@ class Factors(Protocol):
     @property
     def scale(self) -> float | None: ...
     @property
+    def scale_from(self) -> str:
+        """Where the scale is from, for people: "config", "option", …; "" where there is none."""
+
+    @property
     def magnitude(self) -> TensorInfo | None: ...
     @property
     def bias(self) -> TensorInfo | None: ...
@@ -149,6 +153,7 @@ class LowRank:
     bias: TensorInfo | None = None
     blocks_a: int = 1
     blocks_b: int = 1
+    scale_from: str = ""
 
     @property
     def rank(self) -> int:

@@ -57,7 +57,6 @@ _FOREIGN: list[Rule] = [
 ]  # fmt: skip
 
 _RULES: list[Rule] = [
-    ("mlx", "an MLX LoRA adapter", _any(r"\.lora_[ab]$")),
     ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",
      _any(r"\.lora[._](down|up)")),
     ("positional", "low-rank factors named by position only (as SAM-LoRA scripts save them)",

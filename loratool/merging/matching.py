@@ -13,7 +13,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.merging.match import Delta, Match, no_such, outside_of
-from loratool.merging.replacing import place_replaced
+from loratool.merging.replacing import place_functions, place_replaced
 from loratool.models.layouts.components import Hint, Wanted
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
@@ -29,6 +29,11 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     wanted = [
         Wanted(m.weight_name, m.shape, experts=m.experts if isinstance(m, ExpertStack) else None)
         for m in adapter.modules.values()
+    ]
+    wanted += [
+        Wanted(function.weight_name, function.shape)
+        for function in adapter.functions.values()
+        if function.shape is not None
     ]
     wanted += [
         Wanted(f"{path}.weight", rows.rows.shape, whole=True)
@@ -56,6 +61,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
             stacks.append(module)
         else:
             _match_module(found, layout, module)
+    place_functions(found, layout)
     # The shapes of one stack may tell what those of a square one do not.
     ways: set[bool] = set()
     for stack in sorted(stacks, key=lambda stack: stack.shape[0] == stack.shape[1]):

@@ -69,6 +69,8 @@ def build_plan(
         matches.append(match(adapter, layout))
     plan.notices += layout.notices
     _refuse_unmatched(plan, matches)
+    _refuse_chained(plan, matches)
+    _refuse_other_frozen(matches, layout)
     edits, added = _collect(plan, matches, layout)
     if not as_it_is:
         for taken in takings(plan, matches, layout, edits):
@@ -107,7 +109,7 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
         for n in adapter.notices
         if (not n.refused or n.code in tolerated) and n.code not in settled
     ]
-    if not (adapter.modules or adapter.replaced or adapter.token_rows):
+    if not (adapter.modules or adapter.functions or adapter.replaced or adapter.token_rows):
         raise AdapterError(
             f"{adapter.label}: the adapter contains no trained tensors.", "Check the file."
         )
@@ -130,6 +132,46 @@ def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
             + ("--allow-unmatched merges the rest." if placed else "Nothing in it fits."),
         )
     plan.notices.append(Notice("unmatched", text))
+
+
+def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
+    """Raise MatchError where what multiplies or turns a weight is weighted, or meets another change
+    of it: the result would depend on an order that nobody gave."""
+    for number, (found, weight) in enumerate(zip(matches, plan.weights, strict=True)):
+        words = sorted({f.algorithm for f in found.adapter.functions.values()})
+        if found.computed and weight != 1:
+            raise MatchError(
+                f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight {weight:g} has "
+                "no meaning.",
+                "Merge it with weight 1.",
+            )
+        for other in (*matches[:number], *matches[number + 1 :]):
+            touched = {d.tensor for d in other.deltas} | other.replaced.keys()
+            both = sorted(found.computed & touched)
+            if both:
+                raise MatchError(
+                    f"{both[0]}: {found.adapter.label} ({' and '.join(words)}) and "
+                    f"{other.adapter.label} both change it, and the result depends on the order.",
+                    "Merge one, then the other into the result.",
+                )
+
+
+def _refuse_other_frozen(matches: list[Match], layout: Layout) -> None:
+    """Raise MatchError where weights of the base that lie in an adapter's file are not this base's:
+    it was trained on another one, or they were trained too."""
+    for found in matches:
+        other = []
+        for name, info in found.adapter.frozen.items():
+            held = layout.tensor_of(found.naming(name))
+            if held is not None and not same_values(held, info):
+                other.append(f"{info.name}: {held.name} of the base has other values")
+        if other:
+            raise MatchError(
+                f"{found.adapter.label}: the file holds {counted(len(other), 'weight')} of a base "
+                f"that are not those of {layout.base.label}:\n{listed(other)}",
+                "It was trained on another base, or these were trained or merged too. Give the "
+                "base that it was trained on.",
+            )
 
 
 def _collect(

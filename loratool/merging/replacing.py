@@ -68,6 +68,35 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
             found.unmatched.append((name, f"the adapter replaces a part of it, and {error}"))
 
 
+def place_functions(found: Match, layout: Layout) -> None:
+    """Put in the place of each weight that a function changes what the function makes of it."""
+    for path, function in found.adapter.functions.items():
+        name = found.naming(function.weight_name)
+        name = layout.name_of(name) or name
+        target = layout.base.tensors.get(layout.aliases.get(name, name))
+        if not layout.admits(name):
+            found.unmatched.append((path, outside_of(name, layout)))
+        elif target is None:
+            reason = f"{function.algorithm} is known for weights that are one tensor, and the base "
+            reason += f"holds {name} otherwise"
+            found.unmatched.append(
+                (path, reason if layout.has(name) else no_such(found, name, layout.base))
+            )
+        elif name in found.replaced:
+            found.unmatched.append((path, f"the adapter both replaces and changes {name}"))
+        else:
+            flag = found.adapter.declared.transposes
+            shape = function.shape or (0, 0)
+            place = layout.place(name, "linear", flag, shape)
+            try:
+                changed = function.applied(target, place.transposed)
+            except MisfitError as error:
+                found.unmatched.append((path, str(error)))
+            else:
+                found.replaced[name] = changed
+                found.computed.add(name)
+
+
 def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo) -> str:
     """Why `info` cannot take the place of `target`; "" where it can.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
-from loratool.adapters.dialects.dialect import Entry, Recipe, WritableDialect
+from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -17,29 +17,31 @@ from loratool.adapters.dialects.peft.config import (
     layer_ranges,
     name_list,
 )
+from loratool.adapters.dialects.peft.drafting import drafted
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.wrappers import registered
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
+from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.tasks import CLASSIFYING
-from loratool.storage.tensors import TensorInfo
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)
-class Peft(WritableDialect):
+class Peft(WritableDialect, Writer):
     """LoRA with all its variants, and trained token rows, as PEFT saves them."""
 
     name: str = "peft"
+    title: str = "PEFT, and what loads its directories"
 
-    def claims(
-        self, tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
-    ) -> str | None:
-        if top in ("tensor", "list", "tuple"):
+    def claims(self, evidence: Evidence) -> str | None:
+        if evidence.top in ("tensor", "list", "tuple"):
             return None
-        kind = (config.get("peft_type") or "LORA").upper()
+        tensors = evidence.tensors
+        kind = str(evidence.config.get("peft_type") or "LORA").upper()
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
@@ -52,8 +54,11 @@ class Peft(WritableDialect):
     def declared(self, config: dict[str, Any]) -> Declared:
         return _declared(config)
 
-    def read(self, adapter: Adapter) -> None:
+    def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         fill_adapter(adapter)
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        return drafted(adapter, asked)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
         return names.factor_shapes(outline, rank)

@@ -17,6 +17,7 @@ from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.automaton import Effort
 from loratool.adapters.dialects.peft.patterns import PathPatterns
 from loratool.adapters.factors import ModuleShape
+from loratool.adapters.told import Scaling, Told, scaling
 from loratool.errors import AdapterError
 from loratool.notices import Notice
 from loratool.paths import dotted_ends
@@ -191,8 +192,8 @@ def _code(field: str) -> str:
     return field.replace("_", "-")
 
 
-def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, float]]:
-    """A function from module path to `(rank, alpha, scale)` as the config has them.
+def rank_and_scale(config: dict[str, Any], told: Told) -> Callable[[str], tuple[int, Scaling]]:
+    """A function from module path to rank and scale, as config and user say.
 
     The patterns follow PEFT 0.15 and later (`get_pattern_key`): rank and alpha are looked up
     independently; a key is a regular expression that must match the whole path or a suffix of it
@@ -204,7 +205,7 @@ def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, 
     alphas = PathPatterns(config.get("alpha_pattern") or {}, "alpha_pattern", effort)
     root = config.get("use_rslora")
 
-    def resolve(path: str) -> tuple[int, float, float]:
+    def resolve(path: str) -> tuple[int, Scaling]:
         rank = ranks.first(path, config.get("r", 8))
         alpha = alphas.first(path, config.get("lora_alpha", 8))
         if rank < 1 or rank != int(rank):
@@ -213,7 +214,8 @@ def rank_and_scale(config: dict[str, Any]) -> Callable[[str], tuple[int, float, 
                 "above zero.",
                 "Correct r or rank_pattern.",
             )
-        return int(rank), alpha, alpha / (math.sqrt(rank) if root else rank)
+        divisor = math.sqrt(rank) if root else rank
+        return int(rank), scaling(told, divisor, alpha=alpha, where=path)
 
     return resolve
 

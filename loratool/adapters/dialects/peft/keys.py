@@ -22,8 +22,14 @@ from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
 from loratool.adapters.dialects.peft.wrappers import WrappedPair
+from loratool.adapters.dialects.troubles import (
+    refuse_empty,
+    refuse_halves,
+    refuse_modules,
+    refuse_shapes,
+)
 from loratool.adapters.factors import Kind, LowRank
-from loratool.errors import listed
+from loratool.adapters.told import Scaling, scaling
 from loratool.notices import Notice
 from loratool.storage.fields import value_text
 from loratool.storage.tensors import TensorInfo
@@ -75,12 +81,13 @@ def fill_adapter(adapter: Adapter) -> None:
     if adapter.config:
         adapter.notices += config_notices(adapter.config)
         adapter.notices += layout_notices(adapter.config.get("lora_B_layout") or "")
-    else:
+    elif not adapter.told.says_scale:
         adapter.notices.append(
             Notice(
                 "no-config",
                 "There is no adapter_config.json beside the weights, so alpha and the scale are "
-                "unknown.",
+                "unknown. Put it there, or say --alpha (lora_alpha in the training script) or "
+                "--scale.",
                 str(adapter.weights),
                 refused=True,
             )
@@ -92,7 +99,7 @@ def fill_adapter(adapter: Adapter) -> None:
         and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
     ]
     halves = _build_modules(adapter, parts)
-    _check_placeholders(adapter)
+    refuse_empty(adapter)
     note_expectations(adapter, halves)
 
 
@@ -153,7 +160,7 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     """Fill `modules` and `token_rows`. Returns the paths that have only a part of a pair."""
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
-    resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
+    resolve = rank_and_scale(adapter.config, adapter.told) if adapter.config and not fused else None
     bare = BareParameters(adapter, {
         path: WrappedPair(found.tensors["A"], found.tensors["B"])
         for path, found in parts.items()
@@ -180,43 +187,35 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         a, b = tensors["A"], tensors["B"]
         # PEFT gives the output projection of an attention module the rank and alpha of the module.
         owner = plain.removesuffix(".out_proj") if kind == "attention-out" else plain
-        alpha = scale = None
+        scaled = Scaling()
         if resolve is not None:
-            rank, alpha, scale = resolve(owner)
-            scale *= 2 if kind == "attention-out" else 1
+            rank, scaled = resolve(owner)
             if len(a.shape) > 1 and a.shape[0] not in (0, rank):
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
+        elif not adapter.config and a.shape and a.shape[0]:
+            scaled = scaling(adapter.told, a.shape[0], where=plain)
+        scale = scaled.scale
+        if scale is not None and kind == "attention-out":
+            scale *= 2
         if plain in adapter.modules:
             adapter.unknown += [a.name, b.name]
             continue
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
-            plain, kind, a, b, alpha, scale,
-            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
+            plain, kind, a, b, scaled.alpha, scale,
+            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b, scaled.origin,
         )  # fmt: skip
     bare.finish()
     wrong_ranks += bare.troubles.pop("rank-mismatch", [])
-    _refuse(
-        adapter, "half-a-pair",
-        "has lora_A but no lora_B, or the reverse, so nothing can be computed",
-        [f"{path}: only {', '.join(names)}" for path, names in halves.items()],
-    )  # fmt: skip
-    _refuse(
+    refuse_halves(adapter, halves, "lora_A and lora_B")
+    refuse_modules(
         adapter, "rank-mismatch",
         "has another rank than the config gives; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
     if not fused:  # which is refused by its config already
-        _check_shapes(adapter, bare.troubles)
+        refuse_shapes(adapter, bare.troubles)
     return set(halves)
-
-
-def _refuse(adapter: Adapter, code: str, what: str, modules: list[str]) -> None:
-    """One notice for all modules with the same trouble; `what` begins with a verb."""
-    if modules:
-        verb, _, rest = what.partition(" ")
-        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{listed(modules)}"
-        adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
 
 
 def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind]:
@@ -249,62 +248,3 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
         )
         return ()
     return tuple(setting)
-
-
-#: Why a pair of shapes makes no product, by code, to follow "1 module".
-_SHAPE_TROUBLES = {
-    "zero3-placeholder": "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
-    "shards were not gathered before saving; the weights are not in this file. Save again from "
-    "the training run",
-    "grouped-convolution": "has a grouped convolution, whose A mixes groups that the weight keeps "
-    "apart, so no merged weight exists",
-    "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
-    "PEFT 0.2",
-    "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
-    "quantised-factors": "holds integers or 8-bit floats, which loratool does not read as numbers; "
-    "save the adapter in float16, bfloat16 or float32",
-    "pair-mismatch": "has factors of different ranks",
-}
-
-
-def _check_placeholders(adapter: Adapter) -> None:
-    """Refuse what is not a factor and holds no values: heads, embeddings, biases, magnitudes."""
-    others = dict(adapter.replaced)
-    others |= {path: rows.rows for path, rows in adapter.token_rows.items()}
-    for module in adapter.modules.values():
-        others |= {t.name: t for t in (module.magnitude, module.bias) if t is not None}
-    empty = [name for name, info in others.items() if 0 in info.shape]
-    if empty:
-        text = (
-            f"{counted(len(empty), 'tensor', 'is')} empty, a placeholder as DeepSpeed ZeRO-3 or "
-            "FSDP leave it when shards were not gathered before saving; the values are not in this "
-            f"file. Save again from the training run:\n{listed(empty)}"
-        )
-        adapter.notices.append(Notice("zero3-placeholder", text, empty[0], refused=True))
-
-
-def _check_shapes(adapter: Adapter, found: dict[str, list[str]]) -> None:
-    """Refuse pairs that do not make a product; name the reason where it is a known one.
-
-    `found` are troubles that are known already, by code.
-    """
-    troubles = {code: [*found.get(code, ())] for code in _SHAPE_TROUBLES}
-    for path, module in adapter.modules.items():
-        a, b = (module.parts[name].shape for name in "AB")
-        code = ""
-        if module.kind == "experts":
-            code = "" if all(t.is_float for t in module.tensors) else "quantised-factors"
-        elif 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
-            code = "zero3-placeholder"
-        elif len(a) > 2 and b[1] != a[0]:
-            code = "grouped-convolution"
-        elif len(b) > 2 and len(a) == 2:
-            code = "enable-lora"
-        elif not all(t.is_float for t in module.parts.values()):
-            code = "quantised-factors"
-        elif not module.is_sound or any(n != 1 for n in b[2:]):
-            code = "pair-mismatch"
-        if code:
-            troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")
-    for code, places in troubles.items():
-        _refuse(adapter, code, _SHAPE_TROUBLES[code], places)

@@ -14,6 +14,7 @@ from loratool.adapters.dialects.mlx.config import (
     scale_of,
 )
 from loratool.adapters.dialects.mlx.names import expert_path, hub_path, is_shifted, why_changed
+from loratool.adapters.dialects.stacks import check_experts
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
     refuse_halves,
@@ -24,7 +25,6 @@ from loratool.adapters.dialects.troubles import (
 )
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import scaling
-from loratool.errors import AdapterError
 from loratool.models.layouts.names import CONV1D, is_lookup
 from loratool.notices import Notice
 from loratool.storage.composed import member, transposed, view
@@ -36,9 +36,6 @@ FACTOR = re.compile(r"(?P<path>.+)(?<!\.weight)\.lora_(?P<slot>[ab])")
 #: The same of older versions of mlx-vlm.
 OF_VLM = re.compile(r"(?P<path>.+)\.(?P<slot>[AB])")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.m")
-
-#: Experts of all layers together; the largest models have a third of that.
-_MOST_EXPERTS = 200_000
 
 #: The tensors of one module by slot: "a", "b", "m".
 _Parts = dict[str, TensorInfo]
@@ -60,6 +57,8 @@ def read_factors(adapter: Adapter, model_type: str) -> None:
             shapes = f"{path}: A {list(parts['a'].shape)}, B {list(parts['b'].shape)}"
             troubles[trouble].append(shapes)
             continue
+        if len(parts["b"].shape) == 3:
+            check_experts(adapter, len(adapter.modules) + parts["b"].shape[0])
         for own, kind, a, b, magnitude in _pairs(path, parts, model_type):
             if own in adapter.modules:
                 adapter.unknown += [parts["a"].name, parts["b"].name]
@@ -67,11 +66,6 @@ def read_factors(adapter: Adapter, model_type: str) -> None:
             said = scaling(adapter.told, a.shape[0], scale=scale, where=own)
             adapter.modules[own] = LowRank(
                 own, kind, a, b, said.alpha, said.scale, magnitude, scale_from=said.origin
-            )
-        if len(adapter.modules) > _MOST_EXPERTS:
-            raise AdapterError(
-                f"{adapter.label}: factors of more than {_MOST_EXPERTS:,} layers and experts.",
-                "No model has so many: check the file.",
             )
     refuse_halves(adapter, halves, "lora_a and lora_b")
     refuse_shapes(adapter, troubles)
@@ -134,7 +128,7 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
     if len(b.shape) == 3:
         count, _, rank = b.shape
         stack = a if len(a.shape) == 3 else _unfolded(a, rank)
-        for expert in range(min(count, _MOST_EXPERTS + 1)):
+        for expert in range(count):
             own = expert_path(path, expert, model_type)
             yield str(own), "linear", member(stack, expert), member(b, expert), None
         return
@@ -161,9 +155,10 @@ def _replace(adapter: Adapter, name: str, model_type: str) -> None:
     info = adapter.tensors[name]
     path, _, leaf = name.rpartition(".")
     if leaf == "weight" and len(info.shape) == 3 and expert_path(path, 0):
+        check_experts(adapter, len(adapter.replaced) + info.shape[0])
         new = {
             f"{expert_path(path, expert, model_type)}.weight": member(info, expert)
-            for expert in range(min(info.shape[0], _MOST_EXPERTS))
+            for expert in range(info.shape[0])
         }
     else:
         if len(info.shape) == 2 and re.search(CONV1D.get(model_type, "$^"), path):

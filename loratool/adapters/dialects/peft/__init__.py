@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -40,12 +41,15 @@ class Peft(WritableDialect, Writer):
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
             return None
+        if is_hand_written(evidence):
+            return None
         tensors = evidence.tensors
         kind = str(evidence.config.get("peft_type") or "LORA").upper()
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
         plain = kind == "LORA" and lora and not is_foreign(tensors)
+        plain = plain and not names.is_of_tinker(tensors)
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:

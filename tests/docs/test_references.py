@@ -10,7 +10,7 @@ import pytest
 from helpers.places import ROOT
 
 from loratool.adapters.dialects.peft.config import REFUSED
-from loratool.adapters.dialects.peft.keys import _SHAPE_TROUBLES
+from loratool.adapters.dialects.troubles import _OF_SHAPES
 from loratool.cli.combine import combine_command
 from loratool.linalg.methods import METHODS
 from loratool.models.precision import _SOURCES
@@ -18,7 +18,7 @@ from loratool.models.precision import _SOURCES
 
 def test_every_warning_code_is_documented() -> None:
     """docs/warnings.md lists exactly the codes that the code can give."""
-    given = {field.replace("_", "-") for field in REFUSED} | _SHAPE_TROUBLES.keys()
+    given = {field.replace("_", "-") for field in REFUSED} | _OF_SHAPES.keys()
     for path in (ROOT / "loratool").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Notice", "_refuse"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -27,7 +28,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.tasks import CLASSIFYING
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Peft(WritableDialect, Writer):
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
+            return None
+        if is_hand_written(evidence):
             return None
         tensors = evidence.tensors
         kind = str(evidence.config.get("peft_type") or "LORA").upper()

@@ -43,11 +43,10 @@ class Mlx(Dialect):
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         adapter.producer = "mlx-vlm" if is_of_vlm(adapter.config) else "mlx-lm"
-        model_type = base.model_type if base is not None else ""
         if kind_of_training(adapter.config) == "full":
-            read_whole(adapter, model_type)
+            read_whole(adapter, base.model_type if base is not None else "")
         else:
-            read_factors(adapter, model_type)
+            read_factors(adapter, base)
         ranks = {path: module.rank for path, module in adapter.modules.items()}
         refuse_contradictions(adapter.told, "factors of MLX", "ABt", ranks)
 

@@ -28,7 +28,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.tasks import CLASSIFYING
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Peft(WritableDialect, Writer):
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
         plain = kind == "LORA" and lora and not is_foreign(tensors)
+        plain = plain and not names.is_of_tinker(tensors)
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from loratool.adapters.dialects.prefixes import unwrapped
 from loratool.adapters.factors import ModuleShape
 
 _PREFIX = "base_model.model."
+
+#: What Tinker calls experts and head in files that are otherwise PEFT's.
+_OF_TINKER = re.compile(r".*\.(experts\.w[123]|unembed_tokens)\.lora_[AB](\.[^.]+)?\.weight")
+
+
+def is_of_tinker(keys: Iterable[str]) -> bool:
+    """Whether keys look like PEFT's and are of Tinker, whose names mean something else."""
+    return any(map(_OF_TINKER.fullmatch, keys))
 
 
 def factor_shapes(

@@ -15,7 +15,6 @@ from loratool.cli.combine import combine_command
 from loratool.linalg.methods import METHODS
 from loratool.models.precision import _SOURCES
 
-
 #: What is called with a code: its first argument, or the second of those that take the adapter.
 _GIVERS = ("Notice", "refuse_modules", "_refuse")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
 from loratool.adapters.dialects.mlx import Mlx
+from loratool.adapters.dialects.native import Native
 from loratool.adapters.dialects.peft import Peft
 from loratool.adapters.dialects.writing import Writer
 from loratool.errors import AdapterError, unknown
@@ -11,7 +12,7 @@ from loratool.errors import AdapterError, unknown
 #: The dialect that combine, resize and extract write.
 WRITTEN: WritableDialect = Peft()
 
-DIALECTS: tuple[Dialect, ...] = (WRITTEN, Mlx())
+DIALECTS: tuple[Dialect, ...] = (WRITTEN, Mlx(), Native())
 
 #: What adapters can be converted to, by name.
 TARGETS: dict[str, Writer] = {d.name: d for d in DIALECTS if isinstance(d, Writer)}

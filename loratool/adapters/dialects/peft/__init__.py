@@ -26,6 +26,7 @@ from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.layouts.native import is_native_adapter
 from loratool.models.tasks import CLASSIFYING
 
 _FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
@@ -48,8 +49,9 @@ class Peft(WritableDialect, Writer):
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
-        plain = kind == "LORA" and lora and not is_foreign(tensors)
-        plain = plain and not names.is_of_tinker(tensors)
+        other = is_foreign(tensors) or names.is_of_tinker(tensors)
+        other = other or (is_native_adapter(tensors) and not evidence.config)
+        plain = kind == "LORA" and lora and not other
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:

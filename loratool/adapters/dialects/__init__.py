@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
 from loratool.adapters.dialects.hand import Hand
+from loratool.adapters.dialects.litgpt import Litgpt
 from loratool.adapters.dialects.mlx import Mlx
 from loratool.adapters.dialects.peft import Peft
 from loratool.adapters.dialects.tinker import Tinker
@@ -18,6 +19,7 @@ DIALECTS: tuple[Dialect, ...] = (
     WRITTEN,
     Mlx(),
     Torchtune(),
+    Litgpt(),
     Tinker(),
     Hand(),
 )

@@ -3,8 +3,8 @@
 A [r, in] and B [out, r] lie as in PEFT, but rows of q and k, of magnitudes too, are in the order of
 torchtune's weights, which for most families has rotary pairs side by side
 (https://github.com/pytorch/torchtune, models/convert_weights.py and models/*/_convert_weights.py).
-Its export for PEFT in the same folder re-orders B alone, and also B of families whose weights are in
-the other order already: with magnitudes, and for Qwen2, it is wrong.
+Its export for PEFT in the same folder re-orders B alone, and B also where the weights of a family
+have the order of Hugging Face: with magnitudes, and for Qwen2, it is wrong.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare
+    from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.dequantise import DequantiseReport, dequantise
     from loratool.verbs.extract import extract
     from loratool.verbs.inspect import InspectReport, inspect
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
-    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract",
+    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert", "extract",
     "dequantise", "push", "card",
 )  # fmt: skip
 
@@ -38,6 +39,7 @@ __all__ = [
     "CardReport",
     "CombineReport",
     "CompareReport",
+    "ConvertReport",
     "DequantiseReport",
     "ExtractReport",
     "InspectReport",
@@ -52,6 +54,7 @@ __all__ = [
     "card",
     "combine",
     "compare",
+    "convert",
     "dequantise",
     "extract",
     "inspect",

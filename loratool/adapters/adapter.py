@@ -141,6 +141,11 @@ class Adapter:
         return self.declared.peft_type or ("LORA" if self.is_read else None)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all it has are LoRA's own pairs and whole tensors."""
+        return self.peft_type in ("LORA", "TRAINABLE_TOKENS") and not self.functions
+
+    @property
     def parameters(self) -> int:
         return sum(t.numel for t in self.tensors.values())
 

@@ -25,6 +25,9 @@ Packing = Literal["rank-major", "grouped", "stacked"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
 
+#: Codes of what stands in the way only because a file does not tell it, and somebody else can.
+ASKS = frozenset({"no-alpha", "row-order", "product-unknown", "fused-parts"})
+
 #: Where a scale comes from, in words of reports.
 FROM_USER = "option"
 
@@ -134,3 +137,30 @@ def scaling(
             "Omit the option, or add --override if the adapter is wrong.",
         )
     return Scaling(told.alpha, said, FROM_USER)
+
+
+def refuse_contradictions(
+    told: Told, what: str, product: Product, ranks: Mapping[str, int]
+) -> None:
+    """Raise AdapterError where the user says otherwise what files of one kind settle.
+
+    `what` names the kind ("factors of MLX"), `product` is how theirs always multiply, and `ranks`
+    are those of the modules, by path. Such files hold additive factors of whole layers.
+    """
+    other = next((path for path, rank in ranks.items() if told.rank not in (None, rank)), None)
+    wrong = {
+        f"--product {told.product}": told.product not in (None, product),
+        "--kind multiplicative": told.kind == "multiplicative",
+        "--enable-lora": bool(told.enable_lora),
+        "--fan-in-fan-out": bool(told.fan_in_fan_out),
+    }
+    option = next((option for option, is_said in wrong.items() if is_said), None)
+    if option is not None:
+        raise AdapterError(f"{option}: {what} are read in one way, which is not this one.", _OMIT)
+    if other is not None:
+        raise AdapterError(
+            f"--adapter-rank {told.rank}: the factors of {other} have rank {ranks[other]}.", _OMIT
+        )
+
+
+_OMIT = "Omit the option, or say with --from which dialect the file is of."

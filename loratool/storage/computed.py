@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.dtypes import FLOAT_FORMATS
+from loratool.errors import ValueRangeError
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_bytes
 from loratool.storage.values import Values, read_float32, read_raw, values_of
@@ -45,9 +46,21 @@ class _ComputedValues(Values):
                 result = self._formula(*(read_wide(part, self._files) for part in self._parts))
                 if result.size != self.info.numel:
                     raise ValueError(f"{self.info.name}: {result.shape} for {self.info.shape}")
+                _refuse_overflow(self.info, result)
                 self._raw = as_bytes(result, self.info.dtype)
         size = self.info.itemsize
         raw[:] = self._raw[low * size : high * size]
+
+
+def _refuse_overflow(info: TensorInfo, result: Array) -> None:
+    """Raise ValueRangeError for a finite value that the dtype would make infinite."""
+    form = FLOAT_FORMATS[info.dtype]
+    largest = float(np.abs(result).max(initial=0.0, where=np.isfinite(result)))
+    if largest >= form.overflow:
+        raise ValueRangeError(
+            f"{info.name} has values up to {largest:.3g}, too large for {form.name}.",
+            "Write it in a wider dtype: --dtype float32.",
+        )
 
 
 def read_wide(info: TensorInfo, files: FilePool) -> Array:

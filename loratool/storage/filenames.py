@@ -15,10 +15,18 @@ MODEL = "model.safetensors"
 #: (modeling_utils.py, `_get_resolved_checkpoint_files`).
 MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+#: Adapters as litgpt saves them, beside the model that it has merged; and as torchtune does, beside
+#: its export for PEFT.
+LITGPT = "lit_model.pth.lora"
+LITGPT_MERGED = "lit_model.pth"
+TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
+
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
-ADAPTER_ENTRIES = (ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors")
+ADAPTER_ENTRIES = (
+    ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
+)  # fmt: skip
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
@@ -59,10 +67,10 @@ OF_A_RUN = re.compile(
     r"(training_args|custom_optimizer|scheduler|lr_scheduler|scaler|sampler|dl_state_dict|"
     r"random_states?|rng_state|training_state)([._-].*)?\.(pt|pth|bin|pkl|safetensors)"
     r"|(optimizer|optim_states).*|(rng_state|random_states).*|events\.out\.tfevents.*"
-    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp"
+    r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp|\d{7}_adapters\.(safetensors|npz)"
 )
 
-#: Endings of files that torch pickles; litgpt calls an adapter `lit_model.pth.lora`.
+#: Endings of files that torch pickles; the last is that of litgpt's adapters.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".lora"})
 #: Of zip archives of NumPy arrays, and of the container of llama.cpp.
 NPZ_SUFFIX = ".npz"
@@ -90,7 +98,7 @@ BEFORE = "before"
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
     r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
-    rf"|adapters\.safetensors|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    rf"|adapters\.safetensors|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
     r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 

@@ -14,7 +14,8 @@ from loratool.storage.bounded import LONGEST_NAME, MOST_AXES, Malformed
 from loratool.storage.fields import is_count
 from loratool.storage.pickles import Call, Ordered, Refused, add_entry
 
-_STORAGES = {
+#: Dtypes by the kind of storage that torch has for them.
+STORAGES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
@@ -98,7 +99,7 @@ class Descriptions:
             ("torch._utils", "_rebuild_parameter"): Call(_parameter, 3, 3),
             ("torch._utils", "_rebuild_parameter_with_state"): Call(_parameter, 4, 4),
             ("torch._tensor", "_rebuild_from_type_v2"): Call(_from_type, 4, 4),
-            **{("torch", name): _StorageKind(dtype) for name, dtype in _STORAGES.items()},
+            **{("torch", name): _StorageKind(dtype) for name, dtype in STORAGES.items()},
             **{("torch", name): _Dtype(dtype) for name, dtype in _DTYPES.items()},
         }
 

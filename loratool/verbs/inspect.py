@@ -21,6 +21,7 @@ from loratool.adapters.factors import Factors
 from loratool.adapters.norms import DeltaNorms, norms_of
 from loratool.adapters.reading import read_adapter
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.converting.possible import possible_targets
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.merging.coverage import BaseReport, cover
 from loratool.models.checkpoint import Checkpoint
@@ -62,6 +63,8 @@ class ModuleReport:
     relative_norm: float | None = None
     experts: int | None = None
     dead_experts: int | None = None
+    #: Where the scale is from: "config", "option", …; "" where it is not known.
+    scale_from: str = ""
     #: The smallest and the largest norm of an expert's delta.
     expert_norms: tuple[float, float] | None = None
 
@@ -90,6 +93,12 @@ class InspectReport:
     base: BaseReport | None = None
     #: Whether a dialect claims the file, so that its modules are known.
     is_read: bool = False
+    #: The program that made it, where that is known.
+    producer: str = ""
+    #: What is no sum but makes a new weight of the base's: by path its algorithm.
+    functions: dict[str, str] = field(default_factory=dict)
+    #: What it could be converted to: by target how, or why not.
+    conversions: dict[str, str] = field(default_factory=dict)
     #: What the config says, in lines for people.
     settings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -112,10 +121,13 @@ class InspectReport:
             "source": self.source,
             "format": self.format,
             "description": self.description,
+            "producer": self.producer,
             "peft_type": self.peft_type,
             "base_model": self.base_model,
             "measured": self.measured,
             "modules": modules,
+            "functions": self.functions,
+            "conversions": self.conversions,
             "saved": self.saved,
             "totals": {
                 "modules": self.total_modules,
@@ -207,12 +219,15 @@ def inspect(
         base_model=adapter.declared.base_name,
         is_read=adapter.is_read,
         settings=list(adapter.declared.settings),
+        producer=adapter.producer,
+        functions={path: f.algorithm for path, f in adapter.functions.items()},
+        conversions=possible_targets(adapter, model),
         modules=modules,
         saved={name: list(info.shape) for name, info in _saved(adapter).items()},
         tensors=list(adapter.tensors.values()),
         parameters=adapter.parameters,
         nbytes=adapter.nbytes,
-        total_modules=len(adapter.modules),
+        total_modules=len(adapter.modules) + len(adapter.functions),
         config=adapter.config,
         metadata=adapter.metadata,
         measured=measured,
@@ -239,7 +254,7 @@ def _describe(path: str, module: Factors) -> ModuleReport:
     report = ModuleReport(
         path, module.kind, module.rank, module.shape, module.alpha, module.scale,
         {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
-        module.magnitude is not None, module.parameters,
+        module.magnitude is not None, module.parameters, scale_from=module.scale_from,
     )  # fmt: skip
     if isinstance(module, ExpertStack):
         report.experts = module.experts

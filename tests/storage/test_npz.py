@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.outcomes import assert_clear, file_error
+from helpers.places import FIXTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +86,16 @@ def test_columns_first_is_a_view_by_strides(tmp_path: Path) -> None:
     assert np.array_equal(read_float32(info), wide.T)
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (6, 1), (1, 6, 1), (0, 4), ()])
+def test_an_order_that_says_nothing_makes_no_view(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """MLX calls vectors columns first; they lie as any other, and are read by range."""
+    data = DATA[: int(np.prod(shape))]
+    content = npy(plain(order="True", shape=str(shape)), data.tobytes())
+    info = read_npz(zip_of(tmp_path / "x.npz", w=content))["w"]
+    assert (info.shape, info.strides) == (shape, None)
+    assert np.array_equal(read_float32(info), data.reshape(shape))
+
+
 def test_two_raw_bytes_are_bfloat16(tmp_path: Path) -> None:
     """MLX writes bfloat16 as "<V2", by its own words, and NumPy writes that again as "|V2"."""
     values = np.array([1.0, -2.5, 3.0], np.float32)
@@ -97,6 +108,23 @@ def test_two_raw_bytes_are_bfloat16(tmp_path: Path) -> None:
         info = read_npz(file)["w"]
         assert (info.dtype, info.shape, info.strides) == ("BF16", (3,), None)
         assert np.array_equal(read_float32(info), values)
+
+
+def test_what_mlx_writes_is_read() -> None:
+    """A file of MLX's own: four dtypes, and matrices that it left lying column by column."""
+    found = read_npz(FIXTURES / "containers/mlx.npz")
+    values = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5
+    for name, wanted in {"lora_a": values, "lora_b": values.T, "m": values[0]}.items():
+        for dtype, code in {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.items():
+            info = found[f"{dtype}.{name}"]
+            assert info.dtype == code
+            assert np.array_equal(read_float32(info), wanted)
+        info = found[f"int32.{name}"]
+        assert info.dtype == "I32"
+        assert read_raw(info).tobytes() == wanted.astype("<i4").tobytes()
+    assert found["float32.lora_b"].strides == (1, 3)
+    assert read_float32(found["scalar"]) == np.float32(0.5)
+    assert len(found) == 13
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
+from loratool.adapters.dialects.hand import Hand
+from loratool.adapters.dialects.litgpt import Litgpt
+from loratool.adapters.dialects.mlx import Mlx
 from loratool.adapters.dialects.peft import Peft
+from loratool.adapters.dialects.tinker import Tinker
+from loratool.adapters.dialects.torchtune import Torchtune
+from loratool.adapters.dialects.writing import Writer
 from loratool.errors import AdapterError, unknown
 
 #: The dialect that combine, resize and extract write.
 WRITTEN: WritableDialect = Peft()
 
-DIALECTS: tuple[Dialect, ...] = (WRITTEN,)
+DIALECTS: tuple[Dialect, ...] = (
+    WRITTEN,
+    Mlx(),
+    Torchtune(),
+    Litgpt(),
+    Tinker(),
+    Hand(),
+)
+
+#: What adapters can be converted to, by name.
+TARGETS: dict[str, Writer] = {d.name: d for d in DIALECTS if isinstance(d, Writer)}
 
 
 def claimed_by(

@@ -10,9 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import LowRank
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
@@ -60,8 +63,13 @@ class Draft:
     `tensors` are those of the file `weights`, by their keys, in its order. `metadata` goes into its
     header: text of safetensors, typed key-values of GGUF. In a torch file the tensors are in
     dictionaries of the names `within`, one in the other. `documents` are the other files: a table
-    is written as JSON, text as it is. `names` says which module of the adapter becomes which one of
-    the written file, where a reader will call it otherwise.
+    is written as JSON, text as it is.
+
+    What is written is read again, and must be what it was: `pieces` says by its path there which
+    module of the adapter (or a part of one, as a pair of its own) each module of the file is, and
+    `whole` the same of replaced tensors, by name. `told` is what a reader must be told to read it.
+    A draft that `is_copy` has the keys of the adapter itself. `copies` are files that go along as
+    they are.
     """
 
     container: Container
@@ -70,6 +78,11 @@ class Draft:
     metadata: dict[str, Any] = field(default_factory=dict)
     within: Sequence[str] = ()
     documents: dict[str, dict[str, Any] | str] = field(default_factory=dict)
+    pieces: dict[str, LowRank] = field(default_factory=dict)
+    whole: dict[str, TensorInfo] = field(default_factory=dict)
+    told: Told = NOTHING_TOLD
+    is_copy: bool = False
+    copies: dict[str, Path] = field(default_factory=dict)
     fates: list[Fate] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -17,11 +18,13 @@ from loratool.adapters.dialects.peft.config import (
     layer_ranges,
     name_list,
 )
+from loratool.adapters.dialects.peft.drafting import drafted
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.types import METHODS
 from loratool.adapters.dialects.peft.types.method import PeftMethod
 from loratool.adapters.dialects.peft.types.reading import fill_typed
 from loratool.adapters.dialects.peft.wrappers import registered
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
 from loratool.models.checkpoint import Checkpoint
@@ -29,17 +32,20 @@ from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.tasks import CLASSIFYING
 from loratool.storage.fields import value_text
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)
-class Peft(WritableDialect):
+class Peft(WritableDialect, Writer):
     """LoRA with all its variants, and trained token rows, as PEFT saves them."""
 
     name: str = "peft"
+    title: str = "PEFT, and what loads its directories"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
+            return None
+        if is_hand_written(evidence):
             return None
         tensors = evidence.tensors
         kind = str(evidence.config.get("peft_type") or "LORA").upper()
@@ -49,6 +55,7 @@ class Peft(WritableDialect):
             return f"a PEFT {METHODS[kind].words} adapter"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
         plain = kind == "LORA" and lora and not is_foreign(tensors)
+        plain = plain and not names.is_of_tinker(tensors)
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:
@@ -66,6 +73,9 @@ class Peft(WritableDialect):
             fill_adapter(adapter)
         else:
             fill_typed(adapter, method, base)
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        return drafted(adapter, asked)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
         return names.factor_shapes(outline, rank)

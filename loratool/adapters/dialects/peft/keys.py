@@ -21,17 +21,19 @@ from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
 from loratool.adapters.dialects.peft.whole import (
-    EMPTY,
-    INTEGERS,
-    check_placeholders,
     claim,
     note_lost_originals,
     note_several,
     place_saved_or_rows,
     place_whole,
-    refuse,
 )
 from loratool.adapters.dialects.peft.wrappers import WrappedPair
+from loratool.adapters.dialects.troubles import (
+    refuse_empty,
+    refuse_halves,
+    refuse_modules,
+    refuse_shapes,
+)
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import Scaling, scaling
 from loratool.notices import Notice
@@ -84,7 +86,7 @@ def fill_adapter(adapter: Adapter) -> None:
         )
     note_lost_originals(adapter)
     halves = _build_modules(adapter, parts)
-    check_placeholders(adapter)
+    refuse_empty(adapter)
     note_expectations(adapter, halves)
 
 
@@ -164,18 +166,14 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         )  # fmt: skip
     bare.finish()
     wrong_ranks += bare.troubles.pop("rank-mismatch", [])
-    refuse(
-        adapter, "half-a-pair",
-        "has lora_A but no lora_B, or the reverse, so nothing can be computed",
-        [f"{path}: only {', '.join(names)}" for path, names in halves.items()],
-    )  # fmt: skip
-    refuse(
+    refuse_halves(adapter, halves, "lora_A and lora_B")
+    refuse_modules(
         adapter, "rank-mismatch",
         "has another rank than the config gives; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
     if not fused:  # which is refused by its config already
-        _check_shapes(adapter, bare.troubles)
+        refuse_shapes(adapter, bare.troubles)
     return set(halves)
 
 
@@ -188,43 +186,3 @@ def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind
     if f"{path}.base_layer.out_proj" in parts:
         return path, "attention-in"
     return path, "conv" if len(found.tensors["A"].shape) > 2 else "linear"
-
-
-#: Why a pair of shapes makes no product, by code, to follow "1 module".
-_SHAPE_TROUBLES = {
-    "zero3-placeholder": EMPTY,
-    "grouped-convolution": "has a grouped convolution, whose A mixes groups that the weight keeps "
-    "apart, so no merged weight exists",
-    "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
-    "PEFT 0.2",
-    "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
-    "quantised-factors": INTEGERS,
-    "pair-mismatch": "has factors of different ranks",
-}
-
-
-def _check_shapes(adapter: Adapter, found: dict[str, list[str]]) -> None:
-    """Refuse pairs that do not make a product; name the reason where it is a known one.
-
-    `found` are troubles that are known already, by code.
-    """
-    troubles = {code: [*found.get(code, ())] for code in _SHAPE_TROUBLES}
-    for path, module in adapter.modules.items():
-        a, b = (module.parts[name].shape for name in "AB")
-        code = ""
-        if module.kind == "experts":
-            code = "" if all(t.is_float for t in module.tensors) else "quantised-factors"
-        elif 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
-            code = "zero3-placeholder"
-        elif len(a) > 2 and b[1] != a[0]:
-            code = "grouped-convolution"
-        elif len(b) > 2 and len(a) == 2:
-            code = "enable-lora"
-        elif not all(t.is_float for t in module.parts.values()):
-            code = "quantised-factors"
-        elif not module.is_sound or any(n != 1 for n in b[2:]):
-            code = "pair-mismatch"
-        if code:
-            troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")
-    for code, places in troubles.items():
-        refuse(adapter, code, _SHAPE_TROUBLES[code], places)

@@ -10,7 +10,6 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.dialects.peft.names import plain_path
-from loratool.errors import listed
 from loratool.notices import Notice
 from loratool.storage.fields import value_text
 from loratool.storage.tensors import TensorInfo
@@ -19,16 +18,6 @@ from loratool.words import counted
 
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")
 _ROWS = re.compile(r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<name>[^.]+))?")
-
-#: What is wrong with modules, to follow "1 module".
-EMPTY = (
-    "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when shards were not gathered "
-    "before saving; the weights are not in this file. Save again from the training run"
-)
-INTEGERS = (
-    "holds integers or 8-bit floats, which loratool does not read as numbers; save the adapter in "
-    "float16, bfloat16 or float32"
-)
 
 
 def place_saved_or_rows(
@@ -125,27 +114,3 @@ def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, 
         )
         return ()
     return tuple(setting)
-
-
-def refuse(adapter: Adapter, code: str, what: str, modules: list[str]) -> None:
-    """One notice for all modules with the same trouble; `what` begins with a verb."""
-    if modules:
-        verb, _, rest = what.partition(" ")
-        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{listed(modules)}"
-        adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
-
-
-def check_placeholders(adapter: Adapter) -> None:
-    """Refuse what is not a factor and holds no values: heads, embeddings, biases, magnitudes."""
-    others = dict(adapter.replaced)
-    others |= {path: rows.rows for path, rows in adapter.token_rows.items()}
-    for module in adapter.modules.values():
-        others |= {t.name: t for t in (module.magnitude, module.bias) if t is not None}
-    empty = [name for name, info in others.items() if 0 in info.shape]
-    if empty:
-        text = (
-            f"{counted(len(empty), 'tensor', 'is')} empty, a placeholder as DeepSpeed ZeRO-3 or "
-            "FSDP leave it when shards were not gathered before saving; the values are not in this "
-            f"file. Save again from the training run:\n{listed(empty)}"
-        )
-        adapter.notices.append(Notice("zero3-placeholder", text, empty[0], refused=True))

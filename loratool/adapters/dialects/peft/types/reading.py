@@ -21,16 +21,13 @@ from loratool.adapters.dialects.peft.types.method import (
     Trouble,
 )
 from loratool.adapters.dialects.peft.whole import (
-    EMPTY,
-    INTEGERS,
-    check_placeholders,
     claim,
     note_lost_originals,
     note_several,
     place_saved_or_rows,
     place_whole,
-    refuse,
 )
+from loratool.adapters.dialects.troubles import EMPTY, INTEGERS, refuse_empty, refuse_modules
 from loratool.adapters.functions import RowFunction
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
@@ -77,8 +74,8 @@ def fill_typed(adapter: Adapter, method: PeftMethod, base: Checkpoint | None) ->
     note_lost_originals(adapter)
     troubles = _build_modules(adapter, method, slots.found, base)
     for code, places in troubles.items():
-        refuse(adapter, code, _TROUBLES[code], places)
-    check_placeholders(adapter)
+        refuse_modules(adapter, code, _TROUBLES[code], places)
+    refuse_empty(adapter)
     broken = {place.partition(":")[0] for places in troubles.values() for place in places}
     note_expectations(adapter, broken)
 

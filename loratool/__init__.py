@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from loratool.version import __version__
 
 if TYPE_CHECKING:
+    from loratool.adapters.told import Told
     from loratool.errors import LoraToolError
     from loratool.extracting.report import ExtractReport
     from loratool.merging.report import MergeReport
     from loratool.verbs.card import CardReport, card
     from loratool.verbs.combine import CombineReport, combine
     from loratool.verbs.compare import CompareReport, compare
+    from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.dequantise import DequantiseReport, dequantise
     from loratool.verbs.extract import extract
     from loratool.verbs.inspect import InspectReport, inspect
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
-    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "extract",
+    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert", "extract",
     "dequantise", "push", "card",
 )  # fmt: skip
 
@@ -37,6 +39,7 @@ __all__ = [
     "CardReport",
     "CombineReport",
     "CompareReport",
+    "ConvertReport",
     "DequantiseReport",
     "ExtractReport",
     "InspectReport",
@@ -44,12 +47,14 @@ __all__ = [
     "MergeReport",
     "PushReport",
     "ResizeReport",
+    "Told",
     "UnmergeReport",
     "VerifyReport",
     "__version__",
     "card",
     "combine",
     "compare",
+    "convert",
     "dequantise",
     "extract",
     "inspect",
@@ -65,6 +70,8 @@ def __getattr__(name: str) -> Any:
     verb = name.removesuffix("Report").lower()
     if name == "LoraToolError":
         home = "errors"
+    elif name == "Told":
+        home = "adapters.told"
     elif verb in VERBS and name in (verb, f"{verb.capitalize()}Report"):
         home = f"verbs.{verb}"
     else:

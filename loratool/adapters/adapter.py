@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import Factors
+from loratool.adapters.functions import Function
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import shown
 from loratool.notices import Notice
 from loratool.storage.folder import Folder, origin_of
@@ -89,8 +90,16 @@ class Adapter:
     notices: list[Notice] = field(default_factory=list)
     declared: Declared = Declared()
     is_read: bool = False
-    #: How flat factors of expert stacks lie, where the user says so (`experts.Packing`).
-    expert_b_layout: Packing | None = None
+    #: What is not added to a weight but makes another one of it, by module path.
+    functions: dict[str, Function] = field(default_factory=dict)
+    #: Weights of the base that lie in the file too, by the names they have in the base.
+    frozen: dict[str, TensorInfo] = field(default_factory=dict)
+    #: The typed key-values of a GGUF file.
+    values: dict[str, Any] = field(default_factory=dict)
+    #: What the user says of it.
+    told: Told = NOTHING_TOLD
+    #: The program that made it, where that is known.
+    producer: str = ""
     #: All shards, where there are several; `weights` is then their index, or the first.
     shards: tuple[Path, ...] = ()
     #: Files beside the factors whose tensors are parts of the adapter.
@@ -130,6 +139,11 @@ class Adapter:
     def peft_type(self) -> str | None:
         """PEFT's name for the kind of adapter, where its config has one or is understood so."""
         return self.declared.peft_type or ("LORA" if self.is_read else None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all it has are LoRA's own pairs and whole tensors."""
+        return self.peft_type in ("LORA", "TRAINABLE_TOKENS") and not self.functions
 
     @property
     def parameters(self) -> int:

@@ -16,9 +16,12 @@ from loratool.models.carried import sentence_parts
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_ENTRIES,
+    LITGPT,
+    LITGPT_MERGED,
     OF_A_RUN,
-    TORCH_SUFFIXES,
+    TORCHTUNE,
     VALUE_HEAD,
+    WEIGHTS_SUFFIXES,
 )
 from loratool.storage.folder import Folder
 from loratool.storage.tensors import TensorInfo
@@ -63,6 +66,8 @@ def read_companions(
     for name in _weights_in(folder):
         if name in read or OF_A_RUN.fullmatch(name):
             continue
+        if _of_the_same(entry, name):
+            continue
         if _TRAINED.fullmatch(name):
             _take(found, folder, name, held)
         elif VALUE_HEAD.fullmatch(name):
@@ -80,13 +85,20 @@ def read_companions(
     return found
 
 
+def _of_the_same(entry: str, name: str) -> bool:
+    """Whether a file is made of the adapter in `entry`: what litgpt merged, torchtune's export."""
+    return (entry, name) == (LITGPT, LITGPT_MERGED) or (
+        TORCHTUNE.fullmatch(entry) is not None and name in ADAPTER_ENTRIES
+    )
+
+
 def _weights_in(folder: Folder) -> list[str]:
     """The weights files of a folder, and those of sentence modules that modules.json forgot."""
     named = sentence_parts(folder)
     return [
         name
         for name in folder.names(depth=1)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors", ".npz"}
+        if Path(name).suffix in WEIGHTS_SUFFIXES
         and ("/" not in name or _forgotten(name.partition("/")[0], named))
         and folder.has(name)
     ]

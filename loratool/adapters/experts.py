@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loratool.adapters.expertvalues import Matrices, Packing, of_experts
+from loratool.adapters.expertvalues import Matrices, of_experts
 from loratool.adapters.factors import Kind, Matrix, ModuleShape, Part
+from loratool.adapters.told import Packing
 from loratool.errors import unknown
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 
@@ -56,7 +57,9 @@ class ExpertStack:
     packing: Packing = "rank-major"
     #: The version of PEFT that wrote it, where that is known.
     peft_version: str = ""
+    scale_from: str = ""
     kind: Kind = field(default="experts", init=False)
+    algorithm: str = field(default="LoRA", init=False)
     magnitude: None = field(default=None, init=False)
     bias: None = field(default=None, init=False)
     adds: bool = field(default=True, init=False)
@@ -182,12 +185,20 @@ class ExpertPair:
         return "linear"
 
     @property
+    def algorithm(self) -> str:
+        return self.stack.algorithm
+
+    @property
     def alpha(self) -> float | None:
         return self.stack.alpha
 
     @property
     def scale(self) -> float | None:
         return self.stack.scale
+
+    @property
+    def scale_from(self) -> str:
+        return self.stack.scale_from
 
     @property
     def magnitude(self) -> None:

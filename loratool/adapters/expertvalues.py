@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
+from loratool.adapters.told import Packing
 from loratool.storage.tensors import FilePool, TensorInfo, as_float32, block_elements, blocks
 from loratool.storage.values import values_of
-
-#: How B holds its experts, whether its axes are apart or flattened. `rank-major`, PEFT's way, is
-#: `[out, r, E]`; `grouped`, of Unsloth's older files, `[out, E, r]`; `stacked` `[E, out, r]`.
-Packing = Literal["rank-major", "grouped", "stacked"]
 
 #: Bytes of sorted factors that are kept: both stacks of a layer, at the size of the largest models
 #: in float32 (47 MB), for two threads; or those of several smaller adapters.

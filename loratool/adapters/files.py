@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loratool.adapters.companions import is_companion
+from loratool.adapters.dialects.torchtune import is_original_of
 from loratool.errors import FileError, listed
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -14,7 +17,8 @@ from loratool.storage.filenames import (
     ADAPTER_INDICES,
     INDEX,
     SHARD,
-    TORCH_SUFFIXES,
+    TORCHTUNE,
+    WEIGHTS_SUFFIXES,
 )
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.hub.folder import not_there
@@ -37,6 +41,7 @@ class Held:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     top: str = "dict"
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_held(folder: Folder, file: str, source: str | Path) -> Held:
@@ -53,7 +58,9 @@ def read_held(folder: Folder, file: str, source: str | Path) -> Held:
     if shard and not file and int(shard["count"]) > 1:
         return _numbered(folder, entry)
     contents = read_contents(folder, entry)
-    return Held(folder, entry, (entry,), contents.tensors, contents.metadata, contents.top)
+    return Held(
+        folder, entry, (entry,), contents.tensors, contents.metadata, contents.top, contents.values
+    )
 
 
 def _indexed(folder: Folder, entry: str) -> Held:
@@ -113,11 +120,7 @@ def _find(folder: Folder, source: str | Path) -> str:
             f"{path}: this is a base model (sharded weights), not an adapter.",
             "Name the adapter, or one of the shards to look into it.",
         )
-    weights = [
-        name
-        for name in folder.names(depth=0)
-        if Path(name).suffix in TORCH_SUFFIXES | {".safetensors"}
-    ]
+    weights = [name for name in folder.names(depth=0) if Path(name).suffix in WEIGHTS_SUFFIXES]
     inside = [name for name in weights if not is_companion(name)]
     deeper = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
     found = ((inner, _usual(folder.inside(inner))) for inner in sorted(deeper))
@@ -140,9 +143,12 @@ def _find(folder: Folder, source: str | Path) -> str:
 
 def _usual(folder: Folder) -> str | None:
     """The entry of an adapter by the names that adapters usually have; None without one."""
+    of_torchtune = [name for name in folder.names(depth=0) if TORCHTUNE.fullmatch(name)]
     for name in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
         if folder.has(name):
-            return name
+            return _exported_from(folder, name, of_torchtune) or name
+    if len(of_torchtune) == 1:
+        return of_torchtune[0]
     named = folder.has(ADAPTER_CONFIG)
     for index in (INDEX, "pytorch_model.bin.index.json") if named else ():
         # A trainer that saves "the model" in shards names an adapter's like a model's.
@@ -150,6 +156,17 @@ def _usual(folder: Folder) -> str | None:
         if isinstance(weight_map, dict) and any("lora_" in str(key) for key in weight_map):
             return index
     return _first_shard(folder.names(depth=0), "" if named else "adapter")
+
+
+def _exported_from(folder: Folder, entry: str, candidates: list[str]) -> str | None:
+    """The one of torchtune's files that `entry` is its export of; None where it is no export."""
+    exported = read_contents(folder, entry).tensors if candidates else {}
+    folder.fetch([entry] * bool(candidates))
+    for name in candidates:
+        with suppress(FileError):  # a damaged file is no reason to refuse the other one
+            if is_original_of(read_contents(folder, name).tensors, exported):
+                return name
+    return None
 
 
 def _first_shard(names: list[str], stem: str) -> str | None:

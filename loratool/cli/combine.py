@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
+    base_option,
     dry_run_option,
     energy_option,
     factor_dtype_option,
@@ -18,6 +22,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
 
 
@@ -48,6 +53,8 @@ from loratool.storage.destination import Overwrite
     "--patterns", "--keep-patterns", "keep_patterns", is_flag=True,
     help="Each module with its own rank (rank_pattern), not all with the largest.",
 )  # fmt: skip
+@told_options
+@base_option("The base model, where the adapters' row orders or products depend on it.")
 @factor_dtype_option()
 @overwrite_option()
 @dry_run_option()
@@ -67,6 +74,8 @@ def combine_command(
     seed: int,
     saved: str,
     keep_patterns: bool,
+    told: Sequence[Told],
+    base: str | None,
     dtype: str | None,
     overwrite: Overwrite,
     dry_run: bool,
@@ -114,7 +123,8 @@ def combine_command(
         report = combine(
             adapters, output, weights=weights or None, method=method, rank=rank, energy=energy,
             density=density, majority_sign_method=majority_sign_method, seed=seed, saved=saved,
-            keep_patterns=keep_patterns, dtype=dtype, overwrite=overwrite, dry_run=dry_run,
+            keep_patterns=keep_patterns, told=told, base=base, dtype=dtype,
+            overwrite=overwrite, dry_run=dry_run,
             threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_option,
     components_option,
@@ -18,6 +20,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.cli.told import told_options
 from loratool.errors import ReaderGone
 
 
@@ -31,6 +34,7 @@ from loratool.errors import ReaderGone
 )  # fmt: skip
 @base_option("Base model: counts new singular directions (intruders); slow for large matrices.")
 @components_option()
+@told_options
 @expert_b_layout_option()
 @layer_option()
 @include_option()
@@ -47,6 +51,7 @@ def compare_command(
     tolerance: float,
     base: str | None,
     components: tuple[str, ...],
+    told: Sequence[Told],
     expert_b_layout: str | None,
     layers: str | None,
     include: tuple[str, ...],
@@ -77,7 +82,7 @@ def compare_command(
     with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
         report = compare(
             adapters, weights=weights or None, tolerance=tolerance, base=base,
-            components=components, expert_b_layout=expert_b_layout, layers=layers,
+            components=components, told=told, expert_b_layout=expert_b_layout, layers=layers,
             include=include, threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone

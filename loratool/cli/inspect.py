@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_option,
     components_option,
@@ -15,12 +18,14 @@ from loratool.cli.options import (
     quiet_option,
     spectrum_option,
 )
+from loratool.cli.told import one_told, told_options
 
 
 @click.command("inspect", short_help="Show what is in an adapter.")
 @click.argument("source")
 @base_option("Base model: adds coverage and ‖ΔW‖/‖W‖.")
 @components_option()
+@told_options
 @expert_b_layout_option()
 @full_option("One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
@@ -34,6 +39,7 @@ def inspect_command(
     source: str,
     base: str | None,
     components: tuple[str, ...],
+    told: Sequence[Told],
     expert_b_layout: str | None,
     full: bool,
     tensors: bool,
@@ -66,7 +72,7 @@ def inspect_command(
 
     report = run(
         source, base=base, components=components, spectrum=spectrum, norms=norms, layers=layers,
-        include=include, expert_b_layout=expert_b_layout,
+        include=include, told=one_told(told), expert_b_layout=expert_b_layout,
     )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -14,6 +14,7 @@ import click
 from loratool.cli.card import card_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
+from loratool.cli.convert import convert_command
 from loratool.cli.dequantise import dequantise_command
 from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
@@ -61,6 +62,7 @@ for command in (
     combine_command,
     resize_command,
     compare_command,
+    convert_command,
     extract_command,
     dequantise_command,
     push_command,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     allow_unmatched_option,
     components_option,
@@ -22,6 +25,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
 
 
@@ -36,6 +40,7 @@ from loratool.storage.destination import Overwrite
 )
 @allow_unmatched_option()
 @components_option()
+@told_options
 @expert_b_layout_option()
 @initial_option()
 @replicate_layers_option()
@@ -80,6 +85,7 @@ def merge_command(
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
+    told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
     replicate_layers: bool,
@@ -129,7 +135,8 @@ def merge_command(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
-            expert_b_layout=expert_b_layout, initial=initial, replicate_layers=replicate_layers,
+            told=told, expert_b_layout=expert_b_layout,
+            initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
             again=again, overwrite=overwrite, dry_run=dry_run, reversible=reversible,
             verify=verify, push=push, keep=not no_keep, private=private, threads=threads,

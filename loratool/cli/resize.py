@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
+    base_option,
     dry_run_option,
     energy_option,
     factor_dtype_option,
@@ -19,6 +23,7 @@ from loratool.cli.options import (
     threads_option,
     uniform_option,
 )
+from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
 
 
@@ -46,6 +51,8 @@ from loratool.storage.destination import Overwrite
 )  # fmt: skip
 @patterns_option()
 @uniform_option()
+@told_options
+@base_option("The base model, where the adapters' row orders or products depend on it.")
 @factor_dtype_option()
 @overwrite_option()
 @dry_run_option()
@@ -65,6 +72,8 @@ def resize_command(
     pad_to: int | None,
     patterns: bool,
     uniform: bool,
+    told: Sequence[Told],
+    base: str | None,
     dtype: str | None,
     overwrite: Overwrite,
     dry_run: bool,
@@ -98,7 +107,8 @@ def resize_command(
         report = resize(
             adapter, output, rank=rank, energy=energy, sv_ratio=sv_ratio, sv_fro=sv_fro,
             sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to,
-            uniform=uniform, patterns=patterns, dtype=dtype, overwrite=overwrite,
+            uniform=uniform, patterns=patterns, told=told, base=base, dtype=dtype,
+            overwrite=overwrite,
             dry_run=dry_run, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

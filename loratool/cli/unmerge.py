@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_option,
     dry_run_option,
@@ -16,6 +19,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
 
 
@@ -29,6 +33,7 @@ from loratool.storage.destination import Overwrite
     "--subtract", is_flag=True, help="Do without the undo file: near the base, not exact."
 )
 @model_dtype_option("Dtype where it is subtracted. [default: the base's, if known]")
+@told_options
 @expert_b_layout_option()
 @overwrite_option("Replace OUT if it is there.")
 @dry_run_option("Say what would be done and lost; write nothing.")
@@ -43,6 +48,7 @@ def unmerge_command(
     base: str | None,
     subtract: bool,
     dtype: str | None,
+    told: Sequence[Told],
     expert_b_layout: str | None,
     overwrite: Overwrite,
     dry_run: bool,
@@ -69,7 +75,7 @@ def unmerge_command(
     with common.progress_bar(not (quiet or as_json or dry_run), "unmerging") as progress:
         report = run(
             merged, adapters, output, weights=weights or None, base=base, dtype=dtype,
-            expert_b_layout=expert_b_layout, subtract=subtract, overwrite=overwrite,
+            told=told, expert_b_layout=expert_b_layout, subtract=subtract, overwrite=overwrite,
             dry_run=dry_run, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     allow_unmatched_option,
     base_option,
@@ -19,6 +21,7 @@ from loratool.cli.options import (
     threads_option,
     weight_option,
 )
+from loratool.cli.told import told_options
 from loratool.errors import ReaderGone
 
 
@@ -29,6 +32,7 @@ from loratool.errors import ReaderGone
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
+@told_options
 @expert_b_layout_option()
 @initial_option()
 @replicate_layers_option()
@@ -45,6 +49,7 @@ def verify_command(
     weights: tuple[float, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
+    told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
     replicate_layers: bool,
@@ -72,7 +77,7 @@ def verify_command(
     with common.progress_bar(not (quiet or as_json), "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components, expert_b_layout=expert_b_layout, initial=initial,
+            components=components, told=told, expert_b_layout=expert_b_layout, initial=initial,
             replicate_layers=replicate_layers,
             threads=threads, progress=progress,
         )  # fmt: skip

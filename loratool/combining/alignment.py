@@ -132,6 +132,14 @@ def refuse_unusable(adapter: Adapter, verb: str) -> None:
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
+    if adapter.functions:
+        words = sorted({function.algorithm for function in adapter.functions.values()})
+        raise AdapterError(
+            f"{adapter.label}: {' and '.join(words)} cannot be {verb}: "
+            f"{counted(len(adapter.functions), 'module', 'makes')} a new weight of the base's own, "
+            "so their change is not B·A and depends on the base.",
+            "`loratool merge BASE ADAPTER` merges it; `loratool extract` makes a LoRA of that.",
+        )
     if not adapter.modules:
         raise AdapterError(
             f"{adapter.label}: the adapter has no low-rank modules to be {verb}.",

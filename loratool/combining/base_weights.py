@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,11 +14,11 @@ from loratool.linalg.lowrank import Decomposition
 from loratool.merging.coverage import note_broken_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
-from loratool.models.checkpoint import open_checkpoint
+from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.place import Place
-from loratool.models.quantised.base import Dequantised, dequantised
+from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.treatment import leftover, note_leftover
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
@@ -31,9 +30,9 @@ class BaseWeights:
     """Which base weight each module adapts, for counting intruder dimensions."""
 
     def __init__(
-        self, base: str | Path, adapters: Sequence[Adapter], components: Sequence[str] = ()
+        self, base: Checkpoint, adapters: Sequence[Adapter], components: Sequence[str] = ()
     ) -> None:
-        self._base = dequantised(open_checkpoint(base))
+        self._base = base
         layout = Layout(self._base, components)
         self._deltas: dict[str, Delta] = {}
         self._tied = layout.tied.embedding if layout.tied is not None else None
@@ -50,7 +49,7 @@ class BaseWeights:
             self._notices.append(note_leftover(self._base))
         if not self._deltas:
             raise MatchError(
-                f"No module of the adapters is in the base {base}:\n{listed(lost)}",
+                f"No module of the adapters is in the base {base.label}:\n{listed(lost)}",
                 "Give the base model they were trained on.",
             )
         wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
@@ -59,7 +58,7 @@ class BaseWeights:
             does = agreeing(len(lost), "does")
             text = f"{counted(len(lost), 'part')} of the adapters {does} not fit this base:\n"
             text += listed(lost)
-            self._notices.append(Notice("unmatched", text, str(base)))
+            self._notices.append(Notice("unmatched", text, base.label))
 
     def intruders(
         self, path: str, found: dict[int, Decomposition], files: FilePool

@@ -9,18 +9,17 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.errors import listed
 from loratool.merging.identity import note_other_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
-from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.assembly import view_of
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.names import is_token_embedding
-from loratool.models.quantised.base import Dequantised, dequantised
+from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.treatment import leftover, note_leftover
 from loratool.models.tokenizers import note_ids_without_rows, tokenizer_files
 from loratool.notices import Notice
@@ -69,7 +68,7 @@ class Covered:
 def cover(
     adapter: Adapter,
     paths: Collection[str],
-    base: str | Path,
+    checkpoint: Checkpoint,
     norms: bool,
     components: Sequence[str] = (),
 ) -> Covered:
@@ -78,7 +77,6 @@ def cover(
     The weights that the modules at `paths` adapt are measured if they are on this disk, or may be
     downloaded (`norms`).
     """
-    checkpoint = dequantised(open_checkpoint(base))
     layout = Layout(checkpoint, components)
     found = match(adapter, layout)
     lengths, broken = _lengths(checkpoint, layout, found.deltas, paths, norms)
@@ -90,7 +88,7 @@ def cover(
         lost = [f"{what}: {reason}" for what, reason in found.unmatched]
         does = agreeing(len(lost), "does")
         text = f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n"
-        notices.append(Notice("unmatched", text + listed(lost), str(base)))
+        notices.append(Notice("unmatched", text + listed(lost), checkpoint.label))
     adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
     adapted |= {name for name, _ in found.rows}
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -44,8 +44,8 @@ class Delta:
         """The factor of Δ. Raises AdapterError where the adapter has no alpha."""
         if self.factors.scale is None:
             raise AdapterError(
-                f"{self.factors.path}: alpha is unknown, because the adapter has no config.",
-                "Put adapter_config.json beside the weights.",
+                f"{self.factors.path}: alpha is unknown, because the adapter does not tell.",
+                "Say --alpha or --scale; alpha/r is in the training script (lora_alpha).",
             )
         return self.weight * self.factors.scale
 
@@ -55,6 +55,7 @@ class Match:
     """Where the parts of one adapter go, by name of the base tensor.
 
     `replaced` holds tensors that take the place of one in the base, `added` those it lacks.
+    Those in `computed` are made of the base's own tensor by a function.
     `unmatched` says for each part that found no place why: `(what, reason)`.
     """
 
@@ -65,6 +66,7 @@ class Match:
     rows: list[tuple[str, TokenRows]] = field(default_factory=list)
     replaced: dict[str, TensorInfo] = field(default_factory=dict)
     added: dict[str, TensorInfo] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
     unmatched: list[tuple[str, str]] = field(default_factory=list)
 
 

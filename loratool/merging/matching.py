@@ -7,13 +7,14 @@ reason. It computes nothing and refuses nothing that is merely absent: `merge` r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.merging.match import Delta, Match, no_such, outside_of
-from loratool.merging.replacing import place_replaced
+from loratool.merging.replacing import place_functions, place_replaced
 from loratool.models.layouts.components import Hint, Wanted
 from loratool.models.layouts.layout import Layout
 from loratool.models.layouts.naming import choose_naming
@@ -29,6 +30,11 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     wanted = [
         Wanted(m.weight_name, m.shape, experts=m.experts if isinstance(m, ExpertStack) else None)
         for m in adapter.modules.values()
+    ]
+    wanted += [
+        Wanted(function.weight_name, function.shape)
+        for function in adapter.functions.values()
+        if function.shape is not None and not function.optional
     ]
     wanted += [
         Wanted(f"{path}.weight", rows.rows.shape, whole=True)
@@ -56,6 +62,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
             stacks.append(module)
         else:
             _match_module(found, layout, module)
+    place_functions(found, layout)
     # The shapes of one stack may tell what those of a square one do not.
     ways: set[bool] = set()
     for stack in sorted(stacks, key=lambda stack: stack.shape[0] == stack.shape[1]):
@@ -196,7 +203,10 @@ def _add_targets(
 def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
     """Why the module's delta does not fit its place; "" where it does."""
     stored, outline = target.shape, module.outline
-    if module.kind == "conv":
+    if outline.flat and len(stored) > 2:
+        wanted: tuple[int, ...] = module.shape
+        fits = (stored[0], math.prod(stored[1:])) == wanted
+    elif module.kind == "conv":
         wanted = (outline.out, *outline.inner)
         if len(stored) == len(wanted) and stored[1] != wanted[1]:
             factor = [module.rank, *outline.inner]

@@ -13,6 +13,7 @@ from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, UsageError, listed
+from loratool.merging.frozen import refuse_other_frozen
 from loratool.merging.initial import takings
 from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
@@ -69,6 +70,9 @@ def build_plan(
         matches.append(match(adapter, layout))
     plan.notices += layout.notices
     _refuse_unmatched(plan, matches)
+    _refuse_chained(plan, matches)
+    if not as_it_is:
+        refuse_other_frozen(matches, layout)
     edits, added = _collect(plan, matches, layout)
     if not as_it_is:
         for taken in takings(plan, matches, layout, edits):
@@ -107,7 +111,7 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
         for n in adapter.notices
         if (not n.refused or n.code in tolerated) and n.code not in settled
     ]
-    if not (adapter.modules or adapter.replaced or adapter.token_rows):
+    if not (adapter.modules or adapter.functions or adapter.replaced or adapter.token_rows):
         raise AdapterError(
             f"{adapter.label}: the adapter contains no trained tensors.", "Check the file."
         )
@@ -130,6 +134,28 @@ def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
             + ("--allow-unmatched merges the rest." if placed else "Nothing in it fits."),
         )
     plan.notices.append(Notice("unmatched", text))
+
+
+def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
+    """Raise MatchError where what multiplies or turns a weight is weighted, or meets another change
+    of it: the result would depend on an order that nobody gave."""
+    for number, (found, weight) in enumerate(zip(matches, plan.weights, strict=True)):
+        words = sorted({f.algorithm for f in found.adapter.functions.values()})
+        if found.computed and weight != 1:
+            raise MatchError(
+                f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight {weight:g} has "
+                "no meaning.",
+                "Merge it with weight 1.",
+            )
+        for other in (*matches[:number], *matches[number + 1 :]):
+            touched = {d.tensor for d in other.deltas} | other.replaced.keys()
+            both = sorted(found.computed & touched)
+            if both:
+                raise MatchError(
+                    f"{both[0]}: {found.adapter.label} ({' and '.join(words)}) and "
+                    f"{other.adapter.label} both change it, and the result depends on the order.",
+                    "Merge one, then the other into the result.",
+                )
 
 
 def _collect(

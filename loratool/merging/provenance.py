@@ -80,7 +80,7 @@ def describe_options(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if plan.components:
         options["components"] = list(plan.components)
-    layout = next(filter(None, (a.expert_b_layout for a in plan.adapters)), None)
+    layout = next(filter(None, (a.told.expert_b_layout for a in plan.adapters)), None)
     if layout is not None:
         options["expert_b_layout"] = layout
     if plan.treatment is not None and plan.treatment.how in TREATMENTS:
@@ -137,6 +137,7 @@ def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
         **_published(adapter.source),
         "base_model_name_or_path": adapter.declared.base_name,
         "weight": weight,
+        **({"told": said} if (said := adapter.told.to_dict()) else {}),
         "modules": _modules_of(adapter),
         "files": adapter_files(adapter),
     }
@@ -223,7 +224,7 @@ _TABLES = list_of(TABLE, "a list of tables")
 _PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
 _ADAPTER = {
     **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES, "taken": _TEXT,
-    "modules": _TABLES,
+    "modules": _TABLES, "told": TABLE | ABSENT,
 }  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
 _RECORD = {

@@ -68,6 +68,36 @@ def _place_parts(found: Match, layout: Layout, replaced: dict[str, TensorInfo]) 
             found.unmatched.append((name, f"the adapter replaces a part of it, and {error}"))
 
 
+def place_functions(found: Match, layout: Layout) -> None:
+    """Put in the place of each weight that a function changes what the function makes of it."""
+    for path, function in found.adapter.functions.items():
+        name = found.naming(function.weight_name)
+        name = layout.name_of(name) or name
+        # What the adapter replaces it changes as it is then.
+        target = found.replaced.get(name) or layout.base.tensors.get(layout.aliases.get(name, name))
+        if not layout.admits(name):
+            found.unmatched.append((path, outside_of(name, layout)))
+        elif target is None and function.optional and not layout.has(name):
+            continue
+        elif target is None:
+            reason = f"{function.algorithm} is known for weights that are one tensor, and the base "
+            reason += f"holds {name} otherwise"
+            found.unmatched.append(
+                (path, reason if layout.has(name) else no_such(found, name, layout.base))
+            )
+        else:
+            flag, matrix = found.adapter.declared.transposes, len(target.shape) == 2
+            square = matrix and target.shape[0] == target.shape[1]
+            transposed = matrix and layout.is_transposed(name.rpartition(".")[0], flag, square)
+            try:
+                changed = function.applied(target, transposed)
+            except MisfitError as error:
+                found.unmatched.append((path, str(error)))
+            else:
+                found.replaced[name] = changed
+                found.computed.add(name)
+
+
 def _replacement_misfit(adapter: Adapter, name: str, info: TensorInfo, target: TensorInfo) -> str:
     """Why `info` cannot take the place of `target`; "" where it can.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -25,7 +26,9 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     facts = fact_grid()
     facts.add_row("file", verbatim(report.file))
     facts.add_row("format", verbatim(report.description))
-    if report.peft_type:
+    if report.producer:
+        facts.add_row("made by", verbatim(report.producer))
+    if report.peft_type and report.format == "peft":
         facts.add_row("PEFT type", verbatim(report.peft_type))
     if report.base_model:
         facts.add_row("base model", verbatim(report.base_model))
@@ -35,6 +38,8 @@ def show_inspect(report: InspectReport, full: bool, tensors: bool, spectrum: boo
     facts.add_row("tensors", f"{len(report.tensors)}" + (f" ({dtypes})" if dtypes else ""))
     size = f"{counted(report.parameters, 'parameter')}, {format_bytes(report.nbytes)}"
     facts.add_row("size", size)
+    if report.is_read:
+        _conversions(facts, report)
     if not report.measured:
         facts.add_row("norms", f"--norms downloads {format_bytes(report.nbytes)} for them")
     for key, value in list(report.metadata.items())[:5]:
@@ -68,16 +73,42 @@ def _lora_facts(facts: Table, report: InspectReport) -> None:
     scales = sorted({m.scale for m in report.modules if m.scale is not None})
     if ranks:
         found = f"rank {_values(ranks)}, scale {_values(scales) or 'unknown'}"
+        origins = sorted({m.scale_from for m in report.modules if m.scale_from})
+        if origins and origins != ["config"]:
+            found += f" (from {', '.join(origins)})"
         facts.add_row("found", found)
-    chosen = len(report.modules)
+    chosen = len(report.modules) + len(report.functions)
     shown = "" if chosen == report.total_modules else f" ({chosen} shown)"
     stacks = sum((m.experts or 1) > 1 for m in report.modules)
     experts = f", {counted(stacks, 'stack')} of experts" if stacks else ""
     facts.add_row("modules", f"{report.total_modules}{experts}{shown}")
+    if report.functions:
+        kinds = Counter(report.functions.values())
+        facts.add_row(
+            "no sums",
+            ", ".join(f"{n} × {verbatim(kind)}" for kind, n in kinds.items())
+            + ": they merge, and nothing else",
+        )
     if report.saved:
         names = [f"{name} {shape_text(shape)}" for name, shape in report.saved.items()]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         facts.add_row("saved whole", ", ".join(map(verbatim, names[:4])) + more)
+
+
+def _conversions(facts: Table, report: InspectReport) -> None:
+    """What it could become: targets by outcome, and one line for each that it could not."""
+    by_outcome: dict[str, list[str]] = {}
+    for target, outcome in report.conversions.items():
+        by_outcome.setdefault(outcome, []).append(target)
+    can = [f"{', '.join(names)} ({outcome})" for outcome, names in by_outcome.items()
+           if not outcome.startswith("no: ")]  # fmt: skip
+    if can:
+        facts.add_row("converts to", "; ".join(can))
+    for outcome, names in by_outcome.items():
+        if outcome.startswith("no: "):
+            why = outcome.removeprefix("no: ").splitlines()[0]
+            shown = why if len(why) <= 100 else why[:97] + "…"
+            facts.add_row(f"not {', '.join(names)}", verbatim(shown))
 
 
 def _values(numbers: Sequence[float]) -> str:

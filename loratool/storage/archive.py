@@ -118,7 +118,7 @@ def _entries(cursor: Cursor, count: int, data_end: int) -> dict[str, Entry]:
         if flags & _ENCRYPTED:
             raise Malformed(f"the entry {name[:200]!r} is encrypted")
         if disk or "\0" in name or (method == 0 and size != packed):
-            raise Malformed(f"the entry {name[:200]!r} is none that a torch file has")
+            raise Malformed(f"the entry {name[:200]!r} is no plain file")
         end = place + _HEADER.size + name_length + packed
         found.append((name, Entry(raw_name, place, end, size, crc, method != 0)))
     if len(found) != count:

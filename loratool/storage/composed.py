@@ -84,6 +84,45 @@ def view(
     return replace(info, shape=shape, start=info.start + first * info.itemsize, strides=strides)
 
 
+def transposed(info: TensorInfo) -> TensorInfo:
+    """A matrix `[n, m]` as `[m, n]`."""
+    rows, columns = info.strides or (info.shape[1], 1)
+    return view(info, info.shape[::-1], 0, (columns, rows))
+
+
+def member(info: TensorInfo, index: int) -> TensorInfo:
+    """One of a stack: `info[index]`."""
+    strides = info.strides or _row_major(info.shape)
+    inner = strides[1:] if info.strides is not None else None
+    return view(info, info.shape[1:], index * strides[0], inner)
+
+
+def row_range(info: TensorInfo, rows: range) -> TensorInfo:
+    """Some rows of a tensor: `info[rows.start:rows.stop:rows.step]`."""
+    strides = info.strides or _row_major(info.shape)
+    shape = (len(rows), *info.shape[1:])
+    own = (strides[0] * rows.step, *strides[1:])
+    dense = info.strides is None and rows.step == 1
+    return view(info, shape, rows.start * strides[0], None if dense else own)
+
+
+def rows_reordered(info: TensorInfo, split: tuple[int, int, int]) -> TensorInfo:
+    """Rows seen as `[a, b, c]` in the order of `[a, c, b]`: `[a·b·c, …]` -> `[a·c·b, …]`.
+
+    Rotary halves that lie in turns, `(heads, dim/2, 2)`, become one after the other, as Hugging
+    Face has them; `(heads, 2, dim/2)` is the reverse.
+    """
+    a, b, c = split
+    strides = info.strides or _row_major(info.shape)
+    row = strides[0]
+    apart = view(info, (a, c, b, *info.shape[1:]), 0, (b * c * row, row, c * row, *strides[1:]))
+    return joined(info.name, info.shape, [apart])
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 @dataclass(frozen=True)
 class _JoinedTensor(Composed):
     """Those of the parts one after the other."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from loratool.storage.bounded import open_regular
 from loratool.storage.jsonfile import read_json
 from loratool.storage.stamps import Stamp, changed_file, stamp_of
+from loratool.storage.yamltext import read_yaml_file
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ class Folder:
         """The JSON object in a file. Raises FileError for anything else."""
         self.fetch([name])
         return read_json(self.path / name)
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        """The mapping in a YAML file. Raises FileError for anything else."""
+        self.fetch([name])
+        return read_yaml_file(self.path / name)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[tuple[BinaryIO, int, Stamp | None]]:

@@ -14,7 +14,8 @@ from loratool.storage.bounded import LONGEST_NAME, MOST_AXES, Malformed
 from loratool.storage.fields import is_count
 from loratool.storage.pickles import Call, Ordered, Refused, add_entry
 
-_STORAGES = {
+#: Dtypes by the kind of storage that torch has for them.
+STORAGES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
@@ -32,6 +33,9 @@ _DTYPES = {
 #: more pairs than any OrderedDict of Python 2, which wrote its entries as a list.
 _MOST_ENTRIES = 250_000
 _MAX_DEPTH = 50
+
+#: Where training scripts put a state dict that they save with other things. litgpt says "model".
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "lora_state_dict", "module")
 
 _CONTAINERS = {dict, Ordered, list, tuple}
 
@@ -95,7 +99,7 @@ class Descriptions:
             ("torch._utils", "_rebuild_parameter"): Call(_parameter, 3, 3),
             ("torch._utils", "_rebuild_parameter_with_state"): Call(_parameter, 4, 4),
             ("torch._tensor", "_rebuild_from_type_v2"): Call(_from_type, 4, 4),
-            **{("torch", name): _StorageKind(dtype) for name, dtype in _STORAGES.items()},
+            **{("torch", name): _StorageKind(dtype) for name, dtype in STORAGES.items()},
             **{("torch", name): _Dtype(dtype) for name, dtype in _DTYPES.items()},
         }
 
@@ -182,6 +186,7 @@ def _from_type(build: Any, kind: Any, arguments: Any, _state: Any) -> Any:
 def named_tensors(top: Any, length: int) -> dict[str, Tensor]:
     """The tensors in nested tables and lists by dotted name; values of other kinds are skipped.
 
+    Where all of them are of one state dict in the outermost table, they have the names in that.
     `length` is how many bytes the pickle has that described them. What is named again and again can
     unfold into far more than it says; Malformed is raised for that, and for two tensors of a name.
     """
@@ -195,7 +200,19 @@ def named_tensors(top: Any, length: int) -> dict[str, Tensor]:
         if names < 0 or len(found) > 1000 + length // _BYTES_PER_TENSOR:
             raise Malformed("it names the same tensors over and over")
         found[name] = tensor
-    return found
+    return _state_dict(top, len(found)) or found
+
+
+def _state_dict(top: Any, count: int) -> dict[str, Tensor]:
+    """The state dict in a table, by one of the usual names, if it has all of the `count` tensors
+    that there are; else nothing. Its names have dots: other tables are parts of the names."""
+    for wrapper in _WRAPPERS if isinstance(top, dict) else ():
+        table = top.get(wrapper)
+        if isinstance(table, dict) and any("." in str(name) for name in table):
+            inner = {str(name): item for name, item in table.items() if type(item) is Tensor}
+            if len(inner) == count:
+                return inner
+    return {}
 
 
 def _walk(top: Any, visits: int) -> Iterator[tuple[str, Tensor]]:

@@ -108,6 +108,19 @@ class TensorInfo:
         return f"{self.name} {self.dtype} {list(self.shape)}"
 
 
+def odd_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The strides of a tensor, counted in elements; None where its elements lie in row-major order.
+
+    The stride of an axis of length one, or of an empty tensor, says nothing.
+    """
+    step = 1
+    for count, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if count != 1 and stride != step:
+            return None if 0 in shape else strides
+        step *= count
+    return None
+
+
 class FilePool:
     """Open files, kept open while in use and read by position from any thread."""
 

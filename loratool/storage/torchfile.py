@@ -22,7 +22,7 @@ from loratool.storage.header import refuse_known_impostors
 from loratool.storage.pickles import Ordered, Refused, load
 from loratool.storage.stamps import Stamp
 from loratool.storage.statedict import Descriptions, Storage, Tensor, named_tensors
-from loratool.storage.tensors import TensorInfo
+from loratool.storage.tensors import TensorInfo, odd_strides
 from loratool.words import format_bytes
 
 _REFETCH = "Fetch the file again, or ask for a safetensors version of it."
@@ -172,22 +172,12 @@ def _check_sum(cursor: Cursor, wanted: int) -> None:
 def _info(path: Path, name: str, tensor: Tensor, contents: _Contents, stamp: Stamp) -> TensorInfo:
     if math.prod(filter(None, tensor.shape)) >> 62:
         raise FileError(f"{path}: tensor {name!r} is larger than any memory.", _REFETCH)
-    row_major: list[int] = []
-    step = 1
-    for count in reversed(tensor.shape):
-        row_major.insert(0, step)
-        step *= count
-    # The stride of an axis of length one, or of an empty tensor, says nothing.
-    plain = step == 0 or all(
-        n == 1 or have == want
-        for n, have, want in zip(tensor.shape, tensor.strides, row_major, strict=True)
-    )
-    strides = None if plain else tensor.strides
+    strides = odd_strides(tensor.shape, tensor.strides)
     info = TensorInfo(name, tensor.dtype, tensor.shape, path, 0, strides, stamp=stamp)
     start = contents.starts.get(tensor.storage.key)
     if start is None:
         raise FileError(f"{path}: the data of tensor {name!r} is missing.", _REFETCH)
-    if step == 0:
+    if 0 in tensor.shape:
         return replace(info, start=start)
     if (tensor.offset + tensor.span) * info.itemsize > tensor.storage.nbytes:
         raise FileError(f"{path}: tensor {name!r} reaches beyond its storage.", _REFETCH)

@@ -6,12 +6,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from loratool.errors import BaseError, FileError, listed
-from loratool.storage.filenames import INDEX, MODEL, MODEL_ENTRIES, SHARD, TORCH_SUFFIXES
+from loratool.storage.filenames import (
+    GGUF_SUFFIX,
+    INDEX,
+    MODEL,
+    MODEL_ENTRIES,
+    NATIVE,
+    NATIVE_ENTRIES,
+    NATIVE_PART,
+    NPZ_SUFFIX,
+    SHARD,
+    TORCH_SUFFIXES,
+)
 from loratool.storage.folder import CachedFolder, Folder
+from loratool.storage.gguf import GGUF_MAGIC, parse_gguf
 from loratool.storage.header import parse_header
+from loratool.storage.npz import parse_npz
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import parse_pickled
 from loratool.words import agreeing, counted
@@ -32,31 +45,46 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
 
-class Contents(NamedTuple):
-    """What the header of one file says. `top` is the kind of its outermost object: "dict" for all
-    safetensors files, anything for torch files."""
+@dataclass(frozen=True)
+class Contents:
+    """What the header of one file says.
+
+    `top` is the kind of its outermost object: anything for torch files, "dict" for all others.
+    `values` are what a GGUF file says beside its tensors, as plain Python has them.
+    """
 
     tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
+    metadata: dict[str, str] = field(default_factory=dict)
     top: str = "dict"
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 def read_contents(folder: Folder, name: str) -> Contents:
-    """The header of a file of either kind, by its ending. Raises FileError for what is damaged."""
+    """The header of a file of any kind, by its ending; GGUF files also by how they begin.
+
+    Raises FileError for what is damaged.
+    """
     path = folder.path / name
-    pickled = path.suffix in TORCH_SUFFIXES
-    if pickled:
-        folder.fetch([name])  # what a torch file holds cannot be told from its beginning
+    pickled, arrays = path.suffix in TORCH_SUFFIXES, path.suffix == NPZ_SUFFIX
+    if pickled or arrays:
+        folder.fetch([name])  # what these hold cannot be told from their beginning
     with folder.reading(name) as (stream, size, stamp):
+        begins_so = stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+        stream.seek(0)
+        if begins_so or path.suffix == GGUF_SUFFIX:
+            found = parse_gguf(path, stream, size, stamp)
+            return Contents(found.tensors, values=found.values)
+        if arrays and stamp is not None:
+            return Contents(parse_npz(path, stream, stamp))
         if pickled and stamp is not None:
             tensors, top = parse_pickled(path, stream, stamp)
-            return Contents(tensors, {}, top)
+            return Contents(tensors, top=top)
         return Contents(*parse_header(path, stream, size, stamp))
 
 
 def entry_of(folder: Folder) -> str | None:
     """The file that a model directory is opened by, if there is one of the usual name."""
-    return next((name for name in MODEL_ENTRIES if folder.has(name)), None)
+    return next((name for name in (*MODEL_ENTRIES, *NATIVE_ENTRIES) if folder.has(name)), None)
 
 
 def read_folder(folder: Folder, partial: bool = False) -> Weights:
@@ -70,6 +98,7 @@ def read_folder(folder: Folder, partial: bool = False) -> Weights:
         return read_one(folder, _only_weights_file(folder))
     if entry == MODEL and folder.has(INDEX):
         _refuse_split(folder)
+    _refuse_parallel(folder, entry)
     return read_entry(folder, entry, partial)
 
 
@@ -83,7 +112,22 @@ def read_entry(folder: Folder, entry: str, partial: bool = False) -> Weights:
 def read_one(folder: Folder, name: str) -> Weights:
     """The weights in one file."""
     tensors, metadata = _named_weights(folder, name)
-    return Weights(tensors, {MODEL: list(tensors)}, metadata)
+    whole = NATIVE if name == NATIVE or NATIVE_PART.fullmatch(name) else MODEL
+    return Weights(tensors, {whole: list(tensors)}, metadata)
+
+
+def _refuse_parallel(folder: Folder, name: str) -> None:
+    """Raise FileError for one of the parts that each hold a piece of every weight."""
+    if not NATIVE_PART.fullmatch(name):
+        return
+    parts = [other for other in folder.names(depth=0) if NATIVE_PART.fullmatch(other)]
+    if len(parts) > 1 or name != "consolidated.00.pth":
+        raise FileError(
+            f"{folder.path}: {counted(len(parts), 'file')} ({parts[0]} … {parts[-1]}), each of "
+            "which holds a piece of every weight, for as many GPUs (tensor parallel).",
+            "That is not read. Take the Hugging Face version of the model, or make it with "
+            "transformers' convert_llama_weights_to_hf.py.",
+        )
 
 
 def _refuse_split(folder: Folder) -> None:
@@ -125,6 +169,7 @@ def _refuse_unlisted(folder: Folder, index: Path, names: Sequence[str]) -> None:
 
 def refuse_part(folder: Folder, name: str) -> None:
     """Raise FileError for one shard of several, by its name."""
+    _refuse_parallel(folder, name)
     shard = SHARD.fullmatch(name)
     if shard and int(shard["count"]) > 1:
         raise FileError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from loratool.adapters.effect import note_slips
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
 from loratool.combining.extras import settle
 from loratool.combining.options import CombineOptions
@@ -31,7 +32,14 @@ from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
-from loratool.verbs.inputs import as_list, check_paths, check_sizes, check_weights
+from loratool.verbs.inputs import (
+    as_list,
+    check_paths,
+    check_sizes,
+    check_weights,
+    model_at,
+    told_of,
+)
 
 _ANY_RANK = 1 << 30
 
@@ -86,6 +94,8 @@ def combine(
     seed: int = 0,
     saved: str = "refuse",
     keep_patterns: bool = False,
+    told: Told | Sequence[Told] = (),
+    base: str | Path | None = None,
     dtype: str | None = None,
     overwrite: Overwrite = False,
     dry_run: bool = False,
@@ -110,6 +120,8 @@ def combine(
     saved: "first", "last" or "mean" where adapters hold the same tensor whole with different
         values; "refuse" otherwise.
     keep_patterns: write each module with its own rank; otherwise all have the largest.
+    told: what the user says of each adapter, because its file does not; see `merge`. base: the base
+        model, where row orders or products depend on it.
     dtype: "float16", "bfloat16" or "float32"; the inputs' own if not given.
     threads: worker threads; the result does not depend on it.
     progress: called with (modules done, modules in all, module).
@@ -135,7 +147,9 @@ def combine(
     chosen, criterion = options.check(), options.criterion
     target = Path(output)
     check_output(target, [Path(s) for s in sources], overwrite)
-    loras = [read_lora(source) for source in sources]
+    said = told_of(told, sources)
+    model = model_at(base)
+    loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
     check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
     refuse_company(target, (), overwrite)
     if not any(factors):

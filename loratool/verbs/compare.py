@@ -15,6 +15,7 @@ import numpy as np
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.base_weights import BaseWeights
 from loratool.combining.extras import unequal
@@ -37,7 +38,15 @@ from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import computed, few
-from loratool.verbs.inputs import as_list, as_texts, check_paths, check_sizes, check_weights
+from loratool.verbs.inputs import (
+    as_list,
+    as_texts,
+    check_paths,
+    check_sizes,
+    check_weights,
+    model_at,
+    told_of,
+)
 
 #: Relative difference below which two deltas count as equal: what float16 rounds off is half of it.
 TOLERANCE = 1e-3
@@ -93,6 +102,7 @@ def compare(
     tolerance: float = TOLERANCE,
     base: str | Path | None = None,
     components: str | Sequence[str] = (),
+    told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     layers: str | None = None,
     include: Sequence[str] = (),
@@ -108,6 +118,7 @@ def compare(
     tolerance: relative difference up to which two deltas count as equal.
     base: base model; counts intruder dimensions, which takes an eigendecomposition per module.
     components: the only parts of the base that the adapters may go into.
+    told: what the user says of each adapter, because its file does not; see `merge`.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell; see `merge`.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
@@ -128,7 +139,9 @@ def compare(
         )
     factors = check_weights(weights, sources)
     check_sizes(factors)
-    loras = [read_lora(source, expert_b_layout) for source in sources]
+    said = told_of(told, sources, expert_b_layout)
+    model = model_at(base)
+    loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
     joined = join(loras, [1.0] * len(loras), "compared", with_dora=True, with_stacks=True)
     joined.notices += [
         notice
@@ -137,7 +150,7 @@ def compare(
         for notice in note_scales(lora, factor)
     ]
     paths = selected(list(joined.modules), layers, include)
-    targets = BaseWeights(base, loras, as_texts(components)) if base is not None else None
+    targets = BaseWeights(model, loras, as_texts(components)) if model is not None else None
     modules = []
     with FilePool() as files:
         work = (

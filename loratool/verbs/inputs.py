@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from loratool.adapters.experts import flat_packing
+from loratool.adapters.told import Told
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
+from loratool.models.checkpoint import Checkpoint, open_checkpoint
+from loratool.models.quantised.base import dequantised
 from loratool.storage.staging import recover
 from loratool.words import counted
 
@@ -23,9 +29,49 @@ def as_list(adapters: Source | Sequence[Source]) -> list[Source]:
     return [adapters] if isinstance(adapters, str | Path) else list(adapters)
 
 
+def model_at(base: Source | None) -> Checkpoint | None:
+    """The plain model that `base` stands for, where one is given."""
+    return None if base is None else dequantised(open_checkpoint(base))
+
+
 def as_texts(given: str | Sequence[str]) -> list[str]:
     """The texts in a list; one that was given alone is one, not its letters."""
     return [given] if isinstance(given, str) else list(given)
+
+
+def told_of(
+    told: Told | Sequence[Told], adapters: Sequence[Source], expert_b_layout: str | None = None
+) -> list[Told]:
+    """What is said of each adapter: the same of all, or one after the other. Raises UsageError."""
+    layout = flat_packing(expert_b_layout)
+    said = [told] if isinstance(told, Told) else list(told) or [Told()]
+    if isinstance(told, Told) or not told:
+        said *= len(adapters)
+    if len(said) != len(adapters):
+        given = counted(len(adapters), "adapter")
+        raise UsageError(
+            f"{counted(len(said), 'adapter')} described, {given} given.",
+            "Say what a file does not tell once per adapter, in their order.",
+        )
+    for one in said:
+        one.check()
+    return [replace(one, expert_b_layout=one.expert_b_layout or layout) for one in said]
+
+
+def told_before(record: dict[str, Any] | None, adapters: Sequence[Source]) -> list[Told] | None:
+    """What was said of these adapters when they were merged, by the record of the model; None
+    where nothing was. Adapters are known by their names, in their order."""
+    entries = list(record["adapters"]) if record else []
+    if not any("told" in entry for entry in entries):
+        return None
+    found = []
+    for source in adapters:
+        name = str(source).rstrip("/").rpartition("/")[2]
+        entry = next((e for e in entries if e["name"] == name), None)
+        if entry is not None:
+            entries.remove(entry)
+        found.append(Told.from_dict(entry["told"]) if entry and "told" in entry else Told())
+    return found
 
 
 def check_paths(paths: Sequence[Source], adapters: Sequence[Source], usage: str) -> None:

@@ -20,14 +20,17 @@ from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.adapters.norms import DeltaNorms, norms_of
 from loratool.adapters.reading import read_adapter
+from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.converting.possible import possible_targets
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.merging.coverage import BaseReport, cover
+from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.fields import strict
 from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import count_not_finite
-from loratool.verbs.inputs import as_texts, check_paths
+from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
 from loratool.words import counted
 
 
@@ -60,6 +63,8 @@ class ModuleReport:
     relative_norm: float | None = None
     experts: int | None = None
     dead_experts: int | None = None
+    #: Where the scale is from: "config", "option", …; "" where it is not known.
+    scale_from: str = ""
     #: The smallest and the largest norm of an expert's delta.
     expert_norms: tuple[float, float] | None = None
 
@@ -88,6 +93,12 @@ class InspectReport:
     base: BaseReport | None = None
     #: Whether a dialect claims the file, so that its modules are known.
     is_read: bool = False
+    #: The program that made it, where that is known.
+    producer: str = ""
+    #: What is no sum but makes a new weight of the base's: by path its algorithm.
+    functions: dict[str, str] = field(default_factory=dict)
+    #: What it could be converted to: by target how, or why not.
+    conversions: dict[str, str] = field(default_factory=dict)
     #: What the config says, in lines for people.
     settings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -110,10 +121,13 @@ class InspectReport:
             "source": self.source,
             "format": self.format,
             "description": self.description,
+            "producer": self.producer,
             "peft_type": self.peft_type,
             "base_model": self.base_model,
             "measured": self.measured,
             "modules": modules,
+            "functions": self.functions,
+            "conversions": self.conversions,
             "saved": self.saved,
             "totals": {
                 "modules": self.total_modules,
@@ -156,6 +170,7 @@ def inspect(
     norms: bool = False,
     layers: str | None = None,
     include: Sequence[str] = (),
+    told: Told = NOTHING_TOLD,
     expert_b_layout: str | None = None,
 ) -> InspectReport:
     """Report what is in an adapter directory or weights file, here or on the Hub.
@@ -172,6 +187,7 @@ def inspect(
         and of an adapter there with more than `SMALL` bytes.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
         dotted end of it, matches one of these globs.
+    told: what the user says of the adapter, because its file does not; see `merge`.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
         (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
 
@@ -181,7 +197,9 @@ def inspect(
     check_paths([source], [source], "loratool inspect SOURCE")
     if components and base is None:
         raise UsageError("--components are parts of a base.", "Add --base BASE.")
-    adapter = read_adapter(source, expert_b_layout)
+    (said,) = told_of(told, [source], expert_b_layout)
+    model = model_at(base)
+    adapter = read_adapter(source, said, model)
     if spectrum or norms or adapter.nbytes <= SMALL:
         adapter.fetch()
     measured = adapter.is_here
@@ -201,25 +219,28 @@ def inspect(
         base_model=adapter.declared.base_name,
         is_read=adapter.is_read,
         settings=list(adapter.declared.settings),
+        producer=adapter.producer,
+        functions={path: f.algorithm for path, f in adapter.functions.items()},
+        conversions=possible_targets(adapter, model),
         modules=modules,
         saved={name: list(info.shape) for name, info in _saved(adapter).items()},
         tensors=list(adapter.tensors.values()),
         parameters=adapter.parameters,
         nbytes=adapter.nbytes,
-        total_modules=len(adapter.modules),
+        total_modules=len(adapter.modules) + len(adapter.functions),
         config=adapter.config,
         metadata=adapter.metadata,
         measured=measured,
         warnings=notices,
     )
-    if base is not None:
+    if model is not None:
         if not adapter.is_read:
             raise UsageError(
                 f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
                 "a base.",
                 "Omit --base.",
             )
-        _add_base(report, adapter, base, norms, as_texts(components))
+        _add_base(report, adapter, model, norms, as_texts(components))
     adapter.folder.refuse_changed()
     return report
 
@@ -233,7 +254,7 @@ def _describe(path: str, module: Factors) -> ModuleReport:
     report = ModuleReport(
         path, module.kind, module.rank, module.shape, module.alpha, module.scale,
         {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
-        module.magnitude is not None, module.parameters,
+        module.magnitude is not None, module.parameters, scale_from=module.scale_from,
     )  # fmt: skip
     if isinstance(module, ExpertStack):
         report.experts = module.experts
@@ -305,7 +326,7 @@ def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
 def _add_base(
     report: InspectReport,
     adapter: Adapter,
-    base: str | Path,
+    base: Checkpoint,
     norms: bool,
     components: Sequence[str],
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.errors import explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.options import MergeOptions
@@ -25,7 +26,7 @@ from loratool.storage.destination import (
 )
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
+from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights, told_of
 from loratool.verbs.writing import write_planned
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def merge(
     dtype: str | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     tokenizer: str | None = None,
     again: bool = False,
@@ -74,6 +76,8 @@ def merge(
         that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
     components: the only parts of the base that adapters may go into, by the beginnings of names.
+    told: what the user says of each adapter, because its file does not (alpha, how the factors
+        multiply, …): one `loratool.Told` for all, or one for each, in their order.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
         (PEFT's) or "grouped" (Unsloth's before unsloth-zoo 2026.9.6).
     initial: an adapter as it was before training, where its initialisation changed the base
@@ -119,7 +123,8 @@ def merge(
     check_paths(given, sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
     factors = check_weights(weights, sources)
-    plan = _planned(base, sources, factors, options, target, overwrite, expert_b_layout)
+    said = told_of(told, sources, expert_b_layout)
+    plan = _planned(base, sources, factors, options, target, overwrite, said)
     report = write_planned(plan, target, options, run)
     report.seconds = time.perf_counter() - started
     return report
@@ -132,14 +137,18 @@ def _planned(
     options: MergeOptions,
     target: Path,
     overwrite: Overwrite,
-    expert_b_layout: str | None,
+    told: Sequence[Told],
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
     before = [options.initial] if options.initial is not None else []
     check_output(target, [Path(base), *map(Path, [*adapters, *before])], overwrite)
     checkpoint = dequantised(open_checkpoint(base))
-    loras = [read_lora(source, expert_b_layout) for source in adapters]
-    initial = read_lora(options.initial, expert_b_layout) if options.initial is not None else None
+    loras = [
+        read_lora(source, said, checkpoint) for source, said in zip(adapters, told, strict=True)
+    ]
+    initial = None
+    if options.initial is not None:
+        initial = read_lora(options.initial, told[0], checkpoint)
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
         path.resolve()

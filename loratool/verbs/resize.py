@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.extras import settle
 from loratool.combining.output import output_dtype, write_adapter
@@ -23,7 +24,7 @@ from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import check_paths
+from loratool.verbs.inputs import check_paths, model_at, told_of
 
 
 @dataclass
@@ -66,6 +67,8 @@ def resize(
     pad_to: int | None = None,
     uniform: bool = False,
     patterns: bool = False,
+    told: Told | Sequence[Told] = (),
+    base: str | Path | None = None,
     dtype: str | None = None,
     overwrite: Overwrite = False,
     dry_run: bool = False,
@@ -87,6 +90,8 @@ def resize(
     max_rank: no module gets more. pad_to: the one rank is a multiple of this.
     patterns: each module gets the rank that it needs itself, written as a rank_pattern, which not
         all programs read. uniform: one rank for all, as without either.
+    told: what the user says of the adapter, because its file does not; see `merge`. base: the base
+        model, where row orders or products depend on it.
     dtype: "float16", "bfloat16" or "float32"; the adapter's own if not given.
     threads: worker threads; the result does not depend on it.
     progress: called with (modules done, modules in all, module).
@@ -117,7 +122,9 @@ def resize(
         )
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
-    lora = read_lora(adapter)
+    (said,) = told_of(told, [adapter])
+    model = model_at(base)
+    lora = read_lora(adapter, said, model)
     check_output(target, [path.resolve() for path in lora.files], overwrite)
     refuse_company(target, (), overwrite)
     joined = join([lora], [1.0], "resized", with_dora=True)

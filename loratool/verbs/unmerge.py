@@ -16,6 +16,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
 from loratool.merging.output import write_index, write_model
@@ -44,7 +45,14 @@ from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import as_list, check_dtype, check_paths, check_weights
+from loratool.verbs.inputs import (
+    as_list,
+    check_dtype,
+    check_paths,
+    check_weights,
+    told_before,
+    told_of,
+)
 
 
 @dataclass
@@ -106,6 +114,7 @@ def unmerge(
     weights: Sequence[float] | None = None,
     base: str | Path | None = None,
     dtype: str | None = None,
+    told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     subtract: bool = False,
     overwrite: Overwrite = False,
@@ -125,7 +134,7 @@ def unmerge(
     base: originals, complete or in part (a directory, or one shard): what is there is copied, the
         rest subtracted. Not needed with an undo file.
     dtype: of the result where it is subtracted; the base's by default, if known.
-    expert_b_layout: as it was for `merge`.
+    told, expert_b_layout: as it was for `merge`.
     subtract: do without the undo file.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: report only; nothing is written.
@@ -151,8 +160,10 @@ def unmerge(
     checkpoint = open_checkpoint(merged)
     checkpoint.folder.fetch([PROVENANCE])
     record = read_record(checkpoint.directory) if checkpoint.is_directory else None
-    told = record["options"].get("expert_b_layout") if record else None
-    loras = [read_lora(source, expert_b_layout or told) for source in sources]
+    recorded = record["options"].get("expert_b_layout") if record else None
+    said = told_of(told or told_before(record, sources) or (), sources, expert_b_layout or recorded)
+    model = dequantised(checkpoint)
+    loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
     checkpoint.fetch()
     fetch_undo(checkpoint.folder)
     undo = None if subtract else open_undo(checkpoint, record)

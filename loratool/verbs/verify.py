@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
+from loratool.adapters.told import Told
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
@@ -27,7 +28,15 @@ from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights
+from loratool.verbs.inputs import (
+    Source,
+    as_list,
+    as_texts,
+    check_paths,
+    check_weights,
+    told_before,
+    told_of,
+)
 
 
 @dataclass
@@ -70,6 +79,7 @@ def verify(
     weights: Sequence[float] | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     initial: str | Path | None = None,
     replicate_layers: bool = False,
@@ -82,7 +92,7 @@ def verify(
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
     base, adapters, weights, allow_unmatched, components: as for `merge`.
-    expert_b_layout, initial, replicate_layers: as for `merge`.
+    told, expert_b_layout, initial, replicate_layers: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
 
@@ -100,12 +110,14 @@ def verify(
     run = Run(threads, progress)
     factors = check_weights(weights, sources)
     original = dequantised(open_checkpoint(base))
-    told = _recorded_options(merged)
-    chosen = as_texts(components) or told.get("components") or []
-    expert_b_layout = expert_b_layout or told.get("expert_b_layout")
-    replicate_layers = replicate_layers or bool(told.get("replicate_layers"))
-    loras = [read_lora(source, expert_b_layout) for source in sources]
-    before = read_lora(initial, expert_b_layout) if initial is not None else None
+    record = read_record(Path(merged)) if Path(merged).is_dir() else None
+    recorded = record["options"] if record else {}
+    chosen = as_texts(components) or recorded.get("components") or []
+    expert_b_layout = expert_b_layout or recorded.get("expert_b_layout")
+    replicate_layers = replicate_layers or bool(recorded.get("replicate_layers"))
+    said = told_of(told or told_before(record, sources) or (), sources, expert_b_layout)
+    loras = [read_lora(source, own, original) for source, own in zip(sources, said, strict=True)]
+    before = read_lora(initial, said[0], original) if initial is not None else None
     if replicate_layers:
         original = replicated(original, loras)
     plan = plan_on(
@@ -136,13 +148,6 @@ def verify(
         model.folder.refuse_changed()
     report.seconds = time.perf_counter() - started
     return report
-
-
-def _recorded_options(merged: str | Path) -> dict[str, Any]:
-    """What the merge was told, by the record beside a model on this disk."""
-    record = read_record(Path(merged)) if Path(merged).is_dir() else None
-    options: dict[str, Any] = record["options"] if record else {}
-    return options
 
 
 def _report(plan: Plan, merged: str | Path) -> VerifyReport:

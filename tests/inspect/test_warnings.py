@@ -79,5 +79,5 @@ def test_half_a_pair_is_one_warning_with_the_right_number(tmp_path: Path) -> Non
     report = loratool.inspect(write_adapter(tmp_path / "odd", tensors, config))
     (notice,) = report.warnings
     assert notice.code == "half-a-pair"
-    assert notice.message.startswith("2 modules have lora_A but no lora_B")
+    assert notice.message.startswith("2 modules have only one of lora_A and lora_B")
     assert "k_proj: only lora_A.weight" in notice.message

@@ -97,8 +97,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "signature": (lambda: put(DATA, SECOND, "<I", 0), "directory is damaged"),
     "encrypted": (lambda: put(DATA, FIRST + 8, "<H", 1), "encrypted"),
     "masked": (lambda: put(DATA, FIRST + 8, "<H", 0x2000), "encrypted"),
-    "entry-on-second-disk": (lambda: put(DATA, FIRST + 34, "<H", 1), "none that a torch"),
-    "two-sizes": (lambda: put(DATA, SECOND + 24, "<I", 9), "none that a torch"),
+    "entry-on-second-disk": (lambda: put(DATA, FIRST + 34, "<H", 1), "no plain file"),
+    "two-sizes": (lambda: put(DATA, SECOND + 24, "<I", 9), "no plain file"),
     "size-elsewhere": (lambda: put(DATA, SECOND + 24, "<I", 0xFFFFFFFF), "how long"),
     "size-too-long": (
         lambda: put(put(DATA, SECOND + 20, "<I", 500), SECOND + 24, "<I", 500), "reaches into"
@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "place-of-nothing": (lambda: put(DATA, SECOND + 42, "<I", 41), "reaches into|not where"),
     "name-twice": (lambda: DATA.replace(b"x/data/1", b"x/data/0"), "two entries"),
     "other-name-at-its-place": (lambda: put(DATA, FIRST + 46, "<B", ord("y")), "not where"),
-    "nul-in-a-name": (lambda: DATA.replace(b"x/data/1", b"x/data\0001"), "none that a torch"),
+    "nul-in-a-name": (lambda: DATA.replace(b"x/data/1", b"x/data\0001"), "no plain file"),
     "local-signature": (lambda: put(DATA, 0, "<I", 0), "not where"),
     "local-extra-too-long": (lambda: put(DATA, 28, "<H", 9999), "9,999 bytes where"),
     "local-extra-into-the-next": (lambda: put(DATA, 28, "<H", 3), "reaches into"),

@@ -169,6 +169,30 @@ def test_containers_are_flattened(tmp_path: Path, case: str, zipped: bool) -> No
     assert read_pickled(path)[1] == kind
 
 
+STATE = {"layers.0.lora_A": torch.ones(2, 3), "head": torch.zeros(2)}
+WRAPPED: dict[str, tuple[Any, set[str]]] = {
+    "model": ({"model": STATE, "step": 5, "alpha": 16.0}, set(STATE)),
+    "state_dict": ({"epoch": 1, "state_dict": OrderedDict(STATE)}, set(STATE)),
+    "beside-an-optimizer": (
+        {"model": STATE, "optimizer": {"state": {0: torch.ones(1)}}},
+        {"model.layers.0.lora_A", "model.head", "optimizer.state.0"},
+    ),
+    "nested-names": ({"model": {"layers": {"w": torch.ones(2)}}}, {"model.layers.w"}),
+    "no-dots": ({"model": {"w": torch.ones(2)}}, {"model.w"}),
+    "another-name": ({"encoder": STATE}, {"encoder.layers.0.lora_A", "encoder.head"}),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_a_state_dict_beside_other_things_keeps_its_names(tmp_path: Path, case: str) -> None:
+    """The usual names of a table with the one state dict are no part of its tensors' names."""
+    value, names = WRAPPED[case]
+    found, kind = read_pickled(save(tmp_path / "x.pth", value))
+    assert set(found) == names
+    assert {info.name for info in found.values()} == names
+    assert kind == "dict"
+
+
 @pytest.mark.parametrize("protocol", range(2, 6))
 @both_layouts
 def test_every_pickle_protocol_reads(tmp_path: Path, zipped: bool, protocol: int) -> None:

@@ -23,7 +23,7 @@ FLOORS = """
     cli
     rendering
     verbs
-    combining extracting publishing
+    combining converting extracting publishing
     merging
     adapters
     models streams

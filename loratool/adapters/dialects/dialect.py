@@ -9,10 +9,30 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.factors import ModuleShape
+from loratool.models.checkpoint import Checkpoint
+from loratool.storage.folder import Folder
 from loratool.storage.tensors import TensorInfo
 
 #: The key of a tensor in a file, and its shape.
 Entry = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a dialect recognises a file by: headers, and what lies beside it.
+
+    `entry` is the name of the weights file in `folder`, `top` the outermost object of a torch file
+    ("dict", "list", "tensor"), `metadata` what the header says beside tensors and `values` the
+    typed key-values of a GGUF file. `config` is the adapter_config.json beside the weights, or {}.
+    """
+
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+    folder: Folder
+    entry: str
+    top: str = "dict"
+    metadata: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,30 +75,29 @@ class Dialect(ABC):
     name: str
 
     @abstractmethod
-    def claims(
-        self, tensors: dict[str, TensorInfo], config: dict[str, Any], top: str
-    ) -> str | None:
+    def claims(self, evidence: Evidence) -> str | None:
         """What the file is, in words, if it is of this dialect; None otherwise.
 
-        `top` is the outermost object of a torch file ("dict", "list", "tensor"), and `config` the
-        JSON file that lies beside the weights, or {}.
+        Types in the config have not been checked.
         """
 
-    @abstractmethod
-    def check(self, config: dict[str, Any], where: object) -> None:
+    def check(self, config: dict[str, Any], where: object) -> None:  # noqa: B027
         """Raise AdapterError for a field of a wrong type; `where` is the file. What follows may
         rely on the types."""
 
-    @abstractmethod
     def declared(self, config: dict[str, Any]) -> Declared:
         """What a config declares; nobody else reads the config."""
+        return Declared()
 
     @abstractmethod
-    def read(self, adapter: Adapter) -> None:
+    def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         """Sort the adapter's tensors into modules, replaced tensors and token rows, in place.
 
-        What cannot be merged becomes a notice with `refused` set, so that everything else can be
-        shown. Raises AdapterError for a config with which nothing can be said of the tensors.
+        `adapter.told` is what the user says of it, and `base` the model it goes into, where a verb
+        knows one: its config tells what row orders depend on, its shapes decide how factors
+        multiply. What cannot be merged becomes a notice with `refused` set, so that everything else
+        can be shown. Raises AdapterError for what the user says and the file contradicts, and for a
+        config with which nothing can be said of the tensors.
         """
 
 

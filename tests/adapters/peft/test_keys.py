@@ -154,4 +154,4 @@ def test_half_a_pair_is_refused(tmp_path: Path) -> None:
     """A lora_A without its lora_B is never dropped in silence."""
     trained = linear(12, 20).train(tmp_path)
     edit_adapter(trained, lambda s: {k: v for k, v in s.items() if "lora_B" not in k})
-    refuse(trained, AdapterError, "no lora_B")
+    refuse(trained, AdapterError, "only one of lora_A and lora_B")

@@ -15,6 +15,7 @@ import loratool
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.reading import read_adapter
+from loratool.adapters.told import Told
 from loratool.errors import AdapterError
 from loratool.storage.tensors import FilePool
 
@@ -202,13 +203,13 @@ def test_a_target_that_is_not_there_is_a_warning(tmp_path: Path) -> None:
 def test_a_layout_is_taken_from_field_or_option(tmp_path: Path) -> None:
     """lora_B_layout is honoured; where it is missing, the user's word is."""
     old = stacks(tmp_path / "old", UP, DN, grouped=True)
-    assert_holds(read_adapter(old, "grouped"), GATE_UP, UP)
+    assert_holds(read_adapter(old, Told(expert_b_layout="grouped")), GATE_UP, UP)
     edit_config(old, lora_B_layout="grouped_by_expert")
     assert_holds(read_adapter(old), DOWN, DN)
     new = stacks(tmp_path / "new", UP, DN, lora_B_layout="rank_major")
-    assert_holds(read_adapter(new, "rank-major"), GATE_UP, UP)
+    assert_holds(read_adapter(new, Told(expert_b_layout="rank-major")), GATE_UP, UP)
     with pytest.raises(AdapterError, match="lora_B_layout"):
-        read_adapter(new, "grouped")
+        read_adapter(new, Told(expert_b_layout="grouped"))
 
 
 @pytest.mark.parametrize("where", ["config", "card", "nowhere"])

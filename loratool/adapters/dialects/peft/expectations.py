@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.names import plain_path
+from loratool.adapters.dialects.troubles import refuse_unknown
 from loratool.errors import listed
 from loratool.models.layouts.names import CLASSIFIERS, is_value_head, is_vocabulary
 from loratool.notices import Notice
@@ -27,11 +28,12 @@ def note_expectations(adapter: Adapter, halves: Collection[str]) -> None:
         *_absent_saved_modules(adapter),
         *_absent_biases(adapter),
         *_absent_magnitudes(adapter),
+        *_undeclared_magnitudes(adapter),
         *_square_transposes(adapter),
         *_few_rows(adapter),
         *_value_head(adapter),
-        *_unknown_tensors(adapter),
     ]
+    refuse_unknown(adapter)
 
 
 def _quoted(names: Collection[str]) -> str:
@@ -39,7 +41,9 @@ def _quoted(names: Collection[str]) -> str:
 
 
 def _absent_targets(adapter: Adapter, halves: Collection[str]) -> Iterator[Notice]:
-    modules = [*adapter.modules, *halves]
+    functions = [function.path for function in adapter.functions.values()]
+    owners = {name.rpartition(".")[0] for name in adapter.replaced}
+    modules = [*adapter.modules, *halves, *functions, *owners]
     weights = [*(m.weight_name for m in adapter.modules.values()), *halves]
     for field, what, paths in (
         ("target_modules", "module", modules),
@@ -80,6 +84,18 @@ def _absent_magnitudes(adapter: Adapter) -> Iterator[Notice]:
         yield Notice("magnitude-absent", f"{text}\n{listed(missing)}", refused=True)
 
 
+def _undeclared_magnitudes(adapter: Adapter) -> Iterator[Notice]:
+    scaled = [path for path, m in adapter.modules.items() if m.magnitude is not None]
+    if scaled and adapter.config and not adapter.config.get("use_dora"):
+        text = (
+            f"{counted(len(scaled), 'module', 'has')} a magnitude vector, and use_dora is not set, "
+            "so PEFT would leave these out. torchtune exports DoRA so, with the magnitudes of q "
+            "and k in an order that is wrong; give the adapter_N.pt that it saved beside. Of "
+            "another program, set use_dora in adapter_config.json."
+        )
+        yield Notice("magnitude-undeclared", text, ADAPTER_CONFIG, refused=True)
+
+
 def _square_transposes(adapter: Adapter) -> Iterator[Notice]:
     square = [m.path for m in adapter.modules.values() if m.shape[0] == m.shape[1]]
     if adapter.declared.transposes and square:
@@ -113,10 +129,3 @@ def _few_rows(adapter: Adapter) -> Iterator[Notice]:
             "embedding."
         )
         yield Notice("partial-embedding-rows", text, next(iter(few)))
-
-
-def _unknown_tensors(adapter: Adapter) -> Iterator[Notice]:
-    unknown = adapter.unknown
-    if unknown:
-        text = f"{counted(len(unknown), 'tensor', 'has')} no known meaning or no free place:\n"
-        yield Notice("unknown-tensors", text + listed(unknown), unknown[0], refused=True)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
-from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.config import (
     block_counts,
     config_notices,
@@ -21,14 +20,24 @@ from loratool.adapters.dialects.peft.config import (
 from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
+from loratool.adapters.dialects.peft.whole import (
+    claim,
+    note_lost_originals,
+    note_several,
+    place_saved_or_rows,
+    place_whole,
+)
 from loratool.adapters.dialects.peft.wrappers import WrappedPair
+from loratool.adapters.dialects.troubles import (
+    refuse_empty,
+    refuse_halves,
+    refuse_modules,
+    refuse_shapes,
+)
 from loratool.adapters.factors import Kind, LowRank
-from loratool.errors import listed
+from loratool.adapters.told import Scaling, scaling
 from loratool.notices import Notice
-from loratool.storage.fields import value_text
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import same_bytes
-from loratool.words import counted
 
 _LEAVES = [
     ("factor", re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B)(\.(?P<name>[^.]+))?\.weight")),
@@ -36,11 +45,8 @@ _LEAVES = [
     ("embedding", re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>A|B)(\.(?P<name>[^.]+))?")),
     ("magnitude", re.compile(
         r"(?P<path>.+)\.lora_magnitude_vector(\.(?P<name>(?!weight)[^.]+))?(\.weight)?")),
-    ("rows", re.compile(
-        r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<name>[^.]+))?")),
     # Training-time state of VeLoRA and MonteCLoRA; their forward pass in eval mode is plain LoRA.
     ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
-    ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
 ]  # fmt: skip
 
 
@@ -48,7 +54,7 @@ _LEAVES = [
 class _Parts:
     """The tensors found for one module path."""
 
-    #: By slot: "A", "B", "bias", "magnitude", "rows".
+    #: By slot: "A", "B", "bias", "magnitude".
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     embedding: bool = False
 
@@ -63,36 +69,24 @@ def fill_adapter(adapter: Adapter) -> None:
     names: set[str] = set()
     for key, info in adapter.tensors.items():
         _place(adapter, key, info, parts, names)
-    if len(names) > 1:
-        adapter.notices.append(
-            Notice(
-                "several-adapters",
-                f"The file holds {len(names)} adapters: {', '.join(sorted(names))}. "
-                "Save the one you want with PEFT's save_pretrained(selected_adapters=[...]).",
-                refused=True,
-            )
-        )
+    note_several(adapter, names)
     if adapter.config:
         adapter.notices += config_notices(adapter.config)
         adapter.notices += layout_notices(adapter.config.get("lora_B_layout") or "")
-    else:
+    elif not adapter.told.says_scale:
         adapter.notices.append(
             Notice(
                 "no-config",
                 "There is no adapter_config.json beside the weights, so alpha and the scale are "
-                "unknown.",
+                "unknown. Put it there, or say --alpha (lora_alpha in the training script) or "
+                "--scale.",
                 str(adapter.weights),
                 refused=True,
             )
         )
-    adapter.unknown += [
-        key
-        for key in adapter.inert
-        if ".original_module." in key
-        and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
-    ]
+    note_lost_originals(adapter)
     halves = _build_modules(adapter, parts)
-    _check_placeholders(adapter)
+    refuse_empty(adapter)
     note_expectations(adapter, halves)
 
 
@@ -100,9 +94,7 @@ def _place(
     adapter: Adapter, key: str, info: TensorInfo, parts: dict[str, _Parts], names: set[str]
 ) -> None:
     path = plain_path(key)
-    if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in adapter.tensors:
-        # bias="all" saves the biases of a saved module a second time, without the adapter's name.
-        _claim(adapter, adapter.replaced, path.replace(".modules_to_save.", "."), info)
+    if place_saved_or_rows(adapter, key, path, info, names):
         return
     for leaf, pattern in _LEAVES:
         match = pattern.fullmatch(path)
@@ -114,46 +106,23 @@ def _place(
         if leaf == "inert":
             adapter.inert.append(key)
             return
-        if leaf == "saved":
-            _claim(adapter, adapter.replaced, f"{found['path']}.{found['param']}", info)
-            return
         module = parts[found["path"]]
         if leaf in ("factor", "embedding"):
             module.embedding = leaf == "embedding"
             leaf = found["side"]
-        _claim(adapter, module.tensors, leaf, info)
+        claim(adapter, module.tensors, leaf, info)
         return
     if "lora_" in path:
         adapter.unknown.append(key)
-    elif ".original_module." in path:
-        # The frozen original beside a saved copy; the copy is what the model computes with.
-        adapter.inert.append(key)
     else:
-        # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
-        # gives to the wrapped original, so the tensor means the original itself.
-        name = re.sub(r"(\.token_adapter)?(\.base_layer)+\.", ".", path)
-        _claim(adapter, adapter.replaced, name, info)
-
-
-def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: TensorInfo) -> None:
-    """Put a tensor in its place; a second one for the same place is never dropped in silence.
-
-    A copy of the same values is harmless: PEFT's `bias="all"` saves the biases of saved modules
-    under two names.
-    """
-    taken = table.setdefault(slot, info)
-    if taken is info:
-        return
-    if (taken.dtype, taken.shape) == (info.dtype, info.shape):
-        adapter.fetch()
-    (adapter.inert if same_bytes(taken, info) else adapter.unknown).append(info.name)
+        place_whole(adapter, key, path, info)
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
-    """Fill `modules` and `token_rows`. Returns the paths that have only a part of a pair."""
+    """Fill `modules`. Returns the paths that have only a part of a pair."""
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
-    resolve = rank_and_scale(adapter.config) if adapter.config and not fused else None
+    resolve = rank_and_scale(adapter.config, adapter.told) if adapter.config and not fused else None
     bare = BareParameters(adapter, {
         path: WrappedPair(found.tensors["A"], found.tensors["B"])
         for path, found in parts.items()
@@ -163,11 +132,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     wrong_ranks = []
     for path, found in parts.items():
         tensors = found.tensors
-        if "rows" in tensors:
-            rows = tensors["rows"]
-            adapter.token_rows[path] = TokenRows(path, _token_indices(adapter, path, rows), rows)
         if "A" not in tensors or "B" not in tensors:
-            stray = [t.name for slot, t in tensors.items() if slot != "rows"]
+            stray = [t.name for t in tensors.values()]
             if stray:
                 halves[path] = [plain_path(name).removeprefix(f"{path}.") for name in stray]
             continue
@@ -180,43 +146,35 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         a, b = tensors["A"], tensors["B"]
         # PEFT gives the output projection of an attention module the rank and alpha of the module.
         owner = plain.removesuffix(".out_proj") if kind == "attention-out" else plain
-        alpha = scale = None
+        scaled = Scaling()
         if resolve is not None:
-            rank, alpha, scale = resolve(owner)
-            scale *= 2 if kind == "attention-out" else 1
+            rank, scaled = resolve(owner)
             if len(a.shape) > 1 and a.shape[0] not in (0, rank):
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
+        elif not adapter.config and a.shape and a.shape[0]:
+            scaled = scaling(adapter.told, a.shape[0], where=plain)
+        scale = scaled.scale
+        if scale is not None and kind == "attention-out":
+            scale *= 2
         if plain in adapter.modules:
             adapter.unknown += [a.name, b.name]
             continue
         blocks_a, blocks_b = block_counts(adapter.config, plain)
         adapter.modules[plain] = LowRank(
-            plain, kind, a, b, alpha, scale,
-            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b,
+            plain, kind, a, b, scaled.alpha, scale,
+            tensors.get("magnitude"), tensors.get("bias"), blocks_a, blocks_b, scaled.origin,
         )  # fmt: skip
     bare.finish()
     wrong_ranks += bare.troubles.pop("rank-mismatch", [])
-    _refuse(
-        adapter, "half-a-pair",
-        "has lora_A but no lora_B, or the reverse, so nothing can be computed",
-        [f"{path}: only {', '.join(names)}" for path, names in halves.items()],
-    )  # fmt: skip
-    _refuse(
+    refuse_halves(adapter, halves, "lora_A and lora_B")
+    refuse_modules(
         adapter, "rank-mismatch",
         "has another rank than the config gives; PEFT would not load this. Correct r or "
         "rank_pattern", wrong_ranks,
     )  # fmt: skip
     if not fused:  # which is refused by its config already
-        _check_shapes(adapter, bare.troubles)
+        refuse_shapes(adapter, bare.troubles)
     return set(halves)
-
-
-def _refuse(adapter: Adapter, code: str, what: str, modules: list[str]) -> None:
-    """One notice for all modules with the same trouble; `what` begins with a verb."""
-    if modules:
-        verb, _, rest = what.partition(" ")
-        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{listed(modules)}"
-        adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
 
 
 def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind]:
@@ -228,83 +186,3 @@ def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind
     if f"{path}.base_layer.out_proj" in parts:
         return path, "attention-in"
     return path, "conv" if len(found.tensors["A"].shape) > 2 else "linear"
-
-
-def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, ...]:
-    setting: Any = adapter.config.get("trainable_token_indices")
-    if adapter.peft_type == "TRAINABLE_TOKENS":
-        setting = adapter.config.get("token_indices")
-    if isinstance(setting, dict):
-        setting = next((v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None)
-    count = rows.shape[0] if len(rows.shape) == 2 else 0
-    if not setting or len(setting) != count or len(set(setting)) != count:
-        adapter.notices.append(
-            Notice(
-                "token-indices",
-                f"{counted(count, 'trained token row')}, but trainable_token_indices of the config "
-                f"is {value_text(setting)}.",
-                path,
-                refused=True,
-            )
-        )
-        return ()
-    return tuple(setting)
-
-
-#: Why a pair of shapes makes no product, by code, to follow "1 module".
-_SHAPE_TROUBLES = {
-    "zero3-placeholder": "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
-    "shards were not gathered before saving; the weights are not in this file. Save again from "
-    "the training run",
-    "grouped-convolution": "has a grouped convolution, whose A mixes groups that the weight keeps "
-    "apart, so no merged weight exists",
-    "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
-    "PEFT 0.2",
-    "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
-    "quantised-factors": "holds integers or 8-bit floats, which loratool does not read as numbers; "
-    "save the adapter in float16, bfloat16 or float32",
-    "pair-mismatch": "has factors of different ranks",
-}
-
-
-def _check_placeholders(adapter: Adapter) -> None:
-    """Refuse what is not a factor and holds no values: heads, embeddings, biases, magnitudes."""
-    others = dict(adapter.replaced)
-    others |= {path: rows.rows for path, rows in adapter.token_rows.items()}
-    for module in adapter.modules.values():
-        others |= {t.name: t for t in (module.magnitude, module.bias) if t is not None}
-    empty = [name for name, info in others.items() if 0 in info.shape]
-    if empty:
-        text = (
-            f"{counted(len(empty), 'tensor', 'is')} empty, a placeholder as DeepSpeed ZeRO-3 or "
-            "FSDP leave it when shards were not gathered before saving; the values are not in this "
-            f"file. Save again from the training run:\n{listed(empty)}"
-        )
-        adapter.notices.append(Notice("zero3-placeholder", text, empty[0], refused=True))
-
-
-def _check_shapes(adapter: Adapter, found: dict[str, list[str]]) -> None:
-    """Refuse pairs that do not make a product; name the reason where it is a known one.
-
-    `found` are troubles that are known already, by code.
-    """
-    troubles = {code: [*found.get(code, ())] for code in _SHAPE_TROUBLES}
-    for path, module in adapter.modules.items():
-        a, b = (module.parts[name].shape for name in "AB")
-        code = ""
-        if module.kind == "experts":
-            code = "" if all(t.is_float for t in module.tensors) else "quantised-factors"
-        elif 0 in (*a, *b) or len(a) < 2 or len(b) < 2:
-            code = "zero3-placeholder"
-        elif len(a) > 2 and b[1] != a[0]:
-            code = "grouped-convolution"
-        elif len(b) > 2 and len(a) == 2:
-            code = "enable-lora"
-        elif not all(t.is_float for t in module.parts.values()):
-            code = "quantised-factors"
-        elif not module.is_sound or any(n != 1 for n in b[2:]):
-            code = "pair-mismatch"
-        if code:
-            troubles[code].append(f"{path}: A {list(a)}, B {list(b)}")
-    for code, places in troubles.items():
-        _refuse(adapter, code, _SHAPE_TROUBLES[code], places)

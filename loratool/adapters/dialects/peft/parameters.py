@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.wrappers import Parameter, WrappedPair, Wrappers, packings
 from loratool.adapters.experts import ExpertStack
-from loratool.adapters.expertvalues import Packing
 from loratool.adapters.factors import LowRank
+from loratool.adapters.told import Packing, Scaling
 from loratool.errors import AdapterError
 from loratool.notices import Notice
 from loratool.storage.fields import value_text
@@ -33,8 +33,8 @@ _CARD, _LONGEST_CARD = "README.md", 200_000
 #: A hundred times as many as any model has; each is work.
 _MOST_EXPERTS = 50_000
 
-#: Rank, alpha and scale by the config, of a path.
-Resolve = Callable[[str], tuple[int, float, float]]
+#: Rank and scale by the config, of a path.
+Resolve = Callable[[str], tuple[int, Scaling]]
 
 
 class _Trouble(Exception):
@@ -80,17 +80,19 @@ class BareParameters:
         return True
 
     def _add(self, parameter: Parameter, a: TensorInfo, b: TensorInfo, resolve: Resolve) -> None:
-        rank, alpha, scale = resolve(parameter.path)
+        rank, scaled = resolve(parameter.path)
         experts, packing = _sizes(a.shape, b.shape, rank, self._layout or "rank-major")
         modules = self._adapter.modules
         if parameter.name == "weight" and experts == 1 and len(a.shape) == 2:
             # A layer's weight is that, whether it is targeted as a parameter or not.
             path = parameter.module
-            modules[path] = LowRank(path, "linear", a, b, alpha, scale)
+            modules[path] = LowRank(
+                path, "linear", a, b, scaled.alpha, scaled.scale, scale_from=scaled.origin
+            )
             return
         modules[parameter.path] = ExpertStack(
-            parameter.module, parameter.name, a, b, experts, rank, alpha, scale, packing,
-            self._adapter.config.get("peft_version") or "",
+            parameter.module, parameter.name, a, b, experts, rank, scaled.alpha, scaled.scale,
+            packing, self._adapter.config.get("peft_version") or "", scaled.origin,
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -133,7 +135,7 @@ def _said(adapter: Adapter) -> Packing | None:
     Raises AdapterError where they say different things.
     """
     field = adapter.config.get("lora_B_layout") or ""
-    layout, asked = _LAYOUTS.get(field), adapter.expert_b_layout
+    layout, asked = _LAYOUTS.get(field), adapter.told.expert_b_layout
     if layout and asked and layout != asked:
         raise AdapterError(
             f"{adapter.label}: {ADAPTER_CONFIG} says lora_B_layout {value_text(field)}, but "

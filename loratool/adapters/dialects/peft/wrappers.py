@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from loratool.adapters.dialects.peft.automaton import Automaton, Effort, PatternError
-from loratool.adapters.expertvalues import Packing
+from loratool.adapters.told import Packing
 from loratool.errors import AdapterError
 from loratool.paths import dotted_ends
 from loratool.storage.fields import value_text

@@ -1,0 +1,110 @@
+"""`loratool convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from loratool.adapters.told import Told
+from loratool.cli.options import (
+    base_option,
+    dry_run_option,
+    factor_dtype_option,
+    full_option,
+    json_option,
+    max_rank_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    threads_option,
+)
+from loratool.cli.told import one_told, told_options
+from loratool.storage.destination import Overwrite
+
+
+class _Entry(click.ParamType):  # type: ignore[type-arg]
+    """KEY=VALUE as a pair of texts."""
+
+    name = "entry"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        key, equals, text = str(value).partition("=")
+        if not key or not equals:
+            self.fail(f"{value!r}: write KEY=VALUE.", param, ctx)
+        return key, text
+
+
+@click.command("convert", short_help="Write an adapter in another dialect.")
+@click.argument("adapter")
+@output_option(required=True)
+@click.option(
+    "--to", metavar="DIALECT",
+    help="What to make: peft, mlx, gguf, litgpt or torchtune. [default: what it is already]",
+)  # fmt: skip
+@base_option("The base model, where names, row orders or products depend on it.")
+@factor_dtype_option("Dtype of the factors. [default: their own]")
+@max_rank_option("No module may have more; what would is refused, or cut with --allow-lossy.")
+@click.option("--allow-lossy", is_flag=True, help="Cut to --max-rank, and say what that costs.")
+@click.option(
+    "--set-metadata", multiple=True, type=_Entry(), metavar="KEY=VALUE",
+    help="Put this into the header of the new file; repeatable. Alone it changes nothing else.",
+)  # fmt: skip
+@told_options
+@overwrite_option()
+@dry_run_option("Report what would become of each module; write nothing.")
+@full_option()
+@threads_option()
+@json_option()
+@quiet_option()
+def convert_command(
+    adapter: str,
+    output: str,
+    to: str | None,
+    base: str | None,
+    dtype: str | None,
+    max_rank: int | None,
+    allow_lossy: bool,
+    set_metadata: tuple[tuple[str, str], ...],
+    told: Sequence[Told],
+    overwrite: Overwrite,
+    dry_run: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write an adapter in another dialect, exactly or not at all.
+
+    Reads everything that the other commands read. Each module is exact, rounded
+    (with the largest error), expanded to another rank, or refused; if anything is
+    refused nothing is written. The new file is read again and its products are
+    compared with those of the old one.
+
+    \b
+    Examples:
+      loratool convert mlx-adapter/ --to peft -o adapter/
+      loratool convert adapter/ --to gguf --base base/ -o gguf/
+      loratool convert lora.pth --alpha 16 --base base/ --to peft -o adapter/
+      loratool convert adapter/ --to mlx --dry-run -o mlx/
+      loratool convert adapter/ --set-metadata license=apache-2.0 -o labelled/
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.convert import show_convert
+    from loratool.verbs.convert import convert as run
+
+    with common.progress_bar(not (quiet or as_json), "converting", counted=True) as progress:
+        report = run(
+            adapter, output, to=to, base=base, dtype=dtype, max_rank=max_rank,
+            allow_lossy=allow_lossy, set_metadata=dict(set_metadata),
+            told=one_told(told), overwrite=overwrite, dry_run=dry_run,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_convert(report, full)
+    if not quiet:
+        common.print_warnings(report.warnings)

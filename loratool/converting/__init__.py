@@ -1,0 +1,1 @@
+"""An adapter in another dialect: written, read again, and held against what it was."""

@@ -1,0 +1,241 @@
+"""convert: write an adapter in another dialect, exactly or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.dialects import TARGETS
+from loratool.adapters.dialects.writing import Asked, Draft, Fate
+from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.reading import read_adapter, read_lora
+from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.converting.cutting import note_cuts, within_rank
+from loratool.converting.files import draft_bytes, write_draft
+from loratool.converting.readback import prove
+from loratool.converting.unchanged import unchanged
+from loratool.dtypes import FACTOR_DTYPES, dtype_name
+from loratool.errors import AdapterError, UsageError, explained_os_errors, listed, unknown
+from loratool.merging.provenance import describe_adapter, versions
+from loratool.models.tokenizers import tokenizer_files
+from loratool.notices import Notice, document
+from loratool.storage.destination import (
+    Overwrite,
+    check_output,
+    refuse_company,
+    refuse_full_disk,
+)
+from loratool.storage.filenames import PROVENANCE
+from loratool.storage.ggufwriting import TypedValue
+from loratool.storage.hashing import file_sha256
+from loratool.storage.jsonfile import write_json
+from loratool.storage.links import copy_own, refuse_leading_out
+from loratool.storage.staging import StagedDirectory
+from loratool.streams.progress import Progress
+from loratool.streams.run import Run
+from loratool.verbs.inputs import check_paths, model_at, told_of
+from loratool.words import counted
+
+
+@dataclass
+class ConvertReport:
+    """What became of each module. `error` is the largest ‖BA − B′A′‖/‖BA‖ of any of them, measured
+    from the file that was written; None in a dry run. `bytes` are those of the tensors."""
+
+    adapter: str
+    dialect: str
+    output: str
+    to: str
+    file: str
+    dry_run: bool
+    dtypes: list[str]
+    fates: list[Fate]
+    error: float | None
+    bytes: int
+    warnings: list[Notice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many modules and tensors there are of each outcome."""
+        return dict(Counter(fate.outcome for fate in self.fates))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        return {**document(self, "fates", "warnings"), "counts": self.counts}
+
+
+@explained_os_errors()
+def convert(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    to: str | None = None,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    max_rank: int | None = None,
+    allow_lossy: bool = False,
+    set_metadata: Mapping[str, str] | None = None,
+    told: Told = NOTHING_TOLD,
+    overwrite: Overwrite = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Write an adapter in another dialect. What the dialect has no place for is refused, all of it
+    in one error, before anything is written; what was written is read again and compared.
+
+    Parameters
+    ----------
+    adapter: directory, file or Hub id, of any dialect that loratool reads.
+    output: directory to make; it appears complete or not at all.
+    to: a name in `loratool.adapters.dialects.TARGETS`; the adapter's own dialect if not given.
+    base: the base model, where names, row orders or products depend on it.
+    dtype: "float16", "bfloat16" or "float32" for the factors; their own if not given.
+    max_rank: the largest rank that a module may have in the new file; with `allow_lossy` it is cut
+        to that, else refused.
+    set_metadata: entries of the header of a safetensors file, which replace those of their name.
+    told: what the user says of the adapter, because its file does not; see `merge`.
+    progress: called with (tensors done, tensors in all, key).
+
+    Raises
+    ------
+    UsageError, FileError, AdapterError: what cannot be read, or not written so. ValueRangeError: a
+    value too large for the dtype. VerifyError: what was written is something else. OutputError.
+    """
+    started = time.perf_counter()
+    check_paths([adapter, output], [adapter], "loratool convert ADAPTER --to peft -o OUT")
+    run = Run(threads, progress, overwrite, dry_run)
+    asked = _asked(base, dtype, max_rank, allow_lossy)
+    if to is None and not set_metadata:
+        raise UsageError("Nothing to convert to.", f"Say --to {'|'.join(TARGETS)}.")
+    if to is not None and to not in TARGETS:
+        raise unknown("target", to, TARGETS)
+    (said,) = told_of(told, [adapter])
+    target = Path(output)
+    check_output(target, [Path(adapter)], overwrite)
+    source = read_lora(adapter, said, asked.base)
+    check_output(target, [path.resolve() for path in source.files], overwrite)
+    refuse_company(target, (), overwrite)
+    refuse_not_finite(source)
+    draft = _drafted(source, to, asked, dict(set_metadata or {}))
+    nbytes = draft_bytes(draft)
+    report = ConvertReport(
+        adapter=source.label,
+        dialect=source.format,
+        output=str(target),
+        to=to or source.format,
+        file=draft.weights,
+        dry_run=dry_run,
+        dtypes=sorted({dtype_name(t.dtype) for t in draft.tensors.values()}),
+        fates=draft.fates,
+        error=None,
+        bytes=nbytes,
+        warnings=[*(n for n in source.notices if not n.refused), *draft.notices],
+    )
+    if not dry_run:
+        refuse_full_disk(nbytes, target)
+        options = {
+            "to": report.to, "dtype": dtype, "max_rank": max_rank, "allow_lossy": allow_lossy,
+            "set_metadata": dict(set_metadata or {}),
+        }  # fmt: skip
+        report.warnings += _write(source, draft, asked, target, run, options)
+        report.error = max((fate.error or 0.0 for fate in draft.fates), default=0.0)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _asked(
+    base: str | Path | None, dtype: str | None, max_rank: int | None, allow_lossy: bool
+) -> Asked:
+    if dtype is not None and dtype not in FACTOR_DTYPES:
+        raise unknown("dtype", dtype, FACTOR_DTYPES)
+    if max_rank is not None and max_rank < 1:
+        raise UsageError(f"--max-rank {max_rank} is no rank.", "Give a number above 0.")
+    if allow_lossy and max_rank is None:
+        raise UsageError("--allow-lossy goes with --max-rank.", "Say how large ranks may be.")
+    return Asked(model_at(base), FACTOR_DTYPES[dtype] if dtype else None, max_rank, allow_lossy)
+
+
+def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, str]) -> Draft:
+    """The files to write. Raises AdapterError with all that has no place in them."""
+    reasons = [n for n in source.notices if n.refused]
+    if reasons and to is not None:
+        raise AdapterError(
+            f"{source.label}: this adapter cannot be converted.\n"
+            + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
+            "`loratool inspect` shows what is in it.",
+        )
+    source, cuts = within_rank(source, asked)
+    if to is None or (to == source.format and source.is_plain and not cuts):
+        draft = unchanged(source, asked, metadata)
+    else:
+        draft = TARGETS[to].draft(source, asked)
+        if metadata and draft.container == "torch":
+            raise UsageError(
+                f"--set-metadata: files of {to} have no metadata.",
+                "Omit it, or choose a target in safetensors or GGUF.",
+            )
+        if draft.container == "gguf":
+            draft.metadata |= {key: TypedValue("string", text) for key, text in metadata.items()}
+        else:
+            draft.metadata |= metadata
+    note_cuts(draft, cuts)
+    refused = [f"{fate.what}: {fate.detail}" for fate in draft.fates if fate.outcome == "refused"]
+    if refused:
+        raise AdapterError(
+            f"{source.label}: {counted(len(refused), 'part')} of the adapter cannot be written as "
+            f"{to or source.format}:\n{listed(refused)}",
+            "Nothing was written. `loratool merge` takes all that loratool reads.",
+        )
+    if not draft.tensors:
+        raise AdapterError(f"{source.label}: nothing in it can be written.", "Inspect it first.")
+    return draft
+
+
+def _write(
+    source: Adapter, draft: Draft, asked: Asked, target: Path, run: Run, options: dict[str, Any]
+) -> list[Notice]:
+    """Write the files, read them again, and put them into place. Returns what came up then."""
+    beside = tokenizer_files(source.folder) if source.source.is_dir() else {}
+    beside = {name: path for name, path in beside.items() if name not in draft.documents}
+    refuse_leading_out({**beside, **draft.copies})
+    with StagedDirectory(target, run.overwrite) as stage:
+        write_draft(draft, stage.path, run.threads, run.progress)
+        for name, path in (*beside.items(), *draft.copies.items()):
+            copy_own(path, name, stage.path / name)
+        source.folder.refuse_changed()
+        if draft.is_copy:
+            written = read_adapter(stage.path, source.told, asked.base)
+        else:
+            written = read_lora(stage.path, draft.told, asked.base)
+        prove(draft, written, run.threads)
+        names = (draft.weights, *draft.documents, *draft.copies)
+        write_json(
+            stage.path / PROVENANCE,
+            {
+                "schema_version": 1,
+                "command": "convert",
+                "versions": versions("numpy"),
+                "options": options,
+                "adapters": [
+                    {
+                        **describe_adapter(source, 1.0),
+                        "format": source.format,
+                        "metadata": source.metadata,
+                        "config": source.config,
+                    }
+                ],
+                "result": {
+                    "modules": [fate.__dict__ for fate in draft.fates],
+                    "warnings": [n.code for n in (*source.notices, *draft.notices)],
+                },
+                "files": {name: file_sha256(stage.path / name) for name in names},
+            },
+        )
+        return stage.commit()

@@ -6,6 +6,7 @@ from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialec
 from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.litgpt import Litgpt
 from loratool.adapters.dialects.mlx import Mlx
+from loratool.adapters.dialects.native import Native
 from loratool.adapters.dialects.peft import Peft
 from loratool.adapters.dialects.tinker import Tinker
 from loratool.adapters.dialects.torchtune import Torchtune
@@ -18,10 +19,11 @@ WRITTEN: WritableDialect = Peft()
 DIALECTS: tuple[Dialect, ...] = (
     WRITTEN,
     Mlx(),
-    Torchtune(),
     Litgpt(),
+    Torchtune(),
     Tinker(),
     Hand(),
+    Native(),
 )
 
 #: What adapters can be converted to, by name.

@@ -37,7 +37,9 @@ class StackParts:
     def _naming(self) -> Naming:
         assert self._layout is not None
         wanted = [
-            Wanted(m.weight_name, m.shape, experts=m.experts if isinstance(m, ExpertStack) else None)
+            Wanted(
+                m.weight_name, m.shape, experts=m.experts if isinstance(m, ExpertStack) else None
+            )
             for m in self._adapter.modules.values()
         ]
         return choose_naming(self._layout, wanted)

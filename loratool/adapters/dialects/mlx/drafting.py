@@ -1,4 +1,4 @@
-"""An adapter of any dialect as mlx-lm loads it: one rank, one scale, the experts of a layer stacked.
+"""An adapter of any dialect as mlx-lm loads it: one rank, one scale, experts of a layer stacked.
 
 mlx-lm gives every module of `keys` the rank and the scale of its config, and refuses factors of
 other shapes; `num_layers` -1 and full paths as keys leave the choice to the file
@@ -8,7 +8,7 @@ other shapes; `num_layers` -1 and full paths as keys leave the choice to the fil
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -25,7 +25,8 @@ from loratool.adapters.dialects.stacks import check_experts
 from loratool.adapters.dialects.troubles import refuse_modules
 from loratool.adapters.factors import LowRank
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.layout import Layout
+from loratool.models.layouts.names import is_token_embedding
+from loratool.models.layouts.tying import head_of
 from loratool.storage.composed import joined, member
 from loratool.storage.computed import Array, computed_tensor
 from loratool.storage.tensors import TensorInfo
@@ -69,6 +70,8 @@ class Tinker(Dialect):
             fill_adapter(adapter)
         finally:
             adapter.tensors = own
+        if any(is_token_embedding(m.weight_name) for m in adapter.modules.values()):
+            adapter.declared = replace(adapter.declared, ties_head=True)
         for owner in [p.removesuffix(_QKV[0]) for p in adapter.modules if p.endswith(_QKV[0])]:
             _stack(adapter, owner, _QKV, "in_proj_qkv")
         if base is not None and base.model_type == "nemotron_h":
@@ -97,7 +100,8 @@ def _as_peft(adapter: Adapter, base: Checkpoint | None) -> dict[str, TensorInfo]
     for path, own in modules.items():
         experts = _EXPERTS.fullmatch(path)
         if experts is None:
-            put(_named(adapter, path, base), own)
+            for name in _named(path, base):
+                put(name, own)
             continue
         leaf = leaves.get(experts["leaf"])
         if leaf is None and not _size(own):
@@ -140,19 +144,19 @@ def _experts_of(factors: _Factors) -> int:
     return count if rank == other and min(first, second) in (1, count) and count > 1 else 0
 
 
-def _named(adapter: Adapter, path: str, base: Checkpoint | None) -> str:
-    """The path of a module that is no expert's in the files of the Hub."""
+def _named(path: str, base: Checkpoint | None) -> list[str]:
+    """The paths in the files of the Hub of a module that is no expert's.
+
+    A head that is the embedding's matrix has two: Tinker's own export changes both.
+    """
     if base is not None and base.model_type == "gpt_oss":
         path = re.sub(r"\.attn\.", ".self_attn.", path)
     owner, _, leaf = path.rpartition(".")
     if leaf != "unembed_tokens":
-        return path
-    tied = Layout(base).tied if base is not None else None
-    if tied is None or tied.head_on_disk:
-        return "lm_head"
-    # The matrix is the embedding too, and Tinker's own export changes both.
-    adapter.declared = replace(adapter.declared, ties_head=True)
-    return f"{owner}.embed_tokens"
+        return [path]
+    embedding = f"{owner}.embed_tokens".lstrip(".")
+    is_tied = base is not None and head_of(base, embedding) is not None
+    return ["lm_head", embedding] if is_tied else ["lm_head"]
 
 
 def _stack_mixers(adapter: Adapter, base: Checkpoint) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.mlx.config import (
@@ -13,7 +14,7 @@ from loratool.adapters.dialects.mlx.config import (
     parameters_of,
     scale_of,
 )
-from loratool.adapters.dialects.mlx.names import expert_path, hub_path, is_shifted, why_changed
+from loratool.adapters.dialects.mlx.names import expert_path, hub_name, is_shifted, why_changed
 from loratool.adapters.dialects.stacks import check_experts
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
@@ -25,7 +26,9 @@ from loratool.adapters.dialects.troubles import (
 )
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import scaling
-from loratool.models.layouts.names import CONV1D, is_lookup
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.names import CONV1D, is_lookup, is_token_embedding
+from loratool.models.layouts.tying import head_of
 from loratool.notices import Notice
 from loratool.storage.composed import member, transposed, view
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -43,8 +46,9 @@ _Parts = dict[str, TensorInfo]
 _Pair = tuple[str, Kind, TensorInfo, TensorInfo, TensorInfo | None]
 
 
-def read_factors(adapter: Adapter, model_type: str) -> None:
+def read_factors(adapter: Adapter, base: Checkpoint | None) -> None:
     """Fill `modules` with pairs, and `replaced` with what was trained whole beside them."""
+    model_type = base.model_type if base is not None else ""
     scale, why = scale_of(adapter.config)
     halves = {}
     troubles: dict[str, list[str]] = defaultdict(list)
@@ -67,6 +71,7 @@ def read_factors(adapter: Adapter, model_type: str) -> None:
             adapter.modules[own] = LowRank(
                 own, kind, a, b, said.alpha, said.scale, magnitude, scale_from=said.origin
             )
+    _mirror(adapter, base)
     refuse_halves(adapter, halves, "lora_a and lora_b")
     refuse_shapes(adapter, troubles)
     refuse_empty(adapter)
@@ -132,7 +137,7 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
             own = expert_path(path, expert, model_type)
             yield str(own), "linear", member(stack, expert), member(b, expert), None
         return
-    path = hub_path(path, model_type)
+    path = hub_name(path, model_type)
     if not is_lookup(path):
         yield path, "linear", transposed(a), transposed(b), magnitude
     elif magnitude is None:
@@ -141,6 +146,25 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
         # Its magnitudes are of tokens, those of an embedding in PEFT are of the columns. As a layer
         # whose rows are tokens, with Δ = lora_a·lora_b, it is what MLX computes.
         yield path, "linear", b, a, magnitude
+
+
+def _mirror(adapter: Adapter, base: Checkpoint | None) -> None:
+    """Change the head along with an embedding that is the same matrix, as MLX does."""
+    for path, module in list(adapter.modules.items()):
+        if not is_token_embedding(f"{path}.weight") or not isinstance(module, LowRank):
+            continue
+        if base is None:
+            text = (
+                "MLX changes an output head along with the token embedding where both are one "
+                "matrix (tie_word_embeddings). --base says whether they are."
+            )
+            adapter.notices.append(Notice("tied-embedding", text, path))
+        elif (head := head_of(base, path)) is not None and head not in adapter.modules:
+            a, b = module.a, module.b
+            if module.kind == "embedding":
+                a, b = transposed(b), transposed(a)
+            adapter.modules[head] = replace(module, path=head, kind="linear", a=a, b=b)
+            adapter.declared = replace(adapter.declared, ties_head=True)
 
 
 def _unfolded(a: TensorInfo, rank: int) -> TensorInfo:
@@ -163,7 +187,7 @@ def _replace(adapter: Adapter, name: str, model_type: str) -> None:
     else:
         if len(info.shape) == 2 and re.search(CONV1D.get(model_type, "$^"), path):
             info = transposed(info)  # mlx-lm keeps it as a linear layer's
-        new = {f"{hub_path(path, model_type)}.{leaf}": info}
+        new = {f"{hub_name(path, model_type)}.{leaf}": info}
     if new.keys() & adapter.replaced.keys():
         adapter.unknown.append(name)
     else:

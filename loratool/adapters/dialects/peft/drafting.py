@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.dialects.drafting import low_rank, known_scale
+from loratool.adapters.dialects.drafting import known_scale, low_rank
 from loratool.adapters.dialects.peft import names
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.adapters.dialects.peft.targets import extracted_config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
 from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.litgpt import Litgpt
+from loratool.adapters.dialects.loralib import Loralib
 from loratool.adapters.dialects.mlx import Mlx
 from loratool.adapters.dialects.peft import Peft
 from loratool.adapters.dialects.tinker import Tinker
@@ -22,6 +23,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Litgpt(),
     Tinker(),
     Hand(),
+    Loralib(),
 )
 
 #: What adapters can be converted to, by name.

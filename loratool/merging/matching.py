@@ -7,6 +7,7 @@ reason. It computes nothing and refuses nothing that is merely absent: `merge` r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def match(adapter: Adapter, layout: Layout) -> Match:
     wanted += [
         Wanted(function.weight_name, function.shape)
         for function in adapter.functions.values()
-        if function.shape is not None
+        if function.shape is not None and not function.optional
     ]
     wanted += [
         Wanted(f"{path}.weight", rows.rows.shape, whole=True)
@@ -209,7 +210,10 @@ def _add_targets(
 def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
     """Why the module's delta does not fit its place; "" where it does."""
     stored, outline = target.shape, module.outline
-    if module.kind == "conv":
+    if outline.flat and len(stored) > 2:
+        wanted: tuple[int, ...] = module.shape
+        fits = (stored[0], math.prod(stored[1:])) == wanted
+    elif module.kind == "conv":
         wanted = (outline.out, *outline.inner)
         if len(stored) == len(wanted) and stored[1] != wanted[1]:
             factor = [module.rank, *outline.inner]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 #: The config of a model, and the file that says which tensor lies in which shard.
 CONFIG = "config.json"
@@ -15,18 +16,19 @@ MODEL = "model.safetensors"
 #: (modeling_utils.py, `_get_resolved_checkpoint_files`).
 MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-#: Adapters as litgpt saves them, beside the model that it has merged; and as torchtune does, beside
-#: its export for PEFT.
-LITGPT = "lit_model.pth.lora"
-LITGPT_MERGED = "lit_model.pth"
-TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
+    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
+    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
+    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
 
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (
-    ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
-)  # fmt: skip
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
+    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
+    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
+    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
@@ -97,15 +99,22 @@ BEFORE = "before"
 #: What systems leave in every folder that somebody looks into, or downloads.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
-    rf"|adapters\.safetensors|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
+    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
+    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
+    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
     r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 
 
+def needs_index(shards: Iterable[str]) -> bool:
+    """Whether an index must say which tensor of a model lies in which of its files."""
+    return list(shards) not in ([MODEL], [NATIVE])
+
+
 def is_of_a_model(name: str) -> bool:
     """Whether a file by this relative path is a usual part of a model or of an adapter."""
-    named = {CONFIG, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}
+    named = {CONFIG, PARAMS, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}
     return name in named or any(
         pattern.fullmatch(name)
         for pattern in (_OF_A_MODEL, TOKENIZER, PROCESSOR, GENERATION, LEGAL)

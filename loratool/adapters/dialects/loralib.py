@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.hand.fused import is_of_loralib
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
 from loratool.models.checkpoint import Checkpoint
 
@@ -23,6 +24,9 @@ class Loralib(Dialect):
 
     def claims(self, evidence: Evidence) -> str | None:
         return "a state dict of loralib" if is_of_loralib(evidence) else None
+
+    def accepts(self, evidence: Evidence) -> bool:
+        return is_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         fill_hand_written(adapter, base, only="BA")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.models.layouts.names import is_label_head, is_token_embedding
+from loratool.models.layouts.native import NATIVE_NAMES
 from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
@@ -57,6 +58,15 @@ _BY_CLASS = {
     "ForImageClassification": Use("AutoModelForImageClassification", "image-classification", False),
     "ForSpeechSeq2Seq": Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", False),
 }
+#: What loads the dialects that are not PEFT's, and its command line.
+_PROGRAMS = {
+    "mlx": ("mlx-lm", "mlx_lm.generate --model {base} --adapter-path {place} --prompt Hello"),
+    "gguf": ("llama.cpp", "llama-cli -m base.gguf --lora {place}/{file} -p Hello"),
+    "litgpt": ("litgpt", ""),
+    "torchtune": ("torchtune", ""),
+    "tinker": ("Tinker", ""),
+}
+
 #: Modules of a model that sees, and the decoder of a model that writes.
 _VISION = re.compile(r"(^|\.)(visual|vision_\w+|language_model|mm_projector)(\.|$)")
 _DECODER = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h|blocks)\.\d")
@@ -66,7 +76,7 @@ def use_of(facts: Facts) -> Use | None:
     """How the model is loaded; None where nothing tells, or where transformers cannot."""
     if facts.model is not None:
         config = facts.model.config
-        if not (config.get("model_type") or config.get("architectures")):
+        if not (config.get("model_type") or config.get("architectures")) or NATIVE_NAMES in config:
             return None
         named = texts(config.get("architectures"))
         found = _by_class(named[0] if named else "", facts.model.model_type)
@@ -143,6 +153,8 @@ def _model_usage(facts: Facts, place: str) -> str:
 
 def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     use = use_of(facts)
+    if adapter.format in _PROGRAMS:
+        return _of_other_programs(facts, adapter, place)
     if not adapter.declared.library:
         return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
     if use is None:
@@ -180,6 +192,19 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     return _fenced("python", lines)
 
 
+def _of_other_programs(facts: Facts, adapter: Adapter, place: str) -> str:
+    program, line = _PROGRAMS[adapter.format]
+    convert = shlex.join(["loratool", "convert", place, "--to", "peft", "-o", "adapter"])
+    text = f"{program} loads it as it is"
+    if line:
+        names = {"base": facts.base or "path/to/base", "place": place, "file": adapter.weights.name}
+        command = shlex.join([part.format(**names) for part in line.split()])
+        text += f":\n\n{_fenced('sh', [command])}\n\nPEFT does not"
+    else:
+        text += ", and PEFT does not"
+    return f"{text}; this makes an adapter for PEFT of it:\n\n{_fenced('sh', [convert])}"
+
+
 def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
     """The number of rows of a tensor that the adapter brings whole."""
     found = [info for key, info in adapter.replaced.items() if fits(key)]
@@ -188,7 +213,8 @@ def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
 
 def _merge_line(facts: Facts, adapter: Adapter, place: str) -> str:
     refused = any(notice.refused for notice in adapter.notices)
-    if not adapter.is_read or not adapter.declared.library or refused:
+    known = adapter.declared.library or adapter.format in _PROGRAMS
+    if not adapter.is_read or not known or refused:
         return ""
     base = "path/to/base"
     if facts.base:

@@ -23,5 +23,8 @@ class Hand(Dialect):
             return None
         return "a state dict of hand-written LoRA"
 
+    def accepts(self, evidence: Evidence) -> bool:
+        return is_hand_written(evidence)
+
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         fill_hand_written(adapter, base)

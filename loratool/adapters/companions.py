@@ -16,7 +16,10 @@ from loratool.models.carried import sentence_parts
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_ENTRIES,
+    LITGPT,
+    LITGPT_MERGED,
     OF_A_RUN,
+    TORCHTUNE,
     VALUE_HEAD,
     WEIGHTS_SUFFIXES,
 )
@@ -63,6 +66,8 @@ def read_companions(
     for name in _weights_in(folder):
         if name in read or OF_A_RUN.fullmatch(name):
             continue
+        if _of_the_same(entry, name):
+            continue
         if _TRAINED.fullmatch(name):
             _take(found, folder, name, held)
         elif VALUE_HEAD.fullmatch(name):
@@ -78,6 +83,13 @@ def read_companions(
         )
         found.notices.append(Notice("weights-beside", text, str(folder.path)))
     return found
+
+
+def _of_the_same(entry: str, name: str) -> bool:
+    """Whether a file is made of the adapter in `entry`: what litgpt merged, torchtune's export."""
+    return (entry, name) == (LITGPT, LITGPT_MERGED) or (
+        TORCHTUNE.fullmatch(entry) is not None and name in ADAPTER_ENTRIES
+    )
 
 
 def _weights_in(folder: Folder) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.companions import is_companion
+from loratool.adapters.dialects.torchtune import is_original_of
 from loratool.errors import FileError, listed
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -15,6 +17,7 @@ from loratool.storage.filenames import (
     ADAPTER_INDICES,
     INDEX,
     SHARD,
+    TORCHTUNE,
     WEIGHTS_SUFFIXES,
 )
 from loratool.storage.folder import CachedFolder, Folder
@@ -140,9 +143,12 @@ def _find(folder: Folder, source: str | Path) -> str:
 
 def _usual(folder: Folder) -> str | None:
     """The entry of an adapter by the names that adapters usually have; None without one."""
+    of_torchtune = [name for name in folder.names(depth=0) if TORCHTUNE.fullmatch(name)]
     for name in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
         if folder.has(name):
-            return name
+            return _exported_from(folder, name, of_torchtune) or name
+    if len(of_torchtune) == 1:
+        return of_torchtune[0]
     named = folder.has(ADAPTER_CONFIG)
     for index in (INDEX, "pytorch_model.bin.index.json") if named else ():
         # A trainer that saves "the model" in shards names an adapter's like a model's.
@@ -150,6 +156,17 @@ def _usual(folder: Folder) -> str | None:
         if isinstance(weight_map, dict) and any("lora_" in str(key) for key in weight_map):
             return index
     return _first_shard(folder.names(depth=0), "" if named else "adapter")
+
+
+def _exported_from(folder: Folder, entry: str, candidates: list[str]) -> str | None:
+    """The one of torchtune's files that `entry` is its export of; None where it is no export."""
+    exported = read_contents(folder, entry).tensors if candidates else {}
+    folder.fetch([entry] * bool(candidates))
+    for name in candidates:
+        with suppress(FileError):  # a damaged file is no reason to refuse the other one
+            if is_original_of(read_contents(folder, name).tensors, exported):
+                return name
+    return None
 
 
 def _first_shard(names: list[str], stem: str) -> str | None:

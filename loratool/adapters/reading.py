@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratool.adapters.adapter import Adapter, Declared
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.companions import read_companions
 from loratool.adapters.dialects import WRITTEN, claimed_by
 from loratool.adapters.dialects.dialect import Evidence
@@ -16,7 +16,6 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, ADAPTER_INDICES, SHARD
 from loratool.storage.hub.folder import locate
-from loratool.storage.jsonfile import read_json
 
 
 def read_adapter(
@@ -77,19 +76,6 @@ def _note_part(adapter: Adapter, file: str) -> None:
             f"Give its directory, with all shards in it: {adapter.folder.path}."
         )
         adapter.notices.append(Notice("one-shard", text, file, refused=True))
-
-
-def declared_in(folder: Path) -> Declared:
-    """What the config in a folder of this disk declares, whatever lies beside it.
-
-    Raises FileError for one that is no JSON, AdapterError for a field of a wrong type.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        return Declared()
-    config = read_json(path)
-    WRITTEN.check(config, path)
-    return WRITTEN.declared(config)
 
 
 def read_lora(

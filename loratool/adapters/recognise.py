@@ -57,6 +57,8 @@ _FOREIGN: list[Rule] = [
 ]  # fmt: skip
 
 _RULES: list[Rule] = [
+    ("megatron", "an adapter of Megatron or NeMo as it trains them; export it there to PEFT's form",
+     _any(r"\.adapter\.((adapter|linear)_\w+\.)?linear_(in|out)\.weight$")),
     ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",
      _any(r"\.lora[._](down|up)")),
     ("positional", "low-rank factors named by position only (as SAM-LoRA scripts save them)",

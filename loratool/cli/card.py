@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import base_id_option, dry_run_option, json_option, quiet_option
+from loratool.cli.told import one_told, told_options
 
 
 @click.command("card", short_help="Write the model card of an adapter or a merged model.")
@@ -14,6 +18,7 @@ from loratool.cli.options import base_id_option, dry_run_option, json_option, qu
     help="Where it will be on the Hub; the card's code loads it from there.",
 )  # fmt: skip
 @base_id_option()
+@told_options
 @dry_run_option("Print the card; write nothing.")
 @json_option()
 @quiet_option()
@@ -21,6 +26,7 @@ def card_command(
     path: str,
     repo_id: str | None,
     base: str | None,
+    told: Sequence[Told],
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -42,7 +48,7 @@ def card_command(
     from loratool.rendering.card import show_card
     from loratool.verbs.card import card
 
-    report = card(path, repo_id=repo_id, base=base, dry_run=dry_run)
+    report = card(path, repo_id=repo_id, base=base, told=one_told(told), dry_run=dry_run)
     if as_json:
         common.print_json(report.to_dict())
         return

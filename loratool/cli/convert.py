@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_option,
     dry_run_option,
@@ -19,7 +19,7 @@ from loratool.cli.options import (
     quiet_option,
     threads_option,
 )
-from loratool.cli.told import told_options
+from loratool.cli.told import one_told, told_options
 from loratool.storage.destination import Overwrite
 
 
@@ -99,7 +99,7 @@ def convert_command(
         report = run(
             adapter, output, to=to, base=base, dtype=dtype, max_rank=max_rank,
             allow_lossy=allow_lossy, set_metadata=dict(set_metadata),
-            told=told[0] if told else NOTHING_TOLD, overwrite=overwrite, dry_run=dry_run,
+            told=one_told(told), overwrite=overwrite, dry_run=dry_run,
             threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

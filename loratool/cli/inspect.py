@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_option,
     components_option,
@@ -18,7 +18,7 @@ from loratool.cli.options import (
     quiet_option,
     spectrum_option,
 )
-from loratool.cli.told import told_options
+from loratool.cli.told import one_told, told_options
 
 
 @click.command("inspect", short_help="Show what is in an adapter.")
@@ -72,7 +72,7 @@ def inspect_command(
 
     report = run(
         source, base=base, components=components, spectrum=spectrum, norms=norms, layers=layers,
-        include=include, told=told[0] if told else NOTHING_TOLD, expert_b_layout=expert_b_layout,
+        include=include, told=one_told(told), expert_b_layout=expert_b_layout,
     )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
+from loratool.adapters.told import Told
 from loratool.cli.options import (
     base_id_option,
     dry_run_option,
@@ -13,6 +16,7 @@ from loratool.cli.options import (
     private_option,
     quiet_option,
 )
+from loratool.cli.told import one_told, told_options
 
 
 @click.command("push", short_help="Upload an adapter or a merged model to the Hub.")
@@ -23,6 +27,7 @@ from loratool.cli.options import (
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("-m", "--message", metavar="TEXT", help="Message of the commit.")
 @base_id_option()
+@told_options
 @include_option(
     "Upload these files though they look like secrets or training files, or are links out of "
     "PATH; may be repeated."
@@ -39,6 +44,7 @@ def push_command(
     create_pr: bool,
     message: str | None,
     base: str | None,
+    told: Sequence[Told],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
@@ -68,7 +74,7 @@ def push_command(
 
     report = push(
         path, repo_id, private=private, revision=revision, create_pr=create_pr, message=message,
-        base=base, include=include, exclude=exclude, dry_run=dry_run,
+        base=base, told=one_told(told), include=include, exclude=exclude, dry_run=dry_run,
     )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from loratool.adapters.told import COMPOSITIONS, PRODUCTS, Told
+from loratool.adapters.told import COMPOSITIONS, NOTHING_TOLD, PRODUCTS, Told
 
 _T = TypeVar("_T")
 
@@ -123,3 +123,8 @@ def _spread(name: str, values: Sequence[_T], count: int) -> Sequence[_T | None]:
             "all, or once per adapter, in their order."
         )
     return values
+
+
+def one_told(told: Sequence[Told]) -> Told:
+    """What is said of the only adapter."""
+    return told[0] if told else NOTHING_TOLD

@@ -7,17 +7,17 @@ where both have the same rank, which is exactly zero for what is written exactly
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.drafting import scale_of
+from loratool.adapters.dialects.drafting import known_scale
 from loratool.adapters.dialects.writing import Draft, Fate
 from loratool.adapters.factors import Factors, Matrix
 from loratool.errors import VerifyError, listed
-from loratool.linalg.spectrum import gram
+from loratool.storage.computed import Array
 from loratool.storage.tensors import FilePool, TensorInfo
 from loratool.storage.values import read_float32, same_bytes, same_values
 from loratool.streams.threads import computed
@@ -127,26 +127,52 @@ def _difference(old: Factors, new: Factors, files: FilePool) -> float:
     one, other = old.left_right(files), new.left_right(files)
     if one is None or other is None or old.shape != new.shape:
         return math.inf
-    return relative_difference(one, scale_of(old), other, scale_of(new))
+    return relative_difference(one, known_scale(old), other, known_scale(new))
 
 
 def relative_difference(
     one: tuple[Matrix, Matrix], scale: float, other: tuple[Matrix, Matrix], new_scale: float
 ) -> float:
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
+    if scale == new_scale and all(map(np.array_equal, one, other)):
+        return 0.0
     rank = max(len(one[1]), len(other[1]))
-    b, a = _scaled(one, scale, rank)
-    new_b, new_a = _scaled(other, new_scale, rank)
-    size = float(np.sum(gram(b.T) * gram(a)))
-    off_b = gram(np.concatenate([new_b.T - b.T, new_b.T]))
-    off_a = gram(np.concatenate([a, new_a - a]))
-    off = math.sqrt(max(0.0, float(np.sum(off_b * off_a))))
-    return off / math.sqrt(size) if size > 0 else (0.0 if off == 0 else math.inf)
+    factor = new_scale / scale
+    # A power of two changes no digit, so float32 holds the difference of what it held.
+    wide = np.float32 if math.frexp(abs(factor))[0] == 0.5 else np.float64
+    b, a = _padded(one[0], rank, 1).astype(wide, copy=False), _padded(one[1], rank, 0)
+    new_b, new_a = _padded(other[0], rank, 1) * wide(factor), _padded(other[1], rank, 0)
+    off_b, off_a = new_b - b, new_a - a
+    if not off_b.any() and not off_a.any():
+        return 0.0
+    # Δ' - Δ = [δB B']·[A; δA], whose Gram matrices have nothing to cancel.
+    size = _norm([b], [a])
+    off = _norm([off_b, new_b], [a, off_a])
+    return off / size if size > 0 else math.inf
 
 
-def _scaled(
-    pair: tuple[Matrix, Matrix], scale: float, rank: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    b, a = (part.astype(np.float64) for part in pair)
-    more = rank - len(a)
-    return np.pad(b * scale, [(0, 0), (0, more)]), np.pad(a, [(0, more), (0, 0)])
+def _padded(factor: Matrix, rank: int, axis: int) -> Matrix:
+    more = rank - factor.shape[axis]
+    return np.pad(factor, [(0, more if i == axis else 0) for i in (0, 1)]) if more else factor
+
+
+def _norm(left: Sequence[Array], right: Sequence[Array]) -> float:
+    """‖[L₁ L₂ …]·[R₁; R₂; …]‖. Float32 is enough for a norm, of parts that are near 1."""
+    units, sizes = zip(*(_unit(part) for part in (*left, *right)), strict=True)
+    count = len(left)
+    total = 0.0
+    for i in range(count):
+        for j in range(count):
+            k, m = count + i, count + j
+            inner_b = (units[i].T @ units[j]).astype(np.float64) * (sizes[i] * sizes[j])
+            inner_a = (units[k] @ units[m].T).astype(np.float64) * (sizes[k] * sizes[m])
+            total += float(np.sum(inner_b * inner_a))
+    return math.sqrt(max(0.0, total))
+
+
+def _unit(part: Array) -> tuple[Matrix, float]:
+    """A part in float32 and what it was divided by, so that no square leaves the range."""
+    size = float(max(part.max(initial=0.0), -part.min(initial=0.0)))
+    if size == 0 or 1e-9 < size < 1e9:
+        return part.astype(np.float32, copy=False), 1.0
+    return (part / size).astype(np.float32), size

@@ -13,6 +13,7 @@ from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, UsageError, listed
+from loratool.merging.frozen import refuse_other_frozen
 from loratool.merging.initial import takings
 from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
@@ -70,7 +71,8 @@ def build_plan(
     plan.notices += layout.notices
     _refuse_unmatched(plan, matches)
     _refuse_chained(plan, matches)
-    _refuse_other_frozen(matches, layout)
+    if not as_it_is:
+        refuse_other_frozen(matches, layout)
     edits, added = _collect(plan, matches, layout)
     if not as_it_is:
         for taken in takings(plan, matches, layout, edits):
@@ -154,24 +156,6 @@ def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
                     f"{other.adapter.label} both change it, and the result depends on the order.",
                     "Merge one, then the other into the result.",
                 )
-
-
-def _refuse_other_frozen(matches: list[Match], layout: Layout) -> None:
-    """Raise MatchError where weights of the base that lie in an adapter's file are not this base's:
-    it was trained on another one, or they were trained too."""
-    for found in matches:
-        other = []
-        for name, info in found.adapter.frozen.items():
-            held = layout.tensor_of(found.naming(name))
-            if held is not None and not same_values(held, info):
-                other.append(f"{info.name}: {held.name} of the base has other values")
-        if other:
-            raise MatchError(
-                f"{found.adapter.label}: the file holds {counted(len(other), 'weight')} of a base "
-                f"that are not those of {layout.base.label}:\n{listed(other)}",
-                "It was trained on another base, or these were trained or merged too. Give the "
-                "base that it was trained on.",
-            )
 
 
 def _collect(

@@ -145,10 +145,17 @@ def _change_alike(plan: Plan, embedding: Edits, head: Edits) -> bool:
         return False
     for ours, theirs in zip(embedding.deltas, head.deltas, strict=True):
         one_pair, other_pair = ours.factors.left_right(), theirs.factors.left_right()
-        # A DoRA magnitude belongs to a dimension here and to a token there.
-        if ours.scale != theirs.scale or not ours.factors.adds or not one_pair or not other_pair:
+        if ours.scale != theirs.scale or not one_pair or not other_pair:
             return False
         (b, a), (b_head, a_head) = one_pair, other_pair
-        if not (np.array_equal(a_head, b.T) and np.array_equal(b_head, a.T)):
+        if ours.place.transposed:
+            # A DoRA magnitude belongs to a dimension here and to a token there.
+            if not (ours.factors.adds and theirs.factors.adds):
+                return False
+            a, b = b.T, a.T
+        if not (np.array_equal(a_head, a) and np.array_equal(b_head, b)):
+            return False
+        magnitudes = ours.factors.magnitude, theirs.factors.magnitude
+        if magnitudes[0] is not magnitudes[1]:
             return False
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from loratool.storage.composed import rows_reordered
 from loratool.storage.fields import is_count
@@ -48,7 +48,7 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     return Heads(query, kv, size) if _is_positive(kv) and _is_positive(size) else None
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: Any) -> TypeGuard[int]:
     return is_count(value) and value > 0
 
 

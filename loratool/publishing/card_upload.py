@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import FileError, LoraToolError, PushError, UsageError
 from loratool.notices import Notice
 from loratool.publishing.cards.document import Licence, base_of, make_card
@@ -33,18 +34,20 @@ def card_of(
     repo_id: str | None,
     base: str | None = None,
     patience: float | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> tuple[str, Fate, list[Notice]]:
     """The card of `folder`, what became of `text`, and what is to be said of it.
 
     `text` is the card that is there already, `base` the Hub id of the base where the folder does
-    not tell. The licence is looked up on the Hub, for `patience` seconds.
+    not tell, `told` what a user says of an adapter. The licence is looked up on the Hub, for
+    `patience` seconds.
     """
     if base is not None and hub_id(base) is None:
         raise UsageError(f"{base!r} is not the id of a model on the Hub.", "Ids are org/name.")
     read_metadata(text or "")  # before the Hub is asked for anything: is it valid?
-    known = base or base_of(folder)
+    known = base or base_of(folder, told)
     licence, why = _licence_within(known, patience) if known else (None, "")
-    card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence)
+    card = make_card(folder, text, repo_id=repo_id, base_model=base, licence=licence, told=told)
     fate: Fate = "made" if text is None else "kept" if card == text else "completed"
     notices = _note_base(folder) if known is None else []
     if licence is None and not _names_licence(card):
@@ -60,6 +63,7 @@ def card_upload(
     files: Sequence[str] = (),
     chosen: bool = False,
     base: str | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> tuple[Upload, Fate, list[Notice]]:
     """README.md as it goes up: of the folder or of the repository, completed; or a new one.
 
@@ -69,9 +73,9 @@ def card_upload(
     own = as_text(_beginning(folder / README)) if README in files else None
     there = as_text(target.read(README)) if README in target.files else None
     text = there if own is None else own
-    card, fate, notices = card_of(folder, text, target.repo, base)
+    card, fate, notices = card_of(folder, text, target.repo, base, told=told)
     if own is not None and there is not None and not chosen:
-        theirs, _, _ = card_of(folder, there, target.repo, base)
+        theirs, _, _ = card_of(folder, there, target.repo, base, told=told)
         if _lines(theirs) != _lines(card):
             raise PushError(
                 f"{README} in {folder} says something else than the one in {target.repo}.",

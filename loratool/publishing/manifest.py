@@ -14,7 +14,7 @@ from typing import Literal
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.finite import refuse_not_finite
-from loratool.adapters.reading import read_adapter
+from loratool.adapters.told import ASKS, NOTHING_TOLD, Told
 from loratool.errors import FileError, PushError, UsageError, listed, nearest
 from loratool.models.carried import carried_files
 from loratool.models.checkpoint import open_checkpoint
@@ -26,6 +26,7 @@ from loratool.models.tokenizers import (
     tokenizer_files,
 )
 from loratool.notices import Notice
+from loratool.publishing.contents import adapter_in
 from loratool.publishing.secrets import why_secret
 from loratool.storage.fields import TEXT, check_fields, table_of
 from loratool.storage.filenames import (
@@ -82,9 +83,15 @@ class Manifest:
         return dict(record.get("shards") or record.get("files") or {})
 
 
-def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Manifest:
+def pack(
+    path: Path,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    told: Told = NOTHING_TOLD,
+) -> Manifest:
     """Choose what of an adapter or a model in `path` goes up.
 
+    `told` is what a user says of an adapter.
     `include` are globs of files that go up though they look as if they should not; `exclude` are
     globs of files that stay here.
 
@@ -92,9 +99,7 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     training run; FileError and AdapterError for weights that cannot be read.
     """
     folder = _open(path)
-    kind: Literal["adapter", "model"] = "model"
-    if folder.has(ADAPTER_CONFIG) or any(folder.has(name) for name in ADAPTER_ENTRIES):
-        kind = "adapter"
+    adapter = adapter_in(path, told)
     files: list[str] = []
     left_out: list[str] = []
     out = []
@@ -107,9 +112,9 @@ def pack(path: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -
     for pattern in (*include, *exclude):
         if not any(_matches(name, [pattern]) for name in (*files, *left_out)):
             raise UsageError(f"{pattern!r} matches no file in {path}.", "Check the pattern.")
-    manifest = Manifest(folder, kind, files, left_out)
+    manifest = Manifest(folder, "adapter" if adapter else "model", files, left_out)
     _refuse_broken(manifest)
-    _refuse_incomplete(manifest)
+    _refuse_incomplete(manifest, adapter)
     _leave_links(manifest, out)
     _refuse_left_behind(manifest)
     asked = [name for name in files if not _matches(name, include)]
@@ -152,12 +157,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(way, p) or fnmatchcase(way, p + "/") for way in ways for p in patterns)
 
 
-def _refuse_incomplete(manifest: Manifest) -> None:
+def _refuse_incomplete(manifest: Manifest, adapter: Adapter | None) -> None:
     """Raise where the weights are not all there, or not fit for use."""
     path = manifest.folder.path
-    if manifest.kind == "adapter":
-        adapter = read_adapter(path)
-        refused = [n.message for n in adapter.notices if n.refused]
+    if adapter is not None:
+        # What somebody can say to whoever loads it is no fault of the file.
+        refused = [n.message for n in adapter.notices if n.refused and n.code not in ASKS]
         if adapter.is_read and refused:
             raise PushError(
                 f"{path}: an adapter that cannot be loaded as it is:\n{listed(refused)}",
@@ -166,7 +171,8 @@ def _refuse_incomplete(manifest: Manifest) -> None:
         if adapter.is_read:
             refuse_not_finite(adapter)
         held = {str(file.relative_to(path)) for file in (adapter.weights, *adapter.files)}
-        manifest.needed = {*held, ADAPTER_CONFIG, *carried_files(manifest.folder)}
+        config = {ADAPTER_CONFIG} if manifest.folder.has(ADAPTER_CONFIG) else set()
+        manifest.needed = {*held, *config, *carried_files(manifest.folder)}
         manifest.notices += note_ids_without_rows(
             tokenizer_files(manifest.folder), _embeddings(adapter.replaced)
         )

@@ -23,16 +23,19 @@ NATIVE_ENTRIES = (NATIVE, "consolidated.safetensors.index.json", "consolidated.0
 #: One of the parts that Meta's models are in for several GPUs.
 NATIVE_PART = re.compile(r"consolidated\.(?P<number>\d\d)\.pth")
 
+#: Adapters as litgpt saves them, beside the model that it has merged; and as torchtune does, beside
+#: its export for PEFT.
+LITGPT = "lit_model.pth.lora"
+LITGPT_MERGED = "lit_model.pth"
+TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
+
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (
-    ADAPTER_MODEL,
-    "adapter_model.bin",
-    "adapters.safetensors",
-    "adapters.npz",
+    ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
     "lora.safetensors",
-)
+)  # fmt: skip
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 
@@ -76,7 +79,7 @@ OF_A_RUN = re.compile(
     r"|.*_(optim_states|model_states|rng_state)\.pt|.*\.distcp|\d{7}_adapters\.(safetensors|npz)"
 )
 
-#: Endings of files that torch pickles; litgpt calls an adapter `lit_model.pth.lora`.
+#: Endings of files that torch pickles; the last is that of litgpt's adapters.
 TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".lora"})
 #: Of zip archives of NumPy arrays, and of the container of llama.cpp.
 NPZ_SUFFIX = ".npz"
@@ -103,8 +106,9 @@ BEFORE = "before"
 #: What systems leave in every folder that somebody looks into, or downloads.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors|.*\.(safetensors|bin)\.index\.json"
-    rf"|adapters\.safetensors|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
+    rf"|adapters\.safetensors|(consolidated|lora)\.safetensors|{TORCHTUNE.pattern}"
+    rf"|{re.escape(LITGPT)}|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
     r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 

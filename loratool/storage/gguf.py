@@ -14,8 +14,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
 from loratool.errors import FileError, TruncatedError
 from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, MOST_AXES, Cursor, Malformed
 from loratool.storage.ggml import BLOCKS, PLAIN, in_blocks
@@ -46,9 +44,10 @@ _MOST_ELEMENTS = 2_000_000
 #: Arrays inside each other. No known key has even two.
 _DEEPEST = 4
 
-#: The least bytes that a value, and a tensor, takes in the header.
-_LEAST_VALUE = 8 + 4 + 1
-_LEAST_TENSOR = 8 + 4 + 4 + 8
+#: Tensors, and values, of one file: four times the most that `LONGEST_LIST` stands for, and far
+#: more than there are keys.
+_MOST_TENSORS = 600_000
+_MOST_VALUES = 100_000
 
 _REFETCH = "Fetch the file again; it is not a complete GGUF file."
 _CONVERT = "Convert the adapter again with a llama.cpp of today."
@@ -105,8 +104,8 @@ class _Header:
 
     def parse(self, size: int) -> GgufFile:
         self._check_version()
-        tensors = self._count("tensors", _LEAST_TENSOR)
-        values = self._count("values", _LEAST_VALUE)
+        tensors = self._count("tensors", _MOST_TENSORS)
+        values = self._count("values", _MOST_VALUES)
         known: dict[str, Any] = {}
         for _ in range(values):
             key = self._name()
@@ -136,10 +135,10 @@ class _Header:
                 f"{self._path}: a GGUF file of version {version}; 2 and 3 are read.", _CONVERT
             )
 
-    def _count(self, what: str, least: int) -> int:
+    def _count(self, what: str, most: int) -> int:
         count = self._cursor.number(8)
-        if count > self._cursor.left // least:
-            raise Malformed(f"it announces more {what} than it has room for")
+        if count > most:
+            raise Malformed(f"it announces more than {most:,} {what}")
         return count
 
     def _name(self) -> str:
@@ -170,11 +169,11 @@ class _Header:
     def _numbers(self, kind: int, count: int) -> list[Any]:
         if kind not in GGUF_TYPES:
             raise Malformed(f"it has a value of the unknown type {kind}")
-        dtype = np.dtype(GGUF_TYPES[kind][1]).newbyteorder("<")
-        raw = self._cursor.take(count * dtype.itemsize)
+        form = GGUF_TYPES[kind][1]
+        raw = self._cursor.take(count * struct.calcsize(f"<{form}"))
         if kind == _BOOL and any(byte > 1 for byte in raw):
             raise Malformed("it has a truth that is neither 0 nor 1")
-        return list(np.frombuffer(raw, dtype).tolist())
+        return list(struct.unpack(f"<{count}{form}", raw))
 
     def _entry(self, alignment: int) -> _Entry:
         name = self._name()

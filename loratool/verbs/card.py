@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import FileError, explained_os_errors
 from loratool.notices import Notice, document
 from loratool.publishing.card_upload import LONGEST_CARD, README, Fate, as_text, card_of
@@ -15,7 +16,7 @@ from loratool.storage.destination import explain
 from loratool.storage.hub.folder import not_there
 from loratool.storage.links import open_own
 from loratool.storage.stamps import changed_file
-from loratool.verbs.inputs import check_paths
+from loratool.verbs.inputs import check_paths, told_of
 
 #: Seconds that the licence of the base is looked up for.
 _PATIENCE = 3.0
@@ -38,7 +39,12 @@ class CardReport:
 
 @explained_os_errors()
 def card(
-    path: str | Path, *, repo_id: str | None = None, base: str | None = None, dry_run: bool = False
+    path: str | Path,
+    *,
+    repo_id: str | None = None,
+    base: str | None = None,
+    told: Told = NOTHING_TOLD,
+    dry_run: bool = False,
 ) -> CardReport:
     """Write README.md for the adapter or the merged model in `path`.
 
@@ -48,6 +54,7 @@ def card(
     repo_id: "org/name" under which it is or will be on the Hub; the card's code loads it from
         there.
     base: the Hub id of the base model, where the folder does not tell.
+    told: what the user says of the adapter, because its file does not; see `merge`.
     dry_run: make the text, and write nothing.
 
     A card that is there is completed: YAML keys that are missing are added, and a section between
@@ -57,6 +64,7 @@ def card(
     Raises FileError, AdapterError and BaseError for what is neither an adapter nor a model.
     """
     check_paths([path], [path], "loratool card PATH")
+    (said,) = told_of(told, [path])
     folder = Path(path)
     if folder.is_symlink() and not folder.exists():
         raise not_there(path, folder)
@@ -65,7 +73,7 @@ def card(
     target = folder / README
     text = _card_there(target)
     repo = target_of(repo_id) if repo_id else None
-    made, fate, notices = card_of(folder, text, repo, base, _PATIENCE)
+    made, fate, notices = card_of(folder, text, repo, base, _PATIENCE, said)
     if not dry_run and fate != "kept":
         # Replaced in one step: a card that somebody wrote must not be lost half-way.
         draft = target.with_name(f".{README}.loratool-{os.getpid()}")

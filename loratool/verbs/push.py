@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
 from loratool.notices import Notice, document
 from loratool.publishing.card_upload import README, card_upload
@@ -20,7 +21,7 @@ from loratool.publishing.target import open_target, refuse_mixture
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.streams.threads import few
-from loratool.verbs.inputs import check_paths
+from loratool.verbs.inputs import check_paths, told_of
 from loratool.words import counted
 
 #: More files than this go by the library's resumable upload, which may take several commits.
@@ -85,6 +86,7 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
     base: str | None = None,
+    told: Told = NOTHING_TOLD,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dry_run: bool = False,
@@ -100,6 +102,7 @@ def push(
     create_pr: open a pull request instead of committing to the branch.
     message: of the commit.
     base: the Hub id of the base model for the card, where the folder does not tell.
+    told: what the user says of the adapter, because its file does not; see `merge`.
     include: globs of files to upload though they look like secrets or training files.
     exclude: globs of files to leave out.
     dry_run: compare with what is there, and write nothing.
@@ -117,12 +120,13 @@ def push(
     check_paths([path], [path], "loratool push PATH REPO_ID")
     if create_pr and revision not in (None, "main"):
         raise UsageError("--create-pr opens a pull request against main.", "Omit one of the two.")
-    manifest = pack(Path(path), include, exclude)
+    (own,) = told_of(told, [path])
+    manifest = pack(Path(path), include, exclude, own)
     target = open_target(repo_id, private, dry_run, revision)
     there = target.files
     uploads = _hashed(manifest)
     card, made, said = card_upload(
-        manifest.folder.path, target, manifest.files, README in include, base
+        manifest.folder.path, target, manifest.files, README in include, base, own
     )
     uploads = [*(u for u in uploads if u.name != README), card]
     files = [PushedFile(u.name, u.nbytes, _state(u, there)) for u in uploads]

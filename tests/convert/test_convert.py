@@ -189,10 +189,10 @@ def test_the_difference_of_products_is_right() -> None:
     """Against dense products in float64; equal products in other factors differ by rounding only,
     and equal factors by nothing at all."""
     rng = np.random.default_rng(3)
-    b, a = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
-    near = b + 1e-6 * rng.standard_normal((9, 3))
-    exact = np.linalg.norm(2 * b @ a - 4 * near @ a / 2) / np.linalg.norm(2 * b @ a)
-    found = relative_difference((b, a), 2.0, (near / 2, a), 4.0)  # type: ignore[arg-type]
-    assert found == pytest.approx(exact, rel=1e-6)
+    b, a = rng.standard_normal((9, 3), np.float32), rng.standard_normal((3, 7), np.float32)
+    near = b + np.float32(1e-5) * rng.standard_normal((9, 3), np.float32)
+    wide = [matrix.astype(np.float64) for matrix in (b, a, near)]
+    exact = np.linalg.norm((wide[0] - wide[2]) @ wide[1]) / np.linalg.norm(wide[0] @ wide[1])
+    assert relative_difference((b, a), 2.0, (near / 2, a), 4.0) == pytest.approx(exact, rel=1e-5)
     padded = np.pad(b, [(0, 0), (0, 2)]), np.pad(a, [(0, 2), (0, 0)])
-    assert relative_difference((b, a), 0.3, padded, 0.3) == 0.0  # type: ignore[arg-type]
+    assert relative_difference((b, a), 0.3, padded, 0.3) == 0.0

@@ -10,18 +10,21 @@ import pytest
 from helpers.places import ROOT
 
 from loratool.adapters.dialects.peft.config import REFUSED
-from loratool.adapters.dialects.peft.keys import _SHAPE_TROUBLES
+from loratool.adapters.dialects.troubles import _OF_SHAPES
 from loratool.cli.combine import combine_command
 from loratool.linalg.methods import METHODS
 from loratool.models.precision import _SOURCES
 
+#: What is called with a code: its first argument, or the second of those that take the adapter.
+_GIVERS = ("Notice", "refuse_modules", "_refuse")
+
 
 def test_every_warning_code_is_documented() -> None:
     """docs/warnings.md lists exactly the codes that the code can give."""
-    given = {field.replace("_", "-") for field in REFUSED} | _SHAPE_TROUBLES.keys()
+    given = {field.replace("_", "-") for field in REFUSED} | _OF_SHAPES.keys()
     for path in (ROOT / "loratool").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Notice", "_refuse"):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in _GIVERS:
                 code = node.args[0 if node.func.id == "Notice" else 1]  # type: ignore[attr-defined]
                 if isinstance(code, ast.Constant):
                     given.add(code.value)

@@ -86,6 +86,16 @@ def test_columns_first_is_a_view_by_strides(tmp_path: Path) -> None:
     assert np.array_equal(read_float32(info), wide.T)
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (6, 1), (1, 6, 1), (0, 4), ()])
+def test_an_order_that_says_nothing_makes_no_view(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """MLX calls vectors columns first; they lie as any other, and are read by range."""
+    data = DATA[: int(np.prod(shape))]
+    content = npy(plain(order="True", shape=str(shape)), data.tobytes())
+    info = read_npz(zip_of(tmp_path / "x.npz", w=content))["w"]
+    assert (info.shape, info.strides) == (shape, None)
+    assert np.array_equal(read_float32(info), data.reshape(shape))
+
+
 def test_two_raw_bytes_are_bfloat16(tmp_path: Path) -> None:
     """MLX writes bfloat16 as "<V2", by its own words, and NumPy writes that again as "|V2"."""
     values = np.array([1.0, -2.5, 3.0], np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import subprocess
 import sys
 import zipfile
@@ -168,6 +169,8 @@ def test_archives_beyond_4_gb_have_64_bit_numbers(monkeypatch: pytest.MonkeyPatc
         stream.write(entry_header(slot, 0) + one)
     stream.seek(found[-1].end)
     stream.write(directory(found, [0] * 4))
+    header = entry_header(found[1], 0)
+    assert struct.unpack_from("<2H2Q", header, 30 + len("b")) == (1, 16, 400, 400)
     whole = archive.Archive(stream, stream.tell())
     assert list(whole.entries) == ["d", "c", "b", "a"]
     for name, one in contents.items():
@@ -176,8 +179,8 @@ def test_archives_beyond_4_gb_have_64_bit_numbers(monkeypatch: pytest.MonkeyPatc
 
 
 def test_many_entries_are_counted_in_64_bits() -> None:
-    """Python finds all of them where 16 bits end: that number says that it stands elsewhere."""
-    count = 0xFFFF
+    """Python finds all of them beyond the end of 16 bits."""
+    count = 0x10001
     found = [Slot(b"%d" % n, n * 100, n * 100 + 64, 36) for n in range(count)]
     raw = directory(found, [0] * count)
     stream = io.BytesIO(bytes(found[-1].end) + raw)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
+from loratool.adapters.dialects.hand import Hand
+from loratool.adapters.dialects.litgpt import Litgpt
 from loratool.adapters.dialects.mlx import Mlx
 from loratool.adapters.dialects.native import Native
 from loratool.adapters.dialects.peft import Peft
+from loratool.adapters.dialects.tinker import Tinker
+from loratool.adapters.dialects.torchtune import Torchtune
 from loratool.adapters.dialects.writing import Writer
 from loratool.errors import AdapterError, unknown
 
 #: The dialect that combine, resize and extract write.
 WRITTEN: WritableDialect = Peft()
 
-DIALECTS: tuple[Dialect, ...] = (WRITTEN, Mlx(), Native())
+DIALECTS: tuple[Dialect, ...] = (
+    WRITTEN,
+    Mlx(),
+    Torchtune(),
+    Litgpt(),
+    Tinker(),
+    Native(),
+    Hand(),
+)
 
 #: What adapters can be converted to, by name.
 TARGETS: dict[str, Writer] = {d.name: d for d in DIALECTS if isinstance(d, Writer)}

@@ -33,7 +33,7 @@ class Fitted:
     fate: Fate
 
 
-def scale_of(module: Factors) -> float:
+def known_scale(module: Factors) -> float:
     """The scale of a module, which is known of every adapter that is not refused."""
     assert module.scale is not None
     return module.scale
@@ -56,7 +56,7 @@ def common_scale(modules: Sequence[Factors]) -> float:
     """The scale of a file that has one: that of most parameters, so that most stay as they are."""
     weights: dict[float, int] = {}
     for module in modules:
-        scale = scale_of(module)
+        scale = known_scale(module)
         weights[scale] = weights.get(scale, 0) + module.parameters
     return max(weights, key=lambda scale: weights[scale], default=1.0)
 
@@ -131,7 +131,7 @@ def fitted(module: LowRank, rank: int, scale: float, dtype: str | None) -> Fitte
     value leaves the dtype's range. A larger rank is filled up with zeros, which is exact. `rank` is
     not below the module's.
     """
-    factor = scale_of(module) / scale
+    factor = known_scale(module) / scale
     a = _padded(module.a, rank, 0, 1.0, dtype or module.a.dtype)
     b = _padded(module.b, rank, 1, factor, dtype or module.b.dtype)
     exact = math.frexp(abs(factor))[0] == 0.5

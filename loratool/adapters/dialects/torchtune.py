@@ -3,8 +3,8 @@
 A [r, in] and B [out, r] lie as in PEFT, but rows of q and k, of magnitudes too, are in the order of
 torchtune's weights, which for most families has rotary pairs side by side
 (https://github.com/pytorch/torchtune, models/convert_weights.py and models/*/_convert_weights.py).
-Its export for PEFT in the same folder re-orders B alone, and B of families also whose weights are in
-the other order already: with magnitudes, and for Qwen2, it is wrong.
+Its export for PEFT in the same folder re-orders B alone, and B also where the weights of a family
+have the order of Hugging Face: with magnitudes, and for Qwen2, it is wrong.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from loratool.adapters.dialects.troubles import (
     refuse_without_scale,
 )
 from loratool.adapters.factors import LowRank
-from loratool.adapters.told import scaling
+from loratool.adapters.told import refuse_contradictions, scaling
 from loratool.errors import AdapterError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import Heads, heads_of, pairs_apart
 from loratool.notices import Notice
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TEXT, check_fields
-from loratool.storage.filenames import CONFIG
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
 from loratool.storage.tensors import TensorInfo
+from loratool.storage.values import same_sample
 
 _LEAF = re.compile(r"(?P<path>.+)\.(?:(?P<half>lora_[ab])\.weight|magnitude)")
 _FACTOR = re.compile(r".+\.lora_[ab]\.weight")
@@ -64,6 +65,18 @@ def hub_path(path: str) -> str | None:
     return f"model.layers.{found['number']}.{module}" if found and module else None
 
 
+def is_original_of(tensors: Mapping[str, TensorInfo], exported: Mapping[str, TensorInfo]) -> bool:
+    """Whether `exported` is what torchtune wrote for PEFT of the adapter with these tensors: it has
+    all of A as it is."""
+    halves = [(leaf, info) for key, info in tensors.items() if (leaf := _LEAF.fullmatch(key))]
+    pairs = [
+        (info, exported.get(f"base_model.model.{hub_path(leaf['path'])}.lora_A.weight"))
+        for leaf, info in halves
+        if leaf["half"] == "lora_a"
+    ]
+    return bool(pairs) and all(other and same_sample(info, other) for info, other in pairs)
+
+
 @dataclass(frozen=True)
 class Torchtune(Dialect):
     """LoRA and DoRA as torchtune's recipes save them."""
@@ -90,10 +103,10 @@ class Torchtune(Dialect):
         found = _sorted(adapter)
         wrong_ranks = []
         config = adapter.config
-        refuse_modules(
-            adapter, "other-config", "is in adapter_config.json, and torchtune has no such thing; "
-            "move the file away and say --alpha", [name for name in _NOT_OURS if config.get(name)],
-        )  # fmt: skip
+        for name in _NOT_OURS:
+            if config.get(name):
+                text = f"{name} is set, which torchtune has not: the file is of another adapter."
+                adapter.notices.append(Notice("unknown-config-field", text, ADAPTER_CONFIG, True))
         for path, parts in found.items():
             if not {"lora_a", "lora_b"} <= parts.keys():
                 continue
@@ -120,6 +133,8 @@ class Torchtune(Dialect):
         refuse_unknown(adapter)
         refuse_without_scale(adapter)
         _order_rows(adapter, base)
+        ranks = {path: module.rank for path, module in adapter.modules.items()}
+        refuse_contradictions(adapter.told, "factors of torchtune", "BA", ranks)
 
 
 def _sorted(adapter: Adapter) -> dict[str, dict[str, TensorInfo]]:

@@ -32,6 +32,15 @@ class Tied:
     separable: bool
 
 
+def head_of(base: Checkpoint, path: str) -> str | None:
+    """The path of the output head that is the same matrix as the token embedding at `path`; None
+    where it has one of its own, or nothing is known of a head."""
+    tied = find_tied(base, Holdings(base.tensors, base.config))
+    if tied is None or not tied.certain or path.split(".")[-1] != tied.embedding.split(".")[-2]:
+        return None
+    return tied.head.removesuffix(".weight")
+
+
 def find_tied(base: Checkpoint, holdings: Holdings) -> Tied | None:
     """The tied pair of a base with a language-model head; None where nothing is tied.
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import FileError, explained_os_errors
 from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, read_facts
 from loratool.publishing.cards.markdown import one_line, prose
@@ -49,6 +50,7 @@ def make_card(
     repo_id: str | None = None,
     base_model: str | None = None,
     licence: Licence | None = None,
+    told: Told = NOTHING_TOLD,
 ) -> str:
     """README.md for the adapter or the model in `folder`.
 
@@ -57,14 +59,14 @@ def make_card(
     text: the card that is there already, None for none. What is in it stays.
     repo_id: where it will be on the Hub; the code in the card loads it from there.
     base_model: the Hub id of the base; by default what the folder tells, see `base_of`.
-    licence: of the base, used where the card names none.
+    licence: of the base, used where the card names none. told: what a user says of an adapter.
 
     Raises FileError for a card whose YAML is invalid and for damaged files, AdapterError and
     BaseError for a folder that holds neither an adapter nor a model.
     """
     folder = Path(folder)
     with explained_os_errors():
-        facts = read_facts(folder, base_model)
+        facts = read_facts(folder, base_model, told)
     text = text or ""
     mark, text = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
     found = re.search(r"\r?\n", text)

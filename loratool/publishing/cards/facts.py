@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
-from loratool.adapters.reading import declared_in, read_adapter
+from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.dtypes import dtype_name
 from loratool.merging.identity import is_quantised_name, plain_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised_if_read
 from loratool.models.tokenizers import tokenizer_files
 from loratool.publishing.cards.markdown import HUB, code, link, one_line
+from loratool.publishing.contents import adapter_in
 from loratool.storage.fields import is_finite
-from loratool.storage.filenames import (
-    ADAPTER_CONFIG,
-    ADAPTER_ENTRIES,
-    CONFIG,
-    INDEX,
-    MODEL,
-    PROVENANCE,
-)
+from loratool.storage.filenames import PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_json
@@ -78,13 +72,14 @@ class Facts:
         return self.model is not None and bool(dicts(self.record.get("adapters")))
 
 
-def read_facts(folder: Path, base_model: str | None = None) -> Facts:
+def read_facts(folder: Path, base_model: str | None = None, told: Told = NOTHING_TOLD) -> Facts:
     """Read the headers in `folder`, and its record.
 
-    `base_model` is the Hub id of the base where somebody knows it. Raises FileError, AdapterError
+    `base_model` is the Hub id of the base where somebody knows it, and `told` what a user says of
+    an adapter. Raises FileError, AdapterError
     and BaseError for what cannot be read.
     """
-    adapter, model = _opened(folder)
+    adapter, model = _opened(folder, told)
     record = _record(folder)
     stale = bool(record) and not _fits(record, adapter, model)
     if stale:
@@ -110,12 +105,13 @@ def read_facts(folder: Path, base_model: str | None = None) -> Facts:
     )
 
 
-def base_of(folder: Path) -> str | None:
+def base_of(folder: Path, told: Told = NOTHING_TOLD) -> str | None:
     """The Hub id of the base model, if the folder records it; None for a local path.
 
     Raises FileError for a config or a record that is no JSON.
     """
-    return _base(declared_in(folder), _record(folder))
+    adapter = adapter_in(folder, told)
+    return _base(adapter.declared if adapter else Declared(), _record(folder))
 
 
 def _base(declared: Declared, record: dict[str, Any]) -> str | None:
@@ -161,17 +157,9 @@ def hub_id(name: object) -> str | None:
     return name if _ID.fullmatch(name) and not _NO_ID.fullmatch(name) else None
 
 
-def _opened(folder: Path) -> tuple[Adapter | None, Checkpoint | None]:
-    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_ENTRIES)):
-        return read_adapter(folder), None
-    names = (CONFIG, MODEL, INDEX)
-    if not any((folder / name).is_file() for name in names):
-        found = sorted(folder.glob("*.safetensors"))
-        if len(found) == 1:
-            adapter = read_adapter(folder)
-            if adapter.format not in ("base-checkpoint", "unknown"):
-                return adapter, None
-    return None, dequantised_if_read(open_checkpoint(folder))
+def _opened(folder: Path, told: Told) -> tuple[Adapter | None, Checkpoint | None]:
+    adapter = adapter_in(folder, told)
+    return adapter, None if adapter else dequantised_if_read(open_checkpoint(folder))
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -58,6 +58,15 @@ _BY_CLASS = {
     "ForImageClassification": Use("AutoModelForImageClassification", "image-classification", False),
     "ForSpeechSeq2Seq": Use("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", False),
 }
+#: What loads the dialects that are not PEFT's, and its command line.
+_PROGRAMS = {
+    "mlx": ("mlx-lm", "mlx_lm.generate --model {base} --adapter-path {place} --prompt Hello"),
+    "gguf": ("llama.cpp", "llama-cli -m base.gguf --lora {place}/{file} -p Hello"),
+    "litgpt": ("litgpt", ""),
+    "torchtune": ("torchtune", ""),
+    "tinker": ("Tinker", ""),
+}
+
 #: Modules of a model that sees, and the decoder of a model that writes.
 _VISION = re.compile(r"(^|\.)(visual|vision_\w+|language_model|mm_projector)(\.|$)")
 _DECODER = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h|blocks)\.\d")
@@ -144,6 +153,8 @@ def _model_usage(facts: Facts, place: str) -> str:
 
 def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     use = use_of(facts)
+    if adapter.format in _PROGRAMS:
+        return _of_other_programs(facts, adapter, place)
     if not adapter.declared.library:
         return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
     if use is None:
@@ -181,6 +192,19 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     return _fenced("python", lines)
 
 
+def _of_other_programs(facts: Facts, adapter: Adapter, place: str) -> str:
+    program, line = _PROGRAMS[adapter.format]
+    convert = shlex.join(["loratool", "convert", place, "--to", "peft", "-o", "adapter"])
+    text = f"{program} loads it as it is"
+    if line:
+        names = {"base": facts.base or "path/to/base", "place": place, "file": adapter.weights.name}
+        command = shlex.join([part.format(**names) for part in line.split()])
+        text += f":\n\n{_fenced('sh', [command])}\n\nPEFT does not"
+    else:
+        text += ", and PEFT does not"
+    return f"{text}; this makes an adapter for PEFT of it:\n\n{_fenced('sh', [convert])}"
+
+
 def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
     """The number of rows of a tensor that the adapter brings whole."""
     found = [info for key, info in adapter.replaced.items() if fits(key)]
@@ -189,7 +213,8 @@ def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
 
 def _merge_line(facts: Facts, adapter: Adapter, place: str) -> str:
     refused = any(notice.refused for notice in adapter.notices)
-    if not adapter.is_read or not adapter.declared.library or refused:
+    known = adapter.declared.library or adapter.format in _PROGRAMS
+    if not adapter.is_read or not known or refused:
         return ""
     base = "path/to/base"
     if facts.base:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
@@ -18,6 +18,7 @@ from loratool.adapters.dialects.mlx.config import (
 from loratool.adapters.dialects.mlx.reading import FACTOR, OF_VLM, read_factors, read_whole
 from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
+from loratool.storage.filenames import TORCH_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,10 @@ class Mlx(Dialect):
             return _WORDS.get(kind_of_training(evidence.config), _WORDS["lora"])
         if is_of_vlm(evidence.config) and any(map(OF_VLM.fullmatch, evidence.tensors)):
             return "an mlx-vlm LoRA adapter"
-        return _WORDS["lora"] if _any_factor(evidence.tensors) else None
+        # Scripts of torch name factors so, too; MLX writes no such files.
+        mine = Path(evidence.entry).suffix not in TORCH_SUFFIXES
+        mine = mine and any(map(FACTOR.fullmatch, evidence.tensors))
+        return _WORDS["lora"] if mine else None
 
     def check(self, config: dict[str, Any], where: object) -> None:
         check_mlx(config, where)
@@ -43,11 +47,10 @@ class Mlx(Dialect):
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         adapter.producer = "mlx-vlm" if is_of_vlm(adapter.config) else "mlx-lm"
-        model_type = base.model_type if base is not None else ""
         if kind_of_training(adapter.config) == "full":
-            read_whole(adapter, model_type)
+            read_whole(adapter, base.model_type if base is not None else "")
         else:
-            read_factors(adapter, model_type)
+            read_factors(adapter, base)
         ranks = {path: module.rank for path, module in adapter.modules.items()}
         refuse_contradictions(adapter.told, "factors of MLX", "ABt", ranks)
 
@@ -57,7 +60,3 @@ _WORDS = {
     "dora": "an MLX DoRA adapter",
     "full": "tensors that MLX trained whole",
 }
-
-
-def _any_factor(names: Iterable[str]) -> bool:
-    return any(map(FACTOR.fullmatch, names))

@@ -34,7 +34,7 @@ _NORMS = re.compile(r"norm[^.]*\.weight$")
 _SHIFTED = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "step3p5")
 
 
-def hub_path(path: str, model_type: str = "") -> str:
+def hub_name(path: str, model_type: str = "") -> str:
     """The path that a module which is no stack has in the files of the Hub."""
     if model_type == "gpt_neox" and path.startswith("model.embed_out"):
         return path.removeprefix("model.")
@@ -47,6 +47,8 @@ def expert_path(path: str, expert: int, model_type: str = "") -> str | None:
     if found is None:
         return None
     owner, leaf = found["owner"], found["leaf"]
+    if found["stack"] != "experts":
+        owner = owner.removesuffix(".experts")  # Gemma 4
     if model_type in _SPARSE:
         owner = re.sub(r"\.mlp$", ".block_sparse_moe", owner)
     if owner.endswith("block_sparse_moe") or model_type in _FEED_FORWARD:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.mlx.config import (
@@ -13,7 +14,8 @@ from loratool.adapters.dialects.mlx.config import (
     parameters_of,
     scale_of,
 )
-from loratool.adapters.dialects.mlx.names import expert_path, hub_path, is_shifted, why_changed
+from loratool.adapters.dialects.mlx.names import expert_path, hub_name, is_shifted, why_changed
+from loratool.adapters.dialects.stacks import check_experts
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
     refuse_halves,
@@ -24,8 +26,9 @@ from loratool.adapters.dialects.troubles import (
 )
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import scaling
-from loratool.errors import AdapterError
-from loratool.models.layouts.names import CONV1D, is_lookup
+from loratool.models.checkpoint import Checkpoint
+from loratool.models.layouts.names import CONV1D, is_lookup, is_token_embedding
+from loratool.models.layouts.tying import head_of
 from loratool.notices import Notice
 from loratool.storage.composed import member, transposed, view
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -37,17 +40,15 @@ FACTOR = re.compile(r"(?P<path>.+)(?<!\.weight)\.lora_(?P<slot>[ab])")
 OF_VLM = re.compile(r"(?P<path>.+)\.(?P<slot>[AB])")
 _MAGNITUDE = re.compile(r"(?P<path>.+)\.m")
 
-#: Experts of all layers together; the largest models have a third of that.
-_MOST_EXPERTS = 200_000
-
 #: The tensors of one module by slot: "a", "b", "m".
 _Parts = dict[str, TensorInfo]
 #: Path, kind of layer, A, B and magnitude of a pair.
 _Pair = tuple[str, Kind, TensorInfo, TensorInfo, TensorInfo | None]
 
 
-def read_factors(adapter: Adapter, model_type: str) -> None:
+def read_factors(adapter: Adapter, base: Checkpoint | None) -> None:
     """Fill `modules` with pairs, and `replaced` with what was trained whole beside them."""
+    model_type = base.model_type if base is not None else ""
     scale, why = scale_of(adapter.config)
     halves = {}
     troubles: dict[str, list[str]] = defaultdict(list)
@@ -60,6 +61,8 @@ def read_factors(adapter: Adapter, model_type: str) -> None:
             shapes = f"{path}: A {list(parts['a'].shape)}, B {list(parts['b'].shape)}"
             troubles[trouble].append(shapes)
             continue
+        if len(parts["b"].shape) == 3:
+            check_experts(adapter, len(adapter.modules) + parts["b"].shape[0])
         for own, kind, a, b, magnitude in _pairs(path, parts, model_type):
             if own in adapter.modules:
                 adapter.unknown += [parts["a"].name, parts["b"].name]
@@ -68,11 +71,7 @@ def read_factors(adapter: Adapter, model_type: str) -> None:
             adapter.modules[own] = LowRank(
                 own, kind, a, b, said.alpha, said.scale, magnitude, scale_from=said.origin
             )
-        if len(adapter.modules) > _MOST_EXPERTS:
-            raise AdapterError(
-                f"{adapter.label}: factors of more than {_MOST_EXPERTS:,} layers and experts.",
-                "No model has so many: check the file.",
-            )
+    _mirror(adapter, base)
     refuse_halves(adapter, halves, "lora_a and lora_b")
     refuse_shapes(adapter, troubles)
     refuse_empty(adapter)
@@ -134,11 +133,11 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
     if len(b.shape) == 3:
         count, _, rank = b.shape
         stack = a if len(a.shape) == 3 else _unfolded(a, rank)
-        for expert in range(min(count, _MOST_EXPERTS + 1)):
+        for expert in range(count):
             own = expert_path(path, expert, model_type)
             yield str(own), "linear", member(stack, expert), member(b, expert), None
         return
-    path = hub_path(path, model_type)
+    path = hub_name(path, model_type)
     if not is_lookup(path):
         yield path, "linear", transposed(a), transposed(b), magnitude
     elif magnitude is None:
@@ -147,6 +146,25 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
         # Its magnitudes are of tokens, those of an embedding in PEFT are of the columns. As a layer
         # whose rows are tokens, with Δ = lora_a·lora_b, it is what MLX computes.
         yield path, "linear", b, a, magnitude
+
+
+def _mirror(adapter: Adapter, base: Checkpoint | None) -> None:
+    """Change the head along with an embedding that is the same matrix, as MLX does."""
+    for path, module in list(adapter.modules.items()):
+        if not is_token_embedding(f"{path}.weight") or not isinstance(module, LowRank):
+            continue
+        if base is None:
+            text = (
+                "MLX changes an output head along with the token embedding where both are one "
+                "matrix (tie_word_embeddings). --base says whether they are."
+            )
+            adapter.notices.append(Notice("tied-embedding", text, path))
+        elif (head := head_of(base, path)) is not None and head not in adapter.modules:
+            a, b = module.a, module.b
+            if module.kind == "embedding":
+                a, b = transposed(b), transposed(a)
+            adapter.modules[head] = replace(module, path=head, kind="linear", a=a, b=b)
+            adapter.declared = replace(adapter.declared, ties_head=True)
 
 
 def _unfolded(a: TensorInfo, rank: int) -> TensorInfo:
@@ -161,14 +179,15 @@ def _replace(adapter: Adapter, name: str, model_type: str) -> None:
     info = adapter.tensors[name]
     path, _, leaf = name.rpartition(".")
     if leaf == "weight" and len(info.shape) == 3 and expert_path(path, 0):
+        check_experts(adapter, len(adapter.replaced) + info.shape[0])
         new = {
             f"{expert_path(path, expert, model_type)}.weight": member(info, expert)
-            for expert in range(min(info.shape[0], _MOST_EXPERTS))
+            for expert in range(info.shape[0])
         }
     else:
         if len(info.shape) == 2 and re.search(CONV1D.get(model_type, "$^"), path):
             info = transposed(info)  # mlx-lm keeps it as a linear layer's
-        new = {f"{hub_path(path, model_type)}.{leaf}": info}
+        new = {f"{hub_name(path, model_type)}.{leaf}": info}
     if new.keys() & adapter.replaced.keys():
         adapter.unknown.append(name)
     else:

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
+from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -28,7 +29,7 @@ from loratool.models.layouts.names import CLASSIFIERS
 from loratool.models.layouts.native import is_native_adapter
 from loratool.models.tasks import CLASSIFYING
 
-_FACTOR = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB])(\..+)?$")
+_FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ class Peft(WritableDialect, Writer):
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
             return None
+        if is_hand_written(evidence):
+            return None
         tensors = evidence.tensors
         kind = str(evidence.config.get("peft_type") or "LORA").upper()
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
-        other = is_foreign(tensors) or (is_native_adapter(tensors) and not evidence.config)
-        plain = kind == "LORA" and lora and not other
+        native = is_native_adapter(tensors) and not evidence.config
+        plain = kind == "LORA" and lora and not is_foreign(tensors)
+        plain = plain and not (native or names.is_of_tinker(tensors))
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.dialects.drafting import low_rank, scale_of
+from loratool.adapters.dialects.drafting import known_scale, low_rank
 from loratool.adapters.dialects.peft import names
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.adapters.dialects.peft.targets import extracted_config
@@ -104,7 +104,7 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
         transposes=adapter.declared.transposes,
     )
     config = extracted_config(recipe)
-    alphas = [alpha_for(scale_of(m), m.rank) for m in written]
+    alphas = [alpha_for(known_scale(m), m.rank) for m in written]
     usual = max(set(alphas), key=alphas.count, default=1.0)
     config["lora_alpha"] = int(usual) if usual == int(usual) else usual
     config["alpha_pattern"] = {}

@@ -28,6 +28,7 @@ def note_expectations(adapter: Adapter, halves: Collection[str]) -> None:
         *_absent_saved_modules(adapter),
         *_absent_biases(adapter),
         *_absent_magnitudes(adapter),
+        *_undeclared_magnitudes(adapter),
         *_square_transposes(adapter),
         *_few_rows(adapter),
         *_value_head(adapter),
@@ -79,6 +80,18 @@ def _absent_magnitudes(adapter: Adapter) -> Iterator[Notice]:
     if adapter.config.get("use_dora") and missing:
         text = f"use_dora is set, but {counted(len(missing), 'module', 'has')} no magnitude vector:"
         yield Notice("magnitude-absent", f"{text}\n{listed(missing)}", refused=True)
+
+
+def _undeclared_magnitudes(adapter: Adapter) -> Iterator[Notice]:
+    scaled = [path for path, m in adapter.modules.items() if m.magnitude is not None]
+    if scaled and adapter.config and not adapter.config.get("use_dora"):
+        text = (
+            f"{counted(len(scaled), 'module', 'has')} a magnitude vector, and use_dora is not set, "
+            "so PEFT would leave these out. torchtune exports DoRA so, with the magnitudes of q "
+            "and k in an order that is wrong; give the adapter_N.pt that it saved beside. Of "
+            "another program, set use_dora in adapter_config.json."
+        )
+        yield Notice("magnitude-undeclared", text, ADAPTER_CONFIG, refused=True)
 
 
 def _square_transposes(adapter: Adapter) -> Iterator[Notice]:

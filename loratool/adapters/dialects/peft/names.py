@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from loratool.adapters.dialects.prefixes import unwrapped
 from loratool.adapters.factors import ModuleShape
 
 _PREFIX = "base_model.model."
+
+#: What Tinker calls experts and head in files that are otherwise PEFT's.
+_OF_TINKER = re.compile(r".*\.(experts\.w[123]|unembed_tokens)\.lora_[AB](\.[^.]+)?\.weight")
+
+
+def is_of_tinker(keys: Iterable[str]) -> bool:
+    """Whether keys look like PEFT's and are of Tinker, whose names mean something else."""
+    return any(map(_OF_TINKER.fullmatch, keys))
 
 
 def factor_shapes(
@@ -63,12 +72,6 @@ def rows_key(key: str) -> str:
     return _PREFIX + plain_path(key).removesuffix(".default")
 
 
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
 def plain_path(key: str) -> str:
     """A key without the prefixes of PEFT and of training frameworks."""
-    path = _WRAPPERS.sub("", key)
-    path = re.sub(r"^(module\.)+", "", path)
-    path = path.removeprefix("base_model.model.")
-    return re.sub(r"^(module\.)+", "", path)
+    return unwrapped(unwrapped(key).removeprefix("base_model.model."))

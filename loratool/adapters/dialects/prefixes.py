@@ -1,0 +1,13 @@
+"""What training frameworks put into the names of a model's tensors, taken off again."""
+
+from __future__ import annotations
+
+import re
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PARALLEL = re.compile(r"^(module\.)+")
+
+
+def unwrapped(key: str) -> str:
+    """A key without what torch.compile, FSDP, checkpointing and DataParallel put into it."""
+    return _PARALLEL.sub("", _WRAPPERS.sub("", key))

@@ -23,6 +23,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Litgpt(),
     Torchtune(),
     Tinker(),
+    Native(),
     Hand(),
     Loralib(),
     Native(),

@@ -9,6 +9,7 @@ from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.hand.fused import is_of_loralib
 from loratool.adapters.dialects.hand.names import is_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
+from loratool.adapters.dialects.multiplicative import multiply
 from loratool.models.checkpoint import Checkpoint
 
 
@@ -27,4 +28,7 @@ class Hand(Dialect):
         return is_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        fill_hand_written(adapter, base)
+        multiplied = adapter.told.kind == "multiplicative"
+        fill_hand_written(adapter, base, only="BA" if multiplied else None)
+        if multiplied:
+            multiply(adapter, base)

@@ -22,7 +22,10 @@ PEFT_TYPES = {
 }  # fmt: skip
 
 _KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
-_DIFFUSERS = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.")
+#: Language models of GPT-2's kind call their body `transformer` too, and its layers `h`.
+_DIFFUSERS = re.compile(
+    r"(unet|transformer(?!\.(h\.\d|wte\.|word_embeddings\.))(_\d)?|text_encoder(_\d)?|prior)\."
+)
 _OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
 
 _INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}

@@ -106,9 +106,10 @@ BEFORE = "before"
 #: What systems leave in every folder that somebody looks into, or downloads.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
-    rf"|adapters\.safetensors|(consolidated|lora)\.safetensors|{TORCHTUNE.pattern}"
-    rf"|{re.escape(LITGPT)}|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
+    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
+    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
+    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
     r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 

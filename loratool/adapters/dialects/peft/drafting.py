@@ -8,7 +8,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.dialects.drafting import known_scale, low_rank
+from loratool.adapters.dialects.drafting import exact_outcome, known_scale, low_rank
 from loratool.adapters.dialects.peft import names
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.adapters.dialects.peft.targets import extracted_config
@@ -68,8 +68,10 @@ def _add(draft: Draft, pair: LowRank, dtype: str | None) -> None:
         draft.tensors[names.bias_key(path)] = _cast(pair.bias, dtype)
     draft.pieces[path] = pair
     rounded = dtype is not None and any(t.dtype != dtype for t in (pair.a, pair.b))
-    detail = f"written as {dtype}" if rounded else ""
-    draft.fates.append(Fate(path, "rounded" if rounded else "exact", detail, pair.rank, pair.rank))
+    said = [f"{pair.method} as a product of two factors"] if pair.method != "LoRA" else []
+    said += [f"written as {dtype}"] if rounded else []
+    outcome = "rounded" if rounded else exact_outcome(pair)
+    draft.fates.append(Fate(path, outcome, ", ".join(said), pair.rank, pair.rank))
 
 
 def _flat(pair: LowRank, magnitude: TensorInfo) -> TensorInfo:

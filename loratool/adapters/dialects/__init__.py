@@ -24,7 +24,6 @@ DIALECTS: tuple[Dialect, ...] = (
     Litgpt(),
     Torchtune(),
     Tinker(),
-    Native(),
     Gguf(),
     Hand(),
     Loralib(),

@@ -16,19 +16,26 @@ MODEL = "model.safetensors"
 #: (modeling_utils.py, `_get_resolved_checkpoint_files`).
 MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
-    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
-    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
-    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+#: The same of Meta's and Mistral's own files, which transformers passes over where others are.
+PARAMS = "params.json"
+NATIVE = "consolidated.safetensors"
+NATIVE_ENTRIES = (NATIVE, "consolidated.safetensors.index.json", "consolidated.00.pth")
+#: One of the parts that Meta's models are in for several GPUs.
+NATIVE_PART = re.compile(r"consolidated\.(?P<number>\d\d)\.pth")
+
+#: Adapters as litgpt saves them, beside the model that it has merged; and as torchtune does, beside
+#: its export for PEFT.
+LITGPT = "lit_model.pth.lora"
+LITGPT_MERGED = "lit_model.pth"
+TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
 
 #: The config and the weights of an adapter; the first of the weights that exists is read.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
-    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
-    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
-    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
+    "lora.safetensors",
+)  # fmt: skip
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
 

@@ -7,6 +7,7 @@ from loratool.adapters.dialects.peft.types import (
     lycoris,
     modulated,
     projections,
+    residual,
     rescaling,
     rotations,
     whole_layers,
@@ -19,6 +20,6 @@ METHODS: dict[str, PeftMethod] = {
     for method in (
         adalora.ADALORA, lycoris.LOHA, lycoris.LOKR, rescaling.IA3, rotations.OFT, rotations.BOFT,
         rotations.HRA, whole_layers.LN_TUNING, projections.VERA, projections.PVERA,
-        modulated.HIRA, modulated.GLORA,
+        modulated.HIRA, modulated.GLORA, residual.DEFT, residual.PEANUT,
     )
 }  # fmt: skip

@@ -133,7 +133,6 @@ MAGNITUDE = {f"{PREFIX}{Q}.lora_magnitude_vector": np.ones(16, np.float32)}
         ({f"{PREFIX}{Q}.lora_B.bias": np.ones(16, np.float32)}, {"lora_bias": True}, "no biases"),
         ({f"{PREFIX}lm_head.weight": np.ones((48, 16), np.float32)},
          {"modules_to_save": ["lm_head"]}, "whole tensors or factors"),
-        (MAGNITUDE, {}, "this one has none"),
         ({f"{PREFIX}{EMBEDDING}.trainable_tokens_delta": np.ones((2, 16), np.float32)},
          {"trainable_token_indices": {"embed_tokens": [1, 3]}}, "single tokens"),
         ({f"{PREFIX}conv.lora_A.weight": np.ones((2, 3, 3), np.float32),
@@ -143,8 +142,7 @@ MAGNITUDE = {f"{PREFIX}{Q}.lora_magnitude_vector": np.ones(16, np.float32)}
 def test_what_mlx_has_no_place_for_is_refused(
     more: dict[str, np.ndarray], config: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    both = on(Q, K) if more is MAGNITUDE else on(Q)
-    source = write_adapter(tmp_path / "in", both | more, {"r": 2} | config)
+    source = write_adapter(tmp_path / "in", on(Q) | more, {"r": 2} | config)
     with pytest.raises(AdapterError, match=why):
         loratool.convert(source, tmp_path / "out", to="mlx")
     assert not (tmp_path / "out").exists()

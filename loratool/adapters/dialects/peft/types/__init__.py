@@ -7,8 +7,8 @@ from loratool.adapters.dialects.peft.types import (
     lycoris,
     modulated,
     projections,
-    residual,
     rescaling,
+    residual,
     rotations,
     whole_layers,
 )

@@ -124,8 +124,6 @@ def test_experts_of_a_layer_must_all_be_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-
-
 @pytest.mark.parametrize(
     ("more", "config", "why"),
     [

@@ -59,6 +59,7 @@ class ExpertStack:
     peft_version: str = ""
     scale_from: str = ""
     kind: Kind = field(default="experts", init=False)
+    algorithm: str = field(default="LoRA", init=False)
     magnitude: None = field(default=None, init=False)
     bias: None = field(default=None, init=False)
     adds: bool = field(default=True, init=False)
@@ -182,6 +183,10 @@ class ExpertPair:
     @property
     def kind(self) -> Kind:
         return "linear"
+
+    @property
+    def algorithm(self) -> str:
+        return self.stack.algorithm
 
     @property
     def alpha(self) -> float | None:

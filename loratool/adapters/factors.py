@@ -32,7 +32,8 @@ class ModuleShape:
 
     Of a stack ("experts") `path` is the name of the parameter, and there are factors of these
     shapes for each of `experts` matrices. `above` counts the parameters of its module that are
-    adapted too and that the module registered later.
+    adapted too and that the module registered later. Where it is `flat`, the weight may be that of
+    a convolution, whose channels and kernel are one dimension here.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ModuleShape:
     inner: tuple[int, ...]
     experts: int = 1
     above: int = 0
+    flat: bool = False
 
     @property
     def owner(self) -> str:
@@ -74,6 +76,10 @@ class Factors(Protocol):
     def path(self) -> str: ...
     @property
     def kind(self) -> Kind: ...
+    @property
+    def algorithm(self) -> str:
+        """How Δ is made, by the name that its authors gave it: "LoRA", "DoRA", "LoHa"."""
+
     @property
     def alpha(self) -> float | None: ...
     @property
@@ -141,6 +147,9 @@ class LowRank:
     `scale` is what the product is multiplied with in PEFT's forward pass: α/r, or α/√r for rsLoRA.
     The output projection of `nn.MultiheadAttention` ("attention-out") gets twice that, because
     PEFT's forward pass, and so its training, applies it twice. None where no config tells alpha.
+
+    `method` names what is stored otherwise than as A and B; these are then computed from `stored`.
+    With `flat` the weight may be a convolution's (see `ModuleShape`).
     """
 
     path: str
@@ -154,6 +163,15 @@ class LowRank:
     blocks_a: int = 1
     blocks_b: int = 1
     scale_from: str = ""
+    method: str = "LoRA"
+    stored: tuple[TensorInfo, ...] = ()
+    flat: bool = False
+
+    @property
+    def algorithm(self) -> str:
+        if self.magnitude is None:
+            return self.method
+        return "DoRA" if self.method == "LoRA" else f"{self.method} with a magnitude"
 
     @property
     def rank(self) -> int:
@@ -169,7 +187,7 @@ class LowRank:
     def outline(self) -> ModuleShape:
         out, width = self.shape
         inner = self.a.shape[1:] if self.blocks_a == 1 else (width,)
-        return ModuleShape(self.path, self.kind, out, inner)
+        return ModuleShape(self.path, self.kind, out, inner, flat=self.flat)
 
     @property
     def weight_name(self) -> str:
@@ -201,7 +219,7 @@ class LowRank:
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel for t in self.tensors)
+        return sum(t.numel for t in self.stored or self.tensors)
 
     def left_right(self, files: FilePool | None = None) -> tuple[Matrix, Matrix]:
         """`(B [out, r], A [r, in])` as float32 matrices, blocks put on their diagonal."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.changed import ChangedTensor
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
 from loratool.merging.replication import original
@@ -84,6 +85,17 @@ class Job:
     def is_sum(self) -> bool:
         """True if something is added, False if elements are replaced or nothing happens."""
         return bool(self.deltas or self.biases)
+
+    @property
+    def before(self) -> TensorInfo | None:
+        """The base's own tensor where the source is one that a function makes of it."""
+        return self.source.before if isinstance(self.source, ChangedTensor) else None
+
+    @property
+    def is_change(self) -> bool:
+        """True if the result is the base's tensor with a change, so that the two can be compared:
+        a sum, or what a function makes of it."""
+        return self.is_sum or self.before is not None
 
     @property
     def is_adapted(self) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from loratool.linalg.reproducible import bits_of_grid, on_grid
 from loratool.merging.match import Delta
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import FilePool
@@ -232,7 +233,7 @@ class ExactProduct:
             self.b = self.a = None
             return
         b, a = pair[0] if order is None else pair[0][order], pair[1]
-        bits = (53 - math.ceil(math.log2(max(1, a.shape[0])))) // 2
+        bits = bits_of_grid(a.shape[0])
         self.b = torch.from_numpy(on_grid(b.astype(np.float64) * delta.scale, bits, axis=1))
         self.a = torch.from_numpy(on_grid(a.astype(np.float64), bits, axis=0))
 
@@ -289,11 +290,3 @@ class Terms(list[P]):
             window = self[number].placement.window(first, last)
             if window is not None:
                 yield number, self[number], window
-
-
-def on_grid(factor: Float64, bits: int, axis: int) -> Float64:
-    """Multiples of a power of two, one along `axis`, that need at most `bits` bits."""
-    largest = np.abs(factor).max(axis=axis, keepdims=True, initial=0)
-    exponent = np.frexp(largest)[1] - bits
-    on: Float64 = np.ldexp(np.rint(np.ldexp(factor, -exponent)), exponent)
-    return on

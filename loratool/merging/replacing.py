@@ -73,23 +73,24 @@ def place_functions(found: Match, layout: Layout) -> None:
     for path, function in found.adapter.functions.items():
         name = found.naming(function.weight_name)
         name = layout.name_of(name) or name
-        target = layout.base.tensors.get(layout.aliases.get(name, name))
+        # What the adapter replaces it changes as it is then.
+        target = found.replaced.get(name) or layout.base.tensors.get(layout.aliases.get(name, name))
         if not layout.admits(name):
             found.unmatched.append((path, outside_of(name, layout)))
+        elif target is None and function.optional and not layout.has(name):
+            continue
         elif target is None:
             reason = f"{function.algorithm} is known for weights that are one tensor, and the base "
             reason += f"holds {name} otherwise"
             found.unmatched.append(
                 (path, reason if layout.has(name) else no_such(found, name, layout.base))
             )
-        elif name in found.replaced:
-            found.unmatched.append((path, f"the adapter both replaces and changes {name}"))
         else:
-            flag = found.adapter.declared.transposes
-            shape = function.shape or (0, 0)
-            place = layout.place(name, "linear", flag, shape)
+            flag, matrix = found.adapter.declared.transposes, len(target.shape) == 2
+            square = matrix and target.shape[0] == target.shape[1]
+            transposed = matrix and layout.is_transposed(name.rpartition(".")[0], flag, square)
             try:
-                changed = function.applied(target, place.transposed)
+                changed = function.applied(target, transposed)
             except MisfitError as error:
                 found.unmatched.append((path, str(error)))
             else:

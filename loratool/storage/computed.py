@@ -43,7 +43,7 @@ class _ComputedValues(Values):
     def read_into(self, low: int, high: int, raw: Bytes) -> None:
         with self._lock:
             if self._raw is None:
-                result = self._formula(*(_wide(part, self._files) for part in self._parts))
+                result = self._formula(*(read_wide(part, self._files) for part in self._parts))
                 if result.size != self.info.numel:
                     raise ValueError(f"{self.info.name}: {result.shape} for {self.info.shape}")
                 _refuse_overflow(self.info, result)
@@ -63,8 +63,8 @@ def _refuse_overflow(info: TensorInfo, result: Array) -> None:
         )
 
 
-def _wide(info: TensorInfo, files: FilePool) -> Array:
-    """Values in float32, or as they are where they are float64 or no floats."""
+def read_wide(info: TensorInfo, files: FilePool) -> Array:
+    """A whole tensor in float32, or as it is where it is float64 or no floats."""
     kinds = {"F64": np.float64, "I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_}
     if info.dtype in kinds:
         return read_raw(info, files).view(kinds[info.dtype]).reshape(info.shape)

@@ -64,6 +64,7 @@ class Dense:
     whole: TensorInfo
     scale: float = 0.75
     kind: Kind = "linear"
+    algorithm: str = "dense"
     alpha: float | None = None
     magnitude: TensorInfo | None = None
     bias: TensorInfo | None = None

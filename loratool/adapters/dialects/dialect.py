@@ -81,6 +81,10 @@ class Dialect(ABC):
         Types in the config have not been checked.
         """
 
+    def accepts(self, evidence: Evidence) -> bool:
+        """Whether the file may be of this dialect if the user says so, though another claims it."""
+        return self.claims(evidence) is not None
+
     def check(self, config: dict[str, Any], where: object) -> None:  # noqa: B027
         """Raise AdapterError for a field of a wrong type; `where` is the file. What follows may
         rely on the types."""

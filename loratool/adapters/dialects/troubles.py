@@ -12,18 +12,25 @@ from loratool.errors import listed
 from loratool.notices import Notice
 from loratool.words import counted
 
-#: Why a pair of shapes makes no product, by code, to follow "1 module".
+#: What is wrong with modules, to follow "1 module".
+EMPTY = (
+    "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when shards were not gathered "
+    "before saving; the weights are not in this file. Save again from the training run"
+)
+INTEGERS = (
+    "holds integers or 8-bit floats, which loratool does not read as numbers; save the adapter in "
+    "float16, bfloat16 or float32"
+)
+
+#: Why a pair of shapes makes no product, by code.
 _OF_SHAPES = {
-    "zero3-placeholder": "is empty: a placeholder, as DeepSpeed ZeRO-3 or FSDP leave it when "
-    "shards were not gathered before saving; the weights are not in this file. Save again from "
-    "the training run",
+    "zero3-placeholder": EMPTY,
     "grouped-convolution": "has a grouped convolution, whose A mixes groups that the weight keeps "
     "apart, so no merged weight exists",
     "enable-lora": "is in the fused layout of PEFT 0.1–0.2 (enable_lora); load and save it with "
     "PEFT 0.2",
     "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
-    "quantised-factors": "holds integers or 8-bit floats, which loratool does not read as numbers; "
-    "save the adapter in float16, bfloat16 or float32",
+    "quantised-factors": INTEGERS,
     "pair-mismatch": "has factors of different ranks",
 }
 

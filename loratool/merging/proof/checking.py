@@ -113,6 +113,8 @@ class _Comparing(RunningJob):
         seen = {d.factors.dtype for d in pair.job.deltas} | {pair.job.dtype, self.source.dtype}
         self.halves = sorted(seen & {"F16", "BF16"})
         self._ways = RoundingPaths(self)
+        before = pair.job.before
+        self._before = None if before is None else values_of(before, files)
 
     def task(self, low: int, high: int) -> tuple[str, int, Stats]:
         stats = Stats()
@@ -139,7 +141,7 @@ class _Comparing(RunningJob):
         merged = scratch.get("merged", size, torch.uint8).numpy()
         self.merged.read_into(low, high, merged)
         stats.elements += count
-        if self.job.is_verbatim:
+        if self.job.is_verbatim and self._before is None:
             expected = scratch.get("expected", size, torch.uint8).numpy()
             self.values.read_into(low, high, expected)
             if np.array_equal(expected, merged):
@@ -156,7 +158,11 @@ class _Comparing(RunningJob):
                 return
         self.prepare()
         x = self.load(low, high)
-        before = scratch.get("before", count, self.work).copy_(x)
+        before = scratch.get("before", count, self.work)
+        if self._before is None:
+            before.copy_(x)
+        else:
+            before.copy_(torch.from_numpy(self._before.floats(low, high)))
         self.add(x, low, high)
         expected_out = scratch.get("expected", size, torch.uint8).view(TORCH[self.job.dtype])
         narrowed(x, expected_out)
@@ -176,7 +182,7 @@ class _Comparing(RunningJob):
             _count_steps(merged, expected, self.itemsize, stats)
             # In pieces, so that what judging them takes stays small and in the cache.
             for first, last in blocks(count, max(1, _PIECE // self.columns) * self.columns):
-                if different[first:last].any() or not self.job.is_sum:
+                if different[first:last].any() or not self.job.is_change:
                     piece = slice(first, last)
                     values = before[piece], x[piece], got[piece], expected_out[piece]
                     self._judge(low + first, *values, stats)
@@ -198,7 +204,7 @@ class _Comparing(RunningJob):
         torch.sub(got, x, out=difference)
         lost = float(torch.dot(difference, difference))
         stats.lost += lost
-        if not self.job.is_sum:
+        if not self.job.is_change:
             return 0.0
         delta = scratch.get("product", len(x), self.work)
         torch.sub(x, before, out=delta)
@@ -235,7 +241,7 @@ class _Comparing(RunningJob):
         """
         self._ways.count(w, x, got, low, stats)
         expected = stored.to(self.work)
-        reach = self._reach(low, low + len(w))
+        reach = self._reach(low, low + len(w), w)
         apart = (got - expected).abs_()
         if not math.isfinite(largest := float(apart.max())):
             apart.nan_to_num_(nan=0.0, posinf=0.0)  # a damaged file may hold anything
@@ -250,7 +256,7 @@ class _Comparing(RunningJob):
         same = got == expected
         once = deviation <= noise
         inside = once.clone()
-        for half in self.halves if self.job.is_sum else ():
+        for half in self.halves if self.job.is_change else ():
             slack = (ulp(w, half) + ulp(x, half)).add_(ulp(delta, half)).div_(2)
             slack.add_(reach, alpha=math.ldexp(1.0, -FLOAT_FORMATS[half].fraction))
             inside |= deviation <= slack.add_(noise)
@@ -268,9 +274,13 @@ class _Comparing(RunningJob):
         if 0 < beyond * 8 <= len(w):
             torch.where(outside, x, got, out=got)
 
-    def _reach(self, low: int, high: int) -> torch.Tensor:
-        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`."""
+    def _reach(self, low: int, high: int, w: torch.Tensor) -> torch.Tensor:
+        """Upper bounds of Σ|scale·b·a| by ‖b‖·‖a‖, for elements `[low, high)`, which are `w` in the
+        base. What a function sums up it makes of a row: its norm bounds that, about."""
         total = torch.zeros(high - low, dtype=self.work)
+        if self.job.before is not None:
+            rows = w.view(-1, max(1, math.prod(self.source.shape[1:])))
+            total.view(rows.shape).add_(torch.linalg.norm(rows, dim=1, keepdim=True))
         first, last = low // self.columns, high // self.columns
         for terms in (self.terms, self.loaded_taken):
             for _, term, window in terms.meeting(first, last):

@@ -135,7 +135,7 @@ class Finding:
 
 def judge(job: Job, stats: Stats) -> Finding:
     """The finding for a tensor that both models have."""
-    arithmetic, replaced = job.is_sum, job.is_adapted and not job.is_sum
+    arithmetic, replaced = job.is_change, job.is_adapted and not job.is_change
     code, way = _code(stats, arithmetic, replaced)
     applied = unexplained = lost = None
     if arithmetic and stats.delta > 0:

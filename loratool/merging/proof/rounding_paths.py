@@ -62,7 +62,7 @@ class RoundingPaths:
         self, w: torch.Tensor, x: torch.Tensor, low: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Names, and what the way leads to. "cast-BF16" is the base rounded to bfloat16 first."""
-        adds = self.job.job.is_sum
+        adds = self.job.job.is_change
         delta = self._delta(w, x, low) if adds else x
         for code in ("BF16", "F16"):
             half = TORCH[code]
@@ -97,8 +97,12 @@ class RoundingPaths:
 
     def _delta(self, w: torch.Tensor, x: torch.Tensor, low: int) -> torch.Tensor:
         """Δ itself where it is a plain sum: x - W has lost the last bits of a small one."""
-        terms = self.job.terms
-        if self.job.job.biases or any(term.magnitude is not None for term in terms):
+        terms, job = self.job.terms, self.job.job
+        if (
+            job.biases
+            or job.before is not None
+            or any(term.magnitude is not None for term in terms)
+        ):
             return x - w
         total = torch.zeros_like(w)
         for term, part in self._parts(total, low):

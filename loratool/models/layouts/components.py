@@ -33,7 +33,7 @@ class Wanted:
 
     `shape` is (out, in) of factors, whose weight may be stored either way, or with `whole` that of
     a tensor that is replaced, whose rows may be more or fewer. With `experts` there are factors of
-    this shape for each matrix of a stack.
+    this shape for each matrix of a stack. A side is 0 where the file does not tell it.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Wanted:
         if self.whole:
             return info.shape[1:] == self.shape[1:]
         stored = (info.shape[0], math.prod(info.shape[1:])) if info.shape else ()
+        if 0 in self.shape:
+            return max(self.shape) in stored
         return sorted(stored) == sorted(self.shape)
 
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from loratool.adapters.factors import LowRank
+from loratool.linalg.reproducible import on_grid
 from loratool.merging.match import Delta
-from loratool.merging.products import ExactProduct, on_grid
+from loratool.merging.products import ExactProduct
 from loratool.models.layouts.place import Place
 from loratool.storage.tensors import FilePool, TensorInfo
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
 from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.multiplicative import multiply
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -20,13 +21,19 @@ from loratool.adapters.dialects.peft.config import (
 )
 from loratool.adapters.dialects.peft.drafting import drafted
 from loratool.adapters.dialects.peft.keys import fill_adapter
+from loratool.adapters.dialects.peft.types import METHODS
+from loratool.adapters.dialects.peft.types.method import PeftMethod
+from loratool.adapters.dialects.peft.types.reading import fill_typed
 from loratool.adapters.dialects.peft.wrappers import registered
 from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
+from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.layouts.native import is_native_adapter
 from loratool.models.tasks import CLASSIFYING
+from loratool.storage.fields import value_text
 
 _FACTOR = re.compile(r".*\.(lora_[AB]\..+|lora_embedding_[AB](\..+)?)$")
 
@@ -47,19 +54,34 @@ class Peft(WritableDialect, Writer):
         kind = str(evidence.config.get("peft_type") or "LORA").upper()
         if kind == "TRAINABLE_TOKENS":
             return "PEFT trainable tokens"
+        if kind in METHODS:
+            return f"a PEFT {METHODS[kind].words} adapter"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
-        plain = kind == "LORA" and lora and not is_foreign(tensors)
-        plain = plain and not names.is_of_tinker(tensors)
+        other = is_foreign(tensors) or names.is_of_tinker(tensors)
+        other = other or (is_native_adapter(tensors) and not evidence.config)
+        plain = kind == "LORA" and lora and not other
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:
         check_config(config, where)
+        method = _method(config)
+        if method is not None:
+            method.check(config, where)
 
     def declared(self, config: dict[str, Any]) -> Declared:
         return _declared(config)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        fill_adapter(adapter)
+        method = _method(adapter.config)
+        if method is None:
+            fill_adapter(adapter)
+        else:
+            fill_typed(adapter, method, base)
+        ranks = {path: module.rank for path, module in adapter.modules.items()}
+        told = replace(adapter.told, kind=None)
+        refuse_contradictions(told, "factors of PEFT", "BA", ranks)
+        if adapter.told.kind == "multiplicative":
+            multiply(adapter, base)
 
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:
         return drafted(adapter, asked)
@@ -94,6 +116,12 @@ class Peft(WritableDialect, Writer):
         return registered(names)
 
 
+def _method(config: dict[str, Any]) -> PeftMethod | None:
+    """The type that a config says, if it is one beside LoRA that is read."""
+    kind = config.get("peft_type")
+    return METHODS.get(kind.upper()) if isinstance(kind, str) else None
+
+
 def _declared(config: dict[str, Any]) -> Declared:
     mapping = config.get("auto_mapping") or {}
     task = config.get("task_type") or None
@@ -120,6 +148,10 @@ def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """What the config says, for people."""
     if not config:
         return
+    method = _method(config)
+    shown = [field for field in method.shown if field in config] if method else []
+    if shown:
+        yield "configured", ", ".join(f"{name} {value_text(config[name])}" for name in shown)
     # LoRA's are 8 where the config leaves them out; other kinds of adapters may have none.
     usual = {"r": 8, "lora_alpha": 8} if (config.get("peft_type") or "LORA") == "LORA" else {}
     said = {"r": "r", "lora_alpha": "alpha"}
@@ -127,7 +159,7 @@ def _settings(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
     flags = [f"{word} {values[field]}" for field, word in said.items() if field in values]
     flags += [k for k in ("use_rslora", "use_dora", "lora_bias") if config.get(k)]
     flags += [f for f in ("rank_pattern", "alpha_pattern") if config.get(f)]
-    if flags:
+    if flags and method is None:
         yield "configured", ", ".join(flags)
     chosen = config.get("target_modules")
     parameters = config.get("target_parameters") or []

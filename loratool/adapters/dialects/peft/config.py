@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from loratool.adapters.dialects.dialect import Recipe
@@ -121,8 +121,10 @@ def check_config(config: dict[str, Any], where: object) -> None:
     kind = (config.get("peft_type") or "LORA").upper()
     if kind == "TRAINABLE_TOKENS":
         check_fields(config, {"token_indices": COUNTS | ABSENT}, where, AdapterError)
-    if kind == "LORA":
-        check_fields(config, _OF_LORA, where, AdapterError)
+    if kind in ("LORA", "ADALORA"):
+        # An AdaLoRA's rank_pattern says which directions are left of each module.
+        of_lora = _OF_LORA if kind == "LORA" else _OF_LORA | {"rank_pattern": TABLE | ABSENT}
+        check_fields(config, of_lora, where, AdapterError)
         settings = config.get("use_bdlora") or {}
         check_fields(settings, _OF_BDLORA, f"{where}, use_bdlora", AdapterError)
 
@@ -142,19 +144,22 @@ def config_notices(config: dict[str, Any]) -> list[Notice]:
         notices.append(
             Notice("bdlora-dora", "use_bdlora with use_dora has no meaning in PEFT.", where, True)
         )
-    for field in sorted(config.keys() - known):
-        if config[field] not in (None, False, "", [], {}):
-            notices.append(
-                Notice(
-                    "unknown-config-field",
-                    f"{field}={value_text(config[field])} is not a field of PEFT 0.21 that "
-                    "loratool knows; it may change the arithmetic. Remove it if you know that it "
-                    "does not.",
-                    where,
-                    refused=True,
-                )
-            )
-    return notices
+    return [*notices, *unknown_fields(config, known)]
+
+
+def unknown_fields(config: dict[str, Any], known: Collection[str]) -> list[Notice]:
+    """Refusals of what a config holds beside the `known` fields, if it is not empty."""
+    return [
+        Notice(
+            "unknown-config-field",
+            f"{field}={value_text(config[field])} is not a field of PEFT 0.21 that loratool knows; "
+            "it may change the arithmetic. Remove it if you know that it does not.",
+            ADAPTER_CONFIG,
+            refused=True,
+        )
+        for field in sorted(config.keys() - set(known))
+        if config[field] not in (None, False, "", [], {})
+    ]
 
 
 def _init_notices(config: dict[str, Any], where: str) -> Iterator[Notice]:
@@ -178,7 +183,7 @@ def _init_notices(config: dict[str, Any], where: str) -> Iterator[Notice]:
 
 def init_that_changed(config: dict[str, Any]) -> str:
     """The initialisation that also changed the base weights, in small letters; "" for others."""
-    init = config.get("init_lora_weights")
+    init = config.get("init_lora_weights") if config.get("peft_type") != "ADALORA" else None
     lowered = init.lower() if isinstance(init, str) else ""
     return lowered if lowered.startswith(_BASE_CHANGING) else ""
 
@@ -192,7 +197,9 @@ def _code(field: str) -> str:
     return field.replace("_", "-")
 
 
-def rank_and_scale(config: dict[str, Any], told: Told) -> Callable[[str], tuple[int, Scaling]]:
+def rank_and_scale(
+    config: dict[str, Any], told: Told, alpha_field: str = "lora_alpha"
+) -> Callable[[str], tuple[int, Scaling]]:
     """A function from module path to rank and scale, as config and user say.
 
     The patterns follow PEFT 0.15 and later (`get_pattern_key`): rank and alpha are looked up
@@ -207,7 +214,7 @@ def rank_and_scale(config: dict[str, Any], told: Told) -> Callable[[str], tuple[
 
     def resolve(path: str) -> tuple[int, Scaling]:
         rank = ranks.first(path, config.get("r", 8))
-        alpha = alphas.first(path, config.get("lora_alpha", 8))
+        alpha = alphas.first(path, config.get(alpha_field, 8))
         if rank < 1 or rank != int(rank):
             raise AdapterError(
                 f"adapter_config.json: the rank of {path} is {rank}; it must be a whole number "

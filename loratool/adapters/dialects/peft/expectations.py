@@ -41,7 +41,9 @@ def _quoted(names: Collection[str]) -> str:
 
 
 def _absent_targets(adapter: Adapter, halves: Collection[str]) -> Iterator[Notice]:
-    modules = [*adapter.modules, *halves]
+    functions = [function.path for function in adapter.functions.values()]
+    owners = {name.rpartition(".")[0] for name in adapter.replaced}
+    modules = [*adapter.modules, *halves, *functions, *owners]
     weights = [*(m.weight_name for m in adapter.modules.values()), *halves]
     for field, what, paths in (
         ("target_modules", "module", modules),

@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
-from loratool.adapters.adapter import Adapter, TokenRows
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.config import (
     block_counts,
     config_notices,
@@ -21,6 +20,13 @@ from loratool.adapters.dialects.peft.config import (
 from loratool.adapters.dialects.peft.expectations import note_expectations
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.peft.parameters import BareParameters, layout_notices
+from loratool.adapters.dialects.peft.whole import (
+    claim,
+    note_lost_originals,
+    note_several,
+    place_saved_or_rows,
+    place_whole,
+)
 from loratool.adapters.dialects.peft.wrappers import WrappedPair
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
@@ -31,10 +37,7 @@ from loratool.adapters.dialects.troubles import (
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import Scaling, scaling
 from loratool.notices import Notice
-from loratool.storage.fields import value_text
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import same_bytes
-from loratool.words import counted
 
 _LEAVES = [
     ("factor", re.compile(r"(?P<path>.+)\.lora_(?P<side>A|B)(\.(?P<name>[^.]+))?\.weight")),
@@ -42,11 +45,8 @@ _LEAVES = [
     ("embedding", re.compile(r"(?P<path>.+)\.lora_embedding_(?P<side>A|B)(\.(?P<name>[^.]+))?")),
     ("magnitude", re.compile(
         r"(?P<path>.+)\.lora_magnitude_vector(\.(?P<name>(?!weight)[^.]+))?(\.weight)?")),
-    ("rows", re.compile(
-        r"(?P<path>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<name>[^.]+))?")),
     # Training-time state of VeLoRA and MonteCLoRA; their forward pass in eval mode is plain LoRA.
     ("inert", re.compile(r"(?P<path>.+)\.lora_(velora_embed|monteclora_sampler)\b.*")),
-    ("saved", re.compile(r"(?P<path>.+)\.modules_to_save\.(?P<name>[^.]+)\.(?P<param>.+)")),
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ _LEAVES = [
 class _Parts:
     """The tensors found for one module path."""
 
-    #: By slot: "A", "B", "bias", "magnitude", "rows".
+    #: By slot: "A", "B", "bias", "magnitude".
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     embedding: bool = False
 
@@ -69,15 +69,7 @@ def fill_adapter(adapter: Adapter) -> None:
     names: set[str] = set()
     for key, info in adapter.tensors.items():
         _place(adapter, key, info, parts, names)
-    if len(names) > 1:
-        adapter.notices.append(
-            Notice(
-                "several-adapters",
-                f"The file holds {len(names)} adapters: {', '.join(sorted(names))}. "
-                "Save the one you want with PEFT's save_pretrained(selected_adapters=[...]).",
-                refused=True,
-            )
-        )
+    note_several(adapter, names)
     if adapter.config:
         adapter.notices += config_notices(adapter.config)
         adapter.notices += layout_notices(adapter.config.get("lora_B_layout") or "")
@@ -92,12 +84,7 @@ def fill_adapter(adapter: Adapter) -> None:
                 refused=True,
             )
         )
-    adapter.unknown += [
-        key
-        for key in adapter.inert
-        if ".original_module." in key
-        and plain_path(key).replace(".original_module.", ".") not in adapter.replaced
-    ]
+    note_lost_originals(adapter)
     halves = _build_modules(adapter, parts)
     refuse_empty(adapter)
     note_expectations(adapter, halves)
@@ -107,9 +94,7 @@ def _place(
     adapter: Adapter, key: str, info: TensorInfo, parts: dict[str, _Parts], names: set[str]
 ) -> None:
     path = plain_path(key)
-    if ".modules_to_save." in key and key.replace(".modules_to_save.", ".") in adapter.tensors:
-        # bias="all" saves the biases of a saved module a second time, without the adapter's name.
-        _claim(adapter, adapter.replaced, path.replace(".modules_to_save.", "."), info)
+    if place_saved_or_rows(adapter, key, path, info, names):
         return
     for leaf, pattern in _LEAVES:
         match = pattern.fullmatch(path)
@@ -121,43 +106,20 @@ def _place(
         if leaf == "inert":
             adapter.inert.append(key)
             return
-        if leaf == "saved":
-            _claim(adapter, adapter.replaced, f"{found['path']}.{found['param']}", info)
-            return
         module = parts[found["path"]]
         if leaf in ("factor", "embedding"):
             module.embedding = leaf == "embedding"
             leaf = found["side"]
-        _claim(adapter, module.tensors, leaf, info)
+        claim(adapter, module.tensors, leaf, info)
         return
     if "lora_" in path:
         adapter.unknown.append(key)
-    elif ".original_module." in path:
-        # The frozen original beside a saved copy; the copy is what the model computes with.
-        adapter.inert.append(key)
     else:
-        # A whole tensor: modules_to_save, a bias, or an embedding. `base_layer` is the name PEFT
-        # gives to the wrapped original, so the tensor means the original itself.
-        name = re.sub(r"(\.token_adapter)?(\.base_layer)+\.", ".", path)
-        _claim(adapter, adapter.replaced, name, info)
-
-
-def _claim(adapter: Adapter, table: dict[str, TensorInfo], slot: str, info: TensorInfo) -> None:
-    """Put a tensor in its place; a second one for the same place is never dropped in silence.
-
-    A copy of the same values is harmless: PEFT's `bias="all"` saves the biases of saved modules
-    under two names.
-    """
-    taken = table.setdefault(slot, info)
-    if taken is info:
-        return
-    if (taken.dtype, taken.shape) == (info.dtype, info.shape):
-        adapter.fetch()
-    (adapter.inert if same_bytes(taken, info) else adapter.unknown).append(info.name)
+        place_whole(adapter, key, path, info)
 
 
 def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
-    """Fill `modules` and `token_rows`. Returns the paths that have only a part of a pair."""
+    """Fill `modules`. Returns the paths that have only a part of a pair."""
     # In the fused layout of enable_lora, A holds several factors and its rows are not the rank.
     fused = bool(adapter.config.get("enable_lora"))
     resolve = rank_and_scale(adapter.config, adapter.told) if adapter.config and not fused else None
@@ -170,11 +132,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     wrong_ranks = []
     for path, found in parts.items():
         tensors = found.tensors
-        if "rows" in tensors:
-            rows = tensors["rows"]
-            adapter.token_rows[path] = TokenRows(path, _token_indices(adapter, path, rows), rows)
         if "A" not in tensors or "B" not in tensors:
-            stray = [t.name for slot, t in tensors.items() if slot != "rows"]
+            stray = [t.name for t in tensors.values()]
             if stray:
                 halves[path] = [plain_path(name).removeprefix(f"{path}.") for name in stray]
             continue
@@ -227,24 +186,3 @@ def _kind(path: str, found: _Parts, parts: dict[str, _Parts]) -> tuple[str, Kind
     if f"{path}.base_layer.out_proj" in parts:
         return path, "attention-in"
     return path, "conv" if len(found.tensors["A"].shape) > 2 else "linear"
-
-
-def _token_indices(adapter: Adapter, path: str, rows: TensorInfo) -> tuple[int, ...]:
-    setting: Any = adapter.config.get("trainable_token_indices")
-    if adapter.peft_type == "TRAINABLE_TOKENS":
-        setting = adapter.config.get("token_indices")
-    if isinstance(setting, dict):
-        setting = next((v for k, v in setting.items() if path == k or path.endswith(f".{k}")), None)
-    count = rows.shape[0] if len(rows.shape) == 2 else 0
-    if not setting or len(setting) != count or len(set(setting)) != count:
-        adapter.notices.append(
-            Notice(
-                "token-indices",
-                f"{counted(count, 'trained token row')}, but trainable_token_indices of the config "
-                f"is {value_text(setting)}.",
-                path,
-                refused=True,
-            )
-        )
-        return ()
-    return tuple(setting)

@@ -60,6 +60,11 @@ _FOREIGN: list[Rule] = [
 ]  # fmt: skip
 
 _RULES: list[Rule] = [
+    ("gguf-other", "a llama.cpp adapter of another kind than LoRA", _any(r"\.weight\.lora_[ab]$")),
+    ("gguf-model", "a whole model in llama.cpp's names (GGUF), not an adapter",
+     _any(r"^blk\.\d+\.\w+\.weight$")),
+    ("control-vector", "a control vector of llama.cpp, which is added to activations; not LoRA",
+     _any(r"^direction\.\d+$")),
     ("megatron", "an adapter of Megatron or NeMo as it trains them; export it there to PEFT's form",
      _any(r"\.adapter\.((adapter|linear)_\w+\.)?linear_(in|out)\.weight$")),
     ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",

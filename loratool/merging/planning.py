@@ -145,7 +145,9 @@ def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
             raise MatchError(
                 f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight {weight:g} has "
                 "no meaning.",
-                "Merge it with weight 1.",
+                "Merge it with weight 1."
+                if weight > 0
+                else "The undo file that `loratool merge --reversible` writes takes it back.",
             )
         for other in (*matches[:number], *matches[number + 1 :]):
             touched = {d.tensor for d in other.deltas} | other.replaced.keys()

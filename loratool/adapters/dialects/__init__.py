@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
+from loratool.adapters.dialects.gguf import Gguf
 from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.litgpt import Litgpt
 from loratool.adapters.dialects.loralib import Loralib
@@ -23,6 +24,7 @@ DIALECTS: tuple[Dialect, ...] = (
     Litgpt(),
     Torchtune(),
     Tinker(),
+    Gguf(),
     Hand(),
     Loralib(),
     Native(),

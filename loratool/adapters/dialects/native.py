@@ -27,7 +27,7 @@ from loratool.adapters.told import scaling
 from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import heads_of
-from loratool.models.layouts.native import config_of, hub_name, is_native_adapter
+from loratool.models.layouts.native import config_of, is_native_adapter, named_on_hub
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TABLE, check_fields
 from loratool.storage.filenames import CONFIG, PARAMS
 from loratool.storage.tensors import TensorInfo
@@ -72,7 +72,7 @@ def _sort(adapter: Adapter, rows: RotaryRows) -> None:
     for name, info in adapter.tensors.items():
         if _FACTOR.fullmatch(name):
             continue
-        found, heads = hub_name(name)
+        found, heads = named_on_hub(name)
         if found == name or "lora_" in name:
             adapter.unknown.append(name)
         else:
@@ -87,7 +87,7 @@ def _add_modules(adapter: Adapter, lora: dict[str, Any], rows: RotaryRows) -> No
             pairs[factor["path"]][factor["side"]] = info
     halves, ranks = {}, []
     for native, pair in pairs.items():
-        path, heads = hub_name(native)
+        path, heads = named_on_hub(native)
         if path == native:
             adapter.unknown += [info.name for info in pair.values()]
             continue

@@ -77,7 +77,7 @@ class HubName(NamedTuple):
     heads: str = ""
 
 
-def hub_name(name: str) -> HubName:
+def named_on_hub(name: str) -> HubName:
     """The name in transformers' files of what is called `name` natively."""
     ((parts, attributes),) = apply_rules(NATIVE_RULES, tuple(name.split(".")))
     return HubName(".".join(parts), attributes.get("order", "").removeprefix("rope:"))
@@ -124,7 +124,7 @@ def native_config(
     if heads is None:
         return found
     for name, info in tensors.items():
-        field = hub_name(name).heads
+        field = named_on_hub(name).heads
         count = heads.kv if field == "num_key_value_heads" else heads.query
         if field and info.shape[:1] != (count * heads.size,):
             rows = info.shape[0] if info.shape else 1

@@ -24,7 +24,7 @@ from loratool.adapters.dialects.drafting import (
     low_rank,
     refuse_all,
 )
-from loratool.adapters.dialects.mlx.names import expert_path, hub_name, mlx_name, mlx_stack
+from loratool.adapters.dialects.mlx.names import expert_path, mlx_name, mlx_stack, name_on_hub
 from loratool.adapters.dialects.stackparts import StackParts
 from loratool.adapters.dialects.writing import Asked, Draft
 from loratool.adapters.experts import ExpertStack
@@ -58,7 +58,7 @@ class _Piece:
     pair: LowRank
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def mlx_draft(adapter: Adapter, asked: Asked) -> Draft:
     """Refuses what has no place: convolutions, biases, whole tensors, magnitudes of columns."""
     draft = Draft("safetensors", _WEIGHTS, metadata={**adapter.metadata, "format": "mlx"})
     refuse_all(draft, adapter, _NO_PLACE)
@@ -217,7 +217,7 @@ def _add_layer(
     draft.tensors[f"{path}.lora_a"], draft.tensors[f"{path}.lora_b"] = a, b
     if pair.magnitude is not None:
         draft.tensors[f"{path}.m"] = _flat(pair.magnitude)
-    draft.pieces[hub_name(path, model_type)] = pair
+    draft.pieces[name_on_hub(path, model_type)] = pair
     draft.fates.append(found.fate)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from loratool.adapters.dialects.peft.types import (
     adalora,
     lycoris,
+    modulated,
     projections,
     rescaling,
+    residual,
     rotations,
     whole_layers,
 )
@@ -18,5 +20,6 @@ METHODS: dict[str, PeftMethod] = {
     for method in (
         adalora.ADALORA, lycoris.LOHA, lycoris.LOKR, rescaling.IA3, rotations.OFT, rotations.BOFT,
         rotations.HRA, whole_layers.LN_TUNING, projections.VERA, projections.PVERA,
+        modulated.HIRA, modulated.GLORA, residual.DEFT, residual.PEANUT,
     )
 }  # fmt: skip

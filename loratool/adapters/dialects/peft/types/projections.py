@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 from loratool.adapters.dialects.peft.types.making import (
     Array,
     computed_factor,
+    computed_pair,
     drawn,
-    low_rank,
 )
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.dialects.peft.types.sizes import Size
@@ -72,7 +72,7 @@ def _scaled(module: PeftModule, name: str, method: str, halves: int) -> Iterable
     rows = row_range(b, range(out))
     b = computed_factor(f"λ_b · {name}_B", (out, rank), [of_rows, rows], _rows_times)
     a = computed_factor(f"λ_d · {name}_A", (rank, width), [half, a], _rows_times)
-    yield low_rank(module, method, b, a, module.scaled())
+    yield computed_pair(module, method, b, a, module.scaled())
     if not sizes:
         raise Trouble("needs-base", f"{name}_A is as wide as the widest weight, {in_wide}")
 

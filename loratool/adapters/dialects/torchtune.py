@@ -97,7 +97,7 @@ class Torchtune(Dialect, Writer):
     """LoRA and DoRA as torchtune's recipes save them."""
 
     name: str = "torchtune"
-    title: str = "torchtune"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         named = evidence.top == "dict" and any(map(_FACTOR.fullmatch, evidence.tensors))

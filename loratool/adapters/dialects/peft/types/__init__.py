@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from loratool.adapters.dialects.peft.types import (
     adalora,
+    banks,
+    blocks,
     lycoris,
     projections,
     rescaling,
     rotations,
+    sparse,
+    spectral,
     whole_layers,
 )
 from loratool.adapters.dialects.peft.types.method import PeftMethod
@@ -18,5 +22,9 @@ METHODS: dict[str, PeftMethod] = {
     for method in (
         adalora.ADALORA, lycoris.LOHA, lycoris.LOKR, rescaling.IA3, rotations.OFT, rotations.BOFT,
         rotations.HRA, whole_layers.LN_TUNING, projections.VERA, projections.PVERA,
+        sparse.SHIRA, sparse.SUPERTUNING, sparse.WAVEFT, spectral.FOURIERFT, spectral.C3A,
+        blocks.MISS, blocks.BONE, blocks.GRALORA, blocks.DELORA, banks.VBLORA, banks.UNILORA,
+        banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.HIRA, rescaling.GLORA,
+        rescaling.BEFT,
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.writing import Draft, Fate
+from loratool.adapters.dialects.writing import Draft, Fate, Outcome
 from loratool.adapters.experts import ExpertPair, ExpertStack
 from loratool.adapters.factors import Factors, LowRank, block_diagonal
 from loratool.dtypes import DTYPE_BITS, FACTOR_DTYPES
@@ -143,9 +143,16 @@ def fitted(module: LowRank, rank: int, scale: float, dtype: str | None) -> Fitte
     narrower = [t for t in (module.a, module.b) if dtype and _narrows(t.dtype, dtype)]
     if narrower:
         said.append(f"{narrower[0].dtype} written as {dtype}")
-    outcome = "rounded" if narrower or not exact else "exact"
-    fate = Fate(module.path, outcome, ", ".join(said), module.rank, rank)  # type: ignore[arg-type]
+    if module.method != "LoRA":
+        said.insert(0, f"{module.method} as a product of two factors")
+    outcome: Outcome = "rounded" if narrower or not exact else exact_outcome(module)
+    fate = Fate(module.path, outcome, ", ".join(said), module.rank, rank)
     return Fitted(a, b, fate)
+
+
+def exact_outcome(module: LowRank) -> Outcome:
+    """What becomes of a module whose factors are written as they are."""
+    return "exact" if module.method == "LoRA" else "expanded"
 
 
 def _narrows(old: str, new: str) -> bool:

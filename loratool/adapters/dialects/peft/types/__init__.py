@@ -7,8 +7,10 @@ from loratool.adapters.dialects.peft.types import (
     banks,
     blocks,
     lycoris,
+    modulated,
     projections,
     rescaling,
+    residual,
     rotations,
     sparse,
     spectral,
@@ -24,7 +26,7 @@ METHODS: dict[str, PeftMethod] = {
         rotations.HRA, whole_layers.LN_TUNING, projections.VERA, projections.PVERA,
         sparse.SHIRA, sparse.SUPERTUNING, sparse.WAVEFT, spectral.FOURIERFT, spectral.C3A,
         blocks.MISS, blocks.BONE, blocks.GRALORA, blocks.DELORA, banks.VBLORA, banks.UNILORA,
-        banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.HIRA, rescaling.GLORA,
-        rescaling.BEFT,
+        banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.BEFT,
+        modulated.HIRA, modulated.GLORA, residual.DEFT, residual.PEANUT,
     )
 }  # fmt: skip

@@ -7,6 +7,7 @@ from loratool.adapters.dialects.peft.types import (
     banks,
     blocks,
     lycoris,
+    modulated,
     projections,
     rescaling,
     residual,
@@ -23,10 +24,9 @@ METHODS: dict[str, PeftMethod] = {
     for method in (
         adalora.ADALORA, lycoris.LOHA, lycoris.LOKR, rescaling.IA3, rotations.OFT, rotations.BOFT,
         rotations.HRA, whole_layers.LN_TUNING, projections.VERA, projections.PVERA,
-        residual.DEFT, residual.PEANUT,
         sparse.SHIRA, sparse.SUPERTUNING, sparse.WAVEFT, spectral.FOURIERFT, spectral.C3A,
         blocks.MISS, blocks.BONE, blocks.GRALORA, blocks.DELORA, banks.VBLORA, banks.UNILORA,
-        banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.HIRA, rescaling.GLORA,
-        rescaling.BEFT,
+        banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.BEFT,
+        modulated.HIRA, modulated.GLORA, residual.DEFT, residual.PEANUT,
     )
 }  # fmt: skip

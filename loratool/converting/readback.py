@@ -23,6 +23,8 @@ from loratool.storage.values import read_float32, same_bytes, same_values
 from loratool.streams.threads import computed
 from loratool.words import counted
 
+Pair = tuple[Matrix, Matrix]
+
 #: More than any dtype that factors are written in rounds off a product.
 _BEYOND_ROUNDING = 2.0**-5
 
@@ -130,13 +132,13 @@ def _difference(old: Factors, new: Factors, files: FilePool) -> float:
     return relative_difference(one, known_scale(old), other, known_scale(new))
 
 
-def relative_difference(
-    one: tuple[Matrix, Matrix], scale: float, other: tuple[Matrix, Matrix], new_scale: float
-) -> float:
+def relative_difference(one: Pair, scale: float, other: Pair, new_scale: float) -> float:
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
     if scale == new_scale and all(map(np.array_equal, one, other)):
         return 0.0
     rank = max(len(one[1]), len(other[1]))
+    if not scale or not new_scale:  # the product of one of them is zero
+        return 0.0 if scale == new_scale or not _any_product(one, other, scale) else math.inf
     factor = new_scale / scale
     # A power of two changes no digit, so float32 holds the difference of what it held.
     wide = np.float32 if math.frexp(abs(factor))[0] == 0.5 else np.float64
@@ -149,6 +151,12 @@ def relative_difference(
     size = _norm([b], [a])
     off = _norm([off_b, new_b], [a, off_a])
     return off / size if size > 0 else math.inf
+
+
+def _any_product(one: Pair, other: Pair, scale: float) -> bool:
+    """Whether the pair whose scale is not zero has a product that is not."""
+    b, a = one if scale else other
+    return bool(b.any() and a.any())
 
 
 def _padded(factor: Matrix, rank: int, axis: int) -> Matrix:

@@ -65,7 +65,7 @@ def test_factors_and_scales_come_back(target: str, data: st.DataObject) -> None:
         leaves = {path.split(".", 3)[3] for path in paths}
         paths = [path for path in SHAPES if path.split(".", 3)[3] in leaves]
     rank = data.draw(st.integers(1, 5))
-    scale = data.draw(st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 16 / 3]))
+    scale = data.draw(st.sampled_from([1, 2, 3, 8, 16, 20.5])) / rank  # of such alphas
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ranks, scales = dict.fromkeys(paths, rank), dict.fromkeys(paths, scale)

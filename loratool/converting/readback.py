@@ -71,8 +71,12 @@ def prove(draft: Draft, written: Adapter, threads: int | None) -> None:
     ]
     if other:
         raise _broken(other)
+    fates = {fate.what: fate for fate in draft.fates}
     for path, error in errors.items():
-        _settle(draft, path, error)
+        # That of a module of the file, or of the stack that it was in.
+        fate = fates.get(path) or fates.get(draft.pieces[path].path)
+        if fate is not None:
+            _settle(fate, error)
 
 
 def _prove_copy(draft: Draft, written: Adapter) -> None:
@@ -87,8 +91,7 @@ def _prove_copy(draft: Draft, written: Adapter) -> None:
         raise _broken(other)
 
 
-def _settle(draft: Draft, path: str, error: float) -> None:
-    fate = _fate_of(draft, path)
+def _settle(fate: Fate, error: float) -> None:
     fate.error = (
         math.hypot(error, fate.error or 0.0)
         if fate.outcome == "cut"
@@ -96,15 +99,6 @@ def _settle(draft: Draft, path: str, error: float) -> None:
     )
     if error and fate.outcome in ("exact", "expanded"):
         fate.outcome = "rounded"
-
-
-def _fate_of(draft: Draft, path: str) -> Fate:
-    """That of a module of the file, or of the stack that it was in."""
-    exact = [fate for fate in draft.fates if fate.what == path]
-    return next(
-        iter(exact or [fate for fate in draft.fates if draft.pieces[path].path == fate.what]),
-        Fate(path, "exact"),
-    )
 
 
 def _same(old: TensorInfo, new: TensorInfo) -> bool:

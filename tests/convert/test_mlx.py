@@ -124,9 +124,6 @@ def test_experts_of_a_layer_must_all_be_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-MAGNITUDE = {f"{PREFIX}{Q}.lora_magnitude_vector": np.ones(16, np.float32)}
-
-
 @pytest.mark.parametrize(
     ("more", "config", "why"),
     [

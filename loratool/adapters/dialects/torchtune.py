@@ -97,7 +97,7 @@ class Torchtune(Dialect, Writer):
     """LoRA and DoRA as torchtune's recipes save them."""
 
     name: str = "torchtune"
-    title: str = "torchtune"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         named = evidence.top == "dict" and any(map(_FACTOR.fullmatch, evidence.tensors))
@@ -165,7 +165,7 @@ class Torchtune(Dialect, Writer):
         if config.get("tie_word_embeddings") and HEAD in adapter.modules:
             draft.refuse(HEAD, "torchtune has the embedding for the head of this base")
             return draft
-        made = alike(draft, adapter, asked, decoder, self.title, scaled=True)
+        made = alike(draft, adapter, asked, decoder, self.name, scaled=True)
         if made is None:
             return draft
         heads = {"q_proj": decoder.heads.query, "k_proj": decoder.heads.kv}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import codes
+from helpers.dialects import DialectCase, added_to, apart, cases
 from helpers.files import load, write_base
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -512,3 +513,22 @@ def test_other_verbs_know_what_multiplies(model: Model, base: Path, tmp_path: Pa
     loratool.resize(file, tmp_path / "one", rank=1, told=told)
     report = loratool.compare([file, tmp_path / "half"], told=[told, Told()])
     assert report is not None
+
+
+# --- the project's fixtures -----------------------------------------------------------------------
+
+WRITTEN = ("hand", "loralib", "multiplicative")
+
+
+@pytest.mark.parametrize("case", cases(*WRITTEN, merges=True), ids=lambda case: case.name)
+def test_a_merge_adds_what_the_forward_pass_does(case: DialectCase, tmp_path: Path) -> None:
+    told = Told.from_dict(case.options)
+    loratool.merge(case.base, case.adapter, tmp_path / "out", dtype="float32", told=told)
+    assert apart(added_to(case, tmp_path / "out"), case.expected()) < 1e-6
+
+
+@pytest.mark.parametrize("case", cases(*WRITTEN, merges=False), ids=lambda case: case.name)
+def test_what_cannot_be_known_is_refused(case: DialectCase, tmp_path: Path) -> None:
+    with pytest.raises(LoraToolError):
+        loratool.merge(case.base, case.adapter, tmp_path / "out", told=Told.from_dict(case.options))
+    assert not (tmp_path / "out").exists()

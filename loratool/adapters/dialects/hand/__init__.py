@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.hand.fused import is_of_loralib
-from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.hand.names import is_hand_written, may_be_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
 from loratool.adapters.dialects.multiplicative import multiply
 from loratool.models.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ class Hand(Dialect):
         return "a state dict of hand-written LoRA"
 
     def accepts(self, evidence: Evidence) -> bool:
-        return is_hand_written(evidence)
+        return may_be_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         multiplied = adapter.told.kind == "multiplicative"

@@ -32,12 +32,6 @@ def candidates(
     found = readings(pair.a.shape, pair.b.shape, pair.layers, is_table(path))
     found = [one for one in found if only in (None, one.product)] or found
     shapes = f"{pair.a.name} {list(pair.a.shape)} and {pair.b.name} {list(pair.b.shape)}"
-    fits = {one: weights.fits(path, one.shape) for one in found}
-    if None not in fits.values():
-        fitting = [one for one in found if fits[one]]
-        found = (fitting[:1] if pair.layers else fitting) or likely(found, pair.layers)
-    elif told.rank is None:
-        found = likely(found, pair.layers)
     if told.rank is not None:
         of_rank = [one for one in found if one.rank == told.rank]
         if not of_rank and not told.override:
@@ -47,6 +41,12 @@ def candidates(
                 "Omit the option, or add --override if the adapter is wrong.",
             )
         found = of_rank or found
+    fits = {one: weights.fits(path, one.shape) for one in found}
+    fitting = [one for one in found if fits[one]] if None not in fits.values() else []
+    found = fitting or likely(found, is_table(path))
+    if pair.layers:
+        found = found[:1]  # layers are applied A first where nothing else tells
+    found = list({one.product: one for one in reversed(found)}.values())[::-1]
     if told.product is not None:
         of_product = [one for one in found if one.product == told.product]
         if not of_product and not told.override:

@@ -28,7 +28,7 @@ class Litgpt(Dialect, Writer):
     """LoRA as `litgpt finetune_lora` saves it."""
 
     name: str = "litgpt"
-    title: str = "litgpt"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top != "dict":

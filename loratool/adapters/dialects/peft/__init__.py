@@ -43,7 +43,6 @@ class Peft(WritableDialect, Writer):
     """LoRA with all its variants, and trained token rows, as PEFT saves them."""
 
     name: str = "peft"
-    title: str = "PEFT, and what loads its directories"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):

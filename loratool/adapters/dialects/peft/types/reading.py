@@ -130,6 +130,12 @@ def _build_modules(
     """
     shared = found.pop(_SHARED, {})
     contents = PeftContents(adapter, found, shared, base)
+    if shared and not found:
+        text = (
+            "The file has only what the modules share; which part each of them has, PEFT draws "
+            "from a seed and the order of the model's modules. Save it with its indices."
+        )
+        adapter.notices.append(Notice("peft-options", text, ADAPTER_CONFIG, refused=True))
     troubles: dict[str, list[str]] = defaultdict(list)
     for path, tensors in found.items():
         module = PeftModule(path, tensors, contents)

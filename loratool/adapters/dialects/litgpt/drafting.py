@@ -130,7 +130,7 @@ def _name(name: str, qwen: bool) -> str:
     plain = name.lower()
     leads_astray = family_of({"name": name, "mlp_class_name": "LLaMAMLP"}, "") is not LLAMA
     named = ("gemma", "olmo-2-", "qwen3", *(() if qwen else ("qwen2.5", "qwq")))
-    return f"Llama-{name}" if leads_astray or plain.startswith(named) else name
+    return "Llama" if leads_astray or plain.startswith(named) else name
 
 
 def _rotary(config: dict[str, Any]) -> dict[str, Any]:

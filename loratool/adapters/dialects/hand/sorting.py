@@ -64,7 +64,7 @@ def fill_hand_written(
         {path: candidates(adapter, pair, weights, only) for path, pair in plain.items()},
         {path: pair.style for path, pair in plain.items()},
     )
-    note_products(adapter, decided, plain)
+    note_products(adapter, decided, plain, base is not None)
     for path, pair in whole.items():
         if path in modules:
             adapter.modules[path] = modules[path]

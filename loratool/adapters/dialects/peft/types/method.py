@@ -153,6 +153,10 @@ class PeftMethod:
     shown: tuple[str, ...] = ()
     #: What may follow a slot and be a part of it: numbers of a list, names of a table.
     rest: str = ""
+    #: What is said of each adapter of the type, by the codes of notices.
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    #: Whether functions that `make` returns have a scale of their own.
+    scales: bool = False
 
     @property
     def known(self) -> set[str]:

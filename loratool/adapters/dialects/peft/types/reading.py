@@ -115,6 +115,7 @@ def _config_notices(adapter: Adapter, method: PeftMethod) -> list[Notice]:
         for field, reason in method.refused.items()
         if config.get(field)
     ]
+    notices += [Notice(code, text) for code, text in method.warnings.items()]
     return notices + unknown_fields(config, method.known)
 
 
@@ -145,6 +146,8 @@ def _build_modules(
                 if isinstance(made, Replacement):
                     claim(adapter, adapter.replaced, made.name, made.info)
                 elif isinstance(made, RowFunction):
+                    if not method.scales and module.scaled().scale != 1:
+                        raise Trouble("peft-options", f"{made.algorithm} has no scale to set")
                     adapter.functions[made.weight_name] = made
                 else:
                     adapter.modules[path] = made

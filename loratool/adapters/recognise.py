@@ -15,29 +15,10 @@ from loratool.storage.tensors import TensorInfo
 PEFT_TYPES = {
     "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
     "P_TUNING": "P-tuning", "PREFIX_TUNING": "prefix tuning", "ADAPTION_PROMPT": "LLaMA-Adapter",
-    "CPT": "context-aware prompt tuning", "CARTRIDGE": "Cartridge", "IA3": "(IA)³",
-    "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT",
-    "VERA": "VeRA", "PVERA": "PVeRA", "FOURIERFT": "FourierFT", "XLORA": "X-LoRA", "HRA": "HRA",
-    "VBLORA": "VB-LoRA", "LN_TUNING": "LayerNorm tuning", "POLY": "Poly",
-    "TRAINABLE_TOKENS": "trainable tokens", "RANDLORA": "RandLoRA", "MISS": "MiSS",
-    "BONE": "Bone", "SHIRA": "SHiRA", "C3A": "C³A", "ROAD": "RoAd", "DELORA": "DeLoRA",
-    "WAVEFT": "WaveFT", "GRALORA": "GraLoRA", "OSF": "OSF", "PSOFT": "PSOFT",
-    "TINYLORA": "TinyLoRA", "UNILORA": "Uni-LoRA", "GLORA": "GLoRA", "HIRA": "HiRA",
-    "DEFT": "DEFT", "FROD": "FRoD", "PEANUT": "PEANuT", "SUPERTUNING": "Super-Tuning",
-    "ADAMSS": "AdaMSS", "BEFT": "BEFT", "LILY": "Lily", "SHADOW": "ShadowPEFT",
-}  # fmt: skip
-
-_PROMPT = "it adds to what attention sees, which no weight does; PEFT runs it on the base"
-#: Why no merged model does what those do.
-_WHY = {
-    **dict.fromkeys((
-        "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
-        "CPT", "CARTRIDGE",
-    ), _PROMPT),
-    "XLORA": "which of its LoRAs count depends on the input; each of them is an adapter of its own",
-    "POLY": "each task has its own mixture; PEFT runs it on the base",
-    "LILY": "which of its factors count depends on the input; PEFT runs it on the base",
-    "SHADOW": "it is a second, smaller model beside the base; PEFT runs it there",
+    "CPT": "context-aware prompt tuning", "IA3": "(IA)³", "ADALORA": "AdaLoRA", "LOHA": "LoHa",
+    "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "VERA": "VeRA", "FOURIERFT": "FourierFT",
+    "XLORA": "X-LoRA", "HRA": "HRA", "VBLORA": "VB-LoRA", "LN_TUNING": "LayerNorm tuning",
+    "POLY": "Poly", "TRAINABLE_TOKENS": "trainable tokens", "RANDLORA": "RandLoRA",
 }  # fmt: skip
 
 _KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
@@ -115,8 +96,7 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
     peft_type = (config.get("peft_type") or "LORA").upper()
     if peft_type != "LORA":
         words = PEFT_TYPES.get(peft_type, peft_type)
-        why = f": {_WHY[peft_type]}" if peft_type in _WHY else ", not LoRA"
-        return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter{why}"
+        return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter, not LoRA"
     for code, words, fits in (*_FOREIGN, *_RULES):
         if fits(tensors):
             return code, words

@@ -13,7 +13,6 @@ import numpy as np
 
 from loratool.adapters.dialects.peft.types.making import Array, computed_factor, computed_pair
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
-from loratool.adapters.dialects.peft.types.places import refuse_outside
 from loratool.errors import AdapterError
 from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER
 from loratool.storage.tensors import TensorInfo
@@ -80,8 +79,7 @@ def _unilora(module: PeftModule) -> Iterable[Made]:
         module.require(len(numbers.shape) == 2 and numbers.shape == scales.shape)
         module.require(not numbers.is_float)
         parts = [theta, numbers, scales]
-        looked_up = partial(_looked_up, module.path)
-        factors.append(computed_factor(f"{numbers.name} of θ", numbers.shape, parts, looked_up))
+        factors.append(computed_factor(f"{numbers.name} of θ", numbers.shape, parts, _looked_up))
     b, a = factors
     module.require(b.shape[1] == a.shape[0])
     if a.shape[0] != module.config.get("r", 4):
@@ -90,8 +88,7 @@ def _unilora(module: PeftModule) -> Iterable[Made]:
     yield computed_pair(module, "Uni-LoRA", b, a, module.scaled())
 
 
-def _looked_up(path: str, theta: Array, numbers: Array, scales: Array) -> Array:
-    refuse_outside(path, "unilora_indices", numbers, len(theta))
+def _looked_up(theta: Array, numbers: Array, scales: Array) -> Array:
     found: Array = theta[numbers.astype(np.int64)] * scales
     return found
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from loratool.adapters.changed import Float64, Rows
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
-from loratool.adapters.dialects.peft.types.places import refuse_outside
 from loratool.adapters.functions import RowFunction
 from loratool.errors import AdapterError, ValueRangeError
 from loratool.linalg.rotations import cayley, cayley_series, skew
@@ -183,7 +182,11 @@ def _recomposed(
     dtype: str,
     turned: bool,
 ) -> Rows:
-    refuse_outside(path, "frod_s_indices", places, len(V))
+    if places.size and (places.min() < 0 or places.max() >= len(V)):
+        raise AdapterError(
+            f"{path}: frod_s_indices has places outside of [{len(V)}, {len(V)}].",
+            "The file is damaged. Nothing was written.",
+        )
     middle = np.diag(diagonal)
     np.add.at(middle, tuple(places), values)
 

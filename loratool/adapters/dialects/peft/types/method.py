@@ -155,8 +155,6 @@ class PeftMethod:
     rest: str = ""
     #: What is said of each adapter of the type, by the codes of notices.
     warnings: Mapping[str, str] = field(default_factory=dict)
-    #: Whether functions that `make` returns have a scale of their own.
-    scales: bool = False
 
     @property
     def known(self) -> set[str]:

@@ -146,8 +146,6 @@ def _build_modules(
                 if isinstance(made, Replacement):
                     claim(adapter, adapter.replaced, made.name, made.info)
                 elif isinstance(made, RowFunction):
-                    if not method.scales and module.scaled().scale != 1:
-                        raise Trouble("peft-options", f"{made.algorithm} has no scale to set")
                     adapter.functions[made.weight_name] = made
                 else:
                     adapter.modules[path] = made

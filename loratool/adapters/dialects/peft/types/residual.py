@@ -134,12 +134,12 @@ DEFT = PeftMethod(
         "r": COUNT, "alpha": NUMBER | ABSENT, "para": FLAG | ABSENT,
         "decomposition_method": FieldType("relu or qr", lambda v: v in _DECOMPOSITIONS),
     },
-    frozenset({"init_scale", "deft_dropout"}), scales=True,
+    frozenset({"init_scale", "deft_dropout"}),
     shown=("r", "alpha", "decomposition_method", "para"),
 )  # fmt: skip
 PEANUT = PeftMethod(
     "PEANUT", "PEANuT", ("peanut_[AB]", "peanut_encoders", "peanut_decoders"), _peanut,
     {"r": COUNT, "depth": COUNT, "scaling": NUMBER,
      "act_fn": TEXT},
-    rest=r"(?:\.\d+)?", shown=("r", "depth", "act_fn", "scaling"), scales=True,
+    rest=r"(?:\.\d+)?", shown=("r", "depth", "act_fn", "scaling"),
 )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 
 from loratool.adapters.dialects.peft.types.making import Array, Numbers, structured
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
-from loratool.adapters.dialects.peft.types.places import random_places, refuse_outside
+from loratool.adapters.dialects.peft.types.places import random_places
 from loratool.adapters.dialects.peft.types.sizes import Size
 from loratool.adapters.factors import Matrix, Part
 from loratool.linalg.reproducible import reproducible_product
@@ -46,13 +46,11 @@ def _shira(module: PeftModule) -> Iterable[Made]:
     module.require(not places.is_float)
     shape = module.size()
     parts = {"values": values, "places": places}
-    load = partial(_at_places, module.path, shape)
+    load = partial(_at_places, shape)
     yield structured(module, "SHiRA", shape, parts, load, values.numel, module.scaled())
 
 
-def _at_places(path: str, shape: Size, values: Array, places: Numbers) -> Part:
-    for numbers, count in zip(places, shape, strict=True):
-        refuse_outside(path, "shira_indices", numbers, count)
+def _at_places(shape: Size, values: Array, places: Numbers) -> Part:
     rows, columns = places.astype(np.int64)
     return sparse(shape, rows, columns, values)
 
@@ -71,15 +69,14 @@ def _supertuning(module: PeftModule) -> Iterable[Made]:
         module.require((*b.shape, *a.shape) == (shape[0], config["r"], config["r"], shape[1]))
         parts |= {"B": b, "A": a}
         ratio = float(config.get("lora_alpha") or 0) / config["r"]
-    load = partial(_with_product, module.path, shape, ratio)
+    load = partial(_with_product, shape, ratio)
     yield structured(module, "Super", shape, parts, load, min(shape), module.scaled())
 
 
 def _with_product(
-    path: str, shape: Size, ratio: float, values: Array, places: Numbers, B: Array | None = None,
+    shape: Size, ratio: float, values: Array, places: Numbers, B: Array | None = None,
     A: Array | None = None,
 ) -> Part:  # fmt: skip
-    refuse_outside(path, "supertuning_indices", places, math.prod(shape))
     rows, columns = np.divmod(places.astype(np.int64), shape[1])
     alone = sparse(shape, rows, columns, values)
     if B is None or A is None:

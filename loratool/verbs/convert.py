@@ -176,7 +176,8 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
             "`loratool inspect` shows what is in it.",
         )
     source, cuts = within_rank(source, asked)
-    if to is None or (to == source.format and source.is_plain and not cuts):
+    in_safetensors = all(path.suffix == ".safetensors" for path in source.files)
+    if to is None or (to == source.format and source.is_plain and in_safetensors and not cuts):
         draft = unchanged(source, asked, metadata)
     else:
         draft = TARGETS[to].draft(source, asked)

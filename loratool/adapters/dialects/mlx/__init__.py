@@ -28,7 +28,6 @@ class Mlx(Dialect, Writer):
     """LoRA and DoRA of linear layers, embeddings and experts, and whole tensors."""
 
     name: str = "mlx"
-    title: str = "mlx-lm and what loads its adapters"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top != "dict" or evidence.values:

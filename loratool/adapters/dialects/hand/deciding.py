@@ -47,7 +47,7 @@ def candidates(
     if pair.layers:
         found = found[:1]  # layers are applied A first where nothing else tells
     found = list({one.product: one for one in reversed(found)}.values())[::-1]
-    if told.product is not None:
+    if told.product is not None and not (is_table(path) and len(fitting) == 1):
         of_product = [one for one in found if one.product == told.product]
         if not of_product and not told.override:
             raise AdapterError(
@@ -60,7 +60,10 @@ def candidates(
     return found
 
 
-def note_products(adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPair]) -> None:
+def note_products(
+    adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPair], is_known: bool
+) -> None:
+    """Say what decided, and what is open; `is_known` says that there is a base."""
     for product, path in decided.by.items():
         text = (
             f"The factors multiply as {WORDS[product]}: the weight of {path} is not square and "
@@ -75,10 +78,16 @@ def note_products(adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPa
         ]
         options = {one.product for found in decided.open.values() for one in found}
         said = " or ".join(f"--product {p}" for p in WORDS if p in options)
+        why = (
+            "the shapes of their weights decide nothing"
+            if is_known
+            else ("without the base no weight decides it")
+        )
         text = (
             f"{counted(len(lines), 'module', 'has')} factors that can be multiplied in several "
-            f"ways, and no weight that is not square decides it. The forward pass of the training "
-            f"script tells; say {said}:\n{listed(lines)}"
+            f"ways, and {why}. The forward pass of the training script tells; say {said}"
+            + (":" if is_known else ", or give the base:")
+            + f"\n{listed(lines)}"
         )
         first = next(iter(decided.open))
         adapter.notices.append(Notice("product-unknown", text, first, refused=True))

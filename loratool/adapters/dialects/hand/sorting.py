@@ -64,7 +64,7 @@ def fill_hand_written(
         {path: candidates(adapter, pair, weights, only) for path, pair in plain.items()},
         {path: pair.style for path, pair in plain.items()},
     )
-    note_products(adapter, decided, plain)
+    note_products(adapter, decided, plain, base is not None)
     for path, pair in whole.items():
         if path in modules:
             adapter.modules[path] = modules[path]
@@ -291,8 +291,9 @@ def _sort_own(adapter: Adapter, found: Sorted, weights: AdaptedWeights) -> None:
             adapter.replaced[name] = info
             if not weights.has(name) and HEAD.search(name):
                 heads.add(name.rpartition(".")[0])
+    saved = {n.rpartition(".")[0] for n in adapter.replaced if not n.endswith(".bias")} | heads
     adapter.declared = replace(
-        adapter.declared, heads=adapter.declared.heads | heads, saved_modules=tuple(sorted(heads))
+        adapter.declared, heads=frozenset(heads), saved_modules=tuple(sorted(saved))
     )
     if adapter.frozen and weights.layout is None:
         text = (

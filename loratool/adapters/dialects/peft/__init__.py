@@ -19,7 +19,7 @@ from loratool.adapters.dialects.peft.config import (
     layer_ranges,
     name_list,
 )
-from loratool.adapters.dialects.peft.drafting import drafted
+from loratool.adapters.dialects.peft.drafting import peft_draft
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.types import METHODS
 from loratool.adapters.dialects.peft.types.method import PeftMethod
@@ -83,7 +83,7 @@ class Peft(WritableDialect, Writer):
             multiply(adapter, base)
 
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:
-        return drafted(adapter, asked)
+        return peft_draft(adapter, asked)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
         return names.factor_shapes(outline, rank)

@@ -27,7 +27,7 @@ _EXTRACT = "merge it, and extract a LoRA from the result"
 _NO_PAIR = f"its change is no product of two factors; {_EXTRACT}"
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def peft_draft(adapter: Adapter, asked: Asked) -> Draft:
     """A PEFT directory of an adapter of any dialect. Factors stay as they are: PEFT's config has a
     rank and an alpha for each module."""
     draft = Draft("safetensors", ADAPTER_MODEL, metadata={**adapter.metadata, "format": "pt"})

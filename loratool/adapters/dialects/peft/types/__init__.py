@@ -6,6 +6,7 @@ from loratool.adapters.dialects.peft.types import (
     adalora,
     banks,
     blocks,
+    decomposed,
     lycoris,
     modulated,
     projections,
@@ -28,5 +29,6 @@ METHODS: dict[str, PeftMethod] = {
         blocks.MISS, blocks.BONE, blocks.GRALORA, blocks.DELORA, banks.VBLORA, banks.UNILORA,
         banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.BEFT,
         modulated.HIRA, modulated.GLORA, residual.DEFT, residual.PEANUT,
+        decomposed.OSF, decomposed.PSOFT, decomposed.FROD,
     )
 }  # fmt: skip

@@ -39,11 +39,11 @@ def _deft(module: PeftModule) -> Iterable[Made]:
         width = parts["R"].shape[1]
     alpha = config.get("alpha")
     if alpha:
-        scale = scaling(module.adapter.told, rank, alpha=alpha, where=module.path).scale
+        scaled = scaling(module.adapter.told, rank, alpha=alpha, where=module.path)
     else:
-        scale = module.scaled().scale
+        scaled = module.scaled()
     orthogonal = config.get("decomposition_method", "relu") == "qr"
-    project = partial(_projected, scale=scale, orthogonal=orthogonal)
+    project = partial(_projected, scale=scaled.scale or 0.0, orthogonal=orthogonal)
     yield RowFunction(
         module.path, "PaRa" if alone else "DEFT", parts, (out, width),
         partial(project, turned=False), partial(project, turned=True), step=0,
@@ -95,9 +95,9 @@ def _peanut(module: PeftModule) -> Iterable[Made]:
     if name not in _FUNCTIONS:
         known = ", ".join(sorted(_FUNCTIONS))
         raise Trouble("peft-options", f"act_fn is {name!r}; those that are known are {known}")
-    scale = module.scaled(config.get("scaling", 1.0)).scale
+    scaled = module.scaled(config.get("scaling", 1.0))
     parts = {"A": a, "B": b} | {f"block{i}": block for i, block in enumerate(blocks)}
-    apply = partial(_through_network, function=name, scale=scale)
+    apply = partial(_through_network, function=name, scale=scaled.scale or 0.0)
     yield RowFunction(module.path, "PEANuT", parts, (out, 0), apply, step=0)
 
 
@@ -134,7 +134,8 @@ DEFT = PeftMethod(
         "r": COUNT, "alpha": NUMBER | ABSENT, "para": FLAG | ABSENT,
         "decomposition_method": FieldType("relu or qr", lambda v: v in _DECOMPOSITIONS),
     },
-    frozenset({"init_scale", "deft_dropout"}), shown=("r", "alpha", "decomposition_method", "para"),
+    frozenset({"init_scale", "deft_dropout"}),
+    shown=("r", "alpha", "decomposition_method", "para"),
 )  # fmt: skip
 PEANUT = PeftMethod(
     "PEANUT", "PEANuT", ("peanut_[AB]", "peanut_encoders", "peanut_decoders"), _peanut,

@@ -136,6 +136,9 @@ def relative_difference(
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
     if scale == new_scale and all(map(np.array_equal, one, other)):
         return 0.0
+    if scale == 0:
+        is_zero = new_scale == 0 or not all(factor.any() for factor in other)
+        return 0.0 if is_zero else math.inf
     rank = max(len(one[1]), len(other[1]))
     factor = new_scale / scale
     # A power of two changes no digit, so float32 holds the difference of what it held.

@@ -30,7 +30,7 @@ from loratool.adapters.dialects.gguf.names import (
 )
 from loratool.adapters.dialects.gguf.reading import ADAPTER_KIND, ALPHA, ARCHITECTURE, KIND
 from loratool.adapters.dialects.stackparts import StackParts
-from loratool.adapters.dialects.writing import Asked, Draft, Fate
+from loratool.adapters.dialects.writing import Asked, Draft
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors, LowRank
 from loratool.models.checkpoint import Checkpoint
@@ -94,7 +94,10 @@ class _Draft:
             why = _why_not(module) or self._take(path, module, parts)
             if why:
                 self._draft.refuse(path, why)
-        pairs = [*self._layers.values(), *(p for own in self._experts.values() for p in own.values())]
+        pairs = [
+            *self._layers.values(),
+            *(p for own in self._experts.values() for p in own.values()),
+        ]
         alpha = _common_alpha(pairs)
         for name, pair in self._layers.items():
             self._add(name, pair, alpha)

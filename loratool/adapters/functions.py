@@ -54,7 +54,8 @@ class RowFunction:
 
     `rows`, given the values of `parts` by name, makes the function of rows; `columns` the one for
     a weight that is stored `[in, out]`, and is None where no such weight is trained. `step` 0 is
-    all rows. Either side of `shape` is 0 where the file does not tell it; then `in` is at least a
+    all rows. What `gather` makes of rows is summed over all of them first, and given to `rows` as
+    `gathered`. Either side of `shape` is 0 where the file does not tell it; then `in` is at least a
     multiple of `multiple`. Of a convolution `shape` has the kernel in `in`, or `channels` are
     known without it. Where it is `pointwise`, a kernel of more than one element is refused: what
     PEFT computes with it no merged weight does.
@@ -66,6 +67,7 @@ class RowFunction:
     shape: tuple[int, int]
     rows: Callable[..., Rows] = field(compare=False, repr=False)
     columns: Callable[..., Rows] | None = field(default=None, compare=False, repr=False)
+    gather: Callable[..., Rows] | None = field(default=None, compare=False, repr=False)
     step: int = 1
     multiple: int = 1
     channels: int | None = None
@@ -103,7 +105,7 @@ class RowFunction:
         made = self.columns if transposed else self.rows
         if made is None:
             raise MisfitError(
-                f"{weight.name} is stored [in, out], and PEFT trains {self.algorithm} for weights "
+                f"{weight.name} is stored [in, out], and {self.algorithm} is known for weights "
                 "stored [out, in] only"
             )
         step = self.step or stored[0]
@@ -112,7 +114,7 @@ class RowFunction:
         return ChangedTensor(
             weight.name, "F64" if weight.dtype == "F64" else "F32", stored, weight.file,
             weight.start, stamp=weight.stamp, parts=(weight, *self.tensors),
-            names=tuple(self.parts), made=made, step=step,
+            names=tuple(self.parts), made=made, gather=self.gather, step=step,
         )  # fmt: skip
 
 

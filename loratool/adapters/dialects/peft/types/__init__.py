@@ -7,6 +7,7 @@ from loratool.adapters.dialects.peft.types import (
     banks,
     blocks,
     lycoris,
+    of_weights,
     projections,
     rescaling,
     rotations,
@@ -25,6 +26,6 @@ METHODS: dict[str, PeftMethod] = {
         sparse.SHIRA, sparse.SUPERTUNING, sparse.WAVEFT, spectral.FOURIERFT, spectral.C3A,
         blocks.MISS, blocks.BONE, blocks.GRALORA, blocks.DELORA, banks.VBLORA, banks.UNILORA,
         banks.TINYLORA, projections.RANDLORA, rescaling.ROAD, rescaling.HIRA, rescaling.GLORA,
-        rescaling.BEFT,
+        rescaling.BEFT, of_weights.DEFT, of_weights.FROD, of_weights.OSF, of_weights.PEANUT,
     )
 }  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from loratool.adapters.changed import ChangedTensor, Rows
@@ -70,6 +71,7 @@ class RowFunction:
     multiple: int = 1
     channels: int | None = None
     pointwise: bool = False
+    rounds: bool = False
     leaf: str = "weight"
     optional: bool = False
 
@@ -106,6 +108,8 @@ class RowFunction:
                 f"{weight.name} is stored [in, out], and PEFT trains {self.algorithm} for weights "
                 "stored [out, in] only"
             )
+        if self.rounds:
+            made = partial(made, dtype=weight.dtype)
         step = self.step or stored[0]
         if stored[0] % step:
             raise MisfitError(f"{weight.name} has {stored[0]} rows, which are no groups of {step}")

@@ -55,7 +55,8 @@ class Contribution:
         pair = self.module.left_right(files)
         if pair is None:
             raise AdapterError(
-                f"{self.module.path}: what the adapter has for it is not a product of two factors.",
+                f"{self.module.path}: its {self.module.algorithm} is no product of two factors "
+                "that are smaller than the weight.",
                 "`loratool merge BASE ADAPTER ADAPTER` merges it together with others.",
             )
         b, a = pair
@@ -134,9 +135,10 @@ def refuse_unusable(adapter: Adapter, verb: str) -> None:
         )
     if adapter.functions:
         words = sorted({function.algorithm for function in adapter.functions.values()})
+        paths = {function.path for function in adapter.functions.values()}
         raise AdapterError(
             f"{adapter.label}: {' and '.join(words)} cannot be {verb}: "
-            f"{counted(len(adapter.functions), 'module', 'makes')} a new weight of the base's own, "
+            f"{counted(len(paths), 'module', 'makes')} a new weight of the base's own, "
             "so their change is not B·A and depends on the base.",
             "`loratool merge BASE ADAPTER` merges it; `loratool extract` makes a LoRA of that.",
         )

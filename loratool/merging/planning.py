@@ -85,7 +85,7 @@ def build_plan(
     _note_config(plan, edits, added)
     if isinstance(base, Replicated):
         plan.config_changes["layers"] = list(base.order)
-    plan.modules = sum(len({delta.module for delta in m.deltas}) for m in matches)
+    plan.modules = sum(len({d.module for d in m.deltas} | m.computed) for m in matches)
     return plan
 
 
@@ -145,7 +145,9 @@ def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
             raise MatchError(
                 f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight {weight:g} has "
                 "no meaning.",
-                "Merge it with weight 1.",
+                "Merge it with weight 1."
+                if weight > 0
+                else "The undo file that `loratool merge --reversible` writes takes it back.",
             )
         for other in (*matches[:number], *matches[number + 1 :]):
             touched = {d.tensor for d in other.deltas} | other.replaced.keys()

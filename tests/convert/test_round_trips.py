@@ -61,11 +61,12 @@ def _there_and_back(source: Path, target: str, work: Path) -> Path:
 def test_factors_and_scales_come_back(target: str, data: st.DataObject) -> None:
     """One rank and one scale for all modules: the same bytes of every factor, the same scale."""
     paths = data.draw(st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True))
-    if target == "litgpt":  # which has factors of whole layers, alike in all of them
+    if target in ("litgpt", "torchtune"):  # whose layers are alike, and their MLPs one thing
         leaves = {path.split(".", 3)[3] for path in paths}
-        paths = [path for path in SHAPES if path.split(".", 3)[3] in leaves]
+        mlp = any(leaf.startswith("mlp.") for leaf in leaves)
+        paths = [p for p in SHAPES if p.split(".", 3)[3] in leaves or (mlp and ".mlp." in p)]
     rank = data.draw(st.integers(1, 5))
-    scale = data.draw(st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 16 / 3]))
+    scale = data.draw(st.sampled_from([1, 2, 3, 8, 16, 20.5])) / rank  # of such alphas
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         ranks, scales = dict.fromkeys(paths, rank), dict.fromkeys(paths, scale)
@@ -83,11 +84,13 @@ def test_factors_and_scales_come_back(target: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_products_of_unlike_ranks_and_scales_come_back(target: str, data: st.DataObject) -> None:
     """Zeros up to the largest rank, and powers of two between the scales, change no product."""
-    if target == "litgpt":
+    if target in ("litgpt", "torchtune"):
         paths = list(SHAPES)
     else:
         paths = data.draw(st.lists(st.sampled_from(sorted(SHAPES)), min_size=2, unique=True))
-    ranks = {path: data.draw(st.integers(1, 4)) for path in paths}
+    # llama.cpp divides alpha by the rank of each factor, which is exact for these.
+    some = st.sampled_from([1, 2, 4]) if target == "gguf" else st.integers(1, 4)
+    ranks = {path: data.draw(some) for path in paths}
     scales = {path: 2.0 ** data.draw(st.integers(-3, 3)) for path in paths}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -17,7 +17,7 @@ from loratool.storage.tensors import TensorInfo
 Entry = tuple[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that what is found of a file can be kept for it
 class Evidence:
     """What a dialect recognises a file by: headers, and what lies beside it.
 

@@ -57,7 +57,8 @@ def common_scale(modules: Sequence[Factors]) -> float:
     weights: dict[float, int] = {}
     for module in modules:
         scale = known_scale(module)
-        weights[scale] = weights.get(scale, 0) + module.parameters
+        if scale:
+            weights[scale] = weights.get(scale, 0) + module.parameters
     return max(weights, key=lambda scale: weights[scale], default=1.0)
 
 
@@ -134,7 +135,7 @@ def fitted(module: LowRank, rank: int, scale: float, dtype: str | None) -> Fitte
     factor = known_scale(module) / scale
     a = _padded(module.a, rank, 0, 1.0, dtype or module.a.dtype)
     b = _padded(module.b, rank, 1, factor, dtype or module.b.dtype)
-    exact = math.frexp(abs(factor))[0] == 0.5
+    exact = factor == 0 or math.frexp(abs(factor))[0] == 0.5
     said = []
     if rank > module.rank:
         said.append(f"filled up with zeros to rank {rank}")

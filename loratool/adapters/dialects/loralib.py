@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.hand.fused import is_of_loralib
-from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.hand.names import may_be_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
+from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
 
 
@@ -26,7 +27,9 @@ class Loralib(Dialect):
         return "a state dict of loralib" if is_of_loralib(evidence) else None
 
     def accepts(self, evidence: Evidence) -> bool:
-        return is_hand_written(evidence)
+        return may_be_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
+        told = replace(adapter.told, rank=None, enable_lora={}, fan_in_fan_out=())
+        refuse_contradictions(told, "factors of loralib", "BA", {})
         fill_hand_written(adapter, base, only="BA")

@@ -52,7 +52,7 @@ class Wanted:
             return info.shape[1:] == self.shape[1:]
         stored = (info.shape[0], math.prod(info.shape[1:])) if info.shape else ()
         if 0 in self.shape:
-            return max(self.shape) in stored
+            return max(self.shape) in (0, *stored)
         return sorted(stored) == sorted(self.shape)
 
 

@@ -48,7 +48,7 @@ def codes_of(adapter: Path, base: Path | None = None, told: Told = TOLD) -> set[
 
 @pytest.mark.parametrize("case", cases("torchtune", merges=True), ids=lambda case: case.name)
 def test_a_merge_adds_what_torchtune_does(case: DialectCase, tmp_path: Path) -> None:
-    """Of files alone and of whole folders of an epoch, whose .pt is right where its export is not."""
+    """Of files alone and of folders of an epoch, whose .pt is right where the export is not."""
     told = Told.from_dict(case.options)
     loratool.merge(case.base, case.adapter, tmp_path / "out", dtype="float32", told=told)
     assert apart(added_to(case, tmp_path / "out"), case.expected()) < 1e-6

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,6 @@ from helpers.adapters import Q, pair, write_adapter
 from helpers.bases import small_base
 from helpers.layer_cases import linear, refuse
 from helpers.models import Holder, differing, edit_config, lora, train
-from peft import AdaLoraConfig, IA3Config
 from torch import nn
 
 import loratool
@@ -121,20 +119,6 @@ def test_unknown_field_that_is_empty_is_no_obstacle(value: Any, tmp_path: Path) 
     trained = linear(12, 20).train(tmp_path)
     edit_config(trained.adapter, use_novel_scaling=value)
     assert differing(trained.merge(), trained.peft_merge()) == {}
-
-
-OTHER_TYPES = {
-    "ia3": (IA3Config(target_modules=["l"], feedforward_modules=[]), "IA"),
-    "adalora": (AdaLoraConfig(target_modules=["l"], total_step=10, init_r=4), "AdaLoRA"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_TYPES)
-def test_other_peft_types_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    """(IA)³ and AdaLoRA adapters are not merged as if they were LoRA."""
-    config, reason = OTHER_TYPES[name]
-    trained = train(tmp_path, Holder(l=nn.Linear(12, 20)), copy.deepcopy(config))
-    refuse(trained, AdapterError, reason)
 
 
 SCALAR = np.ones((), np.float32)

@@ -17,7 +17,7 @@ class Gguf(Dialect, Writer):
     """LoRA as convert_lora_to_gguf.py of llama.cpp writes it."""
 
     name: str = "gguf"
-    title: str = "llama.cpp"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         values = evidence.values

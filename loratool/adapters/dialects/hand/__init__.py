@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.hand.fused import is_of_loralib
-from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.hand.names import is_hand_written, may_be_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
+from loratool.adapters.dialects.multiplicative import multiply
 from loratool.models.checkpoint import Checkpoint
 
 
@@ -24,7 +25,10 @@ class Hand(Dialect):
         return "a state dict of hand-written LoRA"
 
     def accepts(self, evidence: Evidence) -> bool:
-        return is_hand_written(evidence)
+        return may_be_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        fill_hand_written(adapter, base)
+        multiplied = adapter.told.kind == "multiplicative"
+        fill_hand_written(adapter, base, only="BA" if multiplied else None)
+        if multiplied:
+            multiply(adapter, base)

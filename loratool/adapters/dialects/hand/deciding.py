@@ -32,12 +32,6 @@ def candidates(
     found = readings(pair.a.shape, pair.b.shape, pair.layers, is_table(path))
     found = [one for one in found if only in (None, one.product)] or found
     shapes = f"{pair.a.name} {list(pair.a.shape)} and {pair.b.name} {list(pair.b.shape)}"
-    fits = {one: weights.fits(path, one.shape) for one in found}
-    if None not in fits.values():
-        fitting = [one for one in found if fits[one]]
-        found = (fitting[:1] if pair.layers else fitting) or likely(found, pair.layers)
-    elif told.rank is None:
-        found = likely(found, pair.layers)
     if told.rank is not None:
         of_rank = [one for one in found if one.rank == told.rank]
         if not of_rank and not told.override:
@@ -47,7 +41,13 @@ def candidates(
                 "Omit the option, or add --override if the adapter is wrong.",
             )
         found = of_rank or found
-    if told.product is not None:
+    fits = {one: weights.fits(path, one.shape) for one in found}
+    fitting = [one for one in found if fits[one]] if None not in fits.values() else []
+    found = fitting or likely(found, is_table(path))
+    if pair.layers:
+        found = found[:1]  # layers are applied A first where nothing else tells
+    found = list({one.product: one for one in reversed(found)}.values())[::-1]
+    if told.product is not None and not (is_table(path) and len(fitting) == 1):
         of_product = [one for one in found if one.product == told.product]
         if not of_product and not told.override:
             raise AdapterError(
@@ -60,7 +60,10 @@ def candidates(
     return found
 
 
-def note_products(adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPair]) -> None:
+def note_products(
+    adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPair], is_known: bool
+) -> None:
+    """Say what decided, and what is open; `is_known` says that there is a base."""
     for product, path in decided.by.items():
         text = (
             f"The factors multiply as {WORDS[product]}: the weight of {path} is not square and "
@@ -75,10 +78,16 @@ def note_products(adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPa
         ]
         options = {one.product for found in decided.open.values() for one in found}
         said = " or ".join(f"--product {p}" for p in WORDS if p in options)
+        why = (
+            "the shapes of their weights decide nothing"
+            if is_known
+            else ("without the base no weight decides it")
+        )
         text = (
             f"{counted(len(lines), 'module', 'has')} factors that can be multiplied in several "
-            f"ways, and no weight that is not square decides it. The forward pass of the training "
-            f"script tells; say {said}:\n{listed(lines)}"
+            f"ways, and {why}. The forward pass of the training script tells; say {said}"
+            + (":" if is_known else ", or give the base:")
+            + f"\n{listed(lines)}"
         )
         first = next(iter(decided.open))
         adapter.notices.append(Notice("product-unknown", text, first, refused=True))

@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from loratool.adapters.dialects.dialect import Evidence
-from loratool.adapters.dialects.hand.names import HandPair, is_hand_written, sorted_names
+from loratool.adapters.dialects.hand.names import (
+    HandPair,
+    is_hand_written,
+    may_be_factor,
+    sorted_names,
+)
 from loratool.storage.composed import joined
 from loratool.storage.computed import computed_tensor
 from loratool.storage.tensors import TensorInfo
@@ -93,5 +98,6 @@ def is_of_loralib(evidence: Evidence) -> bool:
     """Whether a file holds a MergedLinear, which nobody else has."""
     if not is_hand_written(evidence):
         return False
-    pairs = sorted_names(evidence.tensors).pairs.values()
+    factors = {k: v for k, v in evidence.tensors.items() if may_be_factor(k)}
+    pairs = sorted_names(factors).pairs.values()
     return any(pair.is_whole and is_merged(pair) for pair in pairs)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.hand.names import Sorted
 from loratool.adapters.told import Scaling, scaling
 from loratool.errors import AdapterError
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import read_float32
+from loratool.storage.values import read_float32, read_raw
+
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8}
 
 
 class Numbers:
@@ -24,7 +28,11 @@ class Numbers:
             self._values[path] = {what: self._read(info) for what, info in tensors.items()}
 
     def _read(self, info: TensorInfo) -> float:
-        value = float(read_float32(info).reshape(-1)[0]) if info.is_float else math.nan
+        value = math.nan
+        if info.is_float:
+            value = float(read_float32(info).reshape(-1)[0])
+        elif info.dtype in _INTEGERS:
+            value = float(read_raw(info).view(_INTEGERS[info.dtype])[0])
         if not math.isfinite(value) or not value:
             raise AdapterError(
                 f"{info.name}: {value:g} is no scale, alpha or rank.",

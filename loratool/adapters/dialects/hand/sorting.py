@@ -29,14 +29,16 @@ from loratool.adapters.dialects.troubles import (
 from loratool.adapters.dialects.weights import AdaptedWeights, is_table
 from loratool.adapters.factors import Kind, LowRank
 from loratool.adapters.told import Product, Scaling
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.names import HEAD, is_legacy_buffer
+from loratool.notices import Notice
 from loratool.paths import dotted_ends, matches
 from loratool.storage.composed import joined
 from loratool.storage.computed import computed_tensor
 from loratool.storage.tensors import TensorInfo
+from loratool.words import counted
 
 #: What scripts call a layer inside of its wrapper, where the file does not hold it.
 _INNER = ("linear", "conv", "orig_linear", "original_layer", "base_layer", "original", "layer")
@@ -62,7 +64,7 @@ def fill_hand_written(
         {path: candidates(adapter, pair, weights, only) for path, pair in plain.items()},
         {path: pair.style for path, pair in plain.items()},
     )
-    note_products(adapter, decided, plain)
+    note_products(adapter, decided, plain, base is not None)
     for path, pair in whole.items():
         if path in modules:
             adapter.modules[path] = modules[path]
@@ -276,8 +278,10 @@ def _sort_own(adapter: Adapter, found: Sorted, weights: AdaptedWeights) -> None:
     whole = any(f"{path}.weight" in found.own for path in found.pairs)
     heads = set()
     for name, info in found.own.items():
-        held = weights.tensor(name)
-        if held is None and _is_constant(name, info):
+        owner, _, leaf = name.rpartition(".")
+        if owner in found.pairs and leaf not in ("weight", "bias"):
+            adapter.unknown.append(info.name)  # of the script's own class: a magnitude, a mask
+        elif not weights.has(name) and _is_constant(name, info):
             adapter.inert.append(info.name)
         elif whole and (weights.layout is None or weights.has(name)):
             adapter.frozen[name] = info
@@ -285,11 +289,19 @@ def _sort_own(adapter: Adapter, found: Sorted, weights: AdaptedWeights) -> None:
             adapter.unknown.append(info.name)
         else:
             adapter.replaced[name] = info
-            if held is None and HEAD.search(name):
+            if not weights.has(name) and HEAD.search(name):
                 heads.add(name.rpartition(".")[0])
+    saved = {n.rpartition(".")[0] for n in adapter.replaced if not n.endswith(".bias")} | heads
     adapter.declared = replace(
-        adapter.declared, heads=adapter.declared.heads | heads, saved_modules=tuple(sorted(heads))
+        adapter.declared, heads=frozenset(heads), saved_modules=tuple(sorted(saved))
     )
+    if adapter.frozen and weights.layout is None:
+        text = (
+            f"{counted(len(adapter.frozen), 'tensor', 'is')} as in the model that it was trained "
+            "on, if they were not trained: `merge` holds them against the base, and nothing else "
+            f"is made of them:\n{listed([info.name for info in adapter.frozen.values()])}"
+        )
+        adapter.notices.append(Notice("frozen-weights", text, next(iter(adapter.frozen))))
 
 
 def _is_constant(name: str, info: TensorInfo) -> bool:

@@ -15,7 +15,7 @@ from loratool.adapters.dialects.mlx.config import (
     is_of_vlm,
     kind_of_training,
 )
-from loratool.adapters.dialects.mlx.drafting import drafted
+from loratool.adapters.dialects.mlx.drafting import mlx_draft
 from loratool.adapters.dialects.mlx.reading import FACTOR, OF_VLM, read_factors, read_whole
 from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.told import refuse_contradictions
@@ -28,7 +28,6 @@ class Mlx(Dialect, Writer):
     """LoRA and DoRA of linear layers, embeddings and experts, and whole tensors."""
 
     name: str = "mlx"
-    title: str = "mlx-lm and what loads its adapters"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top != "dict" or evidence.values:
@@ -58,7 +57,7 @@ class Mlx(Dialect, Writer):
         refuse_contradictions(adapter.told, "factors of MLX", "ABt", ranks)
 
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:
-        return drafted(adapter, asked)
+        return mlx_draft(adapter, asked)
 
 
 _WORDS = {

@@ -24,7 +24,7 @@ from loratool.adapters.dialects.drafting import (
     low_rank,
     refuse_all,
 )
-from loratool.adapters.dialects.mlx.names import expert_path, hub_name, mlx_name, mlx_stack
+from loratool.adapters.dialects.mlx.names import expert_path, mlx_name, mlx_stack, name_on_hub
 from loratool.adapters.dialects.stackparts import StackParts
 from loratool.adapters.dialects.writing import Asked, Draft
 from loratool.adapters.experts import ExpertStack
@@ -58,20 +58,21 @@ class _Piece:
     pair: LowRank
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def mlx_draft(adapter: Adapter, asked: Asked) -> Draft:
     """Refuses what has no place: convolutions, biases, whole tensors, magnitudes of columns."""
     draft = Draft("safetensors", _WEIGHTS, metadata={**adapter.metadata, "format": "mlx"})
     refuse_all(draft, adapter, _NO_PLACE)
     model_type = asked.base.model_type if asked.base is not None else ""
     mirrored = _settle_ties(draft, adapter, asked)
     parts = StackParts(adapter, asked.base)
+    dora = any(module.magnitude is not None for module in adapter.modules.values())
     pieces: list[_Piece] = []
     refused = {fate.what for fate in draft.fates}
     for path, module in adapter.modules.items():
         if path in refused or path in mirrored:
             continue
         why, found = _pieces(path, module, parts, model_type)
-        why = why or _why_not(module, adapter)
+        why = why or _why_not(module, dora)
         if why:
             draft.refuse(path, why)
         else:
@@ -90,7 +91,6 @@ def drafted(adapter: Adapter, asked: Asked) -> Draft:
     for head, embedding in mirrored.items():
         draft.pieces[head] = adapter.modules[head]  # type: ignore[assignment]
         draft.fates.append(replace(_fate(draft, embedding), what=head, detail="as its embedding"))
-    dora = any(piece.pair.magnitude is not None for piece in pieces)
     keys = sorted({piece.path for piece in pieces})
     draft.documents[ADAPTER_CONFIG] = _config(adapter, rank, scale, keys, dora)
     return draft
@@ -135,13 +135,12 @@ def _pieces(
     return "", found
 
 
-def _why_not(module: Factors, adapter: Adapter) -> str:
-    """Why MLX has no place for a module; "" where it has."""
+def _why_not(module: Factors, dora: bool) -> str:
+    """Why MLX has no place for a module; "" where it has. `dora` says that some have magnitudes."""
     if module.kind not in ("linear", "embedding", "experts"):
         return "MLX has adapters of linear layers, embeddings and experts only"
     if module.bias is not None:
         return "MLX has no biases beside factors"
-    dora = any(m.magnitude is not None for m in adapter.modules.values())
     if dora and module.kind == "experts":
         return "MLX has no magnitudes of experts, and gives all modules magnitudes or none"
     if dora and module.magnitude is None:
@@ -217,7 +216,7 @@ def _add_layer(
     draft.tensors[f"{path}.lora_a"], draft.tensors[f"{path}.lora_b"] = a, b
     if pair.magnitude is not None:
         draft.tensors[f"{path}.m"] = _flat(pair.magnitude)
-    draft.pieces[hub_name(path, model_type)] = pair
+    draft.pieces[name_on_hub(path, model_type)] = pair
     draft.fates.append(found.fate)
 
 
@@ -255,10 +254,9 @@ def _add_stack(
     names = f"{path}.lora_a", f"{path}.lora_b"
     draft.tensors[names[0]] = joined(names[0], (count, rank, width), [one.a for one in found])
     draft.tensors[names[1]] = joined(names[1], (count, out, rank), [one.b for one in found])
-    for number, one in enumerate(found):
+    for number in range(count):
         draft.pieces[str(expert_path(path, number, model_type))] = by_number[number]
-        if all(fate.what != one.fate.what for fate in draft.fates):
-            draft.fates.append(one.fate)
+    draft.fates += {one.fate.what: one.fate for one in found}.values()
 
 
 def _fate(draft: Draft, what: str) -> Any:

@@ -43,7 +43,7 @@ _NORMS = re.compile(r"norm[^.]*\.weight$")
 _SHIFTED = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "step3p5")
 
 
-def hub_name(path: str, model_type: str = "") -> str:
+def name_on_hub(path: str, model_type: str = "") -> str:
     """The path that a module which is no stack has in the files of the Hub."""
     if model_type == "gpt_neox" and path == "model.embed_out":
         return "embed_out"

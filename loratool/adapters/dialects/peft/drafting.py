@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
@@ -16,6 +17,8 @@ from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import LowRank
 from loratool.models.layouts.layout import in_memory
+from loratool.models.layouts.names import is_lookup
+from loratool.storage.composed import transposed
 from loratool.storage.computed import computed_tensor
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL
 from loratool.storage.tensors import TensorInfo
@@ -24,7 +27,7 @@ _EXTRACT = "merge it, and extract a LoRA from the result"
 _NO_PAIR = f"its change is no product of two factors; {_EXTRACT}"
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def peft_draft(adapter: Adapter, asked: Asked) -> Draft:
     """A PEFT directory of an adapter of any dialect. Factors stay as they are: PEFT's config has a
     rank and an alpha for each module."""
     draft = Draft("safetensors", ADAPTER_MODEL, metadata={**adapter.metadata, "format": "pt"})
@@ -37,7 +40,10 @@ def drafted(adapter: Adapter, asked: Asked) -> Draft:
             )
         elif pair is None:
             draft.refuse(path, _NO_PAIR)
+        elif _is_layer_of_tokens(pair) and pair.magnitude is not None:
+            draft.refuse(path, "its magnitudes are of tokens, PEFT's of an embedding's columns")
         else:
+            pair = _as_embedding(pair) if _is_layer_of_tokens(pair) else pair
             written.append(pair)
             _add(draft, pair, asked.dtype)
     for path, function in adapter.functions.items():
@@ -51,6 +57,15 @@ def drafted(adapter: Adapter, asked: Asked) -> Draft:
         draft.refuse(f"{path} (token rows)", "they are known in PEFT's own files only")
     draft.documents[ADAPTER_CONFIG] = _config(adapter, written, asked)
     return draft
+
+
+def _is_layer_of_tokens(pair: LowRank) -> bool:
+    """Whether factors are those of a linear layer and belong to an embedding."""
+    return pair.kind == "linear" and is_lookup(pair.path)
+
+
+def _as_embedding(pair: LowRank) -> LowRank:
+    return replace(pair, kind="embedding", a=transposed(pair.b), b=transposed(pair.a))
 
 
 def _add(draft: Draft, pair: LowRank, dtype: str | None) -> None:
@@ -104,6 +119,7 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
         base_name=adapter.declared.base_name,
         task_type=adapter.declared.task or "CAUSAL_LM",
         transposes=adapter.declared.transposes,
+        tied=adapter.declared.ties_head,
     )
     config = extracted_config(recipe)
     alphas = [alpha_for(known_scale(m), m.rank) for m in written]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loratool.adapters.dialects.peft.config import HARMLESS, HONOURED, REFUSED
-from loratool.adapters.dialects.peft.types.making import Array, computed_factor, low_rank
+from loratool.adapters.dialects.peft.types.making import Array, computed_factor, computed_pair
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.told import scaling
 from loratool.storage.fields import NUMBER
@@ -45,7 +45,7 @@ def _adalora(module: PeftModule) -> Iterable[Made]:
         module.adapter.told, first + _MORE, alpha=alpha if alpha > 0 else first, where=module.path
     )
     scaled_a = computed_factor(f"{a.name} · E", a.shape, [a, e], _rows_scaled)
-    yield low_rank(module, "AdaLoRA", b, scaled_a, scaled, flat=True)
+    yield computed_pair(module, "AdaLoRA", b, scaled_a, scaled, flat=True)
 
 
 def _rows_scaled(a: Array, e: Array) -> Array:

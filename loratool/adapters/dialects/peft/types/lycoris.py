@@ -15,9 +15,9 @@ from loratool.adapters.dialects.peft.types.making import (
     Array,
     Numbers,
     computed_factor,
+    computed_pair,
     elementwise,
     is_smaller,
-    low_rank,
     reshaped,
     structured,
 )
@@ -67,7 +67,7 @@ def _loha(module: PeftModule) -> Iterable[Made]:
         a = computed_factor(
             f"{a1.name} * {a2.name}", (square, shape[1]), [a1, a2], columns_multiplied
         )
-        yield low_rank(module, "LoHa", b, a, scaled, flat=True)
+        yield computed_pair(module, "LoHa", b, a, scaled, flat=True)
     else:
         parts = {"w1_a": b1, "w1_b": a1, "w2_a": b2, "w2_b": a2}
         yield structured(module, "LoHa", shape, parts, _hadamard, square, scaled, flat=True)
@@ -130,7 +130,7 @@ def _lokr(module: PeftModule) -> Iterable[Made]:
     if is_smaller(inner, shape):
         b = computed_factor(f"{b1.name} ⊗ {b2.name}", (shape[0], inner), [b1, b2], kronecker)
         a = computed_factor(f"{a1.name} ⊗ {a2.name}", (inner, shape[1]), [a1, a2], kronecker)
-        yield low_rank(module, "LoKr", b, a, scaled, flat=True)
+        yield computed_pair(module, "LoKr", b, a, scaled, flat=True)
     else:
         parts = {"w1": _as_matrix(w1), "w2": _as_matrix(w2)}
         yield structured(module, "LoKr", shape, parts, _kronecker, inner, scaled, flat=True)

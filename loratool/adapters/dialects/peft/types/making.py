@@ -39,7 +39,7 @@ def reshaped(info: TensorInfo, *shape: int) -> TensorInfo:
     return joined(info.name, shape, [info])
 
 
-def low_rank(
+def computed_pair(
     module: PeftModule,
     method: str,
     b: TensorInfo,

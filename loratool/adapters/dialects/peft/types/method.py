@@ -54,6 +54,14 @@ class PeftContents:
     base: Checkpoint | None
     _sizes: dict[str, Size] | None = None
 
+    def size(self, path: str, known: Size) -> Size:
+        """The size of one module's weight; see `sizes`."""
+        everything = dict.fromkeys(self.modules, (0, 0))
+        out, width = found = self.sizes(everything)[path]
+        if known[0] not in (0, out) or known[1] not in (0, width):
+            raise Trouble("pair-mismatch", f"it is for {list(known)}, the weight is {list(found)}")
+        return found
+
     def sizes(self, known: Mapping[str, Size]) -> dict[str, Size]:
         """The size of every module's weight, of which the file may tell a side.
 
@@ -107,6 +115,13 @@ class PeftModule:
         """By the config's r and alpha and their patterns."""
         return rank_and_scale(self.config, self.adapter.told, alpha_field)(self.path)
 
+    def size(self, known: Size = (0, 0)) -> Size:
+        """(out, in) of the weight, of which the file may tell a side; the base tells the rest.
+
+        Raises Trouble where there is none, or its weight is another one.
+        """
+        return self.contents.size(self.path, known)
+
     def scaled(self, scale: float = 1.0, origin: str = "config") -> Scaling:
         """A scale that is no alpha by a rank."""
         return scaling(self.adapter.told, 1.0, scale=scale, origin=origin, where=self.path)
@@ -138,6 +153,8 @@ class PeftMethod:
     shown: tuple[str, ...] = ()
     #: What may follow a slot and be a part of it: numbers of a list, names of a table.
     rest: str = ""
+    #: What is said of each adapter of the type, by the codes of notices.
+    warnings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> set[str]:

@@ -11,16 +11,23 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache, partial
 
+import numpy as np
+
 from loratool.adapters.dialects.peft.types.making import (
     Array,
+    Numbers,
     computed_factor,
+    computed_pair,
     drawn,
-    low_rank,
+    structured,
 )
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.dialects.peft.types.sizes import Size
+from loratool.adapters.factors import Matrix, Part
+from loratool.adapters.told import scaling
+from loratool.linalg.reproducible import reproducible_product
 from loratool.storage.composed import row_range, view
-from loratool.storage.fields import ABSENT, COUNT, FLAG
+from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER
 
 _FIELDS = {"r": COUNT, "save_projection": FLAG | ABSENT, "projection_prng_key": COUNT}
 
@@ -72,7 +79,7 @@ def _scaled(module: PeftModule, name: str, method: str, halves: int) -> Iterable
     rows = row_range(b, range(out))
     b = computed_factor(f"λ_b · {name}_B", (out, rank), [of_rows, rows], _rows_times)
     a = computed_factor(f"λ_d · {name}_A", (rank, width), [half, a], _rows_times)
-    yield low_rank(module, method, b, a, module.scaled())
+    yield computed_pair(module, method, b, a, module.scaled())
     if not sizes:
         raise Trouble("needs-base", f"{name}_A is as wide as the widest weight, {in_wide}")
 
@@ -98,6 +105,84 @@ def _uniform(key: int, a: Size, b: Size) -> tuple[Array, Array]:
     return found[0], found[1]
 
 
+def _randlora(module: PeftModule) -> Iterable[Made]:
+    """Bases Bₙ times rows of A, scaled by λ and γ; transposed where the weight is wide."""
+    lambdas, gammas = module.need("randlora_lambda", "randlora_gamma")
+    module.require(len(lambdas.shape) == len(gammas.shape) == 2)
+    (rank, bases), smaller = lambdas.shape, gammas.shape[1]
+    module.require(gammas.shape[0] == bases)
+    given = module.config.get("r", 32)
+    if rank != given:
+        raise Trouble("rank-mismatch", f"the config gives {given}, randlora_lambda has {rank}")
+    out, width = module.size()
+    low, high = sorted((out, width))
+    module.require(smaller == low and bases == -(-low // rank))
+    sizes = module.contents.sizes({}).values()
+    largest = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    if _is_saved(module):
+        a, b = module.need_shared("randlora_A", "randlora_B")
+        fits = a.shape[:2] == (rank, 1) and len(a.shape) == len(b.shape) == 3
+        if not (fits and b.shape[2] == rank and a.shape[2] >= low and b.shape[0] >= high
+                and b.shape[1] >= bases):  # fmt: skip
+            text = f"randlora_A {list(a.shape)}, randlora_B {list(b.shape)}, weight {out}×{width}"
+            raise Trouble("pair-mismatch", text)
+    else:
+        config = module.config
+        key = config.get("projection_prng_key", 0)
+        sparsity = math.sqrt(min(largest)) if config.get("very_sparse") else 3.0
+        sparsity = sparsity if config.get("very_sparse") or config.get("sparse") else 0.0
+        shapes = (rank, 1, min(largest)), (max(largest), -(-min(largest) // rank), rank)
+        draw = partial(_random_bases, key, rank, largest, sparsity)
+        a, b = drawn(f"randlora {key} {sparsity}", lambdas, shapes, draw)
+    scaled = scaling(
+        module.adapter.told, rank, alpha=module.config.get("randlora_alpha", 640),
+        where=module.path,
+    )  # fmt: skip
+    parts = {"A": a, "B": b, "lambdas": lambdas, "gammas": gammas}
+    load = partial(_sum_of_bases, (out, width))
+    yield structured(module, "RandLoRA", (out, width), parts, load, low, scaled)
+
+
+def _sum_of_bases(shape: Size, A: Array, B: Array, lambdas: Array, gammas: Array) -> Part:
+    low, high = sorted(shape)
+    bases = lambdas.shape[1]
+    # As PEFT pairs them: the rows of A, scaled for each of the bases, are in the order of ranks,
+    # B's columns in that of bases.
+    right = (A[:, :, :low] * lambdas[:, :, None] * gammas).reshape(-1, low)
+    left = B[:high, :bases].reshape(high, -1)
+    factors = (left, right) if low == shape[1] else (right.T, left.T)
+
+    def part(rows: slice | Numbers, columns: slice) -> Matrix:
+        return reproducible_product(factors[0][rows], factors[1][:, columns]).astype(np.float32)
+
+    return part
+
+
+@lru_cache(1)
+def _random_bases(key: int, rank: int, largest: Size, sparsity: float) -> tuple[Array, Array]:
+    """What PEFT draws for A and B on a CPU (`_init_randlora_A_randlora_B` and `…_sparse`)."""
+    import torch
+
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    low, high = sorted(largest)
+    count = -(-low // rank)
+    if sparsity:
+        shapes = (rank, 1, low), (high, count, rank)
+        found = [torch.rand(shape, generator=generator) for shape in shapes]
+        edge = 1 / (2 * sparsity)
+        found = [(x > 1 - edge).float() - (x < edge).float() for x in found]
+    else:
+        parts = [
+            torch.nn.init.kaiming_uniform_(
+                torch.empty(shape, dtype=torch.bfloat16), a=math.sqrt(5), generator=generator
+            )
+            for shape in [(rank, 1, low), *[(high, 1, rank)] * count]
+        ]
+        found = [parts[0], torch.cat(parts[1:], dim=1)]
+    a, b = ((x / x.std()).float().numpy() for x in found)
+    return a, b
+
+
 VERA = PeftMethod(
     "VERA", "VeRA", ("vera_lambda_[bd]", "vera_[AB]"), _vera, _FIELDS,
     frozenset({"vera_dropout", "d_initial"}), shown=("r", "save_projection", "projection_prng_key"),
@@ -107,4 +192,10 @@ PVERA = PeftMethod(
     {**_FIELDS, "sample_at_inference": FLAG | ABSENT},
     frozenset({"pvera_dropout", "d_initial", "generator_seed"}),
     shown=("r", "save_projection", "projection_prng_key"),
+)  # fmt: skip
+RANDLORA = PeftMethod(
+    "RANDLORA", "RandLoRA", ("randlora_lambda", "randlora_gamma", "randlora_[AB]"), _randlora,
+    {**_FIELDS, "randlora_alpha": NUMBER, "sparse": FLAG | ABSENT, "very_sparse": FLAG | ABSENT},
+    frozenset({"randlora_dropout"}),
+    shown=("r", "randlora_alpha", "save_projection", "projection_prng_key"),
 )  # fmt: skip

@@ -115,6 +115,7 @@ def _config_notices(adapter: Adapter, method: PeftMethod) -> list[Notice]:
         for field, reason in method.refused.items()
         if config.get(field)
     ]
+    notices += [Notice(code, text) for code, text in method.warnings.items()]
     return notices + unknown_fields(config, method.known)
 
 
@@ -130,6 +131,12 @@ def _build_modules(
     """
     shared = found.pop(_SHARED, {})
     contents = PeftContents(adapter, found, shared, base)
+    if shared and not found:
+        text = (
+            "The file has only what the modules share; which part each of them has, PEFT draws "
+            "from a seed and the order of the model's modules. Save it with its indices."
+        )
+        adapter.notices.append(Notice("peft-options", text, ADAPTER_CONFIG, refused=True))
     troubles: dict[str, list[str]] = defaultdict(list)
     for path, tensors in found.items():
         module = PeftModule(path, tensors, contents)

@@ -63,7 +63,7 @@ def _what(facts: Facts) -> str:
 def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     base = link(facts.base) if facts.base else "a base model that is not recorded here"
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
-    if not adapter.is_read:
+    if not adapter.is_read or adapter.peft_type not in ("LORA", "TRAINABLE_TOKENS"):
         first = f"This is {prose(adapter.description)}, for {base}."
     elif facts.command == "extract":
         tuned, before = part(facts.record, "tuned"), part(facts.record, "base")

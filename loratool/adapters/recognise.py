@@ -29,10 +29,6 @@ PEFT_TYPES = {
     "POLY": ("Poly", "it mixes skills, for each task anew"),
     "LILY": ("LILY", "which of its factors count depends on the input"),
     "SHADOW": ("Shadow", "another model runs beside this one"),
-    "PSOFT": (
-        "PSOFT", "it turns singular vectors of a weight, whose signs depend on the machine that "
-        f"decomposed it{_ELSEWHERE}",
-    ),
     "ADAMSS": (
         "AdaMSS", "which rows its factors are for is found by clustering singular vectors of a "
         f"weight{_ELSEWHERE}",

@@ -147,8 +147,14 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel for t in self.tensors.values())
+        return sum(t.numel for t in self._own)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        return sum(t.nbytes for t in self._own)
+
+    @property
+    def _own(self) -> list[TensorInfo]:
+        """The tensors that are not the base's."""
+        frozen = {info.name for info in self.frozen.values()}
+        return [info for info in self.tensors.values() if info.name not in frozen]

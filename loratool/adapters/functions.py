@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from loratool.adapters.changed import ChangedTensor, Rows
@@ -54,11 +55,13 @@ class RowFunction:
 
     `rows`, given the values of `parts` by name, makes the function of rows; `columns` the one for
     a weight that is stored `[in, out]`, and is None where no such weight is trained. `step` 0 is
-    all rows. What `gather` makes of rows is summed over all of them first, and given to `rows` as
-    `gathered`. Either side of `shape` is 0 where the file does not tell it; then `in` is at least a
-    multiple of `multiple`. Of a convolution `shape` has the kernel in `in`, or `channels` are
-    known without it. Where it is `pointwise`, a kernel of more than one element is refused: what
-    PEFT computes with it no merged weight does.
+    all rows. What `gather` makes of rows is summed over all of them first, and given to `rows`, not
+    to `columns`, as `gathered`. Where it `rounds`, either is given the `dtype` of the weight too.
+
+    Either side of `shape` is 0 where the file does not tell it; then `in` is at least a multiple of
+    `multiple`. Of a convolution `shape` has the kernel in `in`, or `channels` are known without it.
+    Where it is `pointwise`, a kernel of more than one element is refused: what PEFT computes with
+    it no merged weight does.
     """
 
     path: str
@@ -72,6 +75,7 @@ class RowFunction:
     multiple: int = 1
     channels: int | None = None
     pointwise: bool = False
+    rounds: bool = False
     leaf: str = "weight"
     optional: bool = False
 
@@ -108,13 +112,16 @@ class RowFunction:
                 f"{weight.name} is stored [in, out], and {self.algorithm} is known for weights "
                 "stored [out, in] only"
             )
+        if self.rounds:
+            made = partial(made, dtype=weight.dtype)
         step = self.step or stored[0]
         if stored[0] % step:
             raise MisfitError(f"{weight.name} has {stored[0]} rows, which are no groups of {step}")
         return ChangedTensor(
             weight.name, "F64" if weight.dtype == "F64" else "F32", stored, weight.file,
             weight.start, stamp=weight.stamp, parts=(weight, *self.tensors),
-            names=tuple(self.parts), made=made, gather=self.gather, step=step,
+            names=tuple(self.parts), made=made, gather=None if transposed else self.gather,
+            step=step,
         )  # fmt: skip
 
 

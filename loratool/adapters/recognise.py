@@ -29,10 +29,6 @@ PEFT_TYPES = {
     "POLY": ("Poly", "it mixes skills, for each task anew"),
     "LILY": ("LILY", "which of its factors count depends on the input"),
     "SHADOW": ("Shadow", "another model runs beside this one"),
-    "PSOFT": (
-        "PSOFT", "it turns singular vectors of a weight, whose signs depend on the machine that "
-        f"decomposed it{_ELSEWHERE}",
-    ),
     "ADAMSS": (
         "AdaMSS", "which rows its factors are for is found by clustering singular vectors of a "
         f"weight{_ELSEWHERE}",
@@ -40,7 +36,10 @@ PEFT_TYPES = {
 }  # fmt: skip
 
 _KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
-_DIFFUSERS = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior)\.")
+#: Language models of GPT-2's kind call their body `transformer` too, and its layers `h`.
+_DIFFUSERS = re.compile(
+    r"(unet|transformer(?!\.(h\.\d|wte\.|word_embeddings\.))(_\d)?|text_encoder(_\d)?|prior)\."
+)
 _OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
 
 _INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
@@ -75,6 +74,11 @@ _FOREIGN: list[Rule] = [
 ]  # fmt: skip
 
 _RULES: list[Rule] = [
+    ("gguf-other", "a llama.cpp adapter of another kind than LoRA", _any(r"\.weight\.lora_[ab]$")),
+    ("gguf-model", "a whole model in llama.cpp's names (GGUF), not an adapter",
+     _any(r"^blk\.\d+\.\w+\.weight$")),
+    ("control-vector", "a control vector of llama.cpp, which is added to activations; not LoRA",
+     _any(r"^direction\.\d+$")),
     ("megatron", "an adapter of Megatron or NeMo as it trains them; export it there to PEFT's form",
      _any(r"\.adapter\.((adapter|linear)_\w+\.)?linear_(in|out)\.weight$")),
     ("lora-down-up", "a LoRA with lora_down/lora_up names, not in PEFT's layout",

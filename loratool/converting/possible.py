@@ -18,15 +18,22 @@ _WORST_FIRST = ("refused", "cut", "rounded", "expanded", "exact")
 
 
 def possible_targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, str]:
-    """What each target would make of an adapter: "exact", "rounded", "expanded", or in words why
-    not. Empty for one that cannot be used, or has too many modules to ask."""
-    if not adapter.is_read or len(adapter.modules) > _MOST:
+    """What each target would make of an adapter: "exact", "rounded", "expanded", "with --base"
+    if that must be known first, or in words why not.
+
+    Empty for an adapter that cannot be used, that has what no target can hold, or that has too many
+    modules to ask.
+    """
+    if not adapter.is_read or adapter.functions or len(adapter.modules) > _MOST:
         return {}
     if any(notice.refused for notice in adapter.notices):
         return {}
     found = {}
     for name, target in TARGETS.items():
         if name == adapter.format and adapter.is_plain:
+            continue
+        if target.needs_base and base is None:
+            found[name] = "with --base"
             continue
         try:
             draft = target.draft(adapter, Asked(base))

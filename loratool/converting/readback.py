@@ -23,6 +23,8 @@ from loratool.storage.values import read_float32, same_bytes, same_values
 from loratool.streams.threads import computed
 from loratool.words import counted
 
+Pair = tuple[Matrix, Matrix]
+
 #: More than any dtype that factors are written in rounds off a product.
 _BEYOND_ROUNDING = 2.0**-5
 
@@ -69,8 +71,12 @@ def prove(draft: Draft, written: Adapter, threads: int | None) -> None:
     ]
     if other:
         raise _broken(other)
+    fates = {fate.what: fate for fate in draft.fates}
     for path, error in errors.items():
-        _settle(draft, path, error)
+        # That of a module of the file, or of the stack that it was in.
+        fate = fates.get(path) or fates.get(draft.pieces[path].path)
+        if fate is not None:
+            _settle(fate, error)
 
 
 def _prove_copy(draft: Draft, written: Adapter) -> None:
@@ -85,8 +91,7 @@ def _prove_copy(draft: Draft, written: Adapter) -> None:
         raise _broken(other)
 
 
-def _settle(draft: Draft, path: str, error: float) -> None:
-    fate = _fate_of(draft, path)
+def _settle(fate: Fate, error: float) -> None:
     fate.error = (
         math.hypot(error, fate.error or 0.0)
         if fate.outcome == "cut"
@@ -94,15 +99,6 @@ def _settle(draft: Draft, path: str, error: float) -> None:
     )
     if error and fate.outcome in ("exact", "expanded"):
         fate.outcome = "rounded"
-
-
-def _fate_of(draft: Draft, path: str) -> Fate:
-    """That of a module of the file, or of the stack that it was in."""
-    exact = [fate for fate in draft.fates if fate.what == path]
-    return next(
-        iter(exact or [fate for fate in draft.fates if draft.pieces[path].path == fate.what]),
-        Fate(path, "exact"),
-    )
 
 
 def _same(old: TensorInfo, new: TensorInfo) -> bool:
@@ -130,13 +126,16 @@ def _difference(old: Factors, new: Factors, files: FilePool) -> float:
     return relative_difference(one, known_scale(old), other, known_scale(new))
 
 
-def relative_difference(
-    one: tuple[Matrix, Matrix], scale: float, other: tuple[Matrix, Matrix], new_scale: float
-) -> float:
+def relative_difference(one: Pair, scale: float, other: Pair, new_scale: float) -> float:
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
     if scale == new_scale and all(map(np.array_equal, one, other)):
         return 0.0
+    if scale == 0:
+        is_zero = new_scale == 0 or not all(factor.any() for factor in other)
+        return 0.0 if is_zero else math.inf
     rank = max(len(one[1]), len(other[1]))
+    if not scale or not new_scale:  # the product of one of them is zero
+        return 0.0 if scale == new_scale or not _any_product(one, other, scale) else math.inf
     factor = new_scale / scale
     # A power of two changes no digit, so float32 holds the difference of what it held.
     wide = np.float32 if math.frexp(abs(factor))[0] == 0.5 else np.float64
@@ -149,6 +148,12 @@ def relative_difference(
     size = _norm([b], [a])
     off = _norm([off_b, new_b], [a, off_a])
     return off / size if size > 0 else math.inf
+
+
+def _any_product(one: Pair, other: Pair, scale: float) -> bool:
+    """Whether the pair whose scale is not zero has a product that is not."""
+    b, a = one if scale else other
+    return bool(b.any() and a.any())
 
 
 def _padded(factor: Matrix, rank: int, axis: int) -> Matrix:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.experts import ExpertStack
@@ -22,6 +23,7 @@ from loratool.models.layouts.overlap import Target
 from loratool.models.layouts.parameter import MisfitError
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
+from loratool.paths import matches
 from loratool.storage.tensors import TensorInfo
 
 
@@ -98,6 +100,8 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
         return
     flag = found.adapter.declared.transposes
     place = layout.place(name, module.kind, flag, module.shape)
+    if matches(module.path, found.adapter.told.fan_in_fan_out):
+        place = replace(place, transposed=True)
     reason = _misfit(module, target, place)
     if not reason and module.bias is not None and f"{base_path}.bias" not in layout.base.tensors:
         reason = "it trains a bias (lora_bias), but the base layer has none to add it to"
@@ -119,6 +123,9 @@ def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> No
         reason = "it trains a bias (lora_bias), which the base holds otherwise"
     elif module.magnitude is not None and module.magnitude.numel != module.shape[0]:
         reason = _wrong_magnitude(module)
+    elif matches(module.path, found.adapter.told.fan_in_fan_out):
+        reason = f"--fan-in-fan-out is for weights that are one tensor, and the base holds {name} "
+        reason += "otherwise"
     else:
         try:
             targets = layout.targets(name, module.shape)
@@ -219,9 +226,24 @@ def _misfit(module: Factors, target: TensorInfo, place: Place) -> str:
         wanted = module.shape[::-1] if place.transposed else module.shape
         fits = len(stored) == 2 and place.shape(stored) == module.shape
     if not fits:
-        return f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(stored)}"
+        return (
+            f"its shapes do not fit: B·A gives {list(wanted)}, {target.name} is {list(stored)}"
+            + _perhaps(module, place, stored)
+        )
     if module.magnitude is not None and module.magnitude.numel != outline.out:
         return _wrong_magnitude(module)
+    return ""
+
+
+def _perhaps(module: Factors, place: Place, stored: Sequence[int]) -> str:
+    """What factors could be that do not fit, and the option that says so."""
+    if len(stored) != 2 or module.kind != "linear":
+        return ""
+    out, width = place.shape(stored)
+    if module.shape == (width, out):
+        return "; they fit the other way round: is it stored [in, out] (--fan-in-fan-out)?"
+    if module.shape == (out, out):
+        return "; A is as wide as the weight has rows, as in W + s·B·A·W (--kind multiplicative)"
     return ""
 
 

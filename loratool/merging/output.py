@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratool.merging.plan import Plan
 from loratool.models.sidefiles import SideFiles, write_side_files
-from loratool.storage.filenames import INDEX, MODEL
+from loratool.storage.filenames import INDEX, needs_index
 from loratool.storage.jsonfile import write_json
 from loratool.streams.run import Run
 
@@ -28,7 +28,7 @@ def write_model(
 
     written = execute(plan.outputs, folder, run, recorder, courier)
     write_side_files(files, folder, plan.dtype, plan.config_changes, plan.rewriting)
-    if list(plan.shards) != [MODEL]:
+    if needs_index(plan.shards):
         weight_map = {job.name: shard for shard, jobs in plan.shards.items() for job in jobs}
         write_index(folder, weight_map, plan.bytes_to_write)
     return written

@@ -149,10 +149,16 @@ def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
     for path, m in adapter.modules.items():
         key = pattern(path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
         groups.setdefault(key, []).append(path)
+    functions: dict[Any, list[str]] = {}
+    for path, one in adapter.functions.items():
+        functions.setdefault((pattern(path), one.algorithm), []).append(path)
     return [
         {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
          "scale": scale, **({"dora": True} if dora else {})}
         for (_, kind, rank, alpha, scale, dora), paths in groups.items()
+    ] + [
+        {"path": ranged(paths), "count": len(paths), "kind": algorithm}
+        for (_, algorithm), paths in functions.items()
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.timesweight import is_of_weight
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import RestoreError, listed
 from loratool.merging.plan import Edits, Job, Plan, make_job
@@ -158,13 +159,15 @@ def _originals(
 
 def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
     """Raise RestoreError for what no subtraction takes back and no original replaces."""
-    rescaled, replaced, rows = [], [], []
+    rescaled, multiplied, replaced, rows = [], [], [], []
     forward = found.forward
     for job in forward.weight_jobs:
         if job.name in found.originals:
             continue
         if not all(delta.factors.adds for delta in job.deltas):
             rescaled.append(job.name)
+        if is_of_weight(delta.factors for delta in job.deltas):
+            multiplied.append(job.name)
         if not forward.is_of_base(job.source):
             replaced.append(job.name)
         if job.rows:
@@ -172,6 +175,7 @@ def refuse_irreversible(found: Subtraction, record: dict[str, Any]) -> None:
     reasons = []
     for names, what in (
         (rescaled, ("tensor", "was", "rescaled (DoRA)")),
+        (multiplied, ("tensor", "was", "multiplied (W + s·B·A·W)")),
         (replaced, ("tensor", "was", "replaced or added whole")),
         (rows, ("embedding", "has", "rows that were replaced")),
     ):

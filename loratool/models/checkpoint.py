@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratool.errors import BaseError, FileError, listed, shown
 from loratool.models.config import check_model_config
+from loratool.models.layouts.native import is_native, native_config
 from loratool.models.rivals import rival_notes
 from loratool.notices import Notice
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PARAMS
 from loratool.storage.folder import Folder, origin_of
 from loratool.storage.hub.folder import locate, not_there
 from loratool.storage.tensors import TensorInfo
@@ -140,11 +141,20 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
         )
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in weights.tensors):
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
-    config = folder.json(CONFIG) if folder.has(CONFIG) else {}
-    check_model_config(config, folder.path / CONFIG)
+    config = config_in(folder, weights.tensors)
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )
+
+
+def config_in(folder: Folder, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """What the files of a model with these tensors say of it; {} where they say nothing."""
+    config = folder.json(CONFIG) if folder.has(CONFIG) else {}
+    check_model_config(config, folder.path / CONFIG)
+    if is_native(tensors):
+        params = folder.json(PARAMS) if folder.has(PARAMS) else None
+        config = native_config(config, params, tensors, folder.path)
+    return config
 
 
 def _refuse_foreign(folder: Folder, name: str) -> None:

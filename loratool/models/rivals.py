@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from loratool.errors import LoraToolError
 from loratool.models.layouts.names import is_legacy_buffer
-from loratool.storage.filenames import MODEL_ENTRIES
+from loratool.storage.filenames import MODEL_ENTRIES, NATIVE_ENTRIES
 from loratool.storage.folder import Folder
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.values import same_sample
@@ -20,7 +20,8 @@ def rival_notes(folder: Folder, taken: Tensors) -> list[str]:
     entry = entry_of(folder)
     if entry is None:
         return []
-    later = MODEL_ENTRIES[MODEL_ENTRIES.index(entry) + 1 :]
+    kind = MODEL_ENTRIES if entry in MODEL_ENTRIES else NATIVE_ENTRIES
+    later = kind[kind.index(entry) + 1 :]
     found = [(other, _odd_one(folder, entry, taken, other)) for other in later if folder.has(other)]
     return [
         f"the folder also holds {other}, whose weights differ ({odd!a} for one); {entry} was "

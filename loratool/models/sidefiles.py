@@ -33,6 +33,7 @@ from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     CONFIG,
     LEGAL,
+    PARAMS,
     PROVENANCE,
     SENTENCE_FILES,
     VALUE_HEAD,
@@ -136,7 +137,7 @@ def collect(folder: Folder, weights: set[str], whole_directory: bool) -> SideFil
     for name in names:
         shut = next((p for p in _parents(name) if _is_foreign(p, parts, heavy)), None)
         at_top, leaf = "/" not in name, name.rpartition("/")[2]
-        known = is_part_of_tokenizer(name) or is_beside_tokenizer(name) or leaf == CONFIG
+        known = is_part_of_tokenizer(name) or is_beside_tokenizer(name) or leaf in (CONFIG, PARAMS)
         if name == ".gitattributes":  # every repository of the Hub has one
             continue
         if shut is not None:
@@ -178,7 +179,9 @@ def _is_needed(name: str, parts: set[str]) -> bool:
     """Whether the model is another one without this file."""
     known = is_part_of_tokenizer(name) or is_beside_tokenizer(name) or VALUE_HEAD.fullmatch(name)
     return (
-        bool(known) or name in (CONFIG, *SENTENCE_FILES) or any(p in parts for p in _parents(name))
+        bool(known)
+        or name in (CONFIG, PARAMS, *SENTENCE_FILES)
+        or any(p in parts for p in _parents(name))
     )
 
 

@@ -9,7 +9,7 @@ from loratool.errors import LoginError, OutputError, PushError, UsageError, list
 from loratool.merging.plan import Plan
 from loratool.notices import Notice
 from loratool.storage.destination import Overwrite
-from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, INDEX, MODEL
+from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, INDEX, MODEL, needs_index
 from loratool.storage.folder import origin_of
 from loratool.storage.hub.address import parse
 from loratool.storage.hub.errors import LOGIN, logged_in
@@ -101,7 +101,7 @@ def merge_target(
             f"{target.repo} holds weights already: {weights[0]}.",
             "Choose another repository, or replace what is there: --overwrite.",
         )
-    index = [INDEX] if list(plan.shards) != [MODEL] else []
+    index = [INDEX] if needs_index(plan.shards) else []
     refuse_mixture([*plan.shards, CONFIG, *index], target)
     hidden = [f.path for f in (plan.base.folder, *(a.folder for a in plan.adapters)) if f.private]
     if hidden and not (private or target.private):

@@ -134,7 +134,16 @@ def _module_table(modules: list[ModuleReport], full: bool, measured: bool) -> Ta
         headings,
         modules,
         lambda m: m.path,
-        lambda m: (m.kind, m.experts, m.rank, m.alpha, m.scale, str(m.shapes), m.dtype, m.dora),
+        lambda m: (
+            m.kind,
+            m.experts,
+            m.rank,
+            m.alpha,
+            m.scale,
+            str(m.shapes),
+            m.dtype,
+            m.algorithm,
+        ),
         _module_cells,
         full,
     )
@@ -146,17 +155,18 @@ _MEASURED = ("‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank")
 
 def _module_cells(group: list[ModuleReport]) -> dict[str, str]:
     one = group[0]
+    named = "" if one.algorithm == "LoRA" else verbatim(one.algorithm)
     stable = [m.stable_rank for m in group if m.stable_rank is not None]
     largest = [m.spectral_norm for m in group if m.spectral_norm is not None]
     return {
         "kind": counted(one.experts, "expert") if one.experts and one.experts > 1 else one.kind,
-        "r": str(one.rank) + (" DoRA" if one.dora else ""),
+        "r": f"{one.rank} {named}".rstrip(),
         "alpha": "?" if one.alpha is None else f"{one.alpha:g}",
-        "r/α": ("DoRA " if one.dora else "")
-        + f"{one.rank}/" + ("?" if one.alpha is None else f"{one.alpha:g}"),
+        "r/α": f"{named} {one.rank}/".lstrip()
+        + ("?" if one.alpha is None else f"{one.alpha:g}"),
         "scale": "?" if one.scale is None else f"{one.scale:.4g}",
-        "A": shape_text(one.shapes["A"]),
-        "B": shape_text(one.shapes["B"]),
+        "A": shape_text(one.shapes.get("A", ())),
+        "B": shape_text(one.shapes.get("B", ())),
         "out×in": (f"{one.experts} × " if one.experts and one.experts > 1 else "")
         + (shape_text(one.shape) if all(one.shapes.values()) else "–"),
         "dtype": verbatim(one.dtype),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 #: The config of a model, and the file that says which tensor lies in which shard.
 CONFIG = "config.json"
@@ -15,6 +16,13 @@ MODEL = "model.safetensors"
 #: (modeling_utils.py, `_get_resolved_checkpoint_files`).
 MODEL_ENTRIES = (MODEL, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
+#: The same of Meta's and Mistral's own files, which transformers passes over where others are.
+PARAMS = "params.json"
+NATIVE = "consolidated.safetensors"
+NATIVE_ENTRIES = (NATIVE, "consolidated.safetensors.index.json", "consolidated.00.pth")
+#: One of the parts that Meta's models are in for several GPUs.
+NATIVE_PART = re.compile(r"consolidated\.(?P<number>\d\d)\.pth")
+
 #: Adapters as litgpt saves them, beside the model that it has merged; and as torchtune does, beside
 #: its export for PEFT.
 LITGPT = "lit_model.pth.lora"
@@ -26,6 +34,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 ADAPTER_ENTRIES = (
     ADAPTER_MODEL, "adapter_model.bin", "adapters.safetensors", "adapters.npz", LITGPT,
+    "lora.safetensors",
 )  # fmt: skip
 #: The indexes of adapters in shards.
 ADAPTER_INDICES = ("adapter_model.safetensors.index.json", "adapter_model.bin.index.json")
@@ -97,15 +106,22 @@ BEFORE = "before"
 #: What systems leave in every folder that somebody looks into, or downloads.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes"}
 _OF_A_MODEL = re.compile(
-    r"(adapter_|pytorch_)?model\.(safetensors|bin)|.*\.(safetensors|bin)\.index\.json"
-    rf"|adapters\.safetensors|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
+    r"(adapter_|pytorch_)?model\.(safetensors|bin)|(consolidated|lora)\.safetensors"
+    rf"|adapters\.(safetensors|npz)|{TORCHTUNE.pattern}|{re.escape(LITGPT)}|[^/]+\.gguf"
+    r"|(hyperparameters|model_config)\.yaml|.*\.(safetensors|bin)\.index\.json"
+    rf"|{SHARD.pattern}|{VALUE_HEAD.pattern}|{UNDO_FOLDER}/.+"
     r"|\d+_[A-Z]\w*/[^/]+\.(json|safetensors|bin|txt)"
 )
 
 
+def needs_index(shards: Iterable[str]) -> bool:
+    """Whether an index must say which tensor of a model lies in which of its files."""
+    return list(shards) not in ([MODEL], [NATIVE])
+
+
 def is_of_a_model(name: str) -> bool:
     """Whether a file by this relative path is a usual part of a model or of an adapter."""
-    named = {CONFIG, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}
+    named = {CONFIG, PARAMS, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}
     return name in named or any(
         pattern.fullmatch(name)
         for pattern in (_OF_A_MODEL, TOKENIZER, PROCESSOR, GENERATION, LEGAL)

@@ -14,6 +14,9 @@ from loratool.storage.filenames import (
     INDEX,
     MODEL,
     MODEL_ENTRIES,
+    NATIVE,
+    NATIVE_ENTRIES,
+    NATIVE_PART,
     NPZ_SUFFIX,
     SHARD,
     TORCH_SUFFIXES,
@@ -81,7 +84,7 @@ def read_contents(folder: Folder, name: str) -> Contents:
 
 def entry_of(folder: Folder) -> str | None:
     """The file that a model directory is opened by, if there is one of the usual name."""
-    return next((name for name in MODEL_ENTRIES if folder.has(name)), None)
+    return next((name for name in (*MODEL_ENTRIES, *NATIVE_ENTRIES) if folder.has(name)), None)
 
 
 def read_folder(folder: Folder, partial: bool = False) -> Weights:
@@ -95,6 +98,7 @@ def read_folder(folder: Folder, partial: bool = False) -> Weights:
         return read_one(folder, _only_weights_file(folder))
     if entry == MODEL and folder.has(INDEX):
         _refuse_split(folder)
+    _refuse_parallel(folder, entry)
     return read_entry(folder, entry, partial)
 
 
@@ -108,7 +112,22 @@ def read_entry(folder: Folder, entry: str, partial: bool = False) -> Weights:
 def read_one(folder: Folder, name: str) -> Weights:
     """The weights in one file."""
     tensors, metadata = _named_weights(folder, name)
-    return Weights(tensors, {MODEL: list(tensors)}, metadata)
+    whole = NATIVE if name == NATIVE or NATIVE_PART.fullmatch(name) else MODEL
+    return Weights(tensors, {whole: list(tensors)}, metadata)
+
+
+def _refuse_parallel(folder: Folder, name: str) -> None:
+    """Raise FileError for one of the parts that each hold a piece of every weight."""
+    if not NATIVE_PART.fullmatch(name):
+        return
+    parts = [other for other in folder.names(depth=0) if NATIVE_PART.fullmatch(other)]
+    if len(parts) > 1 or name != "consolidated.00.pth":
+        raise FileError(
+            f"{folder.path}: {counted(len(parts), 'file')} ({parts[0]} … {parts[-1]}), each of "
+            "which holds a piece of every weight, for as many GPUs (tensor parallel).",
+            "That is not read. Take the Hugging Face version of the model, or make it with "
+            "transformers' convert_llama_weights_to_hf.py.",
+        )
 
 
 def _refuse_split(folder: Folder) -> None:
@@ -150,6 +169,7 @@ def _refuse_unlisted(folder: Folder, index: Path, names: Sequence[str]) -> None:
 
 def refuse_part(folder: Folder, name: str) -> None:
     """Raise FileError for one shard of several, by its name."""
+    _refuse_parallel(folder, name)
     shard = SHARD.fullmatch(name)
     if shard and int(shard["count"]) > 1:
         raise FileError(

@@ -118,3 +118,9 @@ def _check_scalar(event: Any, opened: list[_Open], resolver: Any, yaml: Any) -> 
         if event.value in opened[-1].keys:
             raise ValueError(f"the key {event.value[:80]!a} comes twice")
         opened[-1].keys.add(event.value)
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """A mapping as YAML, in its order."""
+    text: str = import_module("yaml").safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text

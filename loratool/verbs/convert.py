@@ -30,6 +30,7 @@ from loratool.storage.destination import (
     refuse_company,
     refuse_full_disk,
 )
+from loratool.storage.fields import strict
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.ggufwriting import TypedValue
 from loratool.storage.hashing import file_sha256
@@ -40,6 +41,9 @@ from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
 from loratool.words import counted
+
+#: Elements of a list that a record keeps.
+_MOST = 100
 
 
 @dataclass
@@ -172,7 +176,8 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
             "`loratool inspect` shows what is in it.",
         )
     source, cuts = within_rank(source, asked)
-    if to is None or (to == source.format and source.is_plain and not cuts):
+    in_safetensors = all(path.suffix == ".safetensors" for path in source.files)
+    if to is None or (to == source.format and source.is_plain and in_safetensors and not cuts):
         draft = unchanged(source, asked, metadata)
     else:
         draft = TARGETS[to].draft(source, asked)
@@ -229,6 +234,7 @@ def _write(
                         "format": source.format,
                         "metadata": source.metadata,
                         "config": source.config,
+                        **({"values": _small(source.values)} if source.values else {}),
                     }
                 ],
                 "result": {
@@ -239,3 +245,8 @@ def _write(
             },
         )
         return stage.commit()
+
+
+def _small(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Key-values of a GGUF file without the lists of whole vocabularies."""
+    return {k: strict(v) for k, v in values.items() if not isinstance(v, list) or len(v) <= _MOST}

@@ -18,6 +18,7 @@ from loratool.models.checkpoint import Checkpoint, open_checkpoint, refuse_place
 from loratool.models.quantised.base import dequantised
 from loratool.notices import Notice
 from loratool.storage.destination import Overwrite, check_output, refuse_company
+from loratool.storage.filenames import MODEL_ENTRIES
 from loratool.storage.folder import origin_of
 from loratool.storage.tensors import FilePool
 from loratool.storage.weights import entry_of
@@ -188,7 +189,7 @@ def _loadable_name(base: Checkpoint) -> tuple[str | None, list[Notice]]:
     folder = base.directory
     origin = origin_of(folder.absolute()) or origin_of(folder.resolve())
     entry = entry_of(base.folder)
-    whole = entry is not None and (base.is_directory or base.source.name == entry)
+    whole = entry in MODEL_ENTRIES and (base.is_directory or base.source.name == entry)
     if whole and base.model_type and origin is None:
         return os.path.abspath(folder), []
     if whole and base.model_type and origin is not None and not origin.path:

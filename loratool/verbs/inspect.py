@@ -65,6 +65,8 @@ class ModuleReport:
     dead_experts: int | None = None
     #: Where the scale is from: "config", "option", …; "" where it is not known.
     scale_from: str = ""
+    #: "LoRA", "DoRA", "LoHa", …
+    algorithm: str = "LoRA"
     #: The smallest and the largest norm of an expert's delta.
     expert_norms: tuple[float, float] | None = None
 
@@ -255,6 +257,7 @@ def _describe(path: str, module: Factors) -> ModuleReport:
         path, module.kind, module.rank, module.shape, module.alpha, module.scale,
         {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
         module.magnitude is not None, module.parameters, scale_from=module.scale_from,
+        algorithm=module.algorithm,
     )  # fmt: skip
     if isinstance(module, ExpertStack):
         report.experts = module.experts

@@ -21,8 +21,6 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "diffusers": (["unet.down.attn1.to_q.lora_A.weight", "unet.down.attn1.to_q.lora_B.weight"],
                   "diffusers"),
     "old diffusers": (["unet.mid.attn1.processor.to_q_lora.down.weight"], "diffusers"),
-    "mlx": (["model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b"],
-            "mlx"),
     "prompt tuning": (["prompt_embeddings"], "prompt-tuning"),
     "ia3": (["base_model.model.h.0.attn.ia3_l"], "ia3"),
     "AdaLoRA": (["base_model.model.q.lora_A", "base_model.model.q.lora_E"], "adalora"),

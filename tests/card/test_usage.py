@@ -133,9 +133,9 @@ def test_other_adapters(tmp_path: Path) -> None:
     assert "library_name" not in data(text)
     assert "| unknown | unknown |" in text
     assert "loratool merge" not in text
-    ia3 = write_adapter(tmp_path / "ia3", pair("a.q", 12, 10), {"peft_type": "IA3"})
-    text = make_card(ia3, None)
+    poly = write_adapter(tmp_path / "poly", pair("a.q", 12, 10), {"peft_type": "POLY"})
+    text = make_card(poly, None)
     assert "lora" not in data(text)["tags"]
-    assert "(IA)³" in text
+    assert "Poly" in text
     with pytest.raises(LoraToolError):
         make_card(tmp_path, None)

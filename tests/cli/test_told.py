@@ -112,3 +112,28 @@ def test_a_file_that_says_otherwise_is_an_error_unless_overridden(
     assert np.allclose(_delta(files), 2 * _product(told), atol=1e-5)
     assert run_cli(*merge, "16", "--override", "--overwrite").exit_code == 0
     assert np.allclose(_delta(files), 4 * _product(told), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"alpha": "8"}, "alpha"),
+        ({"gamma": 3}, "'gamma' is not known"),
+        ({"enable_lora": {"q": "1"}}, "enable_lora"),
+        ({"product": "BAB"}, "BAB"),
+    ],
+)
+def test_a_record_that_says_nonsense_is_an_error(
+    told: dict[str, object], words: str, files: dict[str, Path]
+) -> None:
+    """loratool.json comes from strangers too."""
+    merge = ["merge", files["base"], files["one"], "-o", files["out"], "--alpha", "8"]
+    assert run_cli(*merge).exit_code == 0
+    path = files["out"] / "loratool.json"
+    record = json.loads(path.read_text())
+    record["adapters"][0]["told"] = told
+    path.write_text(json.dumps(record))
+    done = run_cli("verify", files["out"], "--base", files["base"], files["one"])
+    assert done.exit_code in (1, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -189,10 +189,30 @@ def test_the_difference_of_products_is_right() -> None:
     """Against dense products in float64; equal products in other factors differ by rounding only,
     and equal factors by nothing at all."""
     rng = np.random.default_rng(3)
-    b, a = rng.standard_normal((9, 3)), rng.standard_normal((3, 7))
-    near = b + 1e-6 * rng.standard_normal((9, 3))
-    exact = np.linalg.norm(2 * b @ a - 4 * near @ a / 2) / np.linalg.norm(2 * b @ a)
-    found = relative_difference((b, a), 2.0, (near / 2, a), 4.0)  # type: ignore[arg-type]
-    assert found == pytest.approx(exact, rel=1e-5)
+    b, a = rng.standard_normal((9, 3), np.float32), rng.standard_normal((3, 7), np.float32)
+    near = b + np.float32(1e-5) * rng.standard_normal((9, 3), np.float32)
+    wide = [matrix.astype(np.float64) for matrix in (b, a, near)]
+    exact = np.linalg.norm((wide[0] - wide[2]) @ wide[1]) / np.linalg.norm(wide[0] @ wide[1])
+    assert relative_difference((b, a), 2.0, (near / 2, a), 4.0) == pytest.approx(exact, rel=1e-5)
     padded = np.pad(b, [(0, 0), (0, 2)]), np.pad(a, [(0, 2), (0, 0)])
-    assert relative_difference((b, a), 0.3, padded, 0.3) == 0.0  # type: ignore[arg-type]
+    assert relative_difference((b, a), 0.3, padded, 0.3) == 0.0
+
+
+@pytest.mark.parametrize("case", ["peft-loha", "peft-lokr", "peft-adalora"])
+def test_what_is_a_product_after_all_becomes_lora(case: str, tmp_path: Path) -> None:
+    """LoHa and LoKr have a larger rank as LoRA, and the merged model is the same to rounding."""
+    found = CASES[case]
+    report = loratool.convert(found.adapter, tmp_path / "lora", to="peft")
+    assert report.counts.keys() == {"expanded"}
+    assert {m.algorithm for m in loratool.inspect(tmp_path / "lora").modules} == {"LoRA"}
+    loratool.merge(found.base, tmp_path / "lora", tmp_path / "out", dtype="float32")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, right in found.merged().items():
+        assert np.allclose(merged[name], right, rtol=2e-6, atol=2e-6)
+
+
+def test_what_is_no_sum_is_refused(tmp_path: Path) -> None:
+    """OFT has no factors: merge and extract are named as the way."""
+    with pytest.raises(AdapterError, match="OFT is no sum; merge it, and extract"):
+        loratool.convert(CASES["peft-oft"].adapter, tmp_path / "out", to="peft")
+    assert not any(tmp_path.iterdir())

@@ -86,3 +86,12 @@ def apart(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> floa
         right = right.astype(np.float64)
         errors.append(float(np.linalg.norm(found[name] - right) / np.linalg.norm(right)))
     return max(errors)
+
+
+def added_to(case: DialectCase, output: Path) -> dict[str, np.ndarray]:
+    """What a merge into the base of a case added, by tensor, in float64; of one in float32."""
+    merged = load_file(output / "model.safetensors")
+    return {
+        name: merged[name].astype(np.float64) - weight
+        for name, weight in case.base_tensors().items()
+    }

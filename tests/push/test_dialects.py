@@ -15,7 +15,7 @@ from helpers.pushing import as_json, states
 def test_the_files_of_an_adapter_go_up(
     case: str, hub: HubServer, home: Path, repo: str, tmp_path: Path
 ) -> None:
-    """All of them with a card: no program of another dialect is asked whether it would load them."""
+    """All of them with a card: nobody is asked whether another program would load them."""
     source = CASES[case].adapter
     folder = shutil.copytree(source if source.is_dir() else source.parent, tmp_path / case)
     names = {path.name for path in folder.iterdir()}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.dialect import Dialect, Evidence, WritableDialect
+from loratool.adapters.dialects.gguf import Gguf
 from loratool.adapters.dialects.hand import Hand
 from loratool.adapters.dialects.litgpt import Litgpt
+from loratool.adapters.dialects.loralib import Loralib
 from loratool.adapters.dialects.mlx import Mlx
+from loratool.adapters.dialects.native import Native
 from loratool.adapters.dialects.peft import Peft
 from loratool.adapters.dialects.tinker import Tinker
 from loratool.adapters.dialects.torchtune import Torchtune
@@ -18,10 +21,13 @@ WRITTEN: WritableDialect = Peft()
 DIALECTS: tuple[Dialect, ...] = (
     WRITTEN,
     Mlx(),
-    Torchtune(),
     Litgpt(),
+    Torchtune(),
     Tinker(),
+    Gguf(),
     Hand(),
+    Loralib(),
+    Native(),
 )
 
 #: What adapters can be converted to, by name.
@@ -34,8 +40,8 @@ def claimed_by(
     """The dialect of a file and what it is in words; None where no dialect claims it.
 
     A dialect that the user named (`told`) reads the file whatever it looks like, unless another one
-    claims it and that one does not: that takes `override`. Raises AdapterError where several do:
-    which formula holds must not be a matter of their order.
+    claims it and that one does not accept it: that takes `override`. Raises AdapterError where
+    several do: which formula holds must not be a matter of their order.
     """
     claims = [(d, words) for d in DIALECTS if (words := d.claims(evidence)) is not None]
     if told is not None:
@@ -43,7 +49,7 @@ def claimed_by(
         if named is None:
             raise unknown("dialect", told, [d.name for d in DIALECTS])
         words = next((words for d, words in claims if d is named), f"of {told}, as was said")
-        if claims and all(d is not named for d, _ in claims) and not override:
+        if claims and not named.accepts(evidence) and not override:
             raise AdapterError(
                 f"--from {told}: the file is {claims[0][1]}.", "Omit --from, or add --override."
             )

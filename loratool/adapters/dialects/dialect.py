@@ -17,7 +17,7 @@ from loratool.storage.tensors import TensorInfo
 Entry = tuple[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that what is found of a file can be kept for it
 class Evidence:
     """What a dialect recognises a file by: headers, and what lies beside it.
 
@@ -80,6 +80,10 @@ class Dialect(ABC):
 
         Types in the config have not been checked.
         """
+
+    def accepts(self, evidence: Evidence) -> bool:
+        """Whether the file may be of this dialect if the user says so, though another claims it."""
+        return self.claims(evidence) is not None
 
     def check(self, config: dict[str, Any], where: object) -> None:  # noqa: B027
         """Raise AdapterError for a field of a wrong type; `where` is the file. What follows may

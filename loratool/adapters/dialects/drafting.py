@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.writing import Draft, Fate
+from loratool.adapters.dialects.writing import Draft, Fate, Outcome
 from loratool.adapters.experts import ExpertPair, ExpertStack
 from loratool.adapters.factors import Factors, LowRank, block_diagonal
 from loratool.dtypes import DTYPE_BITS, FACTOR_DTYPES
@@ -39,6 +39,13 @@ def known_scale(module: Factors) -> float:
     return module.scale
 
 
+def alpha_for(scale: float, rank: int) -> float:
+    """An alpha with alpha/rank = scale in float64, to the last bit if there is one."""
+    alpha = scale * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((found for found in near if found / rank == scale), alpha)
+
+
 def common_dtype(modules: Sequence[Factors], asked: str | None) -> str:
     """The dtype of a file that has one: as asked, or that of all factors; float32 where they differ
     or are of a dtype that no adapter is written in."""
@@ -57,7 +64,8 @@ def common_scale(modules: Sequence[Factors]) -> float:
     weights: dict[float, int] = {}
     for module in modules:
         scale = known_scale(module)
-        weights[scale] = weights.get(scale, 0) + module.parameters
+        if scale:
+            weights[scale] = weights.get(scale, 0) + module.parameters
     return max(weights, key=lambda scale: weights[scale], default=1.0)
 
 
@@ -134,7 +142,7 @@ def fitted(module: LowRank, rank: int, scale: float, dtype: str | None) -> Fitte
     factor = known_scale(module) / scale
     a = _padded(module.a, rank, 0, 1.0, dtype or module.a.dtype)
     b = _padded(module.b, rank, 1, factor, dtype or module.b.dtype)
-    exact = math.frexp(abs(factor))[0] == 0.5
+    exact = factor == 0 or math.frexp(abs(factor))[0] == 0.5
     said = []
     if rank > module.rank:
         said.append(f"filled up with zeros to rank {rank}")
@@ -143,9 +151,16 @@ def fitted(module: LowRank, rank: int, scale: float, dtype: str | None) -> Fitte
     narrower = [t for t in (module.a, module.b) if dtype and _narrows(t.dtype, dtype)]
     if narrower:
         said.append(f"{narrower[0].dtype} written as {dtype}")
-    outcome = "rounded" if narrower or not exact else "exact"
-    fate = Fate(module.path, outcome, ", ".join(said), module.rank, rank)  # type: ignore[arg-type]
+    if module.method != "LoRA":
+        said.insert(0, f"{module.method} as a product of two factors")
+    outcome: Outcome = "rounded" if narrower or not exact else exact_outcome(module)
+    fate = Fate(module.path, outcome, ", ".join(said), module.rank, rank)
     return Fitted(a, b, fate)
+
+
+def exact_outcome(module: LowRank) -> Outcome:
+    """What becomes of a module whose factors are written as they are."""
+    return "exact" if module.method == "LoRA" else "expanded"
 
 
 def _narrows(old: str, new: str) -> bool:

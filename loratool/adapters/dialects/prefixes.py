@@ -10,4 +10,6 @@ _PARALLEL = re.compile(r"^(module\.)+")
 
 def unwrapped(key: str) -> str:
     """A key without what torch.compile, FSDP, checkpointing and DataParallel put into it."""
+    if "module." not in key and "_orig_mod." not in key:
+        return key  # nearly all, and models have very many
     return _PARALLEL.sub("", _WRAPPERS.sub("", key))

@@ -17,6 +17,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Dialect, Evidence
+from loratool.adapters.dialects.layers import HEAD, alike
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
     refuse_halves,
@@ -25,11 +26,13 @@ from loratool.adapters.dialects.troubles import (
     refuse_unknown,
     refuse_without_scale,
 )
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import LowRank
 from loratool.adapters.told import refuse_contradictions, scaling
 from loratool.errors import AdapterError, listed
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.heads import Heads, heads_of, pairs_apart
+from loratool.models.decoder import decoder_of
+from loratool.models.heads import Heads, heads_of, pairs_apart, pairs_together
 from loratool.notices import Notice
 from loratool.storage.fields import ABSENT, COUNT, NUMBER, TEXT, check_fields
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG
@@ -45,10 +48,14 @@ _IN_LAYERS = {
     "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
     "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj", "mlp.w3": "mlp.up_proj",
 }  # fmt: skip
+_OWN = {hub: own for own, hub in _IN_LAYERS.items()}
 _LAYER = re.compile(r"layers\.(?P<number>\d+)\.(?P<module>.+)")
 
 #: By model_type: whether torchtune's weights of q and k have rotary pairs side by side.
 _PAIRED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False}
+
+#: As older versions name it; newer ones take any name too (adapter_checkpoint).
+WRITTEN_FILE = "adapter_0.pt"
 
 #: What adapter_config.json says beside the file, and what torchtune cannot have made.
 _FIELDS = {"r": COUNT | ABSENT, "lora_alpha": NUMBER | ABSENT,
@@ -65,6 +72,14 @@ def hub_path(path: str) -> str | None:
     return f"model.layers.{found['number']}.{module}" if found and module else None
 
 
+def own_path(path: str) -> str:
+    """The reverse of `hub_path`, of a path that it gives."""
+    if path == "lm_head":
+        return "output"
+    number, module = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path).groups()  # type: ignore[union-attr]
+    return f"layers.{number}.{_OWN[module]}"
+
+
 def is_original_of(tensors: Mapping[str, TensorInfo], exported: Mapping[str, TensorInfo]) -> bool:
     """Whether `exported` is what torchtune wrote for PEFT of the adapter with these tensors: it has
     all of A as it is."""
@@ -78,10 +93,11 @@ def is_original_of(tensors: Mapping[str, TensorInfo], exported: Mapping[str, Ten
 
 
 @dataclass(frozen=True)
-class Torchtune(Dialect):
+class Torchtune(Dialect, Writer):
     """LoRA and DoRA as torchtune's recipes save them."""
 
     name: str = "torchtune"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         named = evidence.top == "dict" and any(map(_FACTOR.fullmatch, evidence.tensors))
@@ -135,6 +151,39 @@ class Torchtune(Dialect):
         _order_rows(adapter, base)
         ranks = {path: module.rank for path, module in adapter.modules.items()}
         refuse_contradictions(adapter.told, "factors of torchtune", "BA", ranks)
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        config = asked.base.config if asked.base is not None else {}
+        kind, decoder = config.get("model_type"), decoder_of(config)
+        if decoder is None or kind not in _PAIRED or decoder.heads.size % 2:
+            raise AdapterError(
+                "torchtune has rows of q and k in an order that depends on the base, and the same "
+                f"modules in all its layers; known are bases of {', '.join(_PAIRED)}.",
+                "Say --base, with its config.json.",
+            )
+        draft = Draft("torch", WRITTEN_FILE)
+        if config.get("tie_word_embeddings") and HEAD in adapter.modules:
+            draft.refuse(HEAD, "torchtune has the embedding for the head of this base")
+            return draft
+        made = alike(draft, adapter, asked, decoder, self.name, scaled=True)
+        if made is None:
+            return draft
+        heads = {"q_proj": decoder.heads.query, "k_proj": decoder.heads.kv}
+        for path, pair in made.pairs.items():
+            count = heads.get(path.rpartition(".")[2]) if _PAIRED[kind] else None
+            slots = {"lora_a.weight": pair.a, "lora_b.weight": pair.b, "magnitude": pair.magnitude}
+            for slot, info in slots.items():
+                if info is not None:
+                    turned = count is not None and slot != "lora_a.weight"
+                    draft.tensors[f"{own_path(path)}.{slot}"] = (
+                        pairs_together(info, count) if turned and count else info
+                    )
+        draft.documents[ADAPTER_CONFIG] = {
+            "r": made.rank, "lora_alpha": made.alpha, "peft_type": "LORA",
+            "target_modules": [module.rpartition(".")[2] for module in made.modules],
+            "base_model_name_or_path": adapter.declared.base_name,
+        }  # fmt: skip
+        return draft
 
 
 def _sorted(adapter: Adapter) -> dict[str, dict[str, TensorInfo]]:

@@ -91,10 +91,11 @@ class Draft:
 
 
 class Writer(ABC):
-    """A dialect that adapters can be converted to. `title` names its programs for people."""
+    """A dialect that adapters can be converted to. `needs_base` says that names or rows depend on
+    the base."""
 
     name: str
-    title: str
+    needs_base: bool = False
 
     @abstractmethod
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:

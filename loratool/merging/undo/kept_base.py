@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 
 from loratool.errors import FileError
 from loratool.merging.undo.file import BaseTensor, Undo
-from loratool.models.checkpoint import Checkpoint
+from loratool.models.checkpoint import Checkpoint, config_in
 from loratool.models.quantised.base import dequantised
-from loratool.storage.filenames import CONFIG
 from loratool.storage.folder import Folder
 from loratool.storage.stamps import Stamp
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo
@@ -31,7 +30,7 @@ def kept_base(undo: Undo, merged: Checkpoint) -> Checkpoint:
     """
     tensors = {name: _info(undo, tensor) for name, tensor in undo.tensors.items()}
     folder = _BaseFolder(undo, merged, list(tensors.values()))
-    config = folder.json(CONFIG) if CONFIG in undo.files else {}
+    config = config_in(folder, tensors)
     shards = {shard.file: list(shard.tensors) for shard in undo.shards}
     base = Checkpoint(merged.source, folder, config, tensors, shards, undo.metadata)
     return dequantised(base) if undo.is_quantised else base

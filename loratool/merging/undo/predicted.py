@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loratool.adapters.timesweight import is_of_weight
 from loratool.errors import RestoreError, listed
 from loratool.merging.plan import Job, Plan
 from loratool.merging.undo.file import Undo
@@ -41,6 +42,8 @@ class Predicted:
 
 def predicted_by(job: Job, base: Checkpoint) -> Predicted | None:
     """What of a base can be predicted from what a job made; None where nothing can."""
+    if is_of_weight(delta.factors for delta in job.deltas):
+        return None  # what was added is known with the base alone
     source = job.source
     if source is as_stored(base).tensors.get(job.name):
         return Predicted(source)

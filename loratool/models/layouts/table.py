@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from loratool.models.layouts.components import kind_of
+from loratool.models.layouts.native import NATIVE_NAMES, NATIVE_RULES
 from loratool.models.layouts.rules import NameRule, apply_rules
 from loratool.models.layouts.shares import Share, by_config
 
@@ -243,7 +244,8 @@ class Names:
     ) -> Iterator[tuple[tuple[str, ...], str, Sequence[NameRule]]]:
         """(path, kind of part, rules): a path, or where that is not known a kind by its words."""
         general = self._table.get(_ALL, LayoutEntry()).rules
-        yield (), "", (*self.entry.rules, *general)
+        native = NATIVE_RULES if config.get(NATIVE_NAMES) else ()
+        yield (), "", (*native, *self.entry.rules, *general)
         if self.entry.parts:
             for part in self.entry.parts:
                 value: Any = config

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.models.layouts.names import is_label_head, is_token_embedding
+from loratool.models.layouts.native import NATIVE_NAMES
 from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
@@ -75,7 +76,7 @@ def use_of(facts: Facts) -> Use | None:
     """How the model is loaded; None where nothing tells, or where transformers cannot."""
     if facts.model is not None:
         config = facts.model.config
-        if not (config.get("model_type") or config.get("architectures")):
+        if not (config.get("model_type") or config.get("architectures")) or NATIVE_NAMES in config:
             return None
         named = texts(config.get("architectures"))
         found = _by_class(named[0] if named else "", facts.model.model_type)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import codes
+from helpers.dialects import DialectCase, added_to, apart, cases
 from helpers.files import load, write_base
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -266,7 +267,7 @@ def test_square_weights_in_the_other_order_are_asked_for(
     torch.save(state, file)
     with pytest.raises(LoraToolError, match="product-unknown") as error:
         merged(base, file, alpha=ALPHA)
-    assert "--product AB or --product ABt" in str(error.value)
+    assert "say --product AB or --product ABt:" in str(error.value)
     found, _ = merged(base, file, alpha=ALPHA, product=product)
     assert_merged(found, model.state_dict(), computed)
 
@@ -311,6 +312,8 @@ def test_frozen_weights_of_the_file_decide_without_a_base(model: Model, tmp_path
     shapes = {m.path: m.shape for m in report.modules}
     assert shapes["model.layers.1.mlp.up_proj"] == (INNER, DIM)
     assert {m.scale for m in report.modules} == {ALPHA / RANK}
+    factors = [v.numel() for k, v in state.items() if k.endswith((".A", ".B"))]
+    assert report.parameters == sum(factors)
 
 
 # --- what is frozen, and what was trained too -----------------------------------------------------
@@ -351,6 +354,26 @@ def test_what_is_saved_beside_factors_alone_was_trained(
     assert found[norm].eq(3).all()
     assert found.pop("score.weight").eq(1).all()
     assert_merged(found, model.state_dict() | {norm: found[norm]}, computed)
+
+
+def test_what_was_trained_too_goes_along_when_adapters_are_combined(
+    model: Model, base: Path, tmp_path: Path
+) -> None:
+    state, _ = adapted(model, Wrapper, SEVERAL)
+    chosen = factors_only(state, model.state_dict()) | {"score.weight": torch.ones(2, DIM)}
+    torch.save(chosen, tmp_path / "lora.pt")
+    told = Told(alpha=ALPHA)
+    loratool.combine([tmp_path / "lora.pt"], tmp_path / "one", told=told)
+    loratool.merge(base, tmp_path / "one", tmp_path / "out", dtype="float32")
+    found, _ = merged(base, tmp_path / "lora.pt", alpha=ALPHA)
+    assert_merged(load(tmp_path / "out"), found, {})
+
+
+def test_a_magnitude_is_not_taken_for_a_weight_of_the_base(model: Model, tmp_path: Path) -> None:
+    state, _ = adapted(model, Wrapper, SEVERAL)
+    state["model.layers.0.self_attn.q_proj.m"] = torch.ones(1, DIM)
+    torch.save(state, tmp_path / "lora.pt")
+    assert "unknown-tensors" in codes(loratool.inspect(tmp_path / "lora.pt"))
 
 
 def test_a_tensor_that_no_base_has_is_refused(model: Model, base: Path, tmp_path: Path) -> None:
@@ -396,6 +419,17 @@ def test_a_scale_in_the_file_counts_and_is_not_contradicted(
     with pytest.raises(LoraToolError, match="--alpha 8 makes its scale 4"):
         merged(base, tmp_path / "lora.pt", alpha=8)
     merged(base, tmp_path / "lora.pt", alpha=8, override=True)
+
+
+def test_numbers_may_be_integers(model: Model, base: Path, tmp_path: Path) -> None:
+    state, computed = adapted(model, Wrapper, SEVERAL)
+    numbers = {"alpha": torch.tensor(int(ALPHA)), "rank": torch.tensor(RANK)}
+    torch.save(state | numbers, tmp_path / "lora.pt")
+    found, _ = merged(base, tmp_path / "lora.pt")
+    assert_merged(found, model.state_dict(), computed)
+    torch.save(state | {"rank": torch.tensor(RANK + 1)}, tmp_path / "lora.pt")
+    with pytest.raises(LoraToolError, match="the file gives rank 3, its factors have 2"):
+        merged(base, tmp_path / "lora.pt", alpha=ALPHA)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
@@ -484,6 +518,15 @@ def test_peft_stays_peft(model: Model, tmp_path: Path) -> None:
         assert read_adapter(path, Told(alpha=1)).format == "peft"
 
 
+def test_a_user_may_say_whose_a_file_is(model: Model, base: Path, tmp_path: Path) -> None:
+    state, computed = adapted(model, Subclass, SEVERAL)
+    torch.save(factors_only(state, model.state_dict()), tmp_path / "lora.pt")
+    found, _ = merged(base, tmp_path / "lora.pt", alpha=ALPHA, dialect="loralib")
+    assert_merged(found, model.state_dict(), computed)
+    with pytest.raises(LoraToolError, match="--from mlx: the file is a state dict of hand-written"):
+        merged(base, tmp_path / "lora.pt", alpha=ALPHA, dialect="mlx")
+
+
 def test_a_merge_is_verified_and_taken_back_without_saying_it_again(
     model: Model, base: Path, tmp_path: Path
 ) -> None:
@@ -512,3 +555,22 @@ def test_other_verbs_know_what_multiplies(model: Model, base: Path, tmp_path: Pa
     loratool.resize(file, tmp_path / "one", rank=1, told=told)
     report = loratool.compare([file, tmp_path / "half"], told=[told, Told()])
     assert report is not None
+
+
+# --- the project's fixtures -----------------------------------------------------------------------
+
+WRITTEN = ("hand", "loralib", "multiplicative")
+
+
+@pytest.mark.parametrize("case", cases(*WRITTEN, merges=True), ids=lambda case: case.name)
+def test_a_merge_adds_what_the_forward_pass_does(case: DialectCase, tmp_path: Path) -> None:
+    told = Told.from_dict(case.options)
+    loratool.merge(case.base, case.adapter, tmp_path / "out", dtype="float32", told=told)
+    assert apart(added_to(case, tmp_path / "out"), case.expected()) < 1e-6
+
+
+@pytest.mark.parametrize("case", cases(*WRITTEN, merges=False), ids=lambda case: case.name)
+def test_what_cannot_be_known_is_refused(case: DialectCase, tmp_path: Path) -> None:
+    with pytest.raises(LoraToolError):
+        loratool.merge(case.base, case.adapter, tmp_path / "out", told=Told.from_dict(case.options))
+    assert not (tmp_path / "out").exists()

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
-from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.hand.fused import is_of_loralib
+from loratool.adapters.dialects.hand.names import is_hand_written, may_be_hand_written
 from loratool.adapters.dialects.hand.sorting import fill_hand_written
+from loratool.adapters.dialects.multiplicative import multiply
 from loratool.models.checkpoint import Checkpoint
 
 
@@ -18,7 +20,15 @@ class Hand(Dialect):
     name: str = "hand"
 
     def claims(self, evidence: Evidence) -> str | None:
-        return "a state dict of hand-written LoRA" if is_hand_written(evidence) else None
+        if is_of_loralib(evidence) or not is_hand_written(evidence):
+            return None
+        return "a state dict of hand-written LoRA"
+
+    def accepts(self, evidence: Evidence) -> bool:
+        return may_be_hand_written(evidence)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        fill_hand_written(adapter, base)
+        multiplied = adapter.told.kind == "multiplicative"
+        fill_hand_written(adapter, base, only="BA" if multiplied else None)
+        if multiplied:
+            multiply(adapter, base)

@@ -11,9 +11,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from loratool.adapters.dialects.dialect import Evidence
+from loratool.adapters.dialects.litgpt.config import is_of_litgpt
 from loratool.adapters.dialects.prefixes import unwrapped
 from loratool.adapters.recognise import is_foreign
 from loratool.storage.filenames import TORCH_SUFFIXES
@@ -28,6 +30,8 @@ _FACTOR = re.compile(
     rf"(?P<path>.+?)\.(?:{_HOLDER}\.(?P<held>{_HELD})|(?P<side>{_SIDE}))"
     r"(?P<leaf>\.weight|\.bias)?"
 )
+_END = re.compile(_HELD)
+_LONGEST = 20
 #: What torch.nn.utils.parametrize calls the weight that it computes with.
 _ORIGINAL = ".parametrizations.weight.original"
 #: A number that a script kept as a buffer or parameter.
@@ -108,7 +112,7 @@ def sorted_names(tensors: Mapping[str, TensorInfo]) -> Sorted:
             (found.of_a_run if _OF_A_RUN.match(key) else found.unknown).append(key)
             continue
         name = unwrapped(key.removeprefix(table))
-        match = _FACTOR.fullmatch(name)
+        match = _FACTOR.fullmatch(name) if may_be_factor(name) else None
         if match is None:
             rest[name] = info
         elif not _take(found.pairs, match, info):
@@ -185,6 +189,7 @@ def of_a_model(names: Collection[str]) -> list[str]:
     return [name for name in names if not _OF_A_RUN.match(name)]
 
 
+@lru_cache(maxsize=1)  # every dialect that hand-written files look like asks
 def is_hand_written(evidence: Evidence) -> bool:
     """Whether a file holds factors as scripts name them, and no program that has a config does.
 
@@ -192,7 +197,7 @@ def is_hand_written(evidence: Evidence) -> bool:
     than PEFT's and torchtune's. MLX has bare `lora_a` and `lora_b`, but not in files of torch.
     """
     tensors = evidence.tensors
-    if evidence.config or evidence.top in ("tensor", "list", "tuple"):
+    if not may_be_hand_written(evidence):
         return False
     if is_foreign(of_a_model(tensors)) or any(_FOREIGN.search(name) for name in tensors):
         return False
@@ -207,3 +212,20 @@ def is_hand_written(evidence: Evidence) -> bool:
         if not pair.layers and (in_torch or word != "lora_a"):
             return True
     return False
+
+
+def may_be_hand_written(evidence: Evidence) -> bool:
+    """Whether some names could be those of factors, and no config says whose."""
+    if evidence.config or evidence.values or evidence.top in ("tensor", "list", "tuple"):
+        return False
+    named = any(map(may_be_factor, evidence.tensors))
+    return named and not is_of_litgpt(evidence.folder)
+
+
+def may_be_factor(name: str) -> bool:
+    """Whether a name ends like that of a factor; a look at the end of it, since models have very
+    many names."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias"):
+        leaf = owner.rpartition(".")[2]
+    return len(leaf) < _LONGEST and _END.fullmatch(leaf) is not None

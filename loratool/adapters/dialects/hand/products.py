@@ -56,16 +56,18 @@ def readings(a: Sequence[int], b: Sequence[int], layers: bool, lookup: bool) -> 
             found.append(Reading("ABt", (b[1], a[0]), a[1]))
     if lookup:
         loralib = found[:1] if a[0] == b[1] else []
-        found = [replace(one, shape=one.shape[::-1], turned=True) for one in found] + loralib
+        found = loralib + [replace(one, shape=one.shape[::-1], turned=True) for one in found]
     return found
 
 
-def likely(found: Sequence[Reading], layers: bool) -> list[Reading]:
+def likely(found: Sequence[Reading], lookup: bool) -> list[Reading]:
     """The readings that make sense where no weight is known: a product over the larger of two
-    dimensions is no low rank. Layers are applied A first where nothing else tells."""
+    dimensions is no low rank, and a table has more rows than columns."""
     least = min((one.rank for one in found), default=0)
     rest = [one for one in found if one.rank == least]
-    return rest[:1] if layers else rest
+    if lookup:
+        rest = [one for one in rest if one.shape[1] > one.shape[0]] or rest
+    return rest
 
 
 @dataclass

@@ -3,71 +3,82 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.hand.names import HandPair, Sorted, sorted_names
-from loratool.adapters.dialects.hand.products import (
-    WORDS,
-    Decided,
-    Reading,
-    choices,
-    decide,
-    likely,
-    readings,
+from loratool.adapters.dialects.hand.deciding import candidates, note_products
+from loratool.adapters.dialects.hand.fused import (
+    is_merged,
+    kernel_of,
+    of_convolution,
+    of_parts,
+    parts_with_factors,
 )
-from loratool.adapters.dialects.hand.weights import AdaptedWeights, is_table
+from loratool.adapters.dialects.hand.names import HandPair, Sorted, sorted_names
+from loratool.adapters.dialects.hand.numbers import Numbers
+from loratool.adapters.dialects.hand.products import Reading, decide, readings
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
     refuse_halves,
+    refuse_modules,
     refuse_shapes,
     refuse_unknown,
     refuse_without_scale,
 )
+from loratool.adapters.dialects.weights import AdaptedWeights, is_table
 from loratool.adapters.factors import Kind, LowRank
-from loratool.adapters.told import Scaling, scaling
+from loratool.adapters.told import Product, Scaling
 from loratool.errors import AdapterError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.names import HEAD, is_legacy_buffer
 from loratool.notices import Notice
+from loratool.paths import dotted_ends, matches
+from loratool.storage.composed import joined
 from loratool.storage.computed import computed_tensor
 from loratool.storage.tensors import TensorInfo
-from loratool.storage.values import read_float32
 from loratool.words import counted
 
+#: What scripts call a layer inside of its wrapper, where the file does not hold it.
+_INNER = ("linear", "conv", "orig_linear", "original_layer", "base_layer", "original", "layer")
 
-def fill_hand_written(adapter: Adapter, base: Checkpoint | None) -> None:
-    """Sort the tensors of a hand-written adapter, in place."""
+
+def fill_hand_written(
+    adapter: Adapter, base: Checkpoint | None, only: Product | None = None
+) -> None:
+    """Sort the tensors of a hand-written adapter, in place. With `only` factors are multiplied so
+    wherever they can be."""
     found = sorted_names(adapter.tensors)
     adapter.inert += found.of_a_run
     adapter.unknown += found.unknown
-    matrices = {path: p for path, p in found.pairs.items() if p.is_whole and _are_matrices(p)}
-    weights = AdaptedWeights(base, _wanted(matrices), found.own)
-    _rename_inner(found, matrices, weights)
+    weights = AdaptedWeights(base, _wanted(found.pairs.values()), found.own, adapter.told)
+    _rename_inner(found, weights)
+    _refuse_unnamed(adapter, found)
+    numbers = Numbers(adapter, found)
+    whole = {path: pair for path, pair in found.pairs.items() if pair.is_whole}
+    fused = _Fused(adapter, weights, numbers)
+    modules = {path: module for path, pair in whole.items() if (module := fused.module(pair))}
+    plain = {p: pair for p, pair in whole.items() if p not in modules and _are_matrices(pair)}
     decided = decide(
-        {path: _candidates(adapter, path, pair, weights) for path, pair in matrices.items()},
-        {path: pair.style for path, pair in matrices.items()},
+        {path: candidates(adapter, pair, weights, only) for path, pair in plain.items()},
+        {path: pair.style for path, pair in plain.items()},
     )
-    _note_products(adapter, decided, matrices)
-    numbers = _Numbers(adapter, found)
-    halves = {}
-    for path, pair in found.pairs.items():
-        if not pair.is_whole:
-            halves[path] = [info.name for info in pair.tensors.values()]
-        elif path in decided.readings or path in decided.open:
+    note_products(adapter, decided, plain, base is not None)
+    for path, pair in whole.items():
+        if path in modules:
+            adapter.modules[path] = modules[path]
+        elif path in plain:
             reading = decided.readings.get(path) or decided.open[path][0]
-            adapter.modules[path] = _module(pair, reading, numbers.scaling(path, reading.rank))
+            said = numbers.scaling(path, reading.rank)
+            adapter.modules[path] = _module(pair, reading, said, weights.shape(path))
         else:
-            kind: Kind = "conv" if len(pair.a.shape) > 2 else "linear"
-            rank = pair.a.shape[0] if pair.a.shape else 0
-            said = numbers.scaling(path, rank) if rank else Scaling()
-            adapter.modules[path] = LowRank(
-                path, kind, pair.a, pair.b, said.alpha, said.scale, scale_from=said.origin
-            )
+            adapter.modules[path] = _as_it_is(pair, numbers)
     _sort_own(adapter, found, weights)
+    halves = {p: [t.name for t in x.tensors.values()] for p, x in found.pairs.items()
+              if not x.is_whole}  # fmt: skip
     refuse_halves(adapter, halves, "its two factors")
+    fused.refuse()
     refuse_shapes(adapter, {})
     refuse_empty(adapter)
     refuse_unknown(adapter)
@@ -80,103 +91,83 @@ def _are_matrices(pair: HandPair) -> bool:
     return len(a) == len(b) == 2 and 0 not in (*a, *b) and bool(readings(a, b, pair.layers, False))
 
 
-def _wanted(pairs: Mapping[str, HandPair]) -> list[Wanted]:
+def _wanted(pairs: Iterable[HandPair]) -> list[Wanted]:
     """The weights by their names, each with the larger shape that its factors can make."""
     found = []
-    for path, pair in pairs.items():
-        shapes = [one.shape for one in readings(pair.a.shape, pair.b.shape, pair.layers, False)]
-        found.append(Wanted(f"{path}.weight", max(shapes, key=math.prod)))
-    return found
-
-
-def _rename_inner(found: Sorted, matrices: dict[str, HandPair], weights: AdaptedWeights) -> None:
-    """Call modules as the base calls the wrapped layer, where the base has the wrapper too."""
-    for path, child in found.wrapped.items():
-        inner = f"{path}.{child}"
-        if weights.has(f"{path}.weight") or not weights.has(f"{inner}.weight"):
+    for pair in pairs:
+        if not pair.is_whole:
             continue
-        pair = replace(found.pairs.pop(path), path=inner)
-        found.pairs[inner] = pair
-        if matrices.pop(path, None) is not None:
-            matrices[inner] = pair
+        shapes = [(*pair.b.shape[:1], *pair.a.shape[1:2])]
+        if _are_matrices(pair):
+            known = readings(pair.a.shape, pair.b.shape, pair.layers, False)
+            shapes = [one.shape for one in known]
+        found.append(Wanted(f"{pair.path}.weight", max(shapes, key=math.prod)))
+    return [one for one in found if len(one.shape) == 2]
+
+
+def _rename_inner(found: Sorted, weights: AdaptedWeights) -> None:
+    """Call modules as the base calls the wrapped layer, where the base has the wrapper too."""
+    for path in list(found.pairs):
+        if weights.has(f"{path}.weight"):
+            continue
+        inside = (found.wrapped[path],) if path in found.wrapped else _INNER
+        inner = [f"{path}.{name}" for name in inside if weights.has(f"{path}.{name}.weight")]
+        if len(inner) != 1:
+            continue
+        found.pairs[inner[0]] = replace(found.pairs.pop(path), path=inner[0])
         for leaf in ("weight", "bias"):
             info = found.own.pop(f"{path}.{leaf}", None)
             if info is not None:
-                found.own[f"{inner}.{leaf}"] = info
+                found.own[f"{inner[0]}.{leaf}"] = info
         if path in found.numbers:
-            found.numbers[inner] = found.numbers.pop(path)
+            found.numbers[inner[0]] = found.numbers.pop(path)
 
 
-# --- how factors multiply -------------------------------------------------------------------------
-
-
-def _candidates(
-    adapter: Adapter, path: str, pair: HandPair, weights: AdaptedWeights
-) -> Sequence[Reading]:
-    """The readings of a pair that its weight, or what the user says, allows.
-
-    Where nothing fits the weight the likely ones are given, so that matching says what does not.
-    """
-    told = adapter.told
-    found = readings(pair.a.shape, pair.b.shape, pair.layers, is_table(path))
-    shapes = f"{pair.a.name} {list(pair.a.shape)} and {pair.b.name} {list(pair.b.shape)}"
-    fits = {one: weights.fits(path, one.shape) for one in found}
-    if None not in fits.values():
-        fitting = [one for one in found if fits[one]]
-        found = (fitting[:1] if pair.layers else fitting) or likely(found, pair.layers)
-    elif told.rank is None:
-        found = likely(found, pair.layers)
-    if told.rank is not None:
-        of_rank = [one for one in found if one.rank == told.rank]
-        if not of_rank and not told.override:
-            ranks = " or ".join(dict.fromkeys(str(one.rank) for one in found))
-            raise AdapterError(
-                f"{path}: --adapter-rank {told.rank}, but {shapes} give rank {ranks}.",
-                "Omit the option, or add --override if the adapter is wrong.",
-            )
-        found = of_rank or found
-    if told.product is not None:
-        of_product = [one for one in found if one.product == told.product]
-        if not of_product and not told.override:
-            raise AdapterError(
-                f"{path}: --product {told.product}, but {shapes} are for {choices(found)}"
-                + ("." if None in fits.values() else ", by the shape of the weight."),
-                "Omit the option, or add --override if the adapter is wrong.",
-            )
-        everything = readings(pair.a.shape, pair.b.shape, False, is_table(path))
-        found = of_product or [o for o in everything if o.product == told.product] or found
-    return found
-
-
-def _note_products(adapter: Adapter, decided: Decided, pairs: Mapping[str, HandPair]) -> None:
-    for product, path in decided.by.items():
-        text = (
-            f"The factors multiply as {WORDS[product]}: the weight of {path} is not square and "
-            "decides it for those of other modules that could be read in two ways."
+def _refuse_unnamed(adapter: Adapter, found: Sorted) -> None:
+    """Raise AdapterError for an option that names no module of the file."""
+    ends = {end for path in found.pairs for end in (path, *dotted_ends(path))}
+    unnamed = [f"--enable-lora {name}" for name in adapter.told.enable_lora if name not in ends]
+    unnamed += [
+        f"--fan-in-fan-out {glob}"
+        for glob in adapter.told.fan_in_fan_out
+        if not any(matches(path, [glob]) for path in found.pairs)
+    ]
+    if unnamed:
+        raise AdapterError(
+            f"{unnamed[0]}: no module of the adapter is called so.",
+            f"Its modules are {', '.join(list(found.pairs)[:3])}"
+            + (", …" if len(found.pairs) > 3 else "."),
         )
-        adapter.notices.append(Notice("product-decided", text, path))
-    if decided.open:
-        lines = [
-            f"{path}: A {list(pairs[path].a.shape)}, B {list(pairs[path].b.shape)}: "
-            f"{choices(found)}"
-            for path, found in decided.open.items()
-        ]
-        options = {one.product for found in decided.open.values() for one in found}
-        said = " or ".join(f"--product {p}" for p in WORDS if p in options)
-        text = (
-            f"{counted(len(lines), 'module', 'has')} factors that can be multiplied in several "
-            f"ways, and no weight that is not square decides it. The forward pass of the training "
-            f"script tells; say {said}:\n{listed(lines)}"
-        )
-        first = next(iter(decided.open))
-        adapter.notices.append(Notice("product-unknown", text, first, refused=True))
 
 
-def _module(pair: HandPair, reading: Reading, said: Scaling) -> LowRank:
+def _module(
+    pair: HandPair, reading: Reading, said: Scaling, weight: Sequence[int] | None
+) -> LowRank:
     a, b = reading.arranged(pair.a, pair.b)
+    kind: Kind = "embedding" if is_table(pair.path) else "linear"
+    if (
+        weight is not None
+        and len(weight) > 2
+        and weight[1:]
+        and math.prod(weight[1:]) == a.shape[1]
+    ):
+        # The product is given the shape of the convolution's weight.
+        kind, ones = "conv", (1,) * (len(weight) - 2)
+        a = joined(a.name, (a.shape[0], *weight[1:]), [a])
+        b = joined(b.name, (*b.shape, *ones), [b])
     return LowRank(
-        pair.path, "embedding" if is_table(pair.path) else "linear", a, b, said.alpha, said.scale,
-        bias=_bias(pair), scale_from=said.origin,
+        pair.path, kind, a, b, said.alpha, said.scale, bias=_bias(pair), scale_from=said.origin
+    )
+
+
+def _as_it_is(pair: HandPair, numbers: Numbers) -> LowRank:
+    """Factors that are layers with more axes, or fit none of what is known."""
+    kind: Kind = "conv" if len(pair.a.shape) > 2 else "linear"
+    rank = pair.a.shape[0] if pair.a.shape else 0
+    said = numbers.scaling(pair.path, rank) if rank else Scaling()
+    return LowRank(
+        pair.path, kind, pair.a, pair.b, said.alpha, said.scale, bias=_bias(pair),
+        scale_from=said.origin,
     )  # fmt: skip
 
 
@@ -196,47 +187,82 @@ def _bias(pair: HandPair) -> TensorInfo | None:
     )  # fmt: skip
 
 
-# --- scales ---------------------------------------------------------------------------------------
+class _Fused:
+    """Pairs for several parts of a weight, and for convolutions, as loralib has them."""
 
-
-class _Numbers:
-    """Alpha and scale as the file holds them, in tensors of one element."""
-
-    def __init__(self, adapter: Adapter, found: Sorted) -> None:
+    def __init__(self, adapter: Adapter, weights: AdaptedWeights, numbers: Numbers) -> None:
         self._adapter = adapter
-        self._values: dict[str, dict[str, float]] = {}
-        if found.numbers:
-            adapter.fetch()
-        for path, tensors in found.numbers.items():
-            self._values[path] = {what: self._read(info) for what, info in tensors.items()}
+        self._told = adapter.told
+        self._weights = weights
+        self._numbers = numbers
+        #: Modules of which nobody knows the parts that have factors.
+        self._untold: list[str] = []
 
-    def _read(self, info: TensorInfo) -> float:
-        value = float(read_float32(info).reshape(-1)[0]) if info.is_float else math.nan
-        if not math.isfinite(value) or not value:
-            raise AdapterError(
-                f"{info.name}: {value:g} is no scale, alpha or rank.",
-                "Say --alpha or --scale, and remove it from the file.",
-            )
-        return value
+    def module(self, pair: HandPair) -> LowRank | None:
+        """The factors of such a pair; None where it is a plain one."""
+        ends = (pair.path, *dotted_ends(pair.path))
+        enabled = next((self._told.enable_lora[e] for e in ends if e in self._told.enable_lora), ())
+        weight = self._weights.shape(pair.path)
+        if enabled or is_merged(pair):
+            return self._of_parts(pair, enabled, weight)
+        kernel = kernel_of(pair, weight, self._told.rank)
+        if kernel is None:
+            self._note_parts(pair, weight)
+            return None
+        a, b = of_convolution(pair, kernel)
+        return self._low_rank(pair, "conv", a, b, pair.a.shape[0] // kernel)
 
-    def scaling(self, path: str, rank: int) -> Scaling:
-        values = self._values.get("", {}) | self._values.get(path, {})
-        alpha, scale = values.get("alpha"), values.get("scale")
-        told = self._adapter.told
-        if values.get("rank", rank) != rank and not told.override:
+    def refuse(self) -> None:
+        refuse_modules(
+            self._adapter, "parts-unknown", "has factors for some of the equal parts of a weight "
+            "(MergedLinear of loralib), and the file does not say for which. Say --enable-lora "
+            "MODULE=1,0,1, a 1 for each part that has them", self._untold,
+        )  # fmt: skip
+
+    def _of_parts(
+        self, pair: HandPair, enabled: Sequence[bool], weight: Sequence[int] | None
+    ) -> LowRank:
+        count = parts_with_factors(pair)
+        a, b = list(pair.a.shape), list(pair.b.shape)
+        if enabled and sum(enabled) != count:
             raise AdapterError(
-                f"{path}: the file gives rank {values['rank']:g}, its factors have {rank}.",
-                "Say which factors it is for with --adapter-rank, or add --override.",
+                f"{pair.path}: --enable-lora names {sum(enabled)} parts with factors, and A {a} "
+                f"and B {b} are of {count or 'none'}.",
+                "Give a flag for each of the equal parts of the weight.",
             )
-        if alpha is not None and scale is not None:
-            if not math.isclose(alpha / rank, scale, rel_tol=1e-6) and not told.says_scale:
-                raise AdapterError(
-                    f"{path}: alpha {alpha:g} of the file and rank {rank} are scale "
-                    f"{alpha / rank:g}, and the file also gives scale {scale:g}.",
-                    "Say --alpha or --scale, with --override.",
-                )
-            alpha = None
-        return scaling(told, rank, alpha=alpha, scale=scale, origin="alpha tensor", where=path)
+        if not enabled:
+            enabled = (True,) * count
+            if weight is None or tuple(weight) != (b[0], a[1]):
+                whole = f" of a weight {list(weight)}" if weight is not None else ""
+                self._untold.append(f"{pair.path}: A {a}, B {b}: {count} parts{whole}")
+        elif weight is not None and (b[0] // count * len(enabled), a[1]) != tuple(weight):
+            raise AdapterError(
+                f"{pair.path}: --enable-lora with {len(enabled)} parts makes a weight of "
+                f"{[b[0] // count * len(enabled), a[1]]}, and the base's is {list(weight)}.",
+                "Give a flag for each of the equal parts of the weight.",
+            )
+        return self._low_rank(pair, "linear", *of_parts(pair, enabled), pair.b.shape[1])
+
+    def _note_parts(self, pair: HandPair, weight: Sequence[int] | None) -> None:
+        """Of a pair that is of one part: it is smaller than the weight by a whole number."""
+        if weight is None or parts_with_factors(pair) != 1 or len(weight) != 2:
+            return
+        rows, columns = pair.b.shape[0], pair.a.shape[1]
+        if columns == weight[1] and weight[0] > rows and weight[0] % rows == 0:
+            shapes = f"A {list(pair.a.shape)}, B {list(pair.b.shape)}"
+            self._untold.append(f"{pair.path}: {shapes}: 1 part of a weight {list(weight)}")
+
+    def _low_rank(
+        self, pair: HandPair, kind: Kind, a: TensorInfo, b: TensorInfo, rank: int
+    ) -> LowRank:
+        if self._told.rank not in (None, rank) and not self._told.override:
+            raise AdapterError(
+                f"{pair.path}: --adapter-rank {self._told.rank}, but A {list(pair.a.shape)} and "
+                f"B {list(pair.b.shape)} give rank {rank}.",
+                "Omit the option, or add --override if the adapter is wrong.",
+            )
+        said = self._numbers.scaling(pair.path, rank)
+        return LowRank(pair.path, kind, a, b, said.alpha, said.scale, scale_from=said.origin)
 
 
 # --- the model's own tensors ----------------------------------------------------------------------
@@ -252,8 +278,10 @@ def _sort_own(adapter: Adapter, found: Sorted, weights: AdaptedWeights) -> None:
     whole = any(f"{path}.weight" in found.own for path in found.pairs)
     heads = set()
     for name, info in found.own.items():
-        held = weights.tensor(name)
-        if held is None and _is_constant(name, info):
+        owner, _, leaf = name.rpartition(".")
+        if owner in found.pairs and leaf not in ("weight", "bias"):
+            adapter.unknown.append(info.name)  # of the script's own class: a magnitude, a mask
+        elif not weights.has(name) and _is_constant(name, info):
             adapter.inert.append(info.name)
         elif whole and (weights.layout is None or weights.has(name)):
             adapter.frozen[name] = info
@@ -261,11 +289,19 @@ def _sort_own(adapter: Adapter, found: Sorted, weights: AdaptedWeights) -> None:
             adapter.unknown.append(info.name)
         else:
             adapter.replaced[name] = info
-            if held is None and HEAD.search(name):
+            if not weights.has(name) and HEAD.search(name):
                 heads.add(name.rpartition(".")[0])
+    saved = {n.rpartition(".")[0] for n in adapter.replaced if not n.endswith(".bias")} | heads
     adapter.declared = replace(
-        adapter.declared, heads=adapter.declared.heads | heads, saved_modules=tuple(sorted(heads))
+        adapter.declared, heads=frozenset(heads), saved_modules=tuple(sorted(saved))
     )
+    if adapter.frozen and weights.layout is None:
+        text = (
+            f"{counted(len(adapter.frozen), 'tensor', 'is')} as in the model that it was trained "
+            "on, if they were not trained: `merge` holds them against the base, and nothing else "
+            f"is made of them:\n{listed([info.name for info in adapter.frozen.values()])}"
+        )
+        adapter.notices.append(Notice("frozen-weights", text, next(iter(adapter.frozen))))
 
 
 def _is_constant(name: str, info: TensorInfo) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.litgpt.config import LitConfig, is_of_litgpt, lit_config
+from loratool.adapters.dialects.litgpt.drafting import litgpt_draft
 from loratool.adapters.dialects.litgpt.families import family_of
 from loratool.adapters.dialects.litgpt.reading import KEY, OWN, Reader
 from loratool.adapters.dialects.troubles import (
@@ -15,6 +16,7 @@ from loratool.adapters.dialects.troubles import (
     refuse_unknown,
     refuse_without_scale,
 )
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.heads import heads_of
@@ -22,10 +24,11 @@ from loratool.notices import Notice
 
 
 @dataclass(frozen=True)
-class Litgpt(Dialect):
+class Litgpt(Dialect, Writer):
     """LoRA as `litgpt finetune_lora` saves it."""
 
     name: str = "litgpt"
+    needs_base: bool = True
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top != "dict":
@@ -57,6 +60,9 @@ class Litgpt(Dialect):
         refuse_without_scale(adapter)
         told = replace(adapter.told, enable_lora={}, rank=None)
         refuse_contradictions(told, "factors of litgpt", "BA", {})
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        return litgpt_draft(adapter, asked)
 
 
 def _note_other_heads(adapter: Adapter, config: LitConfig, base: Checkpoint | None) -> None:

@@ -15,14 +15,16 @@ from loratool.adapters.dialects.mlx.config import (
     is_of_vlm,
     kind_of_training,
 )
+from loratool.adapters.dialects.mlx.drafting import mlx_draft
 from loratool.adapters.dialects.mlx.reading import FACTOR, OF_VLM, read_factors, read_whole
+from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.filenames import TORCH_SUFFIXES
 
 
 @dataclass(frozen=True)
-class Mlx(Dialect):
+class Mlx(Dialect, Writer):
     """LoRA and DoRA of linear layers, embeddings and experts, and whole tensors."""
 
     name: str = "mlx"
@@ -53,6 +55,9 @@ class Mlx(Dialect):
             read_factors(adapter, base)
         ranks = {path: module.rank for path, module in adapter.modules.items()}
         refuse_contradictions(adapter.told, "factors of MLX", "ABt", ranks)
+
+    def draft(self, adapter: Adapter, asked: Asked) -> Draft:
+        return mlx_draft(adapter, asked)
 
 
 _WORDS = {

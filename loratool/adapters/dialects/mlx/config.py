@@ -48,7 +48,7 @@ def kind_of_training(config: Mapping[str, Any]) -> str:
     return kind if isinstance(kind, str) else ""
 
 
-def parameters_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def lora_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the config says of the factors."""
     return config if is_of_vlm(config) else config.get("lora_parameters") or {}
 
@@ -71,7 +71,7 @@ def scale_of(config: Mapping[str, Any]) -> tuple[float | None, str]:
     configs of that time have `lora_layers` and no `fine_tune_type`, as do some of a little later.
     mlx-vlm multiplied with `alpha` until March 2026, and with `alpha/r` since (mlx-vlm#846).
     """
-    said = parameters_of(config)
+    said = lora_settings(config)
     if is_of_vlm(config):
         alpha, rank = said["alpha"], said["rank"] or 1
         if rank == 1:
@@ -101,7 +101,7 @@ def declared_by(config: Mapping[str, Any]) -> Declared:
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    said = parameters_of(config)
+    said = lora_settings(config)
     words = [f"{name} {said[name]:g}" for name in ("rank", "scale") if name in said]
     if is_of_vlm(config):
         words = [f"{name} {said[name]:g}" for name in ("rank", "alpha")]

@@ -11,10 +11,10 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.mlx.config import (
     is_of_mlx,
     kind_of_training,
-    parameters_of,
+    lora_settings,
     scale_of,
 )
-from loratool.adapters.dialects.mlx.names import expert_path, hub_name, is_shifted, why_changed
+from loratool.adapters.dialects.mlx.names import expert_path, is_shifted, name_on_hub, why_changed
 from loratool.adapters.dialects.stacks import check_experts
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
@@ -137,7 +137,7 @@ def _pairs(path: str, parts: _Parts, model_type: str) -> Iterator[_Pair]:
             own = expert_path(path, expert, model_type)
             yield str(own), "linear", member(stack, expert), member(b, expert), None
         return
-    path = hub_name(path, model_type)
+    path = name_on_hub(path, model_type)
     if not is_lookup(path):
         yield path, "linear", transposed(a), transposed(b), magnitude
     elif magnitude is None:
@@ -187,7 +187,7 @@ def _replace(adapter: Adapter, name: str, model_type: str) -> None:
     else:
         if len(info.shape) == 2 and re.search(CONV1D.get(model_type, "$^"), path):
             info = transposed(info)  # mlx-lm keeps it as a linear layer's
-        new = {f"{hub_name(path, model_type)}.{leaf}": info}
+        new = {f"{name_on_hub(path, model_type)}.{leaf}": info}
     if new.keys() & adapter.replaced.keys():
         adapter.unknown.append(name)
     else:
@@ -196,7 +196,7 @@ def _replace(adapter: Adapter, name: str, model_type: str) -> None:
 
 def _refuse_unlike_config(adapter: Adapter) -> None:
     """Refuse modules of which the config speaks otherwise: it may be another adapter's."""
-    rank = parameters_of(adapter.config).get("rank")
+    rank = lora_settings(adapter.config).get("rank")
     modules = adapter.modules.items()
     other = [f"{p}: rank {m.rank}, not {rank}" for p, m in modules if rank not in (None, m.rank)]
     refuse_modules(
@@ -213,7 +213,7 @@ def _refuse_unlike_config(adapter: Adapter) -> None:
 
 def _note_unused_alpha(adapter: Adapter, scale: float | None) -> None:
     """Say what is made of an alpha that others would divide by the rank."""
-    said = parameters_of(adapter.config)
+    said = lora_settings(adapter.config)
     alpha, rank = said.get("alpha"), said.get("rank")
     if scale is not None and alpha and rank and alpha / rank != scale:
         text = (

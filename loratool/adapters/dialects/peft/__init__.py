@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Entry, Evidence, Recipe, WritableDialect
 from loratool.adapters.dialects.hand.names import is_hand_written
+from loratool.adapters.dialects.multiplicative import multiply
 from loratool.adapters.dialects.peft import names, targets
 from loratool.adapters.dialects.peft.config import (
     check_config,
@@ -18,7 +19,7 @@ from loratool.adapters.dialects.peft.config import (
     layer_ranges,
     name_list,
 )
-from loratool.adapters.dialects.peft.drafting import drafted
+from loratool.adapters.dialects.peft.drafting import peft_draft
 from loratool.adapters.dialects.peft.keys import fill_adapter
 from loratool.adapters.dialects.peft.types import METHODS
 from loratool.adapters.dialects.peft.types.method import PeftMethod
@@ -27,8 +28,10 @@ from loratool.adapters.dialects.peft.wrappers import registered
 from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.recognise import is_foreign
+from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import CLASSIFIERS
+from loratool.models.layouts.native import is_native_adapter
 from loratool.models.tasks import CLASSIFYING
 from loratool.storage.fields import value_text
 
@@ -40,7 +43,6 @@ class Peft(WritableDialect, Writer):
     """LoRA with all its variants, and trained token rows, as PEFT saves them."""
 
     name: str = "peft"
-    title: str = "PEFT, and what loads its directories"
 
     def claims(self, evidence: Evidence) -> str | None:
         if evidence.top in ("tensor", "list", "tuple"):
@@ -54,8 +56,9 @@ class Peft(WritableDialect, Writer):
         if kind in METHODS:
             return f"a PEFT {METHODS[kind].words} adapter"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
-        plain = kind == "LORA" and lora and not is_foreign(tensors)
-        plain = plain and not names.is_of_tinker(tensors)
+        other = is_foreign(tensors) or names.is_of_tinker(tensors)
+        other = other or (is_native_adapter(tensors) and not evidence.config)
+        plain = kind == "LORA" and lora and not other
         return "a PEFT LoRA adapter" if plain else None
 
     def check(self, config: dict[str, Any], where: object) -> None:
@@ -73,9 +76,14 @@ class Peft(WritableDialect, Writer):
             fill_adapter(adapter)
         else:
             fill_typed(adapter, method, base)
+        ranks = {path: module.rank for path, module in adapter.modules.items()}
+        told = replace(adapter.told, kind=None)
+        refuse_contradictions(told, "factors of PEFT", "BA", ranks)
+        if adapter.told.kind == "multiplicative":
+            multiply(adapter, base)
 
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:
-        return drafted(adapter, asked)
+        return peft_draft(adapter, asked)
 
     def factor_entries(self, outline: ModuleShape, rank: int) -> tuple[Entry, Entry]:
         return names.factor_shapes(outline, rank)

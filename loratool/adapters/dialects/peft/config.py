@@ -270,7 +270,7 @@ def joined_config(recipe: Recipe) -> dict[str, Any]:
         "use_rslora": False,
         "lora_dropout": 0.0,
         "target_modules": _targets(configs, modules),
-        "modules_to_save": _saved_modules(configs, saved, {m.path for m in modules}) or None,
+        "modules_to_save": _saved_modules(recipe, {m.path for m in modules}) or None,
         "bias": next((b for b in ("all", "lora_only") if has_bias and b in biases), "none"),
         "fan_in_fan_out": any(c.get("fan_in_fan_out") for c in configs),
         "use_dora": recipe.scaled,
@@ -333,10 +333,8 @@ def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[ModuleShape]) 
     return paths
 
 
-def _saved_modules(
-    configs: Sequence[dict[str, Any]], saved: Sequence[str], adapted: set[str]
-) -> list[str]:
-    """The names of modules_to_save that are in the file; an adapted module is not one of them."""
-    named = {s for c in configs for s in name_list(c, "modules_to_save")}
-    whole = [name for name in saved if name.rpartition(".")[0] not in adapted]
+def _saved_modules(recipe: Recipe, adapted: set[str]) -> list[str]:
+    """The names of saved modules that are in the file; an adapted module is not one of them."""
+    named = {s for adapter in recipe.sources for s in adapter.declared.saved_modules}
+    whole = [name for name in recipe.saved if name.rpartition(".")[0] not in adapted]
     return sorted(s for s in named if any(f".{s}." in f".{name}" for name in whole))

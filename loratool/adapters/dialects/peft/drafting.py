@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.dialects.drafting import known_scale, low_rank
+from loratool.adapters.dialects.drafting import (
+    alpha_for,
+    exact_outcome,
+    known_scale,
+    low_rank,
+)
 from loratool.adapters.dialects.peft import names
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.adapters.dialects.peft.targets import extracted_config
@@ -16,6 +21,8 @@ from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import LowRank
 from loratool.models.layouts.layout import in_memory
+from loratool.models.layouts.names import is_lookup
+from loratool.storage.composed import transposed
 from loratool.storage.computed import computed_tensor
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL
 from loratool.storage.tensors import TensorInfo
@@ -24,7 +31,7 @@ _EXTRACT = "merge it, and extract a LoRA from the result"
 _NO_PAIR = f"its change is no product of two factors; {_EXTRACT}"
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def peft_draft(adapter: Adapter, asked: Asked) -> Draft:
     """A PEFT directory of an adapter of any dialect. Factors stay as they are: PEFT's config has a
     rank and an alpha for each module."""
     draft = Draft("safetensors", ADAPTER_MODEL, metadata={**adapter.metadata, "format": "pt"})
@@ -37,7 +44,10 @@ def drafted(adapter: Adapter, asked: Asked) -> Draft:
             )
         elif pair is None:
             draft.refuse(path, _NO_PAIR)
+        elif _is_layer_of_tokens(pair) and pair.magnitude is not None:
+            draft.refuse(path, "its magnitudes are of tokens, PEFT's of an embedding's columns")
         else:
+            pair = _as_embedding(pair) if _is_layer_of_tokens(pair) else pair
             written.append(pair)
             _add(draft, pair, asked.dtype)
     for path, function in adapter.functions.items():
@@ -51,6 +61,15 @@ def drafted(adapter: Adapter, asked: Asked) -> Draft:
         draft.refuse(f"{path} (token rows)", "they are known in PEFT's own files only")
     draft.documents[ADAPTER_CONFIG] = _config(adapter, written, asked)
     return draft
+
+
+def _is_layer_of_tokens(pair: LowRank) -> bool:
+    """Whether factors are those of a linear layer and belong to an embedding."""
+    return pair.kind == "linear" and is_lookup(pair.path)
+
+
+def _as_embedding(pair: LowRank) -> LowRank:
+    return replace(pair, kind="embedding", a=transposed(pair.b), b=transposed(pair.a))
 
 
 def _add(draft: Draft, pair: LowRank, dtype: str | None) -> None:
@@ -68,8 +87,10 @@ def _add(draft: Draft, pair: LowRank, dtype: str | None) -> None:
         draft.tensors[names.bias_key(path)] = _cast(pair.bias, dtype)
     draft.pieces[path] = pair
     rounded = dtype is not None and any(t.dtype != dtype for t in (pair.a, pair.b))
-    detail = f"written as {dtype}" if rounded else ""
-    draft.fates.append(Fate(path, "rounded" if rounded else "exact", detail, pair.rank, pair.rank))
+    said = [f"{pair.method} as a product of two factors"] if pair.method != "LoRA" else []
+    said += [f"written as {dtype}"] if rounded else []
+    outcome = "rounded" if rounded else exact_outcome(pair)
+    draft.fates.append(Fate(path, outcome, ", ".join(said), pair.rank, pair.rank))
 
 
 def _flat(pair: LowRank, magnitude: TensorInfo) -> TensorInfo:
@@ -102,6 +123,7 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
         base_name=adapter.declared.base_name,
         task_type=adapter.declared.task or "CAUSAL_LM",
         transposes=adapter.declared.transposes,
+        tied=adapter.declared.ties_head,
     )
     config = extracted_config(recipe)
     alphas = [alpha_for(known_scale(m), m.rank) for m in written]
@@ -118,10 +140,3 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
     if any(m.bias is not None for m in written):
         config["lora_bias"] = True
     return config
-
-
-def alpha_for(scale: float, rank: int) -> float:
-    """An alpha with alpha/rank = scale in float64, to the last bit if there is one."""
-    alpha = scale * rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((found for found in near if found / rank == scale), alpha)

@@ -18,8 +18,12 @@ from loratool.adapters.dialects.peft.types.making import (
     places_within,
 )
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
+from loratool.errors import AdapterError
 from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER
 from loratool.storage.tensors import TensorInfo
+
+#: How near to what was drawn a stored projection is, which may be in bfloat16.
+_SAME = 0.02
 
 
 def _vblora(module: PeftModule) -> Iterable[Made]:
@@ -84,6 +88,9 @@ def _unilora(module: PeftModule) -> Iterable[Made]:
         factors.append(computed_factor(f"{numbers.name} of θ", numbers.shape, parts, _looked_up))
     b, a = factors
     module.require(b.shape[1] == a.shape[0])
+    if a.shape[0] != module.config.get("r", 4):
+        given = f"the config gives {module.config.get('r', 4)}"
+        raise Trouble("rank-mismatch", f"{given}, unilora_indices_A has {a.shape[0]}")
     yield computed_pair(module, "Uni-LoRA", b, a, module.scaled())
 
 
@@ -93,29 +100,65 @@ def _looked_up(theta: Array, numbers: Array, scales: Array) -> Array:
 
 
 def _tinylora(module: PeftModule) -> Iterable[Made]:
+    """Δ = B·(Σ vᵢ·Pᵢ)·A, where A and B are of the base's weight, and v is one of several."""
     b, a = module.need("tinylora_B", "tinylora_A")
-    vectors = [slot for slot in module.contents.shared if slot.startswith("tinylora_v.")]
-    if len(vectors) != 1:
-        raise Trouble(
-            "peft-options",
-            f"the file has {len(vectors)} vectors, and which one a module has depends on the order "
-            "in which the model's class registers its modules",
-        )
     if "tinylora_P" not in module.tensors:
-        text = "its projection is drawn from a seed and the number of the module in its model"
-        raise Trouble("peft-options", f"{text} (save_projection)")
+        text = (
+            "its projection is drawn from a seed and the number of the module in its model, which "
+            "no file tells. Load it with PEFT, set save_projection in its config, and save it"
+        )
+        raise Trouble("peft-options", text)
     (projection,) = module.need("tinylora_P")
-    vector = module.contents.shared[vectors[0]]
-    module.require(len(a.shape) == len(b.shape) == 2)
-    rank = a.shape[0]
-    module.require(b.shape[1] == rank and projection.shape == (vector.numel, rank, rank))
-    b = computed_factor(f"{b.name} · R", b.shape, [b, vector, projection], _projected)
+    module.require(len(a.shape) == len(b.shape) == 2 and b.shape[1] == a.shape[0])
+    config, rank = module.config, a.shape[0]
+    module.require(len(projection.shape) == 3 and projection.shape[1:] == (rank, rank))
+    if rank != min(config.get("r", 2), b.shape[0], a.shape[1]):
+        raise Trouble("rank-mismatch", f"the config gives {config.get('r', 2)}, it has {rank}")
+    count = sum("tinylora_A" in tensors for tensors in module.contents.modules.values())
+    groups = max(1, round(count * (1.0 - config.get("weight_tying", 0.0))))
+    size = max(1, count // groups)
+    names = [f"tinylora_v.{i}" for i in range(min(groups, -(-count // size)))]
+    vectors = module.need_shared(*names)
+    if any(vector.shape != projection.shape[:1] for vector in vectors):
+        shapes = [list(vector.shape) for vector in vectors]
+        raise Trouble("pair-mismatch", f"tinylora_v {shapes}, P {list(projection.shape)}")
+    projected = partial(_projected, module.path, config.get("projection_seed", 42), count, size)
+    parts = [b, projection, *vectors]
+    b = computed_factor(f"{b.name} · R", b.shape, parts, projected)
     yield computed_pair(module, "TinyLoRA", b, a, module.scaled())
 
 
-def _projected(b: Array, vector: Array, projection: Array) -> Array:
-    found: Array = b @ np.tensordot(vector.reshape(-1), projection, axes=1)
+def _projected(
+    path: str, seed: int, count: int, size: int, b: Array, projection: Array, *vectors: Array
+) -> Array:
+    number = 0
+    if len(vectors) > 1:
+        place = _place_of(projection, seed, count)
+        if place is None:
+            raise AdapterError(
+                f"{path}: tinylora_P is none of those that projection_seed {seed} of its config "
+                "gives, so which tinylora_v is its own is not known.",
+                "Correct projection_seed in adapter_config.json.",
+            )
+        number = min(place // size, len(vectors) - 1)
+    found: Array = b @ np.tensordot(vectors[number], projection, axes=1)
     return found
+
+
+def _place_of(projection: Array, seed: int, count: int) -> int | None:
+    """Which of `count` modules has this projection, as PEFT draws it from the seed plus its number.
+
+    Which module has which number depends on the order in which its model registers them.
+    """
+    import torch
+
+    rank = projection.shape[-1]
+    for place in range(count):
+        generator = torch.Generator(device="cpu").manual_seed(seed + place)
+        drawn = torch.normal(0.0, 1.0 / rank**0.5, size=projection.shape, generator=generator)
+        if np.abs(drawn.numpy() - projection).max() < _SAME:
+            return place
+    return None
 
 
 VBLORA = PeftMethod(
@@ -127,14 +170,15 @@ VBLORA = PeftMethod(
     }), shown=("r", "num_vectors", "vector_length", "topk"),
 )  # fmt: skip
 UNILORA = PeftMethod(
-    "UNILORA", "Uni-LoRA", ("unilora_(?:indices|scales)_[AB]", "unilora_theta_d"), _unilora, {},
-    frozenset({
-        "r", "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "save_indices",
+    "UNILORA", "Uni-LoRA", ("unilora_(?:indices|scales)_[AB]", "unilora_theta_d"), _unilora,
+    {"r": COUNT}, frozenset({
+        "proj_seed", "theta_d_length", "unilora_dropout", "init_theta_d_bound", "save_indices",
     }), shown=("r", "theta_d_length"),
 )  # fmt: skip
 TINYLORA = PeftMethod(
     "TINYLORA", "TinyLoRA", ("tinylora_[ABPv]",), _tinylora,
-    {"r": COUNT, "u": COUNT, "weight_tying": NUMBER, "save_projection": FLAG | ABSENT},
-    frozenset({"projection_seed", "init_v_bound", "tinylora_dropout"}),
+    {"r": COUNT, "u": COUNT, "weight_tying": NUMBER, "projection_seed": COUNT,
+     "save_projection": FLAG | ABSENT},
+    frozenset({"init_v_bound", "tinylora_dropout"}),
     shown=("r", "u", "weight_tying"), rest=r"(?:\.\d+)?",
 )  # fmt: skip

@@ -153,6 +153,8 @@ class PeftMethod:
     shown: tuple[str, ...] = ()
     #: What may follow a slot and be a part of it: numbers of a list, names of a table.
     rest: str = ""
+    #: What is said of each adapter of the type, by the codes of notices.
+    warnings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> set[str]:

@@ -121,6 +121,7 @@ def _config_notices(adapter: Adapter, method: PeftMethod) -> list[Notice]:
         for field, reason in method.refused.items()
         if config.get(field)
     ]
+    notices += [Notice(code, text) for code, text in method.warnings.items()]
     return notices + unknown_fields(config, method.known)
 
 

@@ -1,13 +1,12 @@
-"""(IA)³, RoAd, HiRA, GLoRA and BEFT: elements of a weight and of a bias, times and plus others.
+"""(IA)³, RoAd and BEFT: rows or columns of a weight, and its bias, times and plus a vector.
 
 Sources: `merge` in peft/tuners/ia3/layer.py (which side is scaled, model.py says, in
-`_check_target_module_feedforward`, and the shape of the vector), peft/tuners/road/layer.py,
-peft/tuners/hira/layer.py, peft/tuners/glora/layer.py and peft/tuners/beft/layer.py.
+`_check_target_module_feedforward`, and the shape of the vector), peft/tuners/road/layer.py
+and peft/tuners/beft/layer.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -114,83 +113,6 @@ def _mixed_rows(own: Float64, other: Float64, first: int, rows: Float64) -> Floa
     return mixed.reshape(rows.shape)
 
 
-def _hira(module: PeftModule) -> Iterable[Made]:
-    tokens = "hira_embedding_A" in module.tensors
-    name = "hira_embedding" if tokens else "hira"
-    a, b = module.need(f"{name}_A", f"{name}_B")
-    module.require(len(a.shape) == len(b.shape) >= 2 and b.shape[1] == a.shape[0])
-    module.require(math.prod(b.shape[2:]) == 1)
-    out, width = b.shape[0], math.prod(a.shape[1:])
-    if tokens:  # its weight is the transpose of what B·A is for
-        yield RowFunction(module.path, "HiRA", {"A": a, "B": b}, (width, out), _columns_gained)
-    else:
-        yield RowFunction(
-            module.path, "HiRA", {"A": a, "B": b}, (out, width), _rows_gained, _columns_gained
-        )
-
-
-def _rows_gained(A: Float64, B: Float64) -> Rows:
-    """W ∘ (1 + B·A)."""
-    return partial(_gained, B.reshape(len(B), -1), A.reshape(len(A), -1))
-
-
-def _columns_gained(A: Float64, B: Float64) -> Rows:
-    """The same for a weight that is stored transposed."""
-    return partial(_gained, A.reshape(len(A), -1).T, B.reshape(len(B), -1).T)
-
-
-def _gained(left: Float64, right: Float64, first: int, rows: Float64) -> Float64:
-    return rows * (1 + left[first : first + len(rows)] @ right)
-
-
-def _glora(module: PeftModule) -> Iterable[Made]:
-    """W + W∘A + B, and for a bias b + b∘D + E; each of them low-rank, a vector or one number."""
-    if not any(slot.endswith("zeros") for slot in module.tensors if slot.startswith("glora_C")):
-        raise Trouble(
-            "peft-options", "config_C is set: the bias gets a product with the weight; merge it "
-            "with PEFT, then `loratool extract`"
-        )  # fmt: skip
-    slots = sorted(slot for slot in module.tensors if slot[6] in "AB")
-    shape = (0, 0)
-    for slot in slots:
-        info = module.tensors[slot]
-        module.require(len(info.shape) == 2 or info.shape == (1,))
-        end = slot.partition(".")[2]
-        if len(info.shape) == 2 and end != "Xu":
-            shape = info.shape[0], info.shape[1] if end == "zeros" else shape[1]
-        elif end == "Xu":
-            shape = shape[0], info.shape[1]
-    parts = {slot.replace(".", "_"): module.tensors[slot] for slot in slots}
-    yield RowFunction(module.path, "GLoRA", parts, shape, _times_plus)
-    slots = sorted(slot for slot in module.tensors if slot[6] in "DE")
-    parts = {slot.replace(".", "_"): module.tensors[slot] for slot in slots}
-    yield RowFunction(module.path, "GLoRA", parts, (0, 0), _times_plus, leaf="bias", optional=True)
-
-
-def _times_plus(**parts: Float64) -> Rows:
-    gains, added = ({k[8:]: v for k, v in parts.items() if k[6] in which} for which in ("AD", "BE"))
-    return partial(_changed_by, gains, added)
-
-
-def _changed_by(
-    gains: dict[str, Float64], added: dict[str, Float64], first: int, rows: Float64
-) -> Float64:
-    own = slice(first, first + len(rows))
-    changed: Float64 = rows + rows * _path(gains, own) + _path(added, own)
-    return changed
-
-
-def _path(found: dict[str, Float64], rows: slice) -> Float64:
-    """What one of GLoRA's paths gives for some rows: a matrix, a column or a number."""
-    if "Xd" in found:
-        product: Float64 = found["Xd"][rows] @ found["Xu"]
-        return product
-    (whole,) = found.values()
-    if whole.shape == (1,):
-        return whole
-    return whole.reshape(len(whole), -1)[rows]
-
-
 def _beft(module: PeftModule) -> Iterable[Made]:
     (vector,) = module.need("beft_bias")
     module.require(len(vector.shape) == 2 and vector.shape[0] == 1)
@@ -213,14 +135,5 @@ IA3 = PeftMethod(
 ROAD = PeftMethod(
     "ROAD", "RoAd", ("road_theta", "road_alpha"), _road, {"variant": TEXT, "group_size": COUNT},
     shown=("variant", "group_size"),
-)  # fmt: skip
-HIRA = PeftMethod(
-    "HIRA", "HiRA", ("hira_(?:embedding_)?[AB]",), _hira, {},
-    frozenset({"r", "rank_pattern", "hira_dropout"}), shown=("r",),
-)  # fmt: skip
-GLORA = PeftMethod(
-    "GLORA", "GLoRA", ("glora_[ABCDE]",), _glora, {},
-    frozenset({"r", "config_A_B", "config_C", "config_D_E"}),
-    shown=("r", "config_A_B", "config_C", "config_D_E"), rest=r"\.(?:Xd|Xu|X|zeros)",
 )  # fmt: skip
 BEFT = PeftMethod("BEFT", "BEFT", ("beft_bias",), _beft)

@@ -40,9 +40,9 @@ def main() -> None:
         entries = [
             Contender("`cp -r`", ["cp", "-r", "{adapter}", "{output}"]),
             Contender("inspect", [*loratool, "inspect", "{adapter}", "--json"]),
-            Contender("--set-metadata", [
-                *loratool, "convert", "{adapter}", "--set-metadata", "a=b", "-o", "{output}", "-q"]),
-        ]  # fmt: skip
+        ]
+        label = [*loratool, "convert", "{adapter}", "--set-metadata", "a=b", "-o", "{output}", "-q"]
+        entries.append(Contender("--set-metadata", label))
         for target in TARGETS:
             command = [*loratool, "convert", "{adapter}", "--to", target, "-o", "{output}", "-q"]
             if target == "peft":

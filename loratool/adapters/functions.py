@@ -55,10 +55,13 @@ class RowFunction:
 
     `rows`, given the values of `parts` by name, makes the function of rows; `columns` the one for
     a weight that is stored `[in, out]`, and is None where no such weight is trained. `step` 0 is
-    all rows. Either side of `shape` is 0 where the file does not tell it; then `in` is at least a
-    multiple of `multiple`. Of a convolution `shape` has the kernel in `in`, or `channels` are
-    known without it. Where it is `pointwise`, a kernel of more than one element is refused: what
-    PEFT computes with it no merged weight does.
+    all rows. What `gather` makes of rows is summed over all of them first, and given to `rows`, not
+    to `columns`, as `gathered`. Where it `rounds`, either is given the `dtype` of the weight too.
+
+    Either side of `shape` is 0 where the file does not tell it; then `in` is at least a multiple of
+    `multiple`. Of a convolution `shape` has the kernel in `in`, or `channels` are known without it.
+    Where it is `pointwise`, a kernel of more than one element is refused: what PEFT computes with
+    it no merged weight does.
     """
 
     path: str
@@ -67,6 +70,7 @@ class RowFunction:
     shape: tuple[int, int]
     rows: Callable[..., Rows] = field(compare=False, repr=False)
     columns: Callable[..., Rows] | None = field(default=None, compare=False, repr=False)
+    gather: Callable[..., Rows] | None = field(default=None, compare=False, repr=False)
     step: int = 1
     multiple: int = 1
     channels: int | None = None
@@ -105,7 +109,7 @@ class RowFunction:
         made = self.columns if transposed else self.rows
         if made is None:
             raise MisfitError(
-                f"{weight.name} is stored [in, out], and PEFT trains {self.algorithm} for weights "
+                f"{weight.name} is stored [in, out], and {self.algorithm} is known for weights "
                 "stored [out, in] only"
             )
         if self.rounds:
@@ -116,7 +120,8 @@ class RowFunction:
         return ChangedTensor(
             weight.name, "F64" if weight.dtype == "F64" else "F32", stored, weight.file,
             weight.start, stamp=weight.stamp, parts=(weight, *self.tensors),
-            names=tuple(self.parts), made=made, step=step,
+            names=tuple(self.parts), made=made, gather=None if transposed else self.gather,
+            step=step,
         )  # fmt: skip
 
 

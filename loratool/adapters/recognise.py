@@ -11,14 +11,28 @@ from typing import Any
 
 from loratool.storage.tensors import TensorInfo
 
-#: PEFT types other than LoRA, in the words of their authors.
+_TOKENS = "it puts trained tokens before the text"
+_ELSEWHERE = (
+    "; merge it with PEFT on the machine that trained it, and `loratool extract` makes a LoRA "
+    "of that"
+)
+#: PEFT's types without a merged form, in the words of their authors, and why they have none.
 PEFT_TYPES = {
-    "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
-    "P_TUNING": "P-tuning", "PREFIX_TUNING": "prefix tuning", "ADAPTION_PROMPT": "LLaMA-Adapter",
-    "CPT": "context-aware prompt tuning", "IA3": "(IA)³", "ADALORA": "AdaLoRA", "LOHA": "LoHa",
-    "LOKR": "LoKr", "OFT": "OFT", "BOFT": "BOFT", "VERA": "VeRA", "FOURIERFT": "FourierFT",
-    "XLORA": "X-LoRA", "HRA": "HRA", "VBLORA": "VB-LoRA", "LN_TUNING": "LayerNorm tuning",
-    "POLY": "Poly", "TRAINABLE_TOKENS": "trainable tokens", "RANDLORA": "RandLoRA",
+    "PROMPT_TUNING": ("prompt tuning", _TOKENS),
+    "MULTITASK_PROMPT_TUNING": ("multitask prompt tuning", _TOKENS),
+    "P_TUNING": ("P-tuning", _TOKENS),
+    "CPT": ("context-aware prompt tuning", _TOKENS),
+    "PREFIX_TUNING": ("prefix tuning", "it puts trained keys and values before those of the text"),
+    "CARTRIDGE": ("Cartridge", "it puts trained keys and values before those of the text"),
+    "ADAPTION_PROMPT": ("LLaMA-Adapter", "it adds to the attention what no weight does"),
+    "XLORA": ("X-LoRA", "it mixes several adapters, for each token anew"),
+    "POLY": ("Poly", "it mixes skills, for each task anew"),
+    "LILY": ("LILY", "which of its factors count depends on the input"),
+    "SHADOW": ("Shadow", "another model runs beside this one"),
+    "ADAMSS": (
+        "AdaMSS", "which rows its factors are for is found by clustering singular vectors of a "
+        f"weight{_ELSEWHERE}",
+    ),
 }  # fmt: skip
 
 _KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
@@ -95,8 +109,8 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
         return "positional", "a list of tensors without names (as cloneofsimo/lora saves them)"
     peft_type = (config.get("peft_type") or "LORA").upper()
     if peft_type != "LORA":
-        words = PEFT_TYPES.get(peft_type, peft_type)
-        return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter, not LoRA"
+        words, why = PEFT_TYPES.get(peft_type, (peft_type, "a type that loratool does not know"))
+        return peft_type.lower().replace("_", "-"), f"a PEFT {words} adapter: {why}"
     for code, words, fits in (*_FOREIGN, *_RULES):
         if fits(tensors):
             return code, words

@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from loratool.errors import AdapterError, UsageError, unknown
+from loratool.errors import AdapterError, FileError, UsageError, unknown
+from loratool.storage.fields import (
+    ABSENT,
+    COUNT,
+    FINITE,
+    FLAG,
+    NAMES,
+    TEXT,
+    check_fields,
+    list_of,
+    table_of,
+)
 
 #: How two factors, the first called A, make Δ `[out, in]`: B·A, A·B, or (A·B)ᵀ.
 Product = Literal["BA", "AB", "ABt"]
@@ -26,7 +37,7 @@ PRODUCTS: tuple[Product, ...] = get_args(Product)
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
 
 #: Codes of what stands in the way only because a file does not tell it, and somebody else can.
-ASKS = frozenset({"no-alpha", "row-order", "product-unknown", "fused-parts"})
+ASKS = frozenset({"no-alpha", "row-order", "product-unknown", "fused-parts", "needs-base"})
 
 #: Where a scale comes from, in words of reports.
 FROM_USER = "option"
@@ -88,14 +99,30 @@ class Told:
         return said
 
     @staticmethod
-    def from_dict(said: Mapping[str, Any]) -> Told:
-        """The reverse of `to_dict`."""
+    def from_dict(said: Mapping[str, Any], where: object = "loratool.json") -> Told:
+        """The reverse of `to_dict`. Raises FileError for what cannot be understood; it names
+        `where`."""
+        check_fields(said, _RECORDED, where)
+        strange = sorted(said.keys() - _RECORDED.keys())
+        if strange:
+            raise FileError(
+                f"{where}: {strange[0]!a} is not known of an adapter.",
+                "Another version of loratool wrote it; use that one.",
+            )
         values = dict(said)
         parts = values.pop("enable_lora", {})
         values["enable_lora"] = {path: tuple(map(bool, own)) for path, own in parts.items()}
         values["fan_in_fan_out"] = tuple(values.pop("fan_in_fan_out", ()))
         return Told(**values)
 
+
+_TEXT, _FACTOR, _FLAGS = TEXT | ABSENT, FINITE | ABSENT, list_of(FLAG, "a list of flags")
+#: The types of what is recorded of an adapter.
+_RECORDED = {
+    "dialect": _TEXT, "alpha": _FACTOR, "scale": _FACTOR, "rank": COUNT | ABSENT, "product": _TEXT,
+    "kind": _TEXT, "override": FLAG | ABSENT, "fan_in_fan_out": NAMES | ABSENT,
+    "enable_lora": table_of(_FLAGS, "a table of lists of flags") | ABSENT,
+}  # fmt: skip
 
 NOTHING_TOLD = Told()
 

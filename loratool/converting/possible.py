@@ -18,8 +18,8 @@ _WORST_FIRST = ("refused", "cut", "rounded", "expanded", "exact")
 
 
 def possible_targets(adapter: Adapter, base: Checkpoint | None) -> dict[str, str]:
-    """What each target would make of an adapter: "exact", "rounded", "expanded", "with --base" where
-    that must be known first, or in words why not.
+    """What each target would make of an adapter: "exact", "rounded", "expanded", "with --base"
+    if that must be known first, or in words why not.
 
     Empty for an adapter that cannot be used, that has what no target can hold, or that has too many
     modules to ask.

@@ -130,6 +130,9 @@ def relative_difference(one: Pair, scale: float, other: Pair, new_scale: float) 
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
     if scale == new_scale and all(map(np.array_equal, one, other)):
         return 0.0
+    if scale == 0:
+        is_zero = new_scale == 0 or not all(factor.any() for factor in other)
+        return 0.0 if is_zero else math.inf
     rank = max(len(one[1]), len(other[1]))
     if not scale or not new_scale:  # the product of one of them is zero
         return 0.0 if scale == new_scale or not _any_product(one, other, scale) else math.inf

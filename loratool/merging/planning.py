@@ -85,7 +85,7 @@ def build_plan(
     _note_config(plan, edits, added)
     if isinstance(base, Replicated):
         plan.config_changes["layers"] = list(base.order)
-    plan.modules = sum(len({delta.module for delta in m.deltas}) for m in matches)
+    plan.modules = sum(len({d.module for d in m.deltas} | m.computed) for m in matches)
     return plan
 
 

@@ -199,7 +199,9 @@ class LoadedDelta:
     def reach(self, window: Window) -> torch.Tensor:
         """Upper bounds of Σ|scale·b·a| in this window, by ‖b‖·‖a‖, as it is stored."""
         if self.b is None:
-            return self._oriented(self._dense(window).abs())
+            # What its elements are sums of is not known: the largest of a row stands for all of it.
+            part = self._dense(window).abs()
+            return self._oriented(part.amax(dim=1, keepdim=True).expand_as(part))
         b, a = self._norms
         if self.gains is not None:
             b = b * self.gains.abs().clamp(min=1)

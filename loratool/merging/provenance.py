@@ -149,10 +149,16 @@ def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
     for path, m in adapter.modules.items():
         key = pattern(path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
         groups.setdefault(key, []).append(path)
+    functions: dict[Any, list[str]] = {}
+    for path, one in adapter.functions.items():
+        functions.setdefault((pattern(path), one.algorithm), []).append(path)
     return [
         {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
          "scale": scale, **({"dora": True} if dora else {})}
         for (_, kind, rank, alpha, scale, dora), paths in groups.items()
+    ] + [
+        {"path": ranged(paths), "count": len(paths), "kind": algorithm}
+        for (_, algorithm), paths in functions.items()
     ]  # fmt: skip
 
 
@@ -226,12 +232,6 @@ _ADAPTER = {
     **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES, "taken": _TEXT,
     "modules": _TABLES, "told": TABLE | ABSENT,
 }  # fmt: skip
-#: What is recorded of what a user said of an adapter, see `Told.to_dict`.
-_TOLD = {
-    "dialect": _TEXT, "alpha": FINITE | ABSENT, "scale": FINITE | ABSENT, "rank": COUNT | ABSENT,
-    "product": _TEXT, "kind": _TEXT, "override": FLAG | ABSENT, "fan_in_fan_out": NAMES | ABSENT,
-    "enable_lora": table_of(list_of(FLAG, "a list of flags"), "a table of such lists") | ABSENT,
-}  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
 _RECORD = {
     "": {
@@ -256,18 +256,6 @@ def _check(record: dict[str, Any], where: object) -> None:
     check_fields(added, {"add": COUNT}, f"{where}, result.tensors")
     for entry in [*record.get("adapters", []), *record.get("base", {}).get("adapters", [])]:
         check_fields(entry, _ADAPTER, f"{where}, adapters")
-        _check_told(entry.get("told", {}), f"{where}, adapters, told")
-
-
-def _check_told(told: dict[str, Any], where: str) -> None:
-    """Raise FileError for what was said of an adapter and cannot be understood."""
-    check_fields(told, _TOLD, where)
-    strange = sorted(told.keys() - _TOLD)
-    if strange:
-        raise FileError(
-            f"{where}: {strange[0]!a} is not known.",
-            "Another version of loratool wrote it; use that one, or say --alpha and the like anew.",
-        )
 
 
 def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:

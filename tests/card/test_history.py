@@ -87,7 +87,7 @@ def test_a_merge_of_a_merge(made: dict[str, Path], tmp_path: Path) -> None:
     """What the base held already is in the table of inputs."""
     loratool.merge(made["two"], HTML, tmp_path / "three", weights=[0.1], again=True)
     text = make_card(tmp_path / "three", None)
-    assert "`two` with a LoRA adapter merged into its weights: `html`" in text
+    assert "`two` with an adapter merged into its weights: `html`" in text
     assert re.search(r"\| `adapter` \| in the base before \| 0\.7 \|", text)
     assert re.search(r"\| `html` \| in the base before \| -0\.4 \|", text)
     assert re.search(r"\| `html` \| adapter \| 0\.1 \|", text)
@@ -129,7 +129,7 @@ def test_what_is_said(made: dict[str, Path]) -> None:
     """The inputs with their hashes, the modules folded over layers, and what was lost."""
     record = json.loads((made["two"] / "loratool.json").read_text())
     two = make_card(made["two"], None)
-    assert "with 2 LoRA adapters merged into its weights: `adapter` and `html`" in two
+    assert "with 2 adapters merged into its weights: `adapter` and `html`" in two
     assert f"[`{ID}`]" in two
     assert "That this is the base is what the adapters say." in two
     for entry in record["adapters"]:

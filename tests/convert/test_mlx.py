@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ def on(*paths: str, ranks: tuple[int, ...] = (2, 2), **more: np.ndarray) -> dict
     for seed, (path, rank) in enumerate(zip(paths, ranks, strict=False)):
         tensors |= pair(path, *SHAPES[f"{path}.weight"], rank=rank, seed=seed)
     return tensors
+
+
+def unlike(folder: Path) -> Path:
+    """An adapter whose modules have other ranks and scales."""
+    config = {"r": 2, "lora_alpha": 4, "rank_pattern": {K: 1}, "alpha_pattern": {K: 8}}
+    return write_adapter(folder, on(Q, K, ranks=(2, 1)), config)
+
+
+def stacked(folder: Path) -> Path:
+    """An adapter of all experts of a layer of Qwen3's."""
+    gate_up, down = expert_pairs(3, 40, 16, 2), expert_pairs(3, 16, 20, 2, seed=1)
+    return stacks(folder, gate_up, down, r=2, lora_alpha=4)
 
 
 def merged(base: Path, adapter: Path, out: Path) -> dict[str, np.ndarray]:
@@ -68,8 +81,7 @@ def _raw(path: Path) -> dict[str, Any]:
 
 def test_unlike_ranks_and_scales_become_one(tmp_path: Path) -> None:
     """Zeros fill ranks up, and powers of two between scales go into B: nothing is rounded."""
-    config = {"r": 2, "lora_alpha": 4, "rank_pattern": {K: 1}, "alpha_pattern": {K: 8}}
-    source = write_adapter(tmp_path / "in", on(Q, K, ranks=(2, 1)), config)
+    source = unlike(tmp_path / "in")
     report = loratool.convert(source, tmp_path / "out", to="mlx")
     assert (report.error, {f.outcome for f in report.fates}) == (0.0, {"exact"})
     said = json.loads((tmp_path / "out/adapter_config.json").read_text())
@@ -97,11 +109,9 @@ def test_a_scale_that_16_bits_would_round_is_written_in_32(tmp_path: Path) -> No
     assert dtypes == {"float16", "float32"}
 
 
-@pytest.mark.parametrize("count", [3])
-def test_stacks_of_peft_become_stacks_of_layers(count: int, tmp_path: Path) -> None:
+def test_stacks_of_peft_become_stacks_of_layers(tmp_path: Path) -> None:
     """B of gate and up is cut into rows, A is the same for both; the merged models are equal."""
-    gate_up, down = expert_pairs(count, 40, 16, 2), expert_pairs(count, 16, 20, 2, seed=1)
-    source = stacks(tmp_path / "in", gate_up, down, r=2, lora_alpha=4)
+    source = stacked(tmp_path / "in")
     report = loratool.convert(source, tmp_path / "out", to="mlx", base=QWEN)
     assert (report.error, {f.outcome for f in report.fates}) == (0.0, {"exact"})
     found = load_file(tmp_path / "out" / WEIGHTS)
@@ -109,6 +119,7 @@ def test_stacks_of_peft_become_stacks_of_layers(count: int, tmp_path: Path) -> N
     assert found.keys() == {
         f"{owner}.{leaf}_proj.lora_{side}" for leaf in ("gate", "up", "down") for side in "ab"
     }
+    gate_up = expert_pairs(3, 40, 16, 2)
     assert np.array_equal(found[f"{owner}.up_proj.lora_b"][1], gate_up[1][0][20:])
     equal(QWEN, source, tmp_path / "out", tmp_path)
     with pytest.raises(AdapterError, match="--base"):
@@ -200,3 +211,38 @@ def test_names_of_experts_go_both_ways(path: str, model_type: str) -> None:
                                   "gpt_neox.embed_in"])  # fmt: skip
 def test_names_of_pythia_go_both_ways(path: str) -> None:
     assert name_on_hub(mlx_name(path, "gpt_neox"), "gpt_neox") == path
+
+
+@pytest.mark.dialects
+@pytest.mark.parametrize(
+    ("made", "base"),
+    [
+        (unlike, "llama"), (stacked, "qwen3-moe"), ("mlx-dora", "llama"),
+        ("mlx-embedding", "llama"), ("mlx-mixtral", "mixtral"),
+    ],
+)  # fmt: skip
+def test_mlx_lm_computes_what_the_merged_model_does(
+    made: str | Callable[[Path], Path], base: str, tmp_path: Path
+) -> None:
+    """Its own `load_adapters` takes the folder; logits are those of the model that merge writes."""
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model = DIALECTS / "bases" / base
+    source = tmp_path / "peft"
+    if isinstance(made, str):
+        loratool.convert(CASES[made].adapter, source, to="peft", base=model)
+    else:
+        made(source)
+    loratool.convert(source, tmp_path / "mlx", to="mlx", base=model)
+    loratool.merge(model, source, tmp_path / "merged", dtype="float32")
+    tokens = mx.array([[1, 5, 7, 3, 9, 2]])
+    with mx.stream(mx.cpu):
+        plain, merged = (
+            np.array(load_model(m)[0](tokens)) for m in (model, tmp_path / "merged")
+        )  # fmt: skip
+        adapted = np.array(load_adapters(load_model(model)[0], str(tmp_path / "mlx"))(tokens))
+    change = np.linalg.norm(merged - plain)
+    assert change > 1e-2
+    assert np.linalg.norm(adapted - merged) < 1e-5 * change

@@ -40,8 +40,8 @@ def claimed_by(
     """The dialect of a file and what it is in words; None where no dialect claims it.
 
     A dialect that the user named (`told`) reads the file whatever it looks like, unless another one
-    claims it and that one does not accept it: that takes `override`. Raises AdapterError where several do:
-    which formula holds must not be a matter of their order.
+    claims it and that one does not accept it: that takes `override`. Raises AdapterError where
+    several do: which formula holds must not be a matter of their order.
     """
     claims = [(d, words) for d in DIALECTS if (words := d.claims(evidence)) is not None]
     if told is not None:

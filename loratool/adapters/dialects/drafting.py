@@ -39,6 +39,13 @@ def known_scale(module: Factors) -> float:
     return module.scale
 
 
+def alpha_for(scale: float, rank: int) -> float:
+    """An alpha with alpha/rank = scale in float64, to the last bit if there is one."""
+    alpha = scale * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((found for found in near if found / rank == scale), alpha)
+
+
 def common_dtype(modules: Sequence[Factors], asked: str | None) -> str:
     """The dtype of a file that has one: as asked, or that of all factors; float32 where they differ
     or are of a dtype that no adapter is written in."""

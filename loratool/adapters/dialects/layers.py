@@ -13,6 +13,7 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.drafting import (
+    alpha_for,
     common_dtype,
     common_rank,
     common_scale,
@@ -20,7 +21,6 @@ from loratool.adapters.dialects.drafting import (
     low_rank,
     refuse_all,
 )
-from loratool.adapters.dialects.peft.drafting import alpha_for
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.factors import LowRank
 from loratool.models.checkpoint import Checkpoint

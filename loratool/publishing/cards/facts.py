@@ -240,3 +240,11 @@ def dtype_names(tensors: Iterable[TensorInfo]) -> str:
     floats = [info.dtype for info in every if info.is_float] or [info.dtype for info in every]
     found = Counter(floats).most_common()
     return enumerated([dtype_name(dtype) for dtype, _ in found])
+
+
+def sort_of(adapter: Adapter) -> str:
+    """What it is, by the algorithms of its modules: "A LoRA adapter", "An adapter (OFT)"."""
+    found = {m.algorithm for m in adapter.modules.values()}
+    found |= {function.algorithm for function in adapter.functions.values()}
+    others = sorted(found - {"LoRA", "DoRA"})
+    return f"An adapter ({enumerated(others)})" if others else "A LoRA adapter"

@@ -23,6 +23,7 @@ from loratool.publishing.cards.facts import (
     linked,
     number,
     part,
+    sort_of,
     string,
     texts,
 )
@@ -68,10 +69,8 @@ def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     elif facts.command == "extract":
         tuned, before = part(facts.record, "tuned"), part(facts.record, "base")
         named = link(facts.base) if facts.base else linked(before)
-        first = (
-            f"A LoRA adapter for {named}, extracted from the fine-tuned model {linked(tuned)}: "
-            "the difference between the two, cut to low rank."
-        )
+        first = f"A LoRA adapter for {named}, extracted from the fine-tuned model {linked(tuned)}: "
+        first += "the difference between the two, cut to low rank."
         if not facts.base:
             first += " The Hub id of the base is not recorded here."
     elif facts.command == "combine" and inputs:
@@ -80,7 +79,7 @@ def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     elif facts.command == "resize" and inputs:
         first = f"A LoRA adapter for {base}: {inputs[0]} resized{_old_ranks(facts)}."
     else:
-        first = f"A LoRA adapter for {base}."
+        first = f"{sort_of(adapter)} for {base}."
     return f"{first}\n\n{_adapter_size(adapter)}"
 
 
@@ -104,9 +103,10 @@ def _adapter_size(adapter: Adapter) -> str:
         if any(m.magnitude is not None for m in modules):
             text += " and DoRA"
         text += ". "
-    whole = len(adapter.replaced)
-    if whole:
-        text += f"{counted(whole, 'tensor')} {'is' if whole == 1 else 'are'} saved whole. "
+    if adapter.functions:
+        text += f"{counted(len(adapter.functions), 'weight', 'is')} made anew of the base's own. "
+    if adapter.replaced:
+        text += f"{counted(len(adapter.replaced), 'tensor', 'is')} saved whole. "
     if adapter.token_rows:
         rows = sum(len(r.indices) for r in adapter.token_rows.values())
         text += f"{counted(rows, 'token')} of the vocabulary {'has' if rows == 1 else 'have'} "
@@ -122,7 +122,7 @@ def _what_model(facts: Facts, model: Checkpoint) -> str:
     base = part(facts.record, "base")
     named = link(facts.base) if facts.base else linked(base)
     if facts.command == "merge" and inputs:
-        what = "a LoRA adapter" if len(inputs) == 1 else f"{len(inputs)} LoRA adapters"
+        what = "an adapter" if len(inputs) == 1 else f"{len(inputs)} adapters"
         first = f"{named} with {what} merged into its weights: {enumerated(inputs)}. "
         first += _said_bases(facts) + _said_treatment(facts)
     elif facts.command == "dequantise":
@@ -293,9 +293,8 @@ def _kept(facts: Facts) -> str:
         parts[0] += f" What rounding the factors to {dtype} adds is not counted."
     worst = sorted((m for m in modules if m[2] < _ALL), key=lambda m: m[2])[:_WORST]
     if worst:
-        parts.append(
-            "The modules that lost most:" if len(modules) > _WORST else "Module by module:"
-        )
+        most = len(modules) > _WORST
+        parts.append("The modules that lost most:" if most else "Module by module:")
         rows = [
             [code(path), str(rank), percent(kept), percent(math.sqrt(max(0.0, 1 - kept)))]
             for path, rank, kept in worst
@@ -325,16 +324,17 @@ def _shares(result: dict[str, Any]) -> list[tuple[str, int, float]]:
 
 
 def _overall(facts: Facts, result: dict[str, Any], shares: list[float], symbol: str) -> str:
-    held = number(result.get("held" if facts.command == "extract" else "kept"))
+    extracted = facts.command == "extract"
+    held = number(result.get("held" if extracted else "kept"))
     if held is not None:
         held = min(1.0, max(0.0, held))
         error = number(result.get("error"))
         error = math.sqrt(1 - held) if error is None else error
-        where = "all tensors" if facts.command == "extract" else "all modules together"
+        where = "all tensors" if extracted else "all modules together"
         if held >= _ALL:
             return f"Nothing of {symbol} was cut."
-        text = f"Over {where} the adapter keeps {percent(held)} of {symbol}, "
-        text += f"a relative error of {percent(error)}."
+        text = f"Over {where} the adapter keeps {percent(held)} of {symbol}, a relative error of "
+        text += f"{percent(error)}."
         verified = number(result.get("verified"))
         if verified is not None:
             text += f" Read back and measured: {percent(verified)}."

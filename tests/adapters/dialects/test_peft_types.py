@@ -13,21 +13,28 @@ from helpers.dialects import CASES, DialectCase, cases
 from safetensors.numpy import load_file, save_file
 
 import loratool
+from loratool import Told
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.types import METHODS
 from loratool.adapters.reading import read_adapter
-from loratool.errors import AdapterError, LoraToolError
+from loratool.errors import AdapterError, LoraToolError, ValueRangeError
 from loratool.models.checkpoint import open_checkpoint
 
 Tensors = dict[str, np.ndarray]
+#: What PEFT makes of a seed and of the order of a class's modules, or of singular vectors.
+UNTOLD = ("unilora", "adamss")
 TYPED = [
     case
     for case in cases("peft", merges=True)
     if json.loads((case.adapter / "adapter_config.json").read_text())["peft_type"] in METHODS
+    and case.name.removeprefix("peft-") not in UNTOLD
 ]
 #: One of each way in which a weight changes.
-SAMPLE = ("loha", "lokr-full", "oft", "ia3-bias", "ia3-gpt2", "ln-tuning", "vera", "oft-embedding")
-FUNCTIONS = ("oft", "boft", "hra", "ia3")
+SAMPLE = (
+    "loha", "lokr-full", "oft", "ia3-bias", "ia3-gpt2", "ln-tuning", "vera", "oft-embedding",
+    "road-bias", "hira", "miss-bat", "deft", "osf", "randlora", "fourierft-patterns", "supertuning",
+)  # fmt: skip
+FUNCTIONS = ("oft", "boft", "hra", "ia3", "road-1", "hira", "glora", "deft", "osf", "peanut")
 
 
 def called(*names: str) -> list[DialectCase]:
@@ -150,6 +157,45 @@ def test_what_has_no_merged_form_is_refused_by_name(case: DialectCase, tmp_path:
     with pytest.raises(AdapterError, match="adapter_model"):
         loratool.merge(case.base, case.adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", called(*UNTOLD), ids=name_of)
+def test_what_the_machine_decides_is_refused(case: DialectCase, tmp_path: Path) -> None:
+    """Where PEFT's result depends on more than file and base, it is said on what."""
+    words = r"order|clustering"
+    with pytest.raises(AdapterError, match=words):
+        loratool.merge(case.base, case.adapter, tmp_path / "out")
+
+
+OUTSIDE = [
+    ("shira", "q_proj.shira_indices", np.full((2, 80), 24, np.int32)),
+    ("supertuning", "q_proj.supertuning_indices", np.full(38, -1, np.int32)),
+    ("unilora-indices", "q_proj.unilora_indices_A", np.full((2, 16), 24)),
+    ("vblora-topk", "q_proj.vblora_logits_A_topk_indices", np.full((2, 4, 2), 6, np.uint8)),
+]
+
+
+@pytest.mark.parametrize(("name", "slot", "numbers"), OUTSIDE)
+def test_numbers_that_count_nothing_are_an_error(
+    name: str, slot: str, numbers: np.ndarray, tmp_path: Path
+) -> None:
+    """Places outside of a matrix, or of a bank, are neither wrapped around nor left out."""
+    case = CASES[f"peft-{name}"]
+    adapter = copied(case, tmp_path)
+    rewrite(adapter, **{slot: numbers})
+    with pytest.raises(ValueRangeError, match=r"has numbers from"):
+        loratool.merge(case.base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_sum_has_no_scale() -> None:
+    """A scale that is said of a rotation is an error, not a word in the wind."""
+    with pytest.raises(AdapterError, match="OFT is no sum, so it has no scale"):
+        read_adapter(CASES["peft-oft"].adapter, Told(scale=2.0))
+    scaled = read_adapter(CASES["peft-loha"].adapter, Told(scale=2.0, override=True))
+    assert {module.scale for module in scaled.modules.values()} == {2.0}
+    with pytest.raises(AdapterError, match="--scale 2 makes its scale 2"):
+        read_adapter(CASES["peft-loha"].adapter, Told(scale=2.0))
 
 
 WRONG_FIELDS = {

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import Holder, close, read, train, write_base, write_json
-from peft import BOFTConfig, HRAConfig, IA3Config, LoHaConfig, LoKrConfig, OFTConfig
+from helpers.models import (
+    Holder,
+    close,
+    edit_config,
+    read,
+    tiny_llama,
+    token_ids,
+    train,
+    train_on_disk,
+    write_base,
+    write_json,
+)
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    MissConfig,
+    OFTConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    WaveFTConfig,
+)
 from peft.tuners.boft import layer as boft_layer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import loratool
 from loratool.errors import MatchError
@@ -89,3 +118,75 @@ def test_a_butterfly_of_several_stages_is_pefts(
         layer.double().merge()
     found = read(tmp_path / "out")["l.weight"]
     assert close(found, layer.get_base_layer().weight.detach(), 1e-6)
+
+
+GPT2 = {"model_type": "gpt2"}
+STORED_IN_OUT: dict[str, Any] = {
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=10),
+    "fourierft": FourierFTConfig(n_frequency=3, scaling=30.0),
+    "fourierft-dense": FourierFTConfig(n_frequency=40, scaling=30.0),
+    "hira": HiraConfig(r=3),
+    "ia3": IA3Config(feedforward_modules=[]),
+    "ia3-inputs": IA3Config(feedforward_modules=["c_fc"]),
+    "randlora": RandLoraConfig(r=3, randlora_alpha=5, very_sparse=True, save_projection=False),
+    "vblora": VBLoRAConfig(r=2, num_vectors=7, vector_length=4, topk=3),
+    "vera": VeraConfig(r=3, save_projection=False, projection_prng_key=11),
+    "waveft": WaveFTConfig(n_frequency=9, scaling=5.0),
+}
+
+
+@pytest.mark.parametrize("name", STORED_IN_OUT)
+@pytest.mark.parametrize("shape", [(12, 20), (16, 16), (20, 12)], ids=str)
+def test_weights_stored_in_out_are_changed_there(
+    name: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """GPT-2's Conv1D: the same change, in a weight that is stored the other way round."""
+    config = copy.deepcopy(STORED_IN_OUT[name])
+    config.target_modules, config.fan_in_fan_out = {"c_fc"}, True
+    trained = train(tmp_path, Holder(c_fc=Conv1D(shape[1], shape[0])), config, base_config=GPT2)
+    found, right = trained.merge(), trained.peft_merge()
+    for tensor in right:
+        assert close(found[tensor], right[tensor], 3e-6), tensor
+    assert not torch.equal(found["c_fc.weight"], trained.base_state()["c_fc.weight"])
+    report = loratool.verify(tmp_path / "merged", trained.base, trained.adapter)
+    assert report.verdict == "yes"
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (8, 5), (5, 8)], ids=str)
+@pytest.mark.parametrize("name", ["waveft", "randlora", "fourierft", "miss", "vera"])
+def test_odd_sizes_are_filled_as_peft_fills_them(
+    name: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """What is padded, cut or repeated at an edge that blocks do not fit."""
+    config = copy.deepcopy({**STORED_IN_OUT, "miss": MissConfig(r=3)}[name])
+    config.target_modules = {"l"}
+    config.fan_in_fan_out = False
+    trained = train(tmp_path, Holder(l=nn.Linear(*shape)), config)
+    found, right = trained.merge(), trained.peft_merge()
+    assert close(found["l.weight"], right["l.weight"], 3e-6)
+
+
+def test_bone_is_miss_by_another_name(tmp_path: Path) -> None:
+    """Adapters of PEFT's releases that had Bone are read, with its block's old name."""
+    trained = train(tmp_path, Holder(l=nn.Linear(10, 12)), MissConfig(r=4, target_modules=["l"]))
+    path = trained.adapter / "adapter_model.safetensors"
+    held = {name.replace("miss_", "bone_"): value for name, value in load_file(path).items()}
+    save_file(held, path)
+    edit_config(trained.adapter, peft_type="BONE", mini_r=None, miss_dropout=None)
+    assert close(trained.merge()["l.weight"], trained.peft_merge()["l.weight"], 1e-6)
+
+
+@pytest.mark.parametrize("config", [OFTConfig(oft_block_size=4), HiraConfig(r=2)], ids=str)
+def test_a_tied_head_stays_what_it_was(config: Any, tmp_path: Path) -> None:
+    """An embedding that is turned is no longer the head, which PEFT's forward pass leaves alone."""
+    config.target_modules = {"embed_tokens"}
+    config.init_weights = False
+    model = tiny_llama(tie_word_embeddings=True)
+    trained = train_on_disk(tmp_path, model, config)
+    out = tmp_path / "out"
+    loratool.merge(trained.base, trained.adapter, out, dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = token_ids()
+    with torch.no_grad():
+        found, right = merged(ids).logits, trained.model.eval()(ids).logits
+    assert close(found, right, 1e-5)

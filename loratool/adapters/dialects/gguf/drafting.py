@@ -133,6 +133,7 @@ class _Draft:
         if own == "token_embd" and pair.kind != "embedding":
             return "llama.cpp looks tokens up, and this is a pair for a linear layer"
         if own in ("token_embd", "output") and self._is_tied():
+            # Its runtime applies the pair of a tensor wherever that is used, and aborts at this.
             return (
                 "embedding and head are one matrix in this base, and llama.cpp has no adapter of "
                 "one of them alone"

@@ -31,6 +31,8 @@ _SHARED = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }  # fmt: skip
+#: Of models whose head is always their embedding.
+_TIED = {"token_embd": "model.embed_tokens"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ ARCHITECTURES = {
         Architecture("olmo2", ("olmo2", "olmo3"), _LLAMA),
         Architecture("qwen2", ("qwen2",), _LLAMA),
         Architecture("qwen3", ("qwen3",), _LLAMA),
-        Architecture("qwen2moe", ("qwen2_moe",), {**_ATTENTION, **_GATED, **_OF_EXPERTS, **_SHARED}),
+        Architecture("qwen2moe", ("qwen2_moe",), {**_LLAMA, **_OF_EXPERTS, **_SHARED}),
         Architecture("qwen3moe", ("qwen3_moe",), {
-            **_ATTENTION, **_GATED, **_OF_EXPERTS, "ffn_gate_inp": "mlp.gate"}),
-        Architecture("gemma", ("gemma",), _LLAMA),
-        Architecture("gemma2", ("gemma2",), _LLAMA),
-        Architecture("gemma3", ("gemma3", "gemma3_text"), _LLAMA),
-        Architecture("smollm3", ("smollm3",), _LLAMA),
+            **_LLAMA, **_OF_EXPERTS, "ffn_gate_inp": "mlp.gate"}),
+        Architecture("gemma", ("gemma",), _LLAMA, ends=_TIED),
+        Architecture("gemma2", ("gemma2",), _LLAMA, ends=_TIED),
+        Architecture("gemma3", ("gemma3", "gemma3_text"), _LLAMA, ends=_TIED),
+        Architecture("smollm3", ("smollm3",), _LLAMA, True),
         Architecture("stablelm", ("stablelm",), _LLAMA),
         Architecture("starcoder2", ("starcoder2",), {
             **_ATTENTION, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
@@ -123,8 +125,8 @@ def named_here(path: str, architecture: Architecture) -> str | None:
     if found is None:
         return None
     end = re.sub(r"(?<=\.experts\.)\d+(?=\.)", "{}", found[2])
-    own = next((own for own, there in architecture.modules.items() if there == end), None)
-    return own and f"blk.{found[1]}.{own}"
+    names = (own for own, there in architecture.modules.items() if there == end)
+    return next((f"blk.{found[1]}.{own}" for own in names), None)
 
 
 def architecture_of(model_type: str) -> Architecture | None:

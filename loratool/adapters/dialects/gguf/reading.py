@@ -127,8 +127,8 @@ def _architecture(adapter: Adapter, base: Checkpoint | None) -> Architecture | N
     wanted = architecture_of(base.model_type) if base is not None else None
     if base is not None and wanted not in (None, found):
         text = (
-            f"The adapter is for llama.cpp's architecture {said}, which is {enumerated(found.types)}"
-            f", and {base.label} is {base.model_type}."
+            f"The adapter is for llama.cpp's architecture {said} ({enumerated(found.types)}), and "
+            f"{base.label} is {base.model_type}."
         )
         adapter.notices.append(
             Notice("gguf-architecture", text, str(adapter.weights), refused=True)

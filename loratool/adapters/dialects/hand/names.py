@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from loratool.adapters.dialects.dialect import Evidence
+from loratool.adapters.dialects.litgpt.config import is_of_litgpt
 from loratool.adapters.dialects.prefixes import unwrapped
 from loratool.adapters.recognise import is_foreign
 from loratool.storage.filenames import TORCH_SUFFIXES
@@ -217,7 +218,8 @@ def may_be_hand_written(evidence: Evidence) -> bool:
     """Whether some names could be those of factors, and no config says whose."""
     if evidence.config or evidence.values or evidence.top in ("tensor", "list", "tuple"):
         return False
-    return any(map(may_be_factor, evidence.tensors))
+    named = any(map(may_be_factor, evidence.tensors))
+    return named and not is_of_litgpt(evidence.folder)
 
 
 def may_be_factor(name: str) -> bool:

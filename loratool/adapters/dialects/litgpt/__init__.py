@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Dialect, Evidence
 from loratool.adapters.dialects.litgpt.config import LitConfig, is_of_litgpt, lit_config
-from loratool.adapters.dialects.litgpt.drafting import drafted
+from loratool.adapters.dialects.litgpt.drafting import litgpt_draft
 from loratool.adapters.dialects.litgpt.families import family_of
 from loratool.adapters.dialects.litgpt.reading import KEY, OWN, Reader
 from loratool.adapters.dialects.troubles import (
@@ -62,7 +62,7 @@ class Litgpt(Dialect, Writer):
         refuse_contradictions(told, "factors of litgpt", "BA", {})
 
     def draft(self, adapter: Adapter, asked: Asked) -> Draft:
-        return drafted(adapter, asked)
+        return litgpt_draft(adapter, asked)
 
 
 def _note_other_heads(adapter: Adapter, config: LitConfig, base: Checkpoint | None) -> None:

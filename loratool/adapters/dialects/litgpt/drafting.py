@@ -30,7 +30,7 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def drafted(adapter: Adapter, asked: Asked) -> Draft:
+def litgpt_draft(adapter: Adapter, asked: Asked) -> Draft:
     """Raises AdapterError without a base, and for one that litgpt cannot be told of."""
     base = asked.base
     decoder = decoder_of(base.config) if base is not None else None

@@ -14,7 +14,7 @@ from loratool.storage.computed import Array, computed_tensor
 from loratool.storage.tensors import TensorInfo
 
 
-def parts_of(
+def qkv_parts(
     a: TensorInfo, b: TensorInfo, enabled: tuple[bool, ...], heads: Heads
 ) -> Iterator[tuple[int, TensorInfo, TensorInfo]]:
     """`(number, A [r, in], B [rows, r])` of each of q, k and v that has factors, as views of

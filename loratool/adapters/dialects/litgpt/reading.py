@@ -1,5 +1,4 @@
-"""Modules of litgpt's file by the Hub's names: q, k and v taken apart, or put where a weight has
-all three."""
+"""Modules of litgpt's file by the Hub's names: q, k, v taken apart, or in one where they are."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from itertools import combinations
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.litgpt.config import LitConfig
 from loratool.adapters.dialects.litgpt.families import LLAMA, Family
-from loratool.adapters.dialects.litgpt.fused import fused_b, parts_of
+from loratool.adapters.dialects.litgpt.fused import fused_b, qkv_parts
 from loratool.adapters.dialects.troubles import refuse_halves, refuse_modules
 from loratool.adapters.factors import LowRank
 from loratool.adapters.told import scaling
@@ -143,7 +142,7 @@ class Reader:
         if isinstance(enabled, str):
             troubles.parts.append(f"{path}: {enabled}")
         elif family.order == "apart":
-            for number, own_a, own_b in parts_of(a, b, enabled, heads):
+            for number, own_a, own_b in qkv_parts(a, b, enabled, heads):
                 self._put(family.path(layer, family.qkv[number]), own_a, own_b)
         else:
             whole = fused_b(b, enabled, heads, family.order == "grouped")

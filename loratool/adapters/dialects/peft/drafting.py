@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.dialects.drafting import exact_outcome, known_scale, low_rank
+from loratool.adapters.dialects.drafting import (
+    alpha_for,
+    exact_outcome,
+    known_scale,
+    low_rank,
+)
 from loratool.adapters.dialects.peft import names
 from loratool.adapters.dialects.peft.config import rank_pattern
 from loratool.adapters.dialects.peft.targets import extracted_config
@@ -136,10 +140,3 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
     if any(m.bias is not None for m in written):
         config["lora_bias"] = True
     return config
-
-
-def alpha_for(scale: float, rank: int) -> float:
-    """An alpha with alpha/rank = scale in float64, to the last bit if there is one."""
-    alpha = scale * rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((found for found in near if found / rank == scale), alpha)

@@ -11,7 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from loratool.adapters.dialects.peft.types.making import Array, computed_factor, computed_pair
+from loratool.adapters.dialects.peft.types.making import (
+    Array,
+    computed_factor,
+    computed_pair,
+    places_within,
+)
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.errors import AdapterError
 from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER
@@ -56,7 +61,8 @@ def _logits(module: PeftModule, side: str) -> list[TensorInfo]:
 def _mixed(topk: int, turned: bool, bank: Array, chosen: Array, *weights: Array) -> Array:
     """Vectors of the bank, mixed with the softmax of the largest logits, one after the other."""
     if weights:
-        numbers, shares = chosen.astype(np.int64), weights[0]
+        numbers = places_within(chosen, len(bank), "vblora_logits_topk_indices")
+        shares = weights[0]
         shares = np.concatenate([shares, 1 - shares.sum(-1, keepdims=True)], axis=-1)
     else:
         numbers = np.argsort(-chosen, axis=-1, kind="stable")[..., :topk]
@@ -89,7 +95,7 @@ def _unilora(module: PeftModule) -> Iterable[Made]:
 
 
 def _looked_up(theta: Array, numbers: Array, scales: Array) -> Array:
-    found: Array = theta[numbers.astype(np.int64)] * scales
+    found: Array = theta[places_within(numbers, len(theta), "unilora_indices")] * scales
     return found
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 
 from loratool.adapters.changed import Float64, Rows
+from loratool.adapters.dialects.peft.types.making import places_within
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.functions import RowFunction
 from loratool.errors import AdapterError, ValueRangeError
@@ -182,13 +183,8 @@ def _recomposed(
     dtype: str,
     turned: bool,
 ) -> Rows:
-    if places.size and (places.min() < 0 or places.max() >= len(V)):
-        raise AdapterError(
-            f"{path}: frod_s_indices has places outside of [{len(V)}, {len(V)}].",
-            "The file is damaged. Nothing was written.",
-        )
     middle = np.diag(diagonal)
-    np.add.at(middle, tuple(places), values)
+    np.add.at(middle, tuple(places_within(places, len(V), "frod_s_indices")), values)
 
     def made(first: int, rows: Float64) -> Float64:
         weight = _finite(rows.T if turned else rows, path)

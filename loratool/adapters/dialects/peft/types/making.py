@@ -13,6 +13,7 @@ from loratool.adapters.dialects.peft.types.method import PeftModule
 from loratool.adapters.factors import Kind, LowRank, Matrix, ModuleShape, Part
 from loratool.adapters.structured import Structured
 from loratool.adapters.told import Scaling
+from loratool.errors import ValueRangeError
 from loratool.storage.composed import joined
 from loratool.storage.computed import Formula, computed_tensor
 from loratool.storage.tensors import TensorInfo
@@ -32,6 +33,21 @@ def computed_factor(
 
 def _in_double(formula: Formula, *arrays: Array) -> Array:
     return formula(*(a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays))
+
+
+def places_within(numbers: Array | Numbers, size: int, what: str) -> Numbers:
+    """Whole numbers that count something of which there are `size`.
+
+    Raises ValueRangeError for others; `what` has them.
+    """
+    found = np.asarray(numbers).astype(np.int64)
+    if found.size and not 0 <= found.min() <= found.max() < size:
+        raise ValueRangeError(
+            f"{what} has numbers from {found.min()} to {found.max()}; there are {size} of what it "
+            "counts.",
+            "The file is damaged, or for another model. Fetch it again.",
+        )
+    return found
 
 
 def reshaped(info: TensorInfo, *shape: int) -> TensorInfo:
@@ -82,9 +98,14 @@ def elementwise(shape: tuple[int, int], element: Callable[[Numbers, Numbers], Ar
     return part
 
 
+#: Elements of factors that are computed at most: a small file could ask for any number.
+_MOST = 1 << 28
+
+
 def is_smaller(rank: int, shape: tuple[int, int]) -> bool:
-    """Whether factors of this rank hold fewer numbers than Δ."""
-    return rank * sum(shape) < shape[0] * shape[1]
+    """Whether factors of this rank hold fewer numbers than Δ, and can be computed."""
+    count = rank * sum(shape)
+    return count < shape[0] * shape[1] and count <= _MOST
 
 
 def drawn(

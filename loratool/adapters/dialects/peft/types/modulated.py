@@ -10,13 +10,11 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 
 from loratool.adapters.changed import Float64, Rows
-from loratool.adapters.dialects.peft.automaton import Effort
-from loratool.adapters.dialects.peft.patterns import PathPatterns
 from loratool.adapters.dialects.peft.types.making import reshaped
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.functions import RowFunction
 from loratool.storage.composed import transposed
-from loratool.storage.fields import ABSENT, COUNT, NUMBER, table_of
+from loratool.storage.fields import COUNT
 from loratool.storage.tensors import TensorInfo
 
 
@@ -28,11 +26,6 @@ def _hira(module: PeftModule) -> Iterable[Made]:
     kernel = math.prod(a.shape[2:])
     module.require(len(a.shape) == len(b.shape) >= 2 and math.prod(b.shape[2:]) == 1)
     module.require(b.shape[1] == a.shape[0] and not (embedding and len(a.shape) > 2))
-    rank = PathPatterns(module.config.get("rank_pattern") or {}, "rank_pattern", Effort()).first(
-        module.path, module.config.get("r", 32)
-    )
-    if a.shape[0] != rank:
-        raise Trouble("rank-mismatch", f"the config gives {rank:g}, {names[1]} has {a.shape[0]}")
     left = reshaped(b, *b.shape[:2])
     right = reshaped(a, a.shape[0], a.shape[1] * kernel)
     if embedding:
@@ -139,8 +132,8 @@ def _with_paths(times: Rows, plus: Rows, first: int, rows: Float64) -> Float64:
 
 HIRA = PeftMethod(
     "HIRA", "HiRA", ("hira_[AB]", "hira_embedding_[AB]"), _hira,
-    {"r": NUMBER, "rank_pattern": table_of(NUMBER, "a table of numbers") | ABSENT},
-    frozenset({"hira_dropout"}), shown=("r",),
+    # The shapes tell the rank, which nothing is divided by; PEFT does not look at rank_pattern.
+    {}, frozenset({"hira_dropout", "r", "rank_pattern"}), shown=("r",),
 )  # fmt: skip
 GLORA = PeftMethod(
     "GLORA", "GLoRA", ("glora_[A-E]",), _glora, {"r": COUNT},

@@ -29,6 +29,7 @@ from loratool.adapters.dialects.peft.whole import (
 )
 from loratool.adapters.dialects.troubles import EMPTY, INTEGERS, refuse_empty, refuse_modules
 from loratool.adapters.functions import RowFunction
+from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -65,7 +66,7 @@ def fill_typed(adapter: Adapter, method: PeftMethod, base: Checkpoint | None) ->
         found = slots.place_of(path)
         if found is not None:
             claim(adapter, *found, info)
-        elif slots.is_like(path):
+        elif slots.is_like(path) or "lora_" in path:
             adapter.unknown.append(key)
         else:
             place_whole(adapter, key, path, info)
@@ -73,6 +74,11 @@ def fill_typed(adapter: Adapter, method: PeftMethod, base: Checkpoint | None) ->
     adapter.notices += _config_notices(adapter, method)
     note_lost_originals(adapter)
     troubles = _build_modules(adapter, method, slots.found, base)
+    if adapter.functions and adapter.told.says_scale:
+        raise AdapterError(
+            f"{adapter.label}: {method.words} is no sum, so it has no scale.",
+            "Omit --alpha and --scale.",
+        )
     for code, places in troubles.items():
         refuse_modules(adapter, code, _TROUBLES[code], places)
     refuse_empty(adapter)

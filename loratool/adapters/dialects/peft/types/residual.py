@@ -16,7 +16,7 @@ from loratool.adapters.changed import Float64, Rows
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.functions import RowFunction
 from loratool.adapters.told import scaling
-from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER, TEXT, FieldType
+from loratool.storage.fields import ABSENT, COUNT, FLAG, NUMBER, TEXT, FieldType, value_text
 
 _DECOMPOSITIONS = ("relu", "qr")
 
@@ -43,10 +43,11 @@ def _deft(module: PeftModule) -> Iterable[Made]:
     else:
         scaled = module.scaled()
     orthogonal = config.get("decomposition_method", "relu") == "qr"
-    project = partial(_projected, scale=scaled.scale or 0.0, orthogonal=orthogonal)
+    settings = {"scale": scaled.scale or 0.0, "orthogonal": orthogonal}
     yield RowFunction(
         module.path, "PaRa" if alone else "DEFT", parts, (out, width),
-        partial(project, turned=False), partial(project, turned=True), step=0,
+        partial(_projected, **settings), partial(_projected_turned, **settings),
+        gather=partial(_on_the_right, orthogonal=orthogonal),
     )  # fmt: skip
 
 
@@ -54,15 +55,41 @@ def _deft_slots(alone: bool) -> tuple[str, ...]:
     return ("deft_P",) if alone else ("deft_P", "deft_R")
 
 
+def _sides(P: Float64, orthogonal: bool) -> tuple[Float64, Float64]:
+    """Q and V."""
+    if orthogonal:
+        q = np.linalg.qr(P)[0]
+        return q, q
+    return P, np.maximum(P, 0)
+
+
+def _on_the_right(P: Float64, R: Float64 | None = None, *, orthogonal: bool) -> Rows:
+    """The part of Vᵀ·W that rows make."""
+    right = _sides(P, orthogonal)[1]
+    return lambda first, rows: right[first : first + len(rows)].T @ rows
+
+
 def _projected(
-    P: Float64, R: Float64 | None = None, *, scale: float, orthogonal: bool, turned: bool
+    gathered: Float64, P: Float64, R: Float64 | None = None, *, scale: float, orthogonal: bool
 ) -> Rows:
-    left = np.linalg.qr(P)[0] if orthogonal else P
-    right = left if orthogonal else np.maximum(P, 0)
-    injected = np.zeros(()) if R is None else scale * R
-    if turned:
-        return lambda first, rows: rows + (injected.T - rows @ right) @ left.T
-    return lambda first, rows: rows + left @ (injected - right.T @ rows)
+    left = _sides(P, orthogonal)[0]
+    factor = -gathered if R is None else scale * R - gathered
+    return lambda first, rows: rows + left[first : first + len(rows)] @ factor
+
+
+def _projected_turned(
+    P: Float64, R: Float64 | None = None, *, scale: float, orthogonal: bool
+) -> Rows:
+    left, right = _sides(P, orthogonal)
+    injected = None if R is None else scale * R.T
+
+    def made(first: int, rows: Float64) -> Float64:
+        removed = rows @ right
+        factor = -removed if injected is None else injected[first : first + len(rows)] - removed
+        changed: Float64 = rows + factor @ left.T
+        return changed
+
+    return made
 
 
 #: PEANuT's functions, by the names that transformers has for them, as torch.nn.functional calls
@@ -94,7 +121,9 @@ def _peanut(module: PeftModule) -> Iterable[Made]:
     name = config.get("act_fn", "relu")
     if name not in _FUNCTIONS:
         known = ", ".join(sorted(_FUNCTIONS))
-        raise Trouble("peft-options", f"act_fn is {name!r}; those that are known are {known}")
+        raise Trouble(
+            "peft-options", f"act_fn is {value_text(name)}; those that are known are {known}"
+        )
     scaled = module.scaled(config.get("scaling", 1.0))
     parts = {"A": a, "B": b} | {f"block{i}": block for i, block in enumerate(blocks)}
     apply = partial(_through_network, function=name, scale=scaled.scale or 0.0)

@@ -12,7 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from loratool.adapters.dialects.peft.types.making import Array, Numbers, structured
+from loratool.adapters.dialects.peft.types.making import (
+    Array,
+    Numbers,
+    places_within,
+    structured,
+)
 from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftModule, Trouble
 from loratool.adapters.dialects.peft.types.places import random_places
 from loratool.adapters.dialects.peft.types.sizes import Size
@@ -51,7 +56,9 @@ def _shira(module: PeftModule) -> Iterable[Made]:
 
 
 def _at_places(shape: Size, values: Array, places: Numbers) -> Part:
-    rows, columns = places.astype(np.int64)
+    rows, columns = (
+        places_within(part, size, "shira_indices") for part, size in zip(places, shape, strict=True)
+    )
     return sparse(shape, rows, columns, values)
 
 
@@ -77,7 +84,8 @@ def _with_product(
     shape: Size, ratio: float, values: Array, places: Numbers, B: Array | None = None,
     A: Array | None = None,
 ) -> Part:  # fmt: skip
-    rows, columns = np.divmod(places.astype(np.int64), shape[1])
+    numbers = places_within(places, math.prod(shape), "supertuning_indices")
+    rows, columns = np.divmod(numbers, shape[1])
     alone = sparse(shape, rows, columns, values)
     if B is None or A is None:
         return alone

@@ -143,3 +143,17 @@ def test_trained_biases_are_replaced(tmp_path: Path) -> None:
         "fc.lora_A": torch.randn(2, 6), "fc.lora_B": torch.randn(4, 2), "fc.bias": torch.ones(4),
     }  # fmt: skip
     assert merged(base, state, tmp_path)["fc.bias"].eq(1).all()
+
+
+@pytest.mark.parametrize("order", ["rows first", "transposed"])
+def test_tables_that_are_multiplied_as_they_are_stored(order: str, tmp_path: Path) -> None:
+    """A `[tokens, r]` and B `[r, width]`, or the other way round: no library's, but scripts'."""
+    weight = torch.randn(20, 6)
+    base = write_base(tmp_path / "base", {"model.embed_tokens.weight": weight})
+    a, b = torch.randn(20, 2), torch.randn(2, 6)
+    if order == "transposed":
+        a, b = torch.randn(6, 2), torch.randn(2, 20)
+    path = "model.embed_tokens"
+    found = merged(base, {f"{path}.lora_A": a, f"{path}.lora_B": b}, tmp_path)
+    delta = a @ b if order == "rows first" else (a @ b).T
+    assert torch.allclose(found[f"{path}.weight"], weight + 3 * delta, atol=1e-5)

@@ -24,6 +24,8 @@ def test_every_warning_code_is_documented() -> None:
     given = {field.replace("_", "-") for field in REFUSED} | _OF_SHAPES.keys()
     for path in (ROOT / "loratool").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "warnings":
+                given |= {getattr(key, "value", "") for key in getattr(node.value, "keys", [])}
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in _GIVERS:
                 alone = node.func.id in ("Notice", "Trouble")  # type: ignore[attr-defined]
                 code = node.args[0 if alone else 1]

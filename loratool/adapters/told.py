@@ -37,7 +37,9 @@ PRODUCTS: tuple[Product, ...] = get_args(Product)
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
 
 #: Codes of what stands in the way only because a file does not tell it, and somebody else can.
-ASKS = frozenset({"no-alpha", "row-order", "product-unknown", "fused-parts", "needs-base"})
+ASKS = frozenset(
+    {"no-alpha", "row-order", "product-unknown", "fused-parts", "needs-base", "kernel-unknown"}
+)
 
 #: Where a scale comes from, in words of reports.
 FROM_USER = "option"

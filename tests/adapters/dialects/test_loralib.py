@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.dialects import CASES
 from helpers.files import load, write_base
 from torch import Tensor
 
@@ -157,3 +158,12 @@ def test_tables_that_are_multiplied_as_they_are_stored(order: str, tmp_path: Pat
     found = merged(base, {f"{path}.lora_A": a, f"{path}.lora_B": b}, tmp_path)
     delta = a @ b if order == "rows first" else (a @ b).T
     assert torch.allclose(found[f"{path}.weight"], weight + 3 * delta, atol=1e-5)
+
+
+def test_a_convolution_that_nothing_tells_the_kernel_of_is_refused(tmp_path: Path) -> None:
+    """Without base and rank its scale is not known: neither converted nor combined, with exit 0."""
+    case = CASES["loralib-convolution"]
+    told = Told(alpha=case.options["alpha"])
+    with pytest.raises(LoraToolError, match=r"kernel-unknown.*--base"):
+        loratool.convert(case.adapter, tmp_path / "out", to="peft", told=told)
+    assert not (tmp_path / "out").exists()

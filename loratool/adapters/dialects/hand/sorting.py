@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
@@ -40,6 +41,8 @@ from loratool.storage.computed import computed_tensor
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
 
+#: Names of convolutions, as far as names tell.
+_CONVOLUTION = re.compile(r"conv|patch_embed|downsample", re.IGNORECASE)
 #: What scripts call a layer inside of its wrapper, where the file does not hold it.
 _INNER = ("linear", "conv", "orig_linear", "original_layer", "base_layer", "original", "layer")
 
@@ -65,6 +68,7 @@ def fill_hand_written(
         {path: pair.style for path, pair in plain.items()},
     )
     note_products(adapter, decided, plain, base is not None)
+    _refuse_convolutions(adapter, plain, weights)
     for path, pair in whole.items():
         if path in modules:
             adapter.modules[path] = modules[path]
@@ -89,6 +93,25 @@ def _are_matrices(pair: HandPair) -> bool:
     """Whether both factors are matrices that have a product of some kind."""
     a, b = pair.a.shape, pair.b.shape
     return len(a) == len(b) == 2 and 0 not in (*a, *b) and bool(readings(a, b, pair.layers, False))
+
+
+def _refuse_convolutions(
+    adapter: Adapter, pairs: Mapping[str, HandPair], weights: AdaptedWeights
+) -> None:
+    """Refuse bare factors of what is called a convolution where nothing tells the weight's shape:
+    as loralib's they are of another rank, and so of another scale, than as a linear layer's."""
+    unseen = [
+        path
+        for path, pair in pairs.items()
+        if not pair.layers and weights.shape(path) is None and _CONVOLUTION.search(path)
+    ]
+    if unseen and adapter.told.rank is None:
+        text = (
+            f"{counted(len(unseen), 'module', 'is')} called as convolutions are, whose rank (and "
+            "with it the scale) depends on the kernel, which only the base tells. Say --base, or "
+            f"--adapter-rank:\n{listed(unseen)}"
+        )
+        adapter.notices.append(Notice("kernel-unknown", text, unseen[0], refused=True))
 
 
 def _wanted(pairs: Iterable[HandPair]) -> list[Wanted]:

@@ -72,7 +72,7 @@ ARCHITECTURES = {
         Architecture("stablelm", ("stablelm",), _LLAMA),
         Architecture("starcoder2", ("starcoder2",), {
             **_ATTENTION, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
-        Architecture("command-r", ("cohere",), _LLAMA),
+        Architecture("command-r", ("cohere",), _LLAMA, ends=_TIED),
         Architecture("phi2", ("phi",), {
             **{own: end for own, end in _ATTENTION.items() if own != "attn_output"},
             "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}),

@@ -41,7 +41,16 @@ from loratool.storage.tensors import TensorInfo
 from loratool.words import counted
 
 #: What scripts call a layer inside of its wrapper, where the file does not hold it.
-_INNER = ("linear", "conv", "orig_linear", "original_layer", "base_layer", "original", "layer")
+_INNER = (
+    "linear",
+    "conv",
+    "orig_linear",
+    "original_layer",
+    "base_layer",
+    "original",
+    "layer",
+    "adapter",
+)
 
 
 def fill_hand_written(

@@ -146,6 +146,11 @@ class Adapter:
         return self.peft_type in ("LORA", "TRAINABLE_TOKENS") and not self.functions
 
     @property
+    def stores_turned(self) -> bool:
+        """Whether some of its weights are stored `[in, out]`, as the file or the user says."""
+        return self.declared.transposes or bool(self.told.fan_in_fan_out)
+
+    @property
     def parameters(self) -> int:
         return sum(t.numel for t in self._own)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects import TARGETS
+from loratool.adapters.dialects import TARGETS, WRITTEN
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter, read_lora
@@ -24,6 +24,7 @@ from loratool.errors import AdapterError, UsageError, explained_os_errors, liste
 from loratool.merging.provenance import describe_adapter, versions
 from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice, document
+from loratool.paths import matches
 from loratool.storage.destination import (
     Overwrite,
     check_output,
@@ -181,6 +182,8 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
         draft = unchanged(source, asked, metadata)
     else:
         draft = TARGETS[to].draft(source, asked)
+        if to != WRITTEN.name:
+            _refuse_turned(draft, source, asked, to)
         if metadata and draft.container == "torch":
             raise UsageError(
                 f"--set-metadata: files of {to} have no metadata.",
@@ -201,6 +204,18 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
     if not draft.tensors:
         raise AdapterError(f"{source.label}: nothing in it can be written.", "Inspect it first.")
     return draft
+
+
+def _refuse_turned(draft: Draft, source: Adapter, asked: Asked, to: str) -> None:
+    """Refuse modules whose weights are `[in, out]` because the user says so, where only the base's
+    config.json could say it after that."""
+    if asked.base is None or not asked.base.model_type:
+        for path in source.modules:
+            if matches(path, source.told.fan_in_fan_out):
+                draft.refuse(
+                    path, f"its weight is stored [in, out] (--fan-in-fan-out), which files of {to} "
+                    "cannot say; name a --base with a config.json",
+                )  # fmt: skip
 
 
 def _write(

@@ -507,6 +507,38 @@ def test_the_base_may_have_the_wrapper_too(model: Model, tmp_path: Path) -> None
     assert_merged(found, plain, inner)
 
 
+def test_layers_beside_a_scale_or_an_optimizer_are_no_file_of_peft(
+    model: Model, base: Path, tmp_path: Path
+) -> None:
+    """(v) without the wrapped layers is named as PEFT names its own, and has more beside it."""
+    state, computed = adapted(model, Children, SEVERAL)
+    factors = {k: v for k, v in state.items() if ".lora_" in k}
+    for names in (SEVERAL, {""}):
+        numbers = {f"{n}.scaling".lstrip("."): torch.tensor(ALPHA / RANK) for n in names}
+        torch.save(factors | numbers, tmp_path / "lora.pt")
+        found, _ = merged(base, tmp_path / "lora.pt")
+        assert_merged(found, model.state_dict(), computed)
+    run = {"state": {0: {"exp_avg": torch.ones(3, 4)}}, "param_groups": [{"lr": 1e-3}]}
+    torch.save({"model": factors, "optimizer": run, "epoch": 3}, tmp_path / "run.pt")
+    found, _ = merged(base, tmp_path / "run.pt", alpha=ALPHA)
+    assert_merged(found, model.state_dict(), computed)
+
+
+def test_a_holder_may_be_called_adapter(model: Model, base: Path, tmp_path: Path) -> None:
+    state, computed = adapted(model, Subclass, SEVERAL)
+    factors = factors_only(state, model.state_dict())
+    held = {k.replace(".lora_", ".adapter.lora_"): v for k, v in factors.items()}
+    torch.save(held, tmp_path / "lora.pt")
+    found, _ = merged(base, tmp_path / "lora.pt", alpha=ALPHA)
+    assert_merged(found, model.state_dict(), computed)
+    # A layer of that name in the base is the one that is meant.
+    plain = {k.replace(".weight", ".adapter.weight"): v for k, v in model.state_dict().items()}
+    own = write_base(tmp_path / "own", plain)
+    found, _ = merged(own, tmp_path / "lora.pt", alpha=ALPHA)
+    inner = {k.replace(".weight", ".adapter.weight"): v for k, v in computed.items()}
+    assert_merged(found, plain, inner)
+
+
 def test_peft_stays_peft(model: Model, tmp_path: Path) -> None:
     """Keys of PEFT without a config are no tutorial's, with or without its prefix."""
     for prefix in ("base_model.model.", ""):

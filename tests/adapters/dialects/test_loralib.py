@@ -128,6 +128,33 @@ def test_weights_that_are_stored_turned(tmp_path: Path) -> None:
         merged(base, state, tmp_path, fan_in_fan_out=("nothing",))
 
 
+def test_what_is_made_of_turned_weights_says_so(tmp_path: Path) -> None:
+    """PEFT's config can say it of all modules; nothing is written where only the base could."""
+    plain = {"fc.weight": torch.randn(6, 10), "sq.weight": torch.randn(6, 6)}
+    base, file = write_base(tmp_path / "base", plain, config={"model_type": ""}), tmp_path / "l.pt"
+    pairs = {"fc": (10, 6), "sq": (6, 6)}
+    for path, (out, width) in pairs.items():
+        state = {f"{path}.lora_A": torch.randn(2, width), f"{path}.lora_B": torch.randn(out, 2)}
+        torch.save(state, file)
+        told = Told(alpha=6, fan_in_fan_out=("*",))
+        made = {name: tmp_path / f"{path}-{name}" for name in ("converted", "combined", "resized")}
+        loratool.convert(file, made["converted"], to="peft", told=told)
+        loratool.combine([file], made["combined"], told=told)
+        loratool.resize(file, made["resized"], rank=1, told=told)
+        for folder in made.values():
+            assert read_adapter(folder).declared.transposes
+        if path == "sq":  # nothing could show a mistake
+            with pytest.raises(LoraToolError, match="square and the adapter says fan_in_fan_out"):
+                loratool.merge(base, made["converted"], tmp_path / "none")
+        else:
+            loratool.merge(base, made["converted"], tmp_path / "out", dtype="float32")
+            delta = 3 * (state["fc.lora_B"] @ state["fc.lora_A"]).T
+            found = load(tmp_path / "out")["fc.weight"]
+            assert torch.allclose(found, plain["fc.weight"] + delta, atol=1e-5)
+        with pytest.raises(LoraToolError, match=r"stored \[in, out\] .*files of mlx cannot say"):
+            loratool.convert(file, tmp_path / "mlx", to="mlx", base=base, told=told)
+
+
 def test_an_architecture_contradicts_turned_weights(tmp_path: Path) -> None:
     path = "model.layers.0.self_attn.q_proj"
     base = write_base(tmp_path / "base", {f"{path}.weight": torch.randn(6, 6)})

@@ -23,11 +23,13 @@ from loratool.storage.tensors import TensorInfo
 
 #: Modules that hold factors and nothing else, by the names that scripts give them.
 _HOLDER = r"(?:lora(?:_?(?:layer|adapter|module|linear|block))?|parametrizations\.weight\.\d+)"
+#: One that may hold something else too, as the layers of bottleneck adapters.
+_MAYBE_HOLDER = r"(?:adapter\.)?"
 #: Names of factors that say so themselves, and those that say so inside of a holder only.
 _SIDE = r"lora_[AaBb]|(?:lora_)?matrix_[AaBb]|[AB]|[Ww]_[AaBb]|lora_(?:down|up)"
 _HELD = rf"{_SIDE}|[ab]|down|up"
 _FACTOR = re.compile(
-    rf"(?P<path>.+?)\.(?:{_HOLDER}\.(?P<held>{_HELD})|(?P<side>{_SIDE}))"
+    rf"(?P<path>.+?)\.(?:{_HOLDER}\.(?P<held>{_HELD})|{_MAYBE_HOLDER}(?P<side>{_SIDE}))"
     r"(?P<leaf>\.weight|\.bias)?"
 )
 _END = re.compile(_HELD)
@@ -193,8 +195,9 @@ def of_a_model(names: Collection[str]) -> list[str]:
 def is_hand_written(evidence: Evidence) -> bool:
     """Whether a file holds factors as scripts name them, and no program that has a config does.
 
-    Those are bare parameters, layers beside the layer that they wrap, and layers of other names
-    than PEFT's and torchtune's. MLX has bare `lora_a` and `lora_b`, but not in files of torch.
+    Those are bare parameters, layers of other names than PEFT's and torchtune's, and any beside the
+    layer that they wrap, a scale of their own or an optimizer. MLX has bare `lora_a` and `lora_b`,
+    but not in files of torch.
     """
     tensors = evidence.tensors
     if not may_be_hand_written(evidence):
@@ -203,11 +206,13 @@ def is_hand_written(evidence: Evidence) -> bool:
         return False
     in_torch = Path(evidence.entry).suffix in TORCH_SUFFIXES
     found = sorted_names(tensors)
+    beside = found.wrapped.keys() | found.numbers.keys()
+    has_more = bool(found.of_a_run) or "" in found.numbers
     for pair in found.pairs.values():
         if not pair.is_whole:
             continue
-        word = pair.words["A"]
-        if pair.layers and (pair.path in found.wrapped or word not in ("lora_A", "lora_a")):
+        word, is_apart = pair.words["A"], not has_more and pair.path not in beside
+        if pair.layers and not (is_apart and word in ("lora_A", "lora_a")):
             return True
         if not pair.layers and (in_torch or word != "lora_a"):
             return True

@@ -44,7 +44,16 @@ from loratool.words import counted
 #: Names of convolutions, as far as names tell.
 _CONVOLUTION = re.compile(r"conv|patch_embed|downsample", re.IGNORECASE)
 #: What scripts call a layer inside of its wrapper, where the file does not hold it.
-_INNER = ("linear", "conv", "orig_linear", "original_layer", "base_layer", "original", "layer")
+_INNER = (
+    "linear",
+    "conv",
+    "orig_linear",
+    "original_layer",
+    "base_layer",
+    "original",
+    "layer",
+    "adapter",
+)
 
 
 def fill_hand_written(

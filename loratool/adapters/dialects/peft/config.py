@@ -272,7 +272,7 @@ def joined_config(recipe: Recipe) -> dict[str, Any]:
         "target_modules": _targets(configs, modules),
         "modules_to_save": _saved_modules(recipe, {m.path for m in modules}) or None,
         "bias": next((b for b in ("all", "lora_only") if has_bias and b in biases), "none"),
-        "fan_in_fan_out": any(c.get("fan_in_fan_out") for c in configs),
+        "fan_in_fan_out": any(a.stores_turned for a in recipe.sources),
         "use_dora": recipe.scaled,
         "rank_pattern": patterns,
         "alpha_pattern": dict(patterns),

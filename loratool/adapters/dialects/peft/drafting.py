@@ -122,7 +122,7 @@ def _config(adapter: Adapter, written: Sequence[LowRank], asked: Asked) -> dict[
         model_type=base.model_type if base else "",
         base_name=adapter.declared.base_name,
         task_type=adapter.declared.task or "CAUSAL_LM",
-        transposes=adapter.declared.transposes,
+        transposes=adapter.stores_turned,
         tied=adapter.declared.ties_head,
     )
     config = extracted_config(recipe)

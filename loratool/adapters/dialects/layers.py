@@ -37,6 +37,14 @@ _MLP = tuple(module for module in LINEAR if module.startswith("mlp."))
 HEAD = "lm_head"
 
 
+def unknown_base(base: Checkpoint | None) -> str:
+    """What to do where the base is not known well enough to write for it."""
+    if base is None:
+        return "Say --base, with its config.json."
+    kind = base.model_type or "a model without a model_type in its config.json"
+    return f"{base.label} is {kind}, and its program has no such names: convert to another dialect."
+
+
 @dataclass
 class Alike:
     """Factors of one rank, scale and dtype by path, each in every layer. `modules` are those of a

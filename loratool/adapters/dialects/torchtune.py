@@ -17,7 +17,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
 from loratool.adapters.dialects.dialect import Dialect, Evidence
-from loratool.adapters.dialects.layers import HEAD, alike
+from loratool.adapters.dialects.layers import HEAD, alike, unknown_base
 from loratool.adapters.dialects.troubles import (
     refuse_empty,
     refuse_halves,
@@ -159,7 +159,7 @@ class Torchtune(Dialect, Writer):
             raise AdapterError(
                 "torchtune has rows of q and k in an order that depends on the base, and the same "
                 f"modules in all its layers; known are bases of {', '.join(_PAIRED)}.",
-                "Say --base, with its config.json.",
+                unknown_base(asked.base),
             )
         draft = Draft("torch", WRITTEN_FILE)
         if config.get("tie_word_embeddings") and HEAD in adapter.modules:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.dialects.layers import HEAD, alike
+from loratool.adapters.dialects.layers import HEAD, alike, unknown_base
 from loratool.adapters.dialects.litgpt.config import (
     HYPERPARAMETERS,
     MODEL_CONFIG,
@@ -38,7 +38,7 @@ def litgpt_draft(adapter: Adapter, asked: Asked) -> Draft:
         raise AdapterError(
             "litgpt wants a description of the base, and the same modules in all its layers; "
             f"known are bases of {', '.join(_TYPES)}.",
-            "Say --base, with its config.json.",
+            unknown_base(base),
         )
     model = model_config(base, decoder)
     draft = Draft("torch", LITGPT, within=("model",))

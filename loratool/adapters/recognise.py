@@ -61,6 +61,10 @@ _FOREIGN: list[Rule] = [
      lambda names: any(_OPTIMIZER.match(n) for n in names)),
     ("prompt-tuning", "prompt tuning (trained prompt embeddings), not a LoRA adapter",
      _any(r"(^|\.)prompt_embeddings$|^prompt_encoder\.")),
+    ("lllite", "a ControlNet-LLLite file for a diffusion model, which is no change of weights",
+     _any(r"^lllite_")),
+    ("t-lora", "a T-LoRA for a diffusion model, whose change depends on the timestep",
+     _any(r"\.lambda_layer$")),
     ("kohya", "a kohya-style LoRA for a diffusion model",
      lambda names: any(_KOHYA.match(n) for n in names)),
     ("cloneofsimo", "a cloneofsimo/lora file for a diffusion model",
@@ -69,6 +73,9 @@ _FOREIGN: list[Rule] = [
     ("lycoris", "a LyCORIS adapter (LoHa or LoKr)", _any(r"\.(hada_w\d|lokr_w\d)")),
     ("ia3", "an (IA)³ adapter, which rescales activations; not LoRA",
      _any(r"\.(ia3_l|multi_lora_[ab])(\.|$)")),
+    ("xlabs", "an XLabs (x-flux) LoRA for a diffusion model",
+     _any(r"^(double|single)_blocks\.\d+\.processor\..*lora")),
+    ("comfy", "a LoRA for a diffusion model in ComfyUI's names", _any(r"^diffusion_model\..*lora")),
     ("diffusers", "a diffusers LoRA for a diffusion model", lambda names: any(
         _DIFFUSERS.match(n) and ("lora" in n) for n in names)),
 ]  # fmt: skip

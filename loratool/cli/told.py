@@ -63,11 +63,13 @@ _OPTIONS = (
     ),
     click.option(
         "--product", "told_product", multiple=True, type=_OrDash(click.Choice(PRODUCTS)),
+        metavar="|".join(PRODUCTS),
         help="How two factors A and B make the change of a weight, where shapes do not tell; ABt "
         "is (A·B)ᵀ.",
     ),
     click.option(
         "--kind", "told_kind", multiple=True, type=_OrDash(click.Choice(COMPOSITIONS)),
+        metavar="|".join(COMPOSITIONS),
         help="Whether the product is added to W, or multiplied with it: W + s·B·A·W. "
         "[default: additive]",
     ),

@@ -47,7 +47,7 @@ def _table(fates: list[Fate], full: bool) -> Table:
         lambda fate: (fate.outcome, fate.detail, fate.rank, fate.new_rank),
         _cells,
         full or len(fates) == 1,
-        spare=("r", "what was done"),
+        spare=("r", "what was done", "new r"),
     )
 
 

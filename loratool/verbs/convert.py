@@ -253,7 +253,7 @@ def _write(
                     }
                 ],
                 "result": {
-                    "modules": [fate.__dict__ for fate in draft.fates],
+                    "modules": [fate.to_dict() for fate in draft.fates],
                     "warnings": [n.code for n in (*source.notices, *draft.notices)],
                 },
                 "files": {name: file_sha256(stage.path / name) for name in names},

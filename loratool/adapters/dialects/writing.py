@@ -55,6 +55,9 @@ class Fate:
     new_rank: int | None = None
     error: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
 
 @dataclass
 class Draft:

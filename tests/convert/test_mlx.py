@@ -246,3 +246,11 @@ def test_mlx_lm_computes_what_the_merged_model_does(
     change = np.linalg.norm(merged - plain)
     assert change > 1e-2
     assert np.linalg.norm(adapted - merged) < 1e-5 * change
+
+
+def test_experts_one_by_one_are_said(tmp_path: Path) -> None:
+    """PEFT on transformers 5 would not find them, and say little of it."""
+    report = loratool.convert(CASES["mlx-mixtral"].adapter, tmp_path / "out", to="peft")
+    assert "experts-apart" in {notice.code for notice in report.warnings}
+    plain = loratool.convert(CASES["mlx-lora"].adapter, tmp_path / "plain", to="peft")
+    assert "experts-apart" not in {notice.code for notice in plain.warnings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,10 +23,15 @@ from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import LowRank
 from loratool.models.layouts.layout import in_memory
 from loratool.models.layouts.names import is_lookup
+from loratool.notices import Notice
 from loratool.storage.composed import transposed
 from loratool.storage.computed import computed_tensor
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL
 from loratool.storage.tensors import TensorInfo
+from loratool.words import counted
+
+#: A layer of one expert of several.
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 _EXTRACT = "merge it, and extract a LoRA from the result"
 _NO_PAIR = f"its change is no product of two factors; {_EXTRACT}"
@@ -60,6 +66,14 @@ def peft_draft(adapter: Adapter, asked: Asked) -> Draft:
     for path in adapter.token_rows:
         draft.refuse(f"{path} (token rows)", "they are known in PEFT's own files only")
     draft.documents[ADAPTER_CONFIG] = _config(adapter, written, asked)
+    apart = [module.path for module in written if _ONE_EXPERT.search(module.path)]
+    if apart:
+        text = (
+            f"{counted(len(apart), 'module', 'is')} of one expert each, by the names of the Hub's "
+            "files. PEFT on transformers 5 holds experts in stacks and does not find them there; "
+            "`loratool merge` and transformers 4 do."
+        )
+        draft.notices.append(Notice("experts-apart", text, apart[0]))
     return draft
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from loratool.errors import BaseError, FileError, listed, shown
 from loratool.models.config import check_model_config
-from loratool.models.layouts.native import is_native, native_config
+from loratool.models.layouts.native import NATIVE_TYPES, is_native, native_config
 from loratool.models.rivals import rival_notes
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PARAMS
@@ -151,7 +151,7 @@ def config_in(folder: Folder, tensors: Mapping[str, TensorInfo]) -> dict[str, An
     """What the files of a model with these tensors say of it; {} where they say nothing."""
     config = folder.json(CONFIG) if folder.has(CONFIG) else {}
     check_model_config(config, folder.path / CONFIG)
-    if is_native(tensors):
+    if config.get("model_type") in NATIVE_TYPES and is_native(tensors):
         params = folder.json(PARAMS) if folder.has(PARAMS) else None
         config = native_config(config, params, tensors, folder.path)
     return config

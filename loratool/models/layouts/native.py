@@ -49,6 +49,10 @@ NATIVE_RULES = tuple(
     )
 )  # fmt: skip
 
+#: Types of models that the rules are for; None is for a config.json that does not say, or is not
+#: there. transformers has such names too, of other models, and knows itself what those are.
+NATIVE_TYPES = (None, "", "llama", "mistral", "mixtral", "ministral")
+
 _MARK = re.compile(r"layers\.\d+\.(attention\.w[qkvo]|feed_forward\.(experts\.\d+\.)?w[123])\.")
 _OF_FACTORS = re.compile(rf"{_MARK.pattern}(lora_[AB])\.weight")
 

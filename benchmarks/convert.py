@@ -9,17 +9,26 @@ both files.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import Contender, machine, make_adapter, make_base, print_table, race
+from common import (
+    Contender,
+    machine,
+    make_adapter,
+    make_base,
+    model_shapes,
+    print_table,
+    race,
+)
 
 TARGETS = ("peft", "mlx", "gguf", "litgpt", "torchtune")
-#: Layers and vocabulary follow from the size of the base; this one has 16 layers.
-GIGABYTES, RANK = 2.4, 64
+#: The size of the base that the adapter is for, from which its layers follow.
+GIGABYTES, RANK = 2.4, 104
 
 
 def main() -> None:
@@ -35,6 +44,10 @@ def main() -> None:
             make_adapter(places["adapter"], GIGABYTES, RANK)
         if not places["base"].exists():
             make_base(places["base"], GIGABYTES / 100, 1)  # only its config is read
+            config = places["base"] / "config.json"
+            said = json.loads(config.read_text())
+            said["num_hidden_layers"] = model_shapes(GIGABYTES)[0]
+            config.write_text(json.dumps(said))
         print(machine(work), file=sys.stdout)
         loratool = [sys.executable, "-m", "loratool"]
         entries = [

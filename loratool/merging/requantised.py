@@ -18,7 +18,7 @@ import numpy.typing as npt
 from loratool.errors import MatchError
 from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.plan import Edits, Job, Plan, make_job
-from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.encoder import Encoder, LedEncoder
 from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.encoding.rounding import Codes
 from loratool.models.quantised.scheme import Floats, QuantisedTensor
@@ -117,10 +117,13 @@ class Again(MeasuredValues):
         self.encoder: Encoder = encoder
         self._columns = info.weight.shape[-1]
         self._count = math.prod(info.weight.shape[:-1])
-        self._is_lead = info.role == encoder.lead
+        led = encoder if isinstance(encoder, LedEncoder) and encoder.lead is not None else None
+        self._is_lead = led is not None and info.role == led.lead
+        #: What the part goes by, where there is such a thing: who must know it, and its bytes.
+        self._led = None if self._is_lead else led
         self._lead: Values | None = None
-        if encoder.lead is not None and not self._is_lead:
-            leading = _part_again(info.weight, encoder.lead, info.job, encoder)
+        if self._led is not None and self._led.lead is not None:
+            leading = _part_again(info.weight, self._led.lead, info.job, encoder)
             # It takes all rows of a weight; of a large one a sample makes do with the base's.
             is_large = info.weight.numel > _LARGE
             self._lead = values_of(leading.before if is_sample and is_large else leading, files)
@@ -210,11 +213,11 @@ class Again(MeasuredValues):
 
     def _follow(self) -> None:
         """Let the encoder know what the others go by."""
-        if self._lead is None or self._follows:
+        if self._led is None or self._lead is None or self._follows:
             return
         with self._lock:
             if not self._follows:
-                self.encoder.follow(self._lead.bytes(0, self._lead.length))
+                self._led.follow(self._lead.bytes(0, self._lead.length))
                 self._follows = True
 
     def _merged(self, first: int, last: int) -> tuple[Floats, Floats]:

@@ -47,10 +47,14 @@ class Opened(ABC):
         Infinite where all beyond the last value becomes it; not a number there for a scale of zero.
         """
 
+
+class SnappingRows(Opened):
+    """Rows whose nearest codes are known: those of a scheme that `snaps`."""
+
+    @abstractmethod
     def snap(self, first: int, values: Floats) -> Bytes:
         """Move rows from `first` on, `[n, columns]`, to the nearest that the stored scales allow,
-        in place, and return the codes of these, flat. Only where `Scheme.snaps`."""
-        raise NotImplementedError
+        in place, and return the codes of these, flat."""
 
 
 class OnGrid(Opened):
@@ -125,8 +129,8 @@ class Scheme(ABC):
 
     @property
     def snaps(self) -> bool:
-        """Whether the nearest codes of values are told by `Opened.snap`, row by row as the main
-        part holds them."""
+        """Whether the nearest codes of values are told by `SnappingRows.snap`, row by row as the
+        main part holds them."""
         return False
 
     @property

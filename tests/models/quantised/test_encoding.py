@@ -14,7 +14,7 @@ from helpers.golden import NAMES, Golden, golden
 
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import Dequantised, dequantised
-from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.encoder import Encoder, LedEncoder
 from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.encoding.rounding import packed, powers_of, to_e2m1
 from loratool.models.quantised.numbers import E2M1, unpacked
@@ -43,16 +43,17 @@ def encoded(
     encoder.open(files)
     rows, old = (some.reshape(-1, weight.shape[-1]) for some in (values, before))
     said, found = np.empty_like(rows), {}
-    for role in sorted(encoder.sizes, key=lambda role: role != encoder.lead):
+    lead = encoder.lead if isinstance(encoder, LedEncoder) else None
+    for role in sorted(encoder.sizes, key=lambda role: role != lead):
         out = said if weight.stored_as.parts[role] is weight.stored_as.main else None
-        height = len(rows) if role == encoder.lead else encoder.strip
+        height = len(rows) if role == lead else encoder.strip
         strips = [
             _strip(encoder, role, rows, old, out, low, min(low + height, len(rows)))
             for low in range(0, len(rows), height)
         ]
         assert all(len(strip) == encoder.sizes[role] for strip in strips[:-1])
         found[role] = np.concatenate(strips)
-        if role == encoder.lead:
+        if isinstance(encoder, LedEncoder) and role == lead:
             encoder.follow(found[role])
     return found, said.reshape(values.shape)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.encoder import Encoder, LedEncoder
 from loratool.models.quantised.encoding.rounding import Codes, inverse, largest
 from loratool.models.quantised.formats.bitsandbytes import FourBit
 from loratool.models.quantised.formats.llm_int8 import ONE_127TH, EightBit
@@ -97,7 +97,7 @@ class FourBitEncoder(Encoder):
         )
 
 
-class EightBitEncoder(Encoder):
+class EightBitEncoder(LedEncoder):
     """round(w·127/s) with s = max|w| of the row."""
 
     def __init__(self, scheme: EightBit) -> None:

@@ -24,15 +24,11 @@ class Encoder(ABC):
     is how many rows are encoded without a look at others; `strip`, some groups, how many have their
     bytes side by side in every part that changes: `sizes` says how many bytes that is, by role. The
     last group and the last strip of a weight may be short.
-
-    What is of the weight as a whole may `lead`: the part of this role is one strip, and the others
-    follow it.
     """
 
     group: int
     strip: int
     sizes: Mapping[str, int]
-    lead: str | None = None
 
     @abstractmethod
     def open(self, files: FilePool) -> None:
@@ -59,6 +55,16 @@ class Encoder(ABC):
         each, or of one."""
         return np.ascontiguousarray(np.concatenate(list(pieces))).reshape(-1).view(np.uint8)
 
+
+class LedEncoder(Encoder):
+    """An encoder of weights some of which have a part that is of the weight as a whole.
+
+    The part of the role `lead` is one strip then, and the others follow it; None where a weight has
+    no such part.
+    """
+
+    lead: str | None = None
+
+    @abstractmethod
     def follow(self, raw: Bytes) -> None:
         """Take the bytes of the part that leads, before another one is encoded."""
-        raise NotImplementedError

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from loratool.models.quantised.encoding.encoder import Encoder
+from loratool.models.quantised.encoding.encoder import LedEncoder
 from loratool.models.quantised.encoding.rounding import (
     E4M3_RANGE,
     Codes,
@@ -36,7 +36,7 @@ from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import values_of
 
 
-class FP8Encoder(Encoder):
+class FP8Encoder(LedEncoder):
     """The nearest E4M3 number of w/s."""
 
     def __init__(self, scheme: Scaled) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from loratool.models.quantised.encoding.encoders import encoder_of
 from loratool.models.quantised.encoding.integers import GridEncoder
-from loratool.models.quantised.scheme import Floats, Scheme
+from loratool.models.quantised.scheme import Floats, Scheme, SnappingRows
 from loratool.storage.tensors import Bytes, FilePool
 
 #: `snap(first, values)` moves rows from `first` on, `[n, columns]`, to the nearest that the grid
@@ -29,7 +29,10 @@ def snapping(scheme: Scheme, files: FilePool) -> Snap:
     """What brings rows onto the grid of a weight that `snaps`. Scales are read through `files`."""
     encoder = _encoder(scheme)
     if scheme.snaps or encoder is None:
-        return scheme.opened(files).snap
+        rows = scheme.opened(files)
+        if not isinstance(rows, SnappingRows):
+            raise TypeError(f"{type(scheme).__name__} does not snap; ask `snaps` first")
+        return rows.snap
     encoder.open(files)
 
     def snap(first: int, values: Floats) -> Bytes:

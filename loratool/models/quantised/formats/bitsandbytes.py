@@ -30,6 +30,7 @@ from loratool.models.quantised.scheme import (
     HeldPart,
     Opened,
     Scheme,
+    SnappingRows,
     read_finite,
     read_part,
     round_in_place,
@@ -81,7 +82,7 @@ class FourBit(Scheme):
         return _FourBitRows(self, files)
 
 
-class _FourBitRows(Opened):
+class _FourBitRows(SnappingRows):
     def __init__(self, scheme: FourBit, files: FilePool) -> None:
         parts = scheme.parts
         self._scheme = scheme

@@ -30,7 +30,14 @@ from loratool.models.quantised.numbers import (
     pair_table,
     thread_buffer,
 )
-from loratool.models.quantised.scheme import Floats, Opened, Scheme, broken_part, read_part
+from loratool.models.quantised.scheme import (
+    Floats,
+    Opened,
+    Scheme,
+    SnappingRows,
+    broken_part,
+    read_part,
+)
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.values import values_of
 
@@ -72,7 +79,7 @@ class GroupedFP4(Scheme):
         return _GroupedRows(self, files)
 
 
-class _GroupedRows(Opened):
+class _GroupedRows(SnappingRows):
     def __init__(self, scheme: GroupedFP4, files: FilePool) -> None:
         self._scheme = scheme
         self._scale = scheme.parts["scale"]

@@ -33,6 +33,7 @@ from loratool.models.quantised.scheme import (
     Floats,
     OnGrid,
     Scheme,
+    SnappingRows,
     blur_of_sums,
     broken_part,
 )
@@ -91,7 +92,7 @@ class Scaled(Scheme):
         return _ScaledRows(self, files)
 
 
-class _ScaledRows(OnGrid):
+class _ScaledRows(OnGrid, SnappingRows):
     def __init__(self, scheme: Scaled, files: FilePool) -> None:
         self._scheme = scheme
         self._main = scheme.main

@@ -19,6 +19,7 @@ from loratool.models.quantised.scheme import (
     HeldPart,
     Opened,
     Scheme,
+    SnappingRows,
     read_finite,
 )
 from loratool.storage.tensors import Bytes, FilePool
@@ -58,7 +59,7 @@ class EightBit(Scheme):
         return _EightBitRows(self, files)
 
 
-class _EightBitRows(Opened):
+class _EightBitRows(SnappingRows):
     def __init__(self, scheme: EightBit, files: FilePool) -> None:
         codes = scheme.parts["weight"]
         self._scales = read_finite(scheme.parts["SCB"], files, times=128)

@@ -7,14 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loratool.adapters.dialects.writing import Draft
 from loratool.dtypes import DTYPE_BITS
+from loratool.errors import ValueRangeError
 from loratool.storage.ggufwriting import write_gguf
 from loratool.storage.header import build_header
 from loratool.storage.jsonfile import write_json
 from loratool.storage.outgoing import Outgoing
 from loratool.storage.shardfile import ShardWriter
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo, as_float32
 from loratool.storage.torchwriting import write_torch
 from loratool.storage.values import read_raw
 from loratool.streams.progress import Progress
@@ -61,7 +64,7 @@ def _pieces(
 ) -> Generator[Bytes]:
     """The bytes of the tensors, in their order."""
     calls: list[Callable[[], Bytes]] = [
-        partial(_read, info, files) for info in draft.tensors.values()
+        partial(_read, key, info, files) for key, info in draft.tensors.items()
     ]
     for done, (key, data) in enumerate(
         zip(draft.tensors, computed(calls, threads), strict=True), 1
@@ -71,8 +74,15 @@ def _pieces(
             progress(done, len(calls), key)
 
 
-def _read(info: TensorInfo, files: FilePool) -> Bytes:
-    return read_raw(info, files)
+def _read(key: str, info: TensorInfo, files: FilePool) -> Bytes:
+    """The bytes of a tensor. Raises ValueRangeError where they are not all numbers."""
+    raw = read_raw(info, files)
+    if info.is_float and not np.isfinite(as_float32(raw, info.dtype)).all():
+        raise ValueRangeError(
+            f"{key} holds NaN or infinity.",
+            "Training diverged or the file is damaged; use an earlier checkpoint.",
+        )
+    return raw
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Outgoing], metadata: dict[str, str]) -> None:

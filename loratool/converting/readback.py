@@ -15,6 +15,7 @@ import numpy as np
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.drafting import known_scale
 from loratool.adapters.dialects.writing import Draft, Fate
+from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors, Matrix
 from loratool.errors import VerifyError, listed
 from loratool.storage.computed import Array
@@ -66,9 +67,9 @@ def prove(draft: Draft, written: Adapter, threads: int | None) -> None:
         if piece.magnitude is not None and found.magnitude is not None:
             beside.append((f"{path}: its DoRA magnitude", piece.magnitude, found.magnitude))
     other = [what for what, old, new in beside if not _same(old, new)]
-    other += [
-        f"{path}: {error:.3g} off" for path, error in errors.items() if error > _BEYOND_ROUNDING
-    ]
+    # Not a number is not near either.
+    far = {path: error for path, error in errors.items() if not error <= _BEYOND_ROUNDING}
+    other += [f"{path}: {error:.3g} off" for path, error in far.items()]
     if other:
         raise _broken(other)
     fates = {fate.what: fate for fate in draft.fates}
@@ -89,6 +90,8 @@ def _prove_copy(draft: Draft, written: Adapter) -> None:
     other += [f"{key} was not in the adapter" for key in written.tensors.keys() - draft.tensors]
     if other:
         raise _broken(other)
+    for fate in draft.fates:
+        fate.error = 0.0  # of what has other bytes than before, products are compared too
 
 
 def _settle(fate: Fate, error: float) -> None:
@@ -119,23 +122,42 @@ def _broken(what: list[str]) -> VerifyError:
 
 
 def _difference(old: Factors, new: Factors, files: FilePool) -> float:
-    """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖, 0 for two that are zero."""
+    """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖, 0 for two that are zero; of a stack that of all experts."""
+    scale, new_scale = known_scale(old), known_scale(new)
+    if isinstance(old, ExpertStack) and isinstance(new, ExpertStack):
+        if (old.shape, old.experts) != (new.shape, new.experts):
+            return math.inf
+        found = [
+            _apart((b, a), scale, (new_b, new_a), new_scale)
+            for (_, bs, as_), (_, new_bs, new_as) in zip(
+                old.batches(files), new.batches(files), strict=True
+            )
+            for b, a, new_b, new_a in zip(bs, as_, new_bs, new_as, strict=True)
+        ]
+        return _share(*(math.hypot(*norms) for norms in zip(*found, strict=True)))
     one, other = old.left_right(files), new.left_right(files)
     if one is None or other is None or old.shape != new.shape:
         return math.inf
-    return relative_difference(one, known_scale(old), other, known_scale(new))
+    return relative_difference(one, scale, other, new_scale)
 
 
 def relative_difference(one: Pair, scale: float, other: Pair, new_scale: float) -> float:
     """‖s·B·A − s′·B′·A′‖ / ‖s·B·A‖ of `(B [out, r], A [r, in])`; ranks may differ by zeros."""
     if scale == new_scale and all(map(np.array_equal, one, other)):
         return 0.0
-    if scale == 0:
-        is_zero = new_scale == 0 or not all(factor.any() for factor in other)
-        return 0.0 if is_zero else math.inf
+    return _share(*_apart(one, scale, other, new_scale))
+
+
+def _share(off: float, size: float) -> float:
+    return 0.0 if off == 0 else off / size if size > 0 else math.inf
+
+
+def _apart(one: Pair, scale: float, other: Pair, new_scale: float) -> tuple[float, float]:
+    """‖s·B·A − s′·B′·A′‖ and ‖s·B·A‖."""
+    size = abs(scale) * _norm([one[0]], [one[1]])
+    if not scale or not new_scale:  # there is one product at most
+        return size or abs(new_scale) * _norm([other[0]], [other[1]]), size
     rank = max(len(one[1]), len(other[1]))
-    if not scale or not new_scale:  # the product of one of them is zero
-        return 0.0 if scale == new_scale or not _any_product(one, other, scale) else math.inf
     factor = new_scale / scale
     # A power of two changes no digit, so float32 holds the difference of what it held.
     wide = np.float32 if math.frexp(abs(factor))[0] == 0.5 else np.float64
@@ -143,17 +165,9 @@ def relative_difference(one: Pair, scale: float, other: Pair, new_scale: float) 
     new_b, new_a = _padded(other[0], rank, 1) * wide(factor), _padded(other[1], rank, 0)
     off_b, off_a = new_b - b, new_a - a
     if not off_b.any() and not off_a.any():
-        return 0.0
+        return 0.0, size
     # Δ' - Δ = [δB B']·[A; δA], whose Gram matrices have nothing to cancel.
-    size = _norm([b], [a])
-    off = _norm([off_b, new_b], [a, off_a])
-    return off / size if size > 0 else math.inf
-
-
-def _any_product(one: Pair, other: Pair, scale: float) -> bool:
-    """Whether the pair whose scale is not zero has a product that is not."""
-    b, a = one if scale else other
-    return bool(b.any() and a.any())
+    return abs(scale) * _norm([off_b, new_b], [a, off_a]), size
 
 
 def _padded(factor: Matrix, rank: int, axis: int) -> Matrix:

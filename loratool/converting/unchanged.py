@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.drafting import low_rank
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
+from loratool.adapters.experts import ExpertStack
 from loratool.errors import AdapterError
 from loratool.storage.computed import computed_tensor
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL
@@ -30,12 +31,15 @@ def unchanged(adapter: Adapter, asked: Asked, metadata: dict[str, str]) -> Draft
     for key, info in adapter.tensors.items():
         draft.tensors[key] = _in_dtype(info, asked.dtype) if key in factors else info
     for path, module in adapter.modules.items():
-        pair = low_rank(module)
         rounded = asked.dtype and any(t.dtype != asked.dtype for t in module.parts.values())
-        outcome = "rounded" if rounded else "exact"
-        draft.fates.append(Fate(path, outcome, "", module.rank, module.rank))  # type: ignore[arg-type]
-        if pair is not None:
-            draft.pieces[path] = pair
+        piece = module if isinstance(module, ExpertStack) else low_rank(module)
+        if rounded and piece is None:
+            draft.refuse(path, f"{module.algorithm} has no factors that another dtype could be of")
+        elif rounded and piece is not None:
+            draft.pieces[path] = piece
+            draft.fates.append(Fate(path, "rounded", "", module.rank, module.rank))
+        else:  # all of its bytes are compared
+            draft.fates.append(Fate(path, "exact", "", module.rank, module.rank))
     return draft
 
 

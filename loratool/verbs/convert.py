@@ -127,7 +127,6 @@ def convert(
     source = read_lora(adapter, said, asked.base)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
-    refuse_not_finite(source)
     draft = _drafted(source, to, asked, dict(set_metadata or {}))
     nbytes = draft_bytes(draft)
     report = ConvertReport(
@@ -143,7 +142,9 @@ def convert(
         bytes=nbytes,
         warnings=[*(n for n in source.notices if not n.refused), *draft.notices],
     )
-    if not dry_run:
+    if dry_run:
+        refuse_not_finite(source)  # which the writing of a file notices by itself
+    else:
         refuse_full_disk(nbytes, target)
         options = {
             "to": report.to, "dtype": dtype, "max_rank": max_rank, "allow_lossy": allow_lossy,

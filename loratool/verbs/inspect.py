@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from loratool.adapters.reading import read_adapter
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.converting.possible import possible_targets
 from loratool.errors import UsageError, explained_os_errors, listed, shown
-from loratool.merging.coverage import BaseReport, cover
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.paths import selected
@@ -32,6 +31,9 @@ from loratool.storage.tensors import FilePool, TensorInfo, blocks
 from loratool.storage.values import count_not_finite
 from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
 from loratool.words import counted
+
+if TYPE_CHECKING:
+    from loratool.merging.coverage import BaseReport
 
 
 @dataclass
@@ -334,6 +336,8 @@ def _add_base(
     components: Sequence[str],
 ) -> None:
     """What the adapter covers of the base, and ‖ΔW‖/‖W‖ of its modules."""
+    from loratool.merging.coverage import cover  # a tenth of a second that most do not need
+
     found = cover(adapter, [m.path for m in report.modules], base, norms, components)
     report.base = found.report
     if found.report.model_type:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import LowRank
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.models.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ class Draft:
     metadata: dict[str, Any] = field(default_factory=dict)
     within: Sequence[str] = ()
     documents: dict[str, dict[str, Any] | str] = field(default_factory=dict)
-    pieces: dict[str, LowRank] = field(default_factory=dict)
+    pieces: dict[str, LowRank | ExpertStack] = field(default_factory=dict)
     whole: dict[str, TensorInfo] = field(default_factory=dict)
     told: Told = NOTHING_TOLD
     is_copy: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ import loratool
 from loratool import Told
 from loratool.converting import readback
 from loratool.converting.readback import relative_difference
-from loratool.errors import AdapterError, OutputError, UsageError, VerifyError
+from loratool.errors import (
+    AdapterError,
+    OutputError,
+    UsageError,
+    ValueRangeError,
+    VerifyError,
+)
 
 ADAPTER = FIXTURES / "adapter"
 
@@ -216,3 +223,37 @@ def test_what_is_no_sum_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="OFT is no sum; merge it, and extract"):
         loratool.convert(CASES["peft-oft"].adapter, tmp_path / "out", to="peft")
     assert not any(tmp_path.iterdir())
+
+
+def test_stacks_in_another_dtype_are_measured(tmp_path: Path) -> None:
+    """The error of a stack is that of all its experts' products, against float64."""
+    rng = np.random.default_rng(5)
+    a, b = rng.standard_normal((12, 8), np.float32), rng.standard_normal((6, 12), np.float32)
+    path = f"{PREFIX}model.layers.0.mlp.experts"
+    tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    config = {"r": 3, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    source = write_adapter(tmp_path / "in", tensors, config)
+    report = loratool.convert(source, tmp_path / "out", to="peft", dtype="float16")
+    near = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    new_a, new_b = (near[key].astype(np.float64) for key in tensors)
+    pairs = [(b[:, e::4] @ a[3 * e : 3 * e + 3], new_b[:, e::4] @ new_a[3 * e : 3 * e + 3])
+             for e in range(4)]  # fmt: skip
+    off = sum(np.linalg.norm(new - old.astype(np.float64)) ** 2 for old, new in pairs)
+    size = sum(np.linalg.norm(old.astype(np.float64)) ** 2 for old, _ in pairs)
+    assert report.counts == {"rounded": 1}
+    assert report.error == pytest.approx(np.sqrt(off / size), rel=2e-2)
+
+
+@pytest.mark.parametrize("options", [{"dry_run": True}, {}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(
+    value: float, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a dry run, in a copy and in another dtype alike; nothing is left."""
+    source = lora(tmp_path / "in")
+    tensors = load_file(source / "adapter_model.safetensors")
+    tensors[f"{PREFIX}{Q}.lora_B.weight"][3, 1] = value
+    write_adapter(source, tensors, {"target_modules": ["q_proj"]})
+    with pytest.raises(ValueRangeError, match="NaN or infinity"):
+        loratool.convert(source, tmp_path / "out", set_metadata={"a": "b"}, **options)
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pytest
 from helpers.adapters import PREFIX, Q, lora, pair, write_adapter
 from helpers.dialects import CASES
 from helpers.places import FIXTURES
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loratool
 from loratool import Told
+from loratool.adapters.dialects.writing import Draft
 from loratool.converting import readback
+from loratool.converting.files import write_draft
 from loratool.converting.readback import relative_difference
 from loratool.errors import (
     AdapterError,
@@ -25,6 +29,7 @@ from loratool.errors import (
     VerifyError,
 )
 
+convert_verb = import_module("loratool.verbs.convert")  # the package has a function so called
 ADAPTER = FIXTURES / "adapter"
 
 
@@ -257,3 +262,63 @@ def test_what_is_no_number_is_refused(
     with pytest.raises(ValueRangeError, match="NaN or infinity"):
         loratool.convert(source, tmp_path / "out", set_metadata={"a": "b"}, **options)
     assert not (tmp_path / "out").exists()
+
+
+def _without(tensors: dict[str, np.ndarray]) -> None:
+    for side in "AB":
+        del tensors[f"{PREFIX}{LAST}.lora_{side}.weight"]
+
+
+def _with_more(tensors: dict[str, np.ndarray]) -> None:
+    for side in "AB":
+        key = f"{PREFIX}{LAST}.lora_{side}.weight"
+        tensors[key.replace("layers.1", "layers.0")] = tensors[key]
+
+
+def _with_a_bit_turned(tensors: dict[str, np.ndarray]) -> None:
+    tensors[f"{PREFIX}{LAST}.lora_B.weight"].view(np.uint32)[2, 1] ^= 1
+
+
+LAST = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(_without, "is not there"), (_with_more, "was not in the adapter")],
+)
+def test_a_file_that_lacks_or_has_more_is_not_left(
+    spoil: Callable[[dict[str, np.ndarray]], None],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is written is read again: all modules, and no others."""
+    _spoiled(monkeypatch, spoil)
+    with pytest.raises(VerifyError, match=words):
+        loratool.convert(CASES["mlx-lora"].adapter, tmp_path / "out", to="peft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_with_one_bit_turned_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy has the bytes of the adapter, all of them."""
+    loratool.convert(CASES["mlx-lora"].adapter, tmp_path / "in", to="peft")
+    _spoiled(monkeypatch, _with_a_bit_turned)
+    with pytest.raises(VerifyError, match="q_proj"):
+        loratool.convert(tmp_path / "in", tmp_path / "out", set_metadata={"a": "b"})
+    assert not (tmp_path / "out").exists()
+
+
+def _spoiled(
+    monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict[str, np.ndarray]], None]
+) -> None:
+    """Let the file that a conversion writes be another one."""
+
+    def write(draft: Draft, folder: Path, *others: Any) -> None:
+        write_draft(draft, folder, *others)
+        tensors = {key: np.array(value) for key, value in load_file(folder / draft.weights).items()}
+        spoil(tensors)
+        save_file(tensors, folder / draft.weights)
+
+    monkeypatch.setattr(convert_verb, "write_draft", write)

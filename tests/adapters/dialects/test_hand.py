@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.adapters import codes
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import loratool
+from loratool.adapters.dialects.hand.products import readings
 from loratool.adapters.reading import read_adapter
 from loratool.adapters.told import Told
 from loratool.errors import LoraToolError
+from loratool.storage.folder import Folder
+from loratool.storage.values import read_float32
+from loratool.storage.weights import read_contents
 
 DIM, KV, INNER, RANK, ALPHA = 8, 4, 12, 2, 6.0
 SQUARE = {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}
@@ -606,3 +611,25 @@ def test_what_cannot_be_known_is_refused(case: DialectCase, tmp_path: Path) -> N
     with pytest.raises(LoraToolError):
         loratool.merge(case.base, case.adapter, tmp_path / "out", told=Told.from_dict(case.options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("product", ["BA", "AB", "ABt"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_factors_are_arranged_for_every_reading(product: str, turned: bool, tmp_path: Path) -> None:
+    """B'·A' of the arranged factors is the product that was meant, or its transpose for a table."""
+    rng = np.random.default_rng(0)
+    shapes = ((3, 5), (7, 3)) if product == "BA" else ((5, 3), (3, 7))
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    both = {"A": torch.from_numpy(a), "B": torch.from_numpy(b)}
+    save_file(both, tmp_path / "x.safetensors")
+    held = read_contents(Folder(tmp_path), "x.safetensors").tensors
+    found = [
+        one
+        for one in readings(a.shape, b.shape, layers=False, lookup=True)
+        if one.product == product and one.turned == turned
+    ]
+    assert len(found) == 1
+    new_a, new_b = (read_float32(info) for info in found[0].arranged(held["A"], held["B"]))
+    right = b @ a if product == "BA" else a @ b
+    right = right.T if (product == "ABt") != turned else right
+    assert np.allclose(new_b @ new_a, right, atol=1e-6)

@@ -625,7 +625,7 @@ def test_factors_are_arranged_for_every_reading(product: str, turned: bool, tmp_
     held = read_contents(Folder(tmp_path), "x.safetensors").tensors
     found = [
         one
-        for one in readings(a.shape, b.shape, layers=False, lookup=True)
+        for one in readings(a.shape, b.shape, layers=False, lookup=turned)
         if one.product == product and one.turned == turned
     ]
     assert len(found) == 1

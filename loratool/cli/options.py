@@ -142,6 +142,32 @@ no_keep_option = _shared(
 )  # fmt: skip
 
 
+def split_options() -> Decorator:
+    """--restart, --worker and --ray, of commands whose outputs are made file by file."""
+
+    def option(command: Any) -> Any:
+        for one in reversed((
+            click.option(
+                "--restart", is_flag=True,
+                help="Make again what an earlier, killed run had finished; it is taken up else.",
+            ),
+            click.option(
+                "--worker", metavar="I/N",
+                help="Make the I-th of N shares only, side by side with the other workers; the "
+                     "last one completes OUT.",
+            ),
+            click.option(
+                "--ray", metavar="ADDRESS", is_flag=False, flag_value="",
+                help="Make all of it as tasks of the Ray cluster at ADDRESS (auto, ray://…, "
+                     "host:port); without one on this machine. Needs loratool[ray].",
+            ),
+        )):  # fmt: skip
+            command = one(command)
+        return command
+
+    return option
+
+
 def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:
     """--overwrite, True, and --overwrite-all, "all"; False without either."""
 

@@ -19,7 +19,8 @@ from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
-from loratool.merging.output import write_index, write_model
+from loratool.merging.ingredients import ingredients, known_files
+from loratool.merging.output import write_beside, write_index
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
@@ -41,10 +42,12 @@ from loratool.storage.destination import (
     refuse_full_disk,
 )
 from loratool.storage.filenames import INDEX, PROVENANCE
+from loratool.storage.hashing import digest_of
+from loratool.storage.journal import Recipe
 from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.shares import Share, SharedOut, parse_share
 from loratool.verbs.inputs import (
     as_list,
     check_dtype,
@@ -53,6 +56,7 @@ from loratool.verbs.inputs import (
     told_before,
     told_of,
 )
+from loratool.verbs.making import as_place, complete, own_files, recordable, work_folder
 
 
 @dataclass
@@ -81,12 +85,17 @@ class UnmergeReport:
     expected_changed: float | None = None
     copied_from_base: int = 0
     side_files: list[str] = field(default_factory=list)
+    #: How far the output is, where this run was one of several workers.
+    share: SharedOut | None = None
     warnings: list[Notice] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        return document(self, "warnings")
+        found = document(self, "warnings")
+        if self.share is not None:
+            found["share"] = self.share.to_dict()
+        return found
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class _Request:
     remaining: list[Merged]
     target: Path
     run: Run
+    #: As `unmerge` was called.
+    arguments: dict[str, Any]
+
+    def recipe(self, made_of: dict[str, Any], files: dict[str, int]) -> Recipe:
+        return Recipe("unmerge", recordable(self.arguments), made_of, files)
 
 
 @explained_os_errors()
@@ -119,6 +133,9 @@ def unmerge(
     subtract: bool = False,
     overwrite: Overwrite = False,
     dry_run: bool = False,
+    restart: bool = False,
+    worker: str | Share | None = None,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> UnmergeReport:
@@ -138,6 +155,7 @@ def unmerge(
     subtract: do without the undo file.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: report only; nothing is written.
+    restart, worker, ray: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -148,7 +166,10 @@ def unmerge(
         MatchError, OutputError as in `merge`.
     """
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run)
+    run = Run(
+        threads, progress, overwrite, dry_run, restart=restart, share=parse_share(worker),
+        cluster=ray,
+    )  # fmt: skip
     sources = as_list(adapters)
     check_paths([merged, output], sources, "loratool unmerge MERGED ADAPTER -o OUT")
     if dtype is not None:
@@ -157,6 +178,12 @@ def unmerge(
     target = Path(output)
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
+    arguments = {
+        "merged": as_place(merged), "adapters": [as_place(source) for source in sources],
+        "weights": factors, "base": None if base is None else as_place(base), "dtype": dtype,
+        "told": told if isinstance(told, Told) else list(told), "expert_b_layout": expert_b_layout,
+        "subtract": subtract, "overwrite": overwrite,
+    }  # fmt: skip
     checkpoint = open_checkpoint(merged)
     checkpoint.folder.fetch([PROVENANCE])
     record = read_record(checkpoint.directory) if checkpoint.is_directory else None
@@ -176,7 +203,7 @@ def unmerge(
     known = loras, factors or [1.0] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
-    request = _Request(checkpoint, record or {}, *known, target, run)
+    request = _Request(checkpoint, record or {}, *known, target, run, arguments)
     if undo is not None:
         report = _restore(request, undo, base, dtype)
     else:
@@ -254,16 +281,31 @@ def _restore(
     refuse_full_disk(base.nbytes, request.target)
     from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
 
-    with StagedDirectory(request.target, run.overwrite) as staged:
-        restore(plan, merged, undo, staged.path, run)
-        put_back(undo, merged.directory, staged.path)
+    def fill(folder: Path) -> list[Notice]:
+        put_back(undo, merged.directory, folder)
         if INDEX not in undo.files and len(undo.shards) > 1:
             places = {name: shard.file for shard in undo.shards for name in shard.tensors}
-            write_index(staged.path, places, base.nbytes)
+            write_index(folder, places, base.nbytes)
         plan.refuse_changed()
         merged.folder.refuse_changed()
-        report.warnings += staged.commit()
+        return []
+
+    sizes = {s.file: sum(undo.tensors[n].info.nbytes for n in s.tensors) for s in undo.shards}
+    recipe = request.recipe({**ingredients(plan), "undo": _undo_ingredients(undo, merged)}, sizes)
+    with work_folder(request.target, recipe, run) as work:
+        report.warnings += work.notices
+        own = [shard for shard in undo.shards if shard.file in own_files(recipe, run)]
+        restore(plan, merged, undo, own, work, run)
+        report.share, notices = complete(work, run, fill)
+        report.warnings += notices
     return report
+
+
+def _undo_ingredients(undo: Undo, merged: Checkpoint) -> dict[str, Any]:
+    return {
+        "tensors": digest_of(repr(sorted(undo.tensors.items())).encode()),
+        "files of the merged model": known_files(undo.path, *merged.files),
+    }
 
 
 # ----------------------------------------------------------------------------- by subtraction
@@ -309,16 +351,34 @@ def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> 
     if run.dry_run:
         return report
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
-    with StagedDirectory(request.target, run.overwrite) as staged:
-        written = write_model(plan, staged.path, files, run)
-        document = describe(plan, "unmerge", written.shards, {})
+    from loratool.merging.executor import execute
+
+    def fill(folder: Path) -> list[Notice]:
+        write_beside(plan, folder, files)
+        shards = {name: (work.note_of(name) or {})["digest"] for name in plan.shards}
+        document = describe(plan, "unmerge", shards, {})
         document["removed"] = document["adapters"]
         document["adapters"] = [entry.document for entry in request.remaining]
         document["base"]["adapters"] = []
-        write_json(staged.path / PROVENANCE, document)
+        write_json(folder / PROVENANCE, document)
         plan.refuse_changed()
-        report.warnings += staged.commit()
+        return []
+
+    originals = {} if base is None else {"originals": known_files(*_files_of(plan))}
+    sizes = {shard.name: shard.nbytes for shard in plan.outputs}
+    recipe = request.recipe({**ingredients(plan), **originals}, sizes)
+    with work_folder(request.target, recipe, run) as work:
+        report.warnings += work.notices
+        own = own_files(recipe, run)
+        execute([shard for shard in plan.outputs if shard.name in own], work, run)
+        report.share, notices = complete(work, run, fill)
+        report.warnings += notices
     return report
+
+
+def _files_of(plan: Plan) -> list[Path]:
+    """The files that hold what is written."""
+    return sorted({path for shard in plan.outputs for path in shard.sources})
 
 
 def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:

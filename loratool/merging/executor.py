@@ -8,7 +8,6 @@ threads.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Protocol
 from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.counts import Counts
 from loratool.merging.plan import Job, OutputShard
+from loratool.storage.hashing import Hasher
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
 from loratool.streams.run import Run
@@ -27,7 +27,7 @@ from loratool.streams.workers import Workers
 
 @dataclass
 class Written:
-    """What was written: sha256 by shard, and how many values rounding pushed out of range."""
+    """What was written: digests by shard, and how many values rounding pushed out of range."""
 
     shards: dict[str, str] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
@@ -111,16 +111,18 @@ def _write(
         )
         for output in outputs
     }
-    digests = {name: hashlib.sha256(shard.header) for name, shard in shards.items()}
+    hashers = {name: Hasher() for name in shards}
+    for name, shard in shards.items():
+        hashers[name].update(shard.header)
     written = Written()
 
     def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
-        digests[shard].update(data.data)
+        hashers[shard].update(data)
         assert isinstance(task, MergeTask)
         written.counts += task.counts
         if recorder is not None:
             recorder.take(task, data, workers)
 
     write_shards(folder, shards, workers, consume, advance)
-    written.shards = {name: digest.hexdigest() for name, digest in digests.items()}
+    written.shards = {name: hasher.text for name, hasher in hashers.items()}
     return written

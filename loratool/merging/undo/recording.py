@@ -1,13 +1,12 @@
 """Record, in the merge's own pass, what gives the base back: see `undo.file`.
 
 For every block that was merged or cast, the base is predicted from the output as it will be when it
-is restored, and compared with the bytes that were read. The sha256 of each base tensor is taken
+is restored, and compared with the bytes that were read. The digest of each base tensor is taken
 beside that, by a thread of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +34,7 @@ from loratool.merging.undo.sidefiles import Kept
 from loratool.merging.undo.writer import UndoWriter
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import as_stored
-from loratool.storage.hashing import sha256
+from loratool.storage.hashing import Hasher, digest_of
 from loratool.storage.header import header_bytes, read_header
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements, blocks
 from loratool.storage.values import values_of
@@ -123,7 +122,7 @@ class UndoRecorder:
         self.nbytes = 0
         self._of_base = predicted_jobs(plan)
         self._table: dict[str, dict[str, Any]] = {}
-        self._digests: dict[str, Any] = {}
+        self._digests: dict[str, Hasher] = {}
         self._current: RecordedMerging | None = None
         self._headers = dict(_headers(self.base))
         self._writer = UndoWriter(kept.path, self._entries())
@@ -181,7 +180,7 @@ class UndoRecorder:
     def _row(self, name: str, step: int) -> dict[str, Any]:
         if name not in self._table:
             info = self.base.tensors[name]
-            self._digests[name] = hashlib.sha256()
+            self._digests[name] = Hasher()
             self._table[name] = {
                 "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
                 "gains": [],
@@ -227,7 +226,7 @@ class UndoRecorder:
         for name, content in self.kept.files.items():
             self._writer.append(f"file:{name}", compress(content))
         for name, row in self._table.items():
-            row["sha256"] = self._digests[name].hexdigest()
+            row["digest"] = self._digests[name].text
             if not any(row["sizes"]):
                 row["sizes"], row["step"] = [], 0
         table: dict[str, Any] = {
@@ -237,8 +236,8 @@ class UndoRecorder:
                 for shard, names in self.base.shards.items()
             ],
             "side_files": self.kept.hashes,
-            "files": {name: sha256(content) for name, content in self.kept.files.items()},
-            "headers": {name: sha256(header) for name, header in self._headers.items()},
+            "files": {name: digest_of(content) for name, content in self.kept.files.items()},
+            "headers": {name: digest_of(header) for name, header in self._headers.items()},
         }
         if self.base is not self.plan.base:
             table |= {"quantised": True, "metadata": self.base.metadata}

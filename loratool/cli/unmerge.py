@@ -64,7 +64,7 @@ def unmerge_command(
     """Take adapters out of a merged model.
 
     What `loratool merge --reversible` wrote gives the base back bit for bit: give
-    all the adapters that were merged, and every tensor's sha256 is checked. From
+    all the adapters that were merged, and the hash of every tensor is checked. From
     other models the deltas are subtracted, which comes near the base only.
 
     \b

@@ -38,6 +38,7 @@ from loratool.merging.provenance import describe_adapter, versions
 from loratool.models.tokenizers import common_files, tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.links import refuse_leading_out
+from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.tensors import Bytes
 from loratool.storage.values import float_blocks, raw_blocks, read_float32
 from loratool.streams.run import Run
@@ -203,7 +204,7 @@ def _recipe(joined: Joined, changes: Changes, uniform: bool) -> Recipe:
 
 def _record(joined: Joined, changes: Changes, record: dict[str, Any]) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "command": record["command"],
         "versions": versions("numpy"),
         "options": record["options"],

@@ -29,6 +29,7 @@ from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice
 from loratool.storage.hashing import file_sha256
 from loratool.storage.links import refuse_leading_out
+from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.values import raw_blocks
 from loratool.streams.run import Run
 
@@ -195,7 +196,7 @@ def _record(
 ) -> dict[str, Any]:
     lost = outcome.lost[0] / outcome.total
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "command": "extract",
         "versions": versions("torch", "numpy"),
         "options": options.to_dict(),

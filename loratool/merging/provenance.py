@@ -31,12 +31,12 @@ from loratool.storage.fields import (
     TEXT,
     check_fields,
     list_of,
-    table_of,
 )
 from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE
 from loratool.storage.folder import origin_of
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_json
+from loratool.storage.record import HASHES, SCHEMA, SCHEMA_VERSION, check_schema
 from loratool.version import __version__
 
 
@@ -47,10 +47,10 @@ def describe(
     result: dict[str, Any],
     held: Sequence[Merged] = (),
 ) -> Any:
-    """The document for an output made by `plan`. `shards` maps file names to their sha256, `held`
-    are the adapters that the base held already."""
+    """The document for an output made by `plan`. `shards` maps file names to their digests,
+    `held` are the adapters that the base held already."""
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "command": command,
         "versions": versions("torch", "numpy"),
         "options": describe_options(plan),
@@ -212,6 +212,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     record = read_json(path)
+    check_schema(record, path)
     _check(record, path)
     whole = all(part in record for part in ("options", "base", "result", "adapters"))
     options = record.get("options", {})
@@ -225,18 +226,17 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 _TEXT = TEXT | ABSENT
-_HASHES = table_of(TEXT, "a table of hashes")
 _TABLES = list_of(TABLE, "a list of tables")
 _PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
 _ADAPTER = {
-    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": _HASHES, "taken": _TEXT,
+    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": HASHES, "taken": _TEXT,
     "modules": _TABLES, "told": TABLE | ABSENT,
 }  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
 _RECORD = {
     "": {
-        "options": TABLE, "base": TABLE, "result": TABLE, "adapters": _TABLES, "shards": _HASHES,
-        "undo": TABLE | ABSENT,
+        "options": TABLE, "base": TABLE, "result": TABLE, "adapters": _TABLES, "shards": HASHES,
+        "schema_version": SCHEMA, "undo": TABLE | ABSENT,
     },
     "options": {
         "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,

@@ -28,7 +28,7 @@ from loratool.models.tokenizers import (
 from loratool.notices import Notice
 from loratool.publishing.contents import adapter_in
 from loratool.publishing.secrets import why_secret
-from loratool.storage.fields import TEXT, check_fields, table_of
+from loratool.storage.fields import check_fields
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
     ADAPTER_ENTRIES,
@@ -40,6 +40,7 @@ from loratool.storage.folder import Folder
 from loratool.storage.hub.address import parse
 from loratool.storage.hub.folder import not_there
 from loratool.storage.links import leads_out
+from loratool.storage.record import HASHES, SCHEMA, check_schema
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted
 
@@ -57,10 +58,6 @@ _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
 _UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
 
 
-#: What is read of loratool.json.
-_HASHES = {part: table_of(TEXT, "a table of hashes") for part in ("shards", "files")}
-
-
 @dataclass
 class Manifest:
     """`files` of the `folder` go up, by name; `left_out` stay here."""
@@ -75,11 +72,13 @@ class Manifest:
 
     @cached_property
     def recorded(self) -> dict[str, str]:
-        """The sha256 of the weights by name, as loratool.json has them; {} without one."""
+        """The digests of the weights by name, as loratool.json has them; {} without one."""
         if not self.folder.has(PROVENANCE):
             return {}
         record = self.folder.json(PROVENANCE)
-        check_fields(record, _HASHES, self.folder.path / PROVENANCE)
+        where = self.folder.path / PROVENANCE
+        check_schema(record, where)
+        check_fields(record, {"schema_version": SCHEMA, "shards": HASHES, "files": HASHES}, where)
         return dict(record.get("shards") or record.get("files") or {})
 
 

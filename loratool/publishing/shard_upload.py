@@ -25,12 +25,15 @@ from loratool.merging.written import Written
 from loratool.notices import Notice
 from loratool.publishing.card_upload import card_upload
 from loratool.publishing.target import refuse_mixture
+from loratool.storage.hashing import is_blake3
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.storage.jsonfile import parse_json
 from loratool.streams.run import Run
 
 #: On the branch: what is known of the shards there.
 JOURNAL = "loratool-progress.json"
+#: Of a shard in it: the hash that the Hub knows it by, and the one that loratool.json gets.
+_HASHES = ("sha256", "digest")
 
 MESSAGE = "Merge with loratool"
 
@@ -89,7 +92,8 @@ class Shipment:
             _hollow(self._folder, shard)
             self.resumed.append(name)
             entry = dict(self._journal[name])
-            return Written({name: entry.pop("sha256")}, Counts(**entry))
+            del entry["sha256"]
+            return Written({name: entry.pop("digest")}, Counts(**entry))
         self._download(name).result()
         todo = [other for other in self._inputs if self._keep or other not in self._staged]
         for later in todo[todo.index(name) + 1 :][:1]:
@@ -104,13 +108,7 @@ class Shipment:
             self._plan.base.folder.let_go(set(self._inputs[shard]) - wanted)
         for done in self._uploads[-1:]:  # at most one waits, so that few shards lie on the disk
             done.result()
-        upload = Upload.of_file(shard, self._folder / shard, written.shards[shard])
-        if self._staged.get(shard) == upload.sha256:
-            self.resumed.append(shard)
-            self._done(shard)
-            return
-        entry = {"sha256": upload.sha256, **written.counts.__dict__}
-        self._uploads.append(self._uploader.submit(self._send, upload, entry))
+        self._uploads.append(self._uploader.submit(self._send, shard, written))
 
     def settle(self) -> None:
         """Wait until every shard is on the branch."""
@@ -142,8 +140,20 @@ class Shipment:
             self._branch.drop()
         return committed, notices
 
-    def _send(self, upload: Upload, entry: dict[str, Any]) -> None:
-        self._journal[upload.name] = entry
+    def _send(self, shard: str, written: Written) -> None:
+        digest = written.shards[shard]
+        upload = Upload.of_file(shard, self._folder / shard, digest)
+        if upload.digest != digest:
+            raise HubError(
+                f"{shard} changed after it was written. Nothing was committed to the main branch.",
+                "Let what writes there finish; then run the command again.",
+            )
+        if self._staged.get(shard) == upload.sha256:
+            self.resumed.append(shard)
+            self._done(shard)
+            return
+        entry = {"sha256": upload.sha256, "digest": digest, **written.counts.__dict__}
+        self._journal[shard] = entry
         data = json.dumps(self._journal, indent=2, sort_keys=True).encode()
         journal = Upload(JOURNAL, data, len(data))
         self._branch.commit([upload, journal], f"Stage {upload.name}", quiet=True)
@@ -170,9 +180,11 @@ def _entries(data: bytes) -> dict[str, dict[str, Any]]:
     """The journal as it should be; what is not as this version writes it counts for nothing."""
     try:
         document = dict(parse_json(data, JOURNAL))
+        if not all(is_blake3(entry["digest"]) for entry in document.values()):
+            return {}
         return {
-            name: {**Counts(**{k: v for k, v in entry.items() if k != "sha256"}).__dict__,
-                   "sha256": str(entry["sha256"])}
+            name: {**Counts(**{k: v for k, v in entry.items() if k not in _HASHES}).__dict__,
+                   **{k: str(entry[k]) for k in _HASHES}}
             for name, entry in document.items()
         }  # fmt: skip
     except (FileError, ValueError, TypeError, KeyError, AttributeError):

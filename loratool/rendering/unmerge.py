@@ -20,7 +20,7 @@ def show_unmerge(report: UnmergeReport) -> None:
     facts.add_row("modules", f"{report.modules} taken back")
     if report.undo_bytes:
         checked = "will be checked" if report.dry_run else "checked"
-        text = f"bit for bit, the sha256 of {counted(report.tensors, 'tensor')} {checked}"
+        text = f"bit for bit, the hash of {counted(report.tensors, 'tensor')} {checked}"
         facts.add_row("exact", f"[green]{text}[/]")
         facts.add_row("undo file", format_bytes(report.undo_bytes))
     elif report.exact:

@@ -37,6 +37,7 @@ from loratool.storage.ggufwriting import TypedValue
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own, refuse_leading_out
+from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.staging import StagedDirectory
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -240,7 +241,7 @@ def _write(
         write_json(
             stage.path / PROVENANCE,
             {
-                "schema_version": 1,
+                "schema_version": SCHEMA_VERSION,
                 "command": "convert",
                 "versions": versions("numpy"),
                 "options": options,

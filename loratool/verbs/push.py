@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -204,11 +204,11 @@ def _note_record(manifest: Manifest, target: Repository) -> list[Notice]:
 
 def _hashed(manifest: Manifest) -> list[Upload]:
     """Every file with its hash. Raises PushError where loratool.json has another one."""
-    with ThreadPoolExecutor(few(None)) as pool:
-        make = partial(_upload, manifest.folder.path)
-        uploads = list(pool.map(make, manifest.files))
     recorded = manifest.recorded
-    changed = [u.name for u in uploads if recorded.get(u.name, u.sha256) != u.sha256]
+    with ThreadPoolExecutor(few(None)) as pool:
+        make = partial(_upload, manifest.folder.path, recorded)
+        uploads = list(pool.map(make, manifest.files))
+    changed = [u.name for u in uploads if recorded.get(u.name, u.digest) != u.digest]
     if changed:
         raise PushError(
             f"{manifest.folder.path}: {counted(len(changed), 'file', 'is')} not as {PROVENANCE} "
@@ -218,8 +218,8 @@ def _hashed(manifest: Manifest) -> list[Upload]:
     return uploads
 
 
-def _upload(folder: Path, name: str) -> Upload:
-    return Upload.of_file(name, folder / name)
+def _upload(folder: Path, recorded: Mapping[str, str], name: str) -> Upload:
+    return Upload.of_file(name, folder / name, recorded.get(name, ""))
 
 
 def _state(upload: Upload, there: dict[str, str]) -> Literal["new", "changed", "there"]:

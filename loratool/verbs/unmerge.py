@@ -1,8 +1,8 @@
 """unmerge: take adapters out of a merged model again.
 
-With the undo file of a reversible merge the base comes back bit for bit, and every tensor's sha256
-is checked. Without it the deltas are subtracted and the result rounded once: near the base, but not
-the base.
+With the undo file of a reversible merge the base comes back bit for bit, and the hash of every
+tensor is checked. Without it the deltas are subtracted and the result rounded once: near the base,
+but not the base.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from helpers.adapters import pair, write_adapter
 from helpers.hub import HubServer
 from helpers.hub_runs import refused, run
+from helpers.places import FIXTURES
 from helpers.pushing import SHARD, WEIGHTS, add, assert_read_only, lora, text_of
 
 
@@ -120,6 +122,29 @@ def test_a_record_of_other_weights(hub: HubServer, home: Path, repo: str, tmp_pa
     assert WEIGHTS in found["message"]
     assert "loratool.json" in found["message"]
     assert not hub.exists(repo)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_model_is_held_against_its_record(
+    hub: HubServer, home: Path, merged: Path, repo: str, tmp_path: Path, version: int
+) -> None:
+    """Shards with a sha256 (version 1) or a BLAKE3 go up, and are on the Hub by their sha256; one
+    that was changed since does not."""
+    model = merged
+    if version == 1:
+        model = Path(shutil.copytree(FIXTURES / "schema1" / "plain", tmp_path / "plain"))
+    run(hub, home, "push", model, repo)
+    shards = sorted(model.glob("*.safetensors"))
+    assert all(hub.files(repo)[path.name] == path.read_bytes() for path in shards)
+    again = run(hub, home, "push", model, repo, "--json").json
+    states = {f["name"]: f["state"] for f in again["files"]}
+    assert {states[path.name] for path in shards} == {"there"}
+    data = bytearray(shards[0].read_bytes())
+    data[-1] ^= 1
+    shards[0].write_bytes(data)
+    found = refused(hub, home, "push", model, repo)
+    assert shards[0].name in found["message"]
+    assert "loratool.json" in found["message"]
 
 
 def test_what_is_needed_cannot_be_left_out(

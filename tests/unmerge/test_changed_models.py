@@ -25,7 +25,7 @@ from loratool.storage.header import read_header
 def test_one_flipped_bit_in_the_merged_model_is_noticed(
     tensor: str, dtype: str, tmp_path: Path, lora_dir: Path
 ) -> None:
-    """In an adapted tensor, a cast one or a copied one: the sha256 of the base does not come
+    """In an adapted tensor, a cast one or a copied one: the hash of the base does not come
     out, the tensor is named, and nothing is written."""
     base = write_base(tmp_path / "base", small_state(dtype=torch.bfloat16))
     out = tmp_path / "out"
@@ -38,7 +38,7 @@ def test_one_flipped_bit_in_the_merged_model_is_noticed(
             changed = bytearray(content)
             changed[place] ^= 1 << bit
             path.write_bytes(changed)
-            no_unmerge(RestoreError, out, lora_dir, tmp_path / "back", tensor, "sha256")
+            no_unmerge(RestoreError, out, lora_dir, tmp_path / "back", tensor, "blake3")
     path.write_bytes(content)
     assert right_or_refused(out, lora_dir, tmp_path / "back", base)
 

@@ -11,8 +11,8 @@ every safetensors file beside it for weights. Its entries:
 * `taken:NAME:k`    what an initialisation took off NAME before training: two matrices, float32
 * `header:FILE`     the first bytes of a base shard, compressed
 * `file:PATH`       a file of the base that is not in the output as it was, compressed
-* `base`            compressed JSON: every tensor with dtype, shape, sha256 and the sizes of its
-                    chunks; the shards; sha256 of the files beside them; the metadata of a
+* `base`            compressed JSON: every tensor with dtype, shape, digest and the sizes of its
+                    chunks; the shards; digests of the files beside them; the metadata of a
                     quantised base
 
 Tensors are those that the base's files hold: of a quantised base the packed ones.
@@ -42,7 +42,7 @@ from loratool.merging.undo.residual import (
 from loratool.merging.undo.writer import VERSIONS
 from loratool.models.config import check_model_config
 from loratool.storage.filenames import CONFIG
-from loratool.storage.hashing import sha256
+from loratool.storage.hashing import digest_of, is_blake3, is_sha256
 from loratool.storage.header import described, read_header
 from loratool.storage.jsonfile import parse_json
 from loratool.storage.tensors import FilePool, TensorInfo
@@ -63,7 +63,7 @@ class BaseTensor:
     """
 
     info: TensorInfo
-    sha256: str
+    digest: str
     whole: bool
     step: int
     sizes: tuple[int, ...]
@@ -92,7 +92,7 @@ class Undo:
     shards: list[BaseShard]
     #: Files of the base that the output holds otherwise or not at all.
     files: dict[str, bytes]
-    #: sha256 of all files beside the base's weights that a merge carries over.
+    #: Digests of all files beside the base's weights that a merge carries over.
     side_files: dict[str, str]
     #: Whether tensors are those of a quantised base, and what its files said of themselves.
     is_quantised: bool = False
@@ -188,6 +188,7 @@ def read_undo(path: Path) -> Undo:
                 f"{path}: it was written by a later loratool (undo version {table['version']}).",
                 "Use that version.",
             )
+        _check_digests(table)
         kept = _unpack_all("file", table["files"], entries, files)
         headers = _unpack_all("header", table["headers"], entries, files)
         tensors = dict(_tensors(table["tensors"]))
@@ -205,6 +206,17 @@ def read_undo(path: Path) -> Undo:
     return undo
 
 
+def _check_digests(table: dict[str, Any]) -> None:
+    """Raise ValueError unless every digest is of the kind that the version of the file has."""
+    in_row, of_kind = ("digest", is_blake3) if table["version"] > 3 else ("sha256", is_sha256)
+    digests = [row[in_row] for row in table["tensors"].values()]
+    for part in ("files", "headers", "side_files"):
+        digests += table[part].values()
+    wrong = [digest for digest in digests if not of_kind(digest)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r:.80} is no digest of the kind that it has")
+
+
 def _unpack(info: TensorInfo, files: FilePool) -> bytes:
     return decompress(read_raw(info, files).tobytes(), _MAX_UNPACKED)
 
@@ -215,8 +227,8 @@ def _unpack_all(
     """The contents of `kind:NAME` for every name that has a hash, checked by it."""
     found = {name: _unpack(entries[f"{kind}:{name}"], files) for name in hashes}
     for name, content in found.items():
-        if sha256(content) != hashes[name]:
-            raise ValueError(f"{kind}:{name} does not have its sha256")
+        if digest_of(content, hashes[name]) != hashes[name]:
+            raise ValueError(f"{kind}:{name} does not have its digest")
     return found
 
 
@@ -227,13 +239,13 @@ def _tensors(table: dict[str, Any]) -> Iterator[tuple[str, BaseTensor]]:
         shape = tuple(operator.index(n) for n in t["shape"])
         info = TensorInfo(name, t["dtype"], shape, Path("base"), place)
         place += info.nbytes
-        if not (isinstance(t["sha256"], str) and min(shape, default=0) >= 0 <= t["step"]):
+        if not min(shape, default=0) >= 0 <= t["step"]:
             raise ValueError(f"{name} is not described")
         yield (
             name,
             BaseTensor(
                 info,
-                t["sha256"],
+                t["digest"] if "digest" in t else t["sha256"],
                 t["whole"],
                 t["step"],
                 tuple(t["sizes"]),
@@ -306,8 +318,6 @@ def _check_names(undo: Undo) -> None:
             raise ValueError(f"{name!r} is no place inside the model")
     if any(Path(name).suffix != ".safetensors" for name in shards):
         raise ValueError("a shard is not called .safetensors")
-    if not all(isinstance(digest, str) for digest in undo.side_files.values()):
-        raise ValueError("a hash is no text")
     if not all(isinstance(text, str) for pair in undo.metadata.items() for text in pair):
         raise ValueError("its metadata are no texts")
     if CONFIG in undo.files:

@@ -2,18 +2,16 @@
 
 The plan is the merge's own, made again from the base's description in the undo file. Every tensor
 of the base is predicted from the output as it was when the undo file was written, what the
-prediction misses is added, and its sha256 must be that of the base.
+prediction misses is added, and its digest must be that of the base.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
 from loratool.merging.written import Place
 from loratool.models.checkpoint import Checkpoint
-from loratool.storage.hashing import Hasher
+from loratool.storage.hashing import Hasher, shortened
 from loratool.storage.header import build_header
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements
 from loratool.storage.values import values_of
@@ -50,28 +48,29 @@ def restore(
     Raises RestoreError for a tensor that does not come out as it was.
     """
     jobs = predicted_jobs(plan)
-    digests: dict[str, Any] = {}
-    files_digests: dict[str, Hasher] = {}
+    hashers: dict[str, Hasher] = {}
+    of_files: dict[str, Hasher] = {}
     left = {name: tensor.info.nbytes for name, tensor in undo.tensors.items()}
     advance = run.counted(sum(_size(shard, undo) for shard in shards))
     todo = []
     for shard in shards:
         if place.note_of(shard.file) is None:
             todo.append(shard)
-            files_digests[shard.file] = Hasher()
-            files_digests[shard.file].update(header_of(shard, undo))
+            of_files[shard.file] = Hasher()
+            of_files[shard.file].update(header_of(shard, undo))
         else:
             advance(_size(shard, undo), shard.file)
 
     def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
         assert isinstance(part, RestoredPart)
         name = part.info.name
-        digest = digests.setdefault(name, hashlib.sha256())
-        digest.update(data)
-        files_digests[shard].update(data)
+        if name not in hashers:
+            hashers[name] = Hasher(part.tensor.digest)
+        hashers[name].update(data)
+        of_files[shard].update(data)
         left[name] -= len(data)
         if not left[name]:
-            _check_hash(name, digests.pop(name).hexdigest(), undo, merged)
+            _check_hash(name, hashers.pop(name).text, undo, merged)
 
     def parts(shard: BaseShard, files: FilePool) -> Iterator[OutputTensor]:
         for name in shard.tensors:
@@ -83,7 +82,7 @@ def restore(
                 yield ReversedPart(tensor, undo, files, job, of_base, merged.tensors[job.name])
 
     def ended(name: str) -> Callable[[], None]:
-        return partial(place.publish, name, files_digests.pop(name).text, {})
+        return partial(place.publish, name, of_files.pop(name).text, {})
 
     with FilePool() as files, Workers(run.threads) as workers:
         outputs = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in todo}
@@ -103,10 +102,11 @@ def header_of(shard: BaseShard, undo: Undo) -> bytes:
 
 
 def _check_hash(name: str, found: str, undo: Undo, merged: Checkpoint) -> None:
-    if found != undo.tensors[name].sha256:
+    expected = undo.tensors[name].digest
+    if found != expected:
         raise RestoreError(
-            f"{name}: it does not come out as it was in the base (sha256 {found[:12]}…, expected "
-            f"{undo.tensors[name].sha256[:12]}…).",
+            f"{name}: it does not come out as it was in the base ({shortened(found)}, expected "
+            f"{shortened(expected)}).",
             f"{merged.label} was changed after the merge, or its undo file is of another one. "
             "Nothing was written. `loratool unmerge --subtract` does without the undo file, but "
             "not exactly.",

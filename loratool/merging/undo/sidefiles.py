@@ -14,7 +14,7 @@ from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.notices import Notice
 from loratool.storage.filenames import BEFORE, CONFIG, INDEX, PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.folder import Folder
-from loratool.storage.hashing import file_sha256
+from loratool.storage.hashing import file_digest
 from loratool.storage.links import copy_own, open_own, refuse_leading_out
 from loratool.words import format_bytes
 
@@ -23,7 +23,7 @@ from loratool.words import format_bytes
 class Kept:
     """What goes into the undo file at `path` beside the weights.
 
-    `hashes` are the sha256 of all files beside the base's weights that a merge carries over,
+    `hashes` are the digests of all files beside the base's weights that a merge carries over,
     `files` the content of those that the output will not hold as they are.
     """
 
@@ -51,7 +51,7 @@ def keep_base(plan: Plan, output: Path, written: SideFiles) -> Kept:
     (output / UNDO_FOLDER).mkdir()
     for path in previous(base):
         _copy(base.folder, path.name, output / UNDO_FOLDER / BEFORE)
-    hashes = {name: file_sha256(path) for name, path in own.copied.items()}
+    hashes = {name: file_digest(path) for name, path in own.copied.items()}
     return Kept(output / UNDO_FOLDER / UNDO, hashes, files)
 
 
@@ -133,7 +133,7 @@ def changed_since(merged: Folder, undo: Undo) -> list[Notice]:
     refuse_leading_out({name: merged.path / name for name in sorted(kept)})
     for name, digest in undo.side_files.items():
         path = merged.path / name
-        if name not in undo.files and not (path.is_file() and file_sha256(path) == digest):
+        if name not in undo.files and not (path.is_file() and file_digest(path, digest) == digest):
             changed.append(f"{name} ({'changed' if path.is_file() else 'missing'})")
     if not changed:
         return []

@@ -11,8 +11,9 @@ from loratool.merging.undo.residual import compress
 from loratool.storage.header import build_header
 from loratool.storage.system import open_new, write_at
 
-#: The second is the first with `taken` entries, the third is of a quantised base.
-VERSIONS = (1, 2, 3)
+#: The second is the first with `taken` entries, the third is of a quantised base. In these digests
+#: are sha256; in the fourth, which may be of either kind, they are BLAKE3.
+VERSIONS = (1, 2, 3, 4)
 
 _LARGEST_OFFSET = 10**15
 
@@ -42,8 +43,7 @@ class UndoWriter:
 
     def finish(self, base: dict[str, Any]) -> int:
         """Write the table of the base and the header, close; returns the size of the file."""
-        taken = any(row.get("taken") for row in base["tensors"].values())
-        table = {"version": 3 if base.get("quantised") else 2 if taken else 1, **base}
+        table = {"version": VERSIONS[-1], **base}
         self.append("base", compress(json.dumps(table).encode()))
         shapes = [(name, "U8", (size,)) for name, size in self._entries.items()]
         header = build_header(shapes, {"format": "loratool-undo"}, self._room)

@@ -23,6 +23,7 @@ from loratool.storage.filenames import PROVENANCE
 from loratool.storage.folder import Folder
 from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import read_json
+from loratool.storage.record import check_schema
 from loratool.storage.tensors import TensorInfo
 from loratool.words import enumerated
 
@@ -164,7 +165,9 @@ def _opened(folder: Path, told: Told) -> tuple[Adapter | None, Checkpoint | None
 
 def _record(folder: Path) -> dict[str, Any]:
     path = folder / PROVENANCE
-    return read_json(path) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
+    check_schema(record, path)
+    return record
 
 
 def _fits(record: dict[str, Any], adapter: Adapter | None, model: Checkpoint | None) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import HubError
-from loratool.storage.hashing import file_sha256
+from loratool.storage.hashing import BLAKE3, SHA256, digest_of, file_digests
 from loratool.storage.hub.address import Address
 from loratool.storage.hub.answers import commit_of, files_of, is_commit
 from loratool.storage.hub.errors import explained, logged_in, progress_bars
@@ -31,7 +31,8 @@ _HELD = 5_000_000
 class Upload:
     """A file to upload: its name in the repository, its content as a path or as bytes.
 
-    `sha256` is known for files on the disk; it was taken when they had `stamp` at `path`.
+    `sha256` is known for files on the disk; it was taken when they had `stamp` at `path`, and
+    `digest` with it, of the kind that was asked for.
     """
 
     name: str
@@ -40,16 +41,20 @@ class Upload:
     sha256: str = ""
     path: Path | None = None
     stamp: Stamp | None = None
+    digest: str = ""
 
     @classmethod
-    def of_file(cls, name: str, path: Path, sha256: str = "") -> Upload:
-        """A file with its hash, taken now if it is not known."""
+    def of_file(cls, name: str, path: Path, like: str = SHA256) -> Upload:
+        """A file with its hash, and with its digest of the kind of `like`, taken now."""
         stamp = stamp_of(path)
         content: Path | bytes = path
+        kinds = dict.fromkeys((SHA256, BLAKE3 if like.startswith(BLAKE3) else SHA256))
         if stamp.nbytes <= _HELD and path.suffix != ".safetensors":
             content = path.read_bytes()
-            sha256 = hashlib.sha256(content).hexdigest()
-        return cls(name, content, stamp.nbytes, sha256 or file_sha256(path), path, stamp)
+            found = [digest_of(content, kind) for kind in kinds]
+        else:
+            found = file_digests(path, *kinds)
+        return cls(name, content, stamp.nbytes, found[0], path, stamp, found[-1])
 
     @property
     def has_changed(self) -> bool:

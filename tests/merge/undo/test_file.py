@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from helpers.digests import blake3_of
 from helpers.files import load, raw_bytes
 from helpers.unmerging import UNDO
 
@@ -17,9 +18,7 @@ from loratool.storage.header import read_header
 
 def test_the_undo_file_is_a_safetensors_file(merged: tuple[Path, Path, Path]) -> None:
     """The reference library opens it, and the table of the base names every tensor with its
-    dtype, shape and sha256."""
-    import hashlib
-
+    dtype, shape and digest."""
     import safetensors
 
     base, _, out = merged
@@ -30,7 +29,7 @@ def test_the_undo_file_is_a_safetensors_file(merged: tuple[Path, Path, Path]) ->
     for name, tensor in load(base).items():
         row = table["tensors"][name]
         assert row["shape"] == list(tensor.shape)
-        assert row["sha256"] == hashlib.sha256(raw_bytes(tensor)).hexdigest()
+        assert row["digest"] == blake3_of(raw_bytes(tensor))
         assert row["whole"] == (name == "z.weight")
     assert [s["file"] for s in table["shards"]] == sorted(p.name for p in base.glob("*.safe*s"))
 
@@ -52,7 +51,7 @@ def test_what_the_undo_file_says_is_checked_before_it_is_read(tmp_path: Path) ->
     writer.append("residual:3", b"")
     writer.append("residual:7", b"ab")
     writer.append("residual:7", b"cd")
-    row = {"dtype": "F16", "shape": [9], "whole": False, "sha256": "", "gains": []}
+    row = {"dtype": "F16", "shape": [9], "whole": False, "digest": blake3_of(b""), "gains": []}
     tensors = {"3": {**row, "step": 0, "sizes": []}, "7": {**row, "step": 9, "sizes": [4]}}
     shards = [{"file": "model.safetensors", "tensors": ["3", "7"]}]
     table: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.digests import blake3_of
 from helpers.hub import HubServer
 from helpers.hub_runs import call, contents, paths, refused, run
 from helpers.outcomes import beside
@@ -154,7 +154,7 @@ def test_a_branch_that_changes_at_the_last_moment(hub: HubServer, home: Path, re
     if done.code == 0:
         record = json.loads(files["loratool.json"])
         for name, digest in record["shards"].items():
-            assert hashlib.sha256(files[name]).hexdigest() == digest, name
+            assert blake3_of(files[name]) == digest, name
     else:
         assert own_commits(hub, repo) == []
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.plan import Job, OutputShard
-from loratool.merging.written import Place, Written
+from loratool.merging.written import ShardPlace, Written
 from loratool.storage.hashing import Hasher
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
@@ -65,7 +65,7 @@ class Care:
 
 
 def execute(
-    shards: Sequence[OutputShard], place: Place, run: Run, care: Care | None = None
+    shards: Sequence[OutputShard], place: ShardPlace, run: Run, care: Care | None = None
 ) -> Written:
     """Write these shards of a plan, but for those that are finished.
 
@@ -92,7 +92,7 @@ def execute(
 class _Writing:
     """Shards on their way to the disk."""
 
-    place: Place
+    place: ShardPlace
     advance: Advance
     care: Care
     files: FilePool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ from loratool.storage.hashing import digest_of
 from loratool.storage.stamps import stamp_of
 
 
-def ingredients(plan: Plan) -> dict[str, Any]:
+def ingredients(plan: Plan, files: Sequence[Path] | None = None) -> dict[str, Any]:
     """Inputs, options and versions, as tables whose differences can be told to people.
 
     A base on this disk is known by its headers and by size and time of change of its files: to hash
-    them would take as long as to merge them. One of the Hub is known by its commit.
+    them would take as long as to merge them. One of the Hub is known by its commit. `files` are
+    those that are read in place of a base's that is not there.
     """
     base = plan.base
+    if files is None:
+        files = [] if origin_of(base.source) else base.files
     return {
         "versions": versions("torch", "numpy"),
         "options": describe_options(plan),
         "base": describe_model(original(base)),
-        "files of the base": {} if origin_of(base.source) else known_files(*base.files),
+        "files": known_files(*files),
         "config.json of the base": _digest(base.config),
         "adapters": {
             f"{number}: {adapter.name}": describe_adapter(adapter, weight)

@@ -30,7 +30,7 @@ class Written:
         return cls({name: note["digest"]}, Counts(**note["counts"]), recorded)
 
 
-class Place(Protocol):
+class ShardPlace(Protocol):
     """Where shards are made (`own`), and where they are when they are `finished`; a work folder.
 
     Each shard has a note, which is there from when it is finished until the output is complete.

@@ -12,7 +12,7 @@ from loratool.rendering.extract import show_extract
 from loratool.rendering.merge import show_merge
 from loratool.rendering.unmerge import show_unmerge
 from loratool.verbs.dequantise import DequantiseReport
-from loratool.verbs.unmerge import UnmergeReport
+from loratool.verbs.unmerging import UnmergeReport
 
 _SHOW: dict[type, Callable[[Any], None]] = {
     MergeReport: lambda report: show_merge(report, verbose=False),

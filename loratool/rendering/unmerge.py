@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.rendering.sharing import is_part, share_facts
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
-from loratool.verbs.unmerge import UnmergeReport
+from loratool.verbs.unmerging import UnmergeReport
 from loratool.words import counted, format_bytes
 
 

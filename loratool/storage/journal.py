@@ -22,14 +22,16 @@ from loratool.storage.jsonfile import read_json
 from loratool.storage.system import sync
 
 _ENTRY = {"nbytes": COUNT, "changed": COUNT, "digest": TEXT, "note": TABLE}
-_RECIPE = {"version": COUNT, "command": TEXT, "arguments": TABLE, "made_of": TABLE, "files": TABLE}
+_ORDER = {
+    "version": COUNT, "command": TEXT, "arguments": TABLE, "made_of": TABLE, "files": TABLE,
+}  # fmt: skip
 
 #: Of the two kinds of file above.
 _VERSION = 1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WorkOrder:
     """What an output is made by: `made_of` is equal for runs that make the same bytes.
 
     `arguments` are those of the library's function `command`, for whoever finishes it. `files` are
@@ -44,7 +46,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return {"version": _VERSION, **self.__dict__}
 
-    def differences(self, other: Recipe) -> list[str]:
+    def differences(self, other: WorkOrder) -> list[str]:
         """In words, what `other` is made of that this is not; [] for what makes the same."""
         if self.command != other.command:
             return [f"the command: {self.command}, not {other.command}"]
@@ -73,16 +75,16 @@ def _short(value: Any) -> str:
     return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_recipe(path: Path) -> Recipe | None:
-    """The recipe in a file; None where there is none, or one that this version does not write."""
+def read_order(path: Path) -> WorkOrder | None:
+    """The order in a file; None where there is none, or one that this version does not write."""
     try:
         found = read_json(path)
-        check_fields(found, _RECIPE, path)
+        check_fields(found, _ORDER, path)
     except (FileError, OSError):
         return None
-    if found.get("version") != _VERSION or not all(name in found for name in _RECIPE):
+    if found.get("version") != _VERSION or not all(name in found for name in _ORDER):
         return None
-    return Recipe(**{name: value for name, value in found.items() if name != "version"})
+    return WorkOrder(**{name: value for name, value in found.items() if name != "version"})
 
 
 class Journal:

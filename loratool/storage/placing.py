@@ -79,11 +79,8 @@ def change_places(made: Path, output: Path) -> Path | None:
     return old
 
 
-def settle(output: Path, old: Path | None) -> list[Notice]:
-    """Flush the step that put the output into its place, and remove what it replaced.
-
-    Returns a warning where that could not be removed.
-    """
+def flush_place(output: Path, old: Path | None) -> None:
+    """Flush the step that put the output into its place; `old` is what it replaced."""
     try:
         with suppress(PermissionError):  # a parent one may write to but not read
             sync(output.parent)
@@ -94,10 +91,25 @@ def settle(output: Path, old: Path | None) -> list[Notice]:
             f"to the disk ({error.strerror}).{kept}",
             "A power failure may still undo the last step; look after the disk.",
         ) from error
-    if old is None or remove(old):
-        return []
-    text = f"What {output} replaced could not be removed; it takes space at {old}."
-    return [Notice("old-output", text, str(old))]
+
+
+def clean_up(output: Path, *folders: Path) -> list[Notice]:
+    """Remove what an output replaced, and what is left of the work on it.
+
+    Returns a warning where that could not be.
+    """
+    for folder in folders:
+        remove(folder)
+    left = [folder for folder in folders if os.path.lexists(folder)]
+    return [
+        Notice(
+            "old-output",
+            f"What {output} replaced, or was made in, could not be removed; it takes space at "
+            f"{folder}.",
+            str(folder),
+        )
+        for folder in left[-1:]
+    ]
 
 
 def refuse_other_output(output: Path, overwrite: Overwrite) -> None:

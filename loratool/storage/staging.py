@@ -21,16 +21,17 @@ from loratool.storage.destination import Overwrite, explain
 from loratool.storage.placing import (
     alone_in,
     change_places,
+    clean_up,
     clear,
+    flush_place,
     make_ready,
     place_of,
     prefix,
     refuse_other_output,
     remove,
-    settle,
 )
 from loratool.storage.system import lock_folder, uninterrupted
-from loratool.storage.workfolder import clear_abandoned_work
+from loratool.storage.worksites import clear_abandoned_work
 
 S = TypeVar("S", bound="StagedDirectory")
 
@@ -109,7 +110,8 @@ class StagedDirectory:
         with uninterrupted():
             old = change_places(self.path, self.output)
             self.path = self.output
-            return settle(self.output, old)
+            flush_place(self.output, old)
+            return clean_up(self.output, *([old] if old else []))
 
 
 class PassingDirectory(StagedDirectory):

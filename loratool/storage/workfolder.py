@@ -4,7 +4,7 @@ It lies beside the output and has a name that the next run knows, so what is fin
 made twice, however the run before ended:
 
     .OUT.loratool-work/
-        recipe.json       what the output is made by; runs that make the same bytes have the same
+        order.json       what the output is made by; runs that make the same bytes have the same
         shared            there if workers make it, side by side and maybe on several machines
         output/           finished files; one run calls it `finishing-…` and makes the output of it
         done/NAME.json    an entry of each finished file, see `journal`
@@ -31,24 +31,31 @@ from typing import Any
 from loratool.errors import LoraToolError, OutputError, listed
 from loratool.notices import Notice
 from loratool.storage.destination import Overwrite, explain
-from loratool.storage.journal import Journal, Recipe, read_recipe, replace_json
+from loratool.storage.journal import Journal, WorkOrder, read_order, replace_json
 from loratool.storage.placing import (
     alone_in,
     another_run,
     change_places,
+    clean_up,
     clear,
+    flush_place,
     make_ready,
     place_of,
-    prefix,
     refuse_other_output,
     remove,
-    settle,
 )
 from loratool.storage.system import lock_folder, uninterrupted
+from loratool.storage.worksites import (
+    DONE,
+    FINISHING,
+    ORDER,
+    OUTPUT,
+    OWN,
+    PARTS,
+    SHARED,
+    work_of,
+)
 from loratool.words import counted
-
-_RECIPE, _SHARED, _OUTPUT, _DONE, _PARTS = "recipe.json", "shared", "output", "done", "parts"
-_FINISHING, _OWN = "finishing-", "by-"
 
 #: How often a folder is made that another run removes meanwhile.
 _TRIES = 10
@@ -62,17 +69,6 @@ def left_work() -> tuple[tuple[Path, int, int], ...]:
     return tuple(_LEFT)
 
 
-def work_of(output: Path) -> Path:
-    """The folder in which an output is made."""
-    output = place_of(output)
-    return output.with_name(prefix(output, "work")[:-1])
-
-
-def recipe_for(output: Path) -> Recipe | None:
-    """The recipe of an output that is being made; None where there is none."""
-    return read_recipe(work_of(output) / _RECIPE)
-
-
 class Overtaken(LoraToolError):
     """Another process finishes, or has finished, the output that this one worked for."""
 
@@ -82,27 +78,27 @@ class Overtaken(LoraToolError):
 class WorkFolder:
     """The work of one process for an output. Use as a context manager.
 
-    `own` is where to make files, `finished` where they are then. Files are those of the recipe.
+    `own` is where to make files, `finished` where they are then. Files are those of the order.
     With `shared` others may work for the same output.
     """
 
     def __init__(
         self,
         output: Path,
-        recipe: Recipe,
+        order: WorkOrder,
         overwrite: Overwrite = False,
         restart: bool = False,
         shared: bool = False,
     ) -> None:
         self.output = place_of(output)
         self.path = work_of(output)
-        self.recipe = recipe
+        self.order = order
         #: What a user should know of the work that was there.
         self.notices: list[Notice] = []
-        self.own = self.path / f"{_OWN}{socket.gethostname()[:40]}-{secrets.token_hex(8)}"
-        self.parts = self.path / _PARTS
+        self.own = self.path / f"{OWN}{socket.gethostname()[:40]}-{secrets.token_hex(8)}"
+        self.parts = self.path / PARTS
         self._overwrite, self._restart, self._shared = overwrite, restart, shared
-        self._journal = Journal(self.path / _DONE)
+        self._journal = Journal(self.path / DONE)
         self._lock: int | None = None
         self._made: list[Path] = []
         self._mine = self._placed = False
@@ -110,7 +106,7 @@ class WorkFolder:
     @property
     def finished(self) -> Path:
         """Where the finished files are."""
-        return self._finishing() or self.path / _OUTPUT
+        return self._finishing() or self.path / OUTPUT
 
     def __enter__(self) -> WorkFolder:
         parent = self.output.parent
@@ -135,9 +131,9 @@ class WorkFolder:
     def _take(self) -> None:
         """Have the folder for this run alone, with what is finished in it."""
         self._make_and_lock()
-        found = read_recipe(self.path / _RECIPE)
-        differing = found.differences(self.recipe) if found is not None else []
-        shared = (self.path / _SHARED).exists()
+        found = read_order(self.path / ORDER)
+        differing = found.differences(self.order) if found is not None else []
+        shared = (self.path / SHARED).exists()
         if found is None or differing or self._restart:
             if differing and shared and not self._restart:
                 raise self._other_work(differing)
@@ -173,15 +169,15 @@ class WorkFolder:
         """Work in the folder beside others."""
         refuse_other_output(self.output, self._overwrite)
         self.path.mkdir(exist_ok=True)
-        found = read_recipe(self.path / _RECIPE)
-        differing = found.differences(self.recipe) if found is not None else []
+        found = read_order(self.path / ORDER)
+        differing = found.differences(self.order) if found is not None else []
         if differing:
             raise self._other_work(differing)
         self._begin()
-        (self.path / _SHARED).touch()
-        # Of several that begin at once the last one's recipe stays.
-        found = read_recipe(self.path / _RECIPE)
-        if found is not None and (differing := found.differences(self.recipe)):
+        (self.path / SHARED).touch()
+        # Of several that begin at once the last one's order stays.
+        found = read_order(self.path / ORDER)
+        if found is not None and (differing := found.differences(self.order)):
             raise self._other_work(differing)
 
     def _other_work(self, differing: list[str]) -> OutputError:
@@ -193,11 +189,11 @@ class WorkFolder:
 
     def _begin(self) -> None:
         self._mine = True
-        for name in (_OUTPUT, _DONE, _PARTS):
-            if name != _OUTPUT or self._finishing() is None:
+        for name in (OUTPUT, DONE, PARTS):
+            if name != OUTPUT or self._finishing() is None:
                 (self.path / name).mkdir(exist_ok=True)
         self.own.mkdir()
-        replace_json(self.path / _RECIPE, self.own / _RECIPE, self.recipe.to_dict())
+        replace_json(self.path / ORDER, self.own / ORDER, self.order.to_dict())
 
     def _empty(self) -> None:
         for entry in list(self.path.iterdir()):
@@ -210,11 +206,11 @@ class WorkFolder:
         """Remove what a run left that is no finished file."""
         finishing = self._finishing()
         if finishing is not None:
-            os.rename(finishing, self.path / _OUTPUT)
+            os.rename(finishing, self.path / OUTPUT)
         for entry in self.path.iterdir():
-            if entry.name.startswith(_OWN) and entry != self.own:
+            if entry.name.startswith(OWN) and entry != self.own:
                 remove(entry)
-        self._clean(self.path / _OUTPUT)
+        self._clean(self.path / OUTPUT)
 
     def _clean(self, folder: Path) -> None:
         """Leave nothing but finished files in a folder."""
@@ -225,10 +221,10 @@ class WorkFolder:
                 entry.unlink()
 
     def _note_taken_up(self) -> None:
-        done = [name for name in self.recipe.files if self.note_of(name) is not None]
+        done = [name for name in self.order.files if self.note_of(name) is not None]
         if done:
             text = (
-                f"{len(done)} of {counted(len(self.recipe.files), 'file')} had been finished by "
+                f"{len(done)} of {counted(len(self.order.files), 'file')} had been finished by "
                 "an earlier run and are taken up. --restart makes them again."
             )
             self.notices.append(Notice("taken-up", text, str(self.output)))
@@ -249,9 +245,9 @@ class WorkFolder:
             if not self._shared and not isinstance(error, LoraToolError | OSError):
                 with suppress(OSError):
                     self._tidy()
-                    done = sum(self.note_of(name) is not None for name in self.recipe.files)
+                    done = sum(self.note_of(name) is not None for name in self.order.files)
             if done:
-                _LEFT.append((self.path, done, len(self.recipe.files)))
+                _LEFT.append((self.path, done, len(self.order.files)))
             elif not self._shared:
                 remove(self.path)
         if self._lock is not None:
@@ -266,14 +262,14 @@ class WorkFolder:
     # ------------------------------------------------------------------ one file after the other
 
     def note_of(self, name: str) -> dict[str, Any] | None:
-        """What was noted of a file of the recipe when it was finished; None if it is not."""
-        if name not in self.recipe.files:
+        """What was noted of a file of the order when it was finished; None if it is not."""
+        if name not in self.order.files:
             return None
-        return self._journal.note_of(name, (self.finished, self.path / _OUTPUT))
+        return self._journal.note_of(name, (self.finished, self.path / OUTPUT))
 
     def missing(self) -> list[str]:
-        """The files of the recipe that nobody has finished."""
-        return [name for name in self.recipe.files if self.note_of(name) is None]
+        """The files of the order that nobody has finished."""
+        return [name for name in self.order.files if self.note_of(name) is None]
 
     def publish(self, name: str, digest: str, note: Mapping[str, Any], *parts: str) -> None:
         """Let a file that is flushed in `own` be finished, and the `parts` that go with it."""
@@ -304,7 +300,7 @@ class WorkFolder:
     def _finishing(self) -> Path | None:
         with suppress(FileNotFoundError):
             for entry in self.path.iterdir():
-                if entry.name.startswith(_FINISHING):
+                if entry.name.startswith(FINISHING):
                     return entry
         return None
 
@@ -315,10 +311,10 @@ class WorkFolder:
 
         Raises Overtaken where another process has it; with `take_over` it is taken from that one.
         """
-        mine = self.path / f"{_FINISHING}{secrets.token_hex(8)}"
+        mine = self.path / f"{FINISHING}{secrets.token_hex(8)}"
         before = self._finishing() if take_over else None
         try:
-            os.rename(before or self.path / _OUTPUT, mine)
+            os.rename(before or self.path / OUTPUT, mine)
         except FileNotFoundError:
             raise Overtaken(
                 f"Another process is finishing {self.output}.",
@@ -330,7 +326,7 @@ class WorkFolder:
         except BaseException:
             if not self._placed:
                 with suppress(OSError):  # taken over
-                    os.rename(mine, self.path / _OUTPUT)
+                    os.rename(mine, self.path / OUTPUT)
             raise
 
     def commit(self, made: Path) -> list[Notice]:
@@ -342,44 +338,5 @@ class WorkFolder:
         with uninterrupted():
             old = change_places(made, self.output)
             self._placed = True
-            notices = settle(self.output, old)
-            remove(self.path)
-            return notices
-
-
-def finished_bytes(output: Path) -> int:
-    """Bytes that lie in the folder of an output, and need not be free when it is made: they are
-    taken up, or removed."""
-    path = work_of(output)
-    found = 0
-    for place in (*path.glob(f"{_FINISHING}*"), path / _OUTPUT, path / _PARTS):
-        with suppress(OSError):
-            found += sum(entry.stat().st_size for entry in place.iterdir())
-    return found
-
-
-def clear_abandoned_work(output: Path) -> None:
-    """Remove the work for an output that no run does any more, because another one begins.
-
-    Raises OutputError where a run does, or workers may.
-    """
-    path = work_of(output)
-    if not path.is_dir():
-        return
-    try:
-        lock = lock_folder(path)
-    except BlockingIOError:
-        raise another_run(output) from None
-    except OSError:
-        return
-    if lock is None:  # nobody can tell whether a run does
-        return
-    try:
-        if (path / _SHARED).exists():
-            raise OutputError(
-                f"Workers make {output}.",
-                f"Let them end, or choose another name. If none runs any more: remove {path}.",
-            )
-        remove(path)
-    finally:
-        os.close(lock)
+            flush_place(self.output, old)
+            return clean_up(self.output, *([old] if old else []), self.path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from loratool.errors import UsageError
 from loratool.storage.destination import Overwrite
 from loratool.streams.progress import Advance, Progress
-from loratool.streams.shares import Share
+from loratool.streams.shares import WorkShare
 
 _OMIT = "Omit --worker, or --dry-run."
 
@@ -28,7 +28,7 @@ class Run:
     dry_run: bool = False
     device: str = "cpu"
     restart: bool = False
-    share: Share | None = None
+    share: WorkShare | None = None
     cluster: str | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from loratool.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkShare:
     """What one of several workers makes: that of `number` (from 1) of `count`.
 
     The last of them completes the output, unless somebody else is there for that (`completes`).
@@ -38,7 +38,7 @@ class Share:
 
 
 #: The share of whoever only completes an output.
-NO_SHARE = Share(0, 1)
+NO_SHARE = WorkShare(0, 1)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class SharedOut:
         return dict(self.__dict__)
 
 
-def parse_share(text: str | Share | None) -> Share | None:
+def parse_share(text: str | WorkShare | None) -> WorkShare | None:
     """The share that "2/8" is. Raises UsageError for anything else."""
-    if text is None or isinstance(text, Share):
+    if text is None or isinstance(text, WorkShare):
         return text
     found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
@@ -71,7 +71,7 @@ def parse_share(text: str | Share | None) -> Share | None:
         if found is not None and found[1] == "0":
             hint += " Where tasks are numbered from 0, add 1: $((N + 1))/8."
         raise UsageError(f"There is no worker {text!r}.", hint)
-    return Share(int(found[1]), int(found[2]))
+    return WorkShare(int(found[1]), int(found[2]))
 
 
 def share(sizes: Mapping[str, int], number: int, count: int) -> list[str]:

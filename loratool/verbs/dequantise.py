@@ -19,7 +19,7 @@ from loratool.publishing.target import workplace
 from loratool.storage.destination import Overwrite, check_output
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.streams.shares import Share, SharedOut, parse_share
+from loratool.streams.shares import SharedOut, WorkShare, parse_share
 from loratool.verbs.inputs import check_paths
 from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
@@ -87,7 +87,7 @@ def dequantise(
     keep: bool = True,
     private: bool = False,
     restart: bool = False,
-    worker: str | Share | None = None,
+    worker: str | WorkShare | None = None,
     ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,

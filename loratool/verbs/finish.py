@@ -8,9 +8,9 @@ from typing import Any
 
 from loratool.errors import FileError, OutputError, explained_os_errors
 from loratool.storage.destination import Overwrite
-from loratool.storage.workfolder import recipe_for, work_of
+from loratool.storage.worksites import order_for, work_of
 from loratool.streams.progress import Progress
-from loratool.streams.shares import NO_SHARE, Share
+from loratool.streams.shares import NO_SHARE, WorkShare
 from loratool.verbs.dequantise import dequantise
 from loratool.verbs.extract import extract
 from loratool.verbs.making import recalled
@@ -50,19 +50,19 @@ def finish(
     return make_share(Path(output), NO_SHARE, threads=threads, progress=progress, **more)
 
 
-def make_share(output: Path, share: Share, **options: Any) -> Any:
-    """Make a share of an output as its recipe, which lies in its folder, says."""
-    recipe = recipe_for(output)
-    if recipe is None:
+def make_share(output: Path, share: WorkShare, **options: Any) -> Any:
+    """Make a share of an output as its order, which lies in its folder, says."""
+    order = order_for(output)
+    if order is None:
         raise OutputError(
             f"Nothing is being made for {output}: there is no {work_of(output).name} beside it.",
             "Give the output that the workers were told; run them first (--worker 1/N).",
         )
-    verb = _VERBS.get(recipe.command)
+    verb = _VERBS.get(order.command)
     if verb is None:
         raise FileError(
-            f"{work_of(output)}: it is of another loratool, which can {recipe.command}.",
+            f"{work_of(output)}: it is of another loratool, which can {order.command}.",
             "Use that version.",
         )
-    arguments = {**recalled(recipe.arguments), **options}
+    arguments = {**recalled(order.arguments), **options}
     return verb(output=output, worker=share, **arguments)

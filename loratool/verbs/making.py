@@ -11,7 +11,7 @@ from typing import Any
 from loratool.adapters.told import Told
 from loratool.errors import OutputError, UsageError, listed
 from loratool.notices import Notice
-from loratool.storage.journal import Recipe
+from loratool.storage.journal import WorkOrder
 from loratool.storage.workfolder import Overtaken, WorkFolder
 from loratool.streams.run import Run
 from loratool.streams.shares import NO_SHARE, SharedOut
@@ -62,17 +62,17 @@ def check_sharing(run: Run, push: str | None) -> None:
         )
 
 
-def work_folder(output: Path, recipe: Recipe, run: Run) -> WorkFolder:
+def work_folder(output: Path, order: WorkOrder, run: Run) -> WorkFolder:
     """The folder for the work on an output, as a run wants it."""
-    return WorkFolder(output, recipe, run.overwrite, run.restart, shared=run.share is not None)
+    return WorkFolder(output, order, run.overwrite, run.restart, shared=run.share is not None)
 
 
-def own_files(recipe: Recipe, run: Run) -> list[str]:
+def own_files(order: WorkOrder, run: Run) -> list[str]:
     """The files of an output that this process makes."""
-    return list(recipe.files) if run.share is None else run.share.of(recipe.files)
+    return list(order.files) if run.share is None else run.share.of(order.files)
 
 
-def complete(
+def complete_output(
     place: WorkFolder, run: Run, fill: Callable[[Path], Sequence[Notice]]
 ) -> tuple[SharedOut | None, list[Notice]]:
     """Complete an output and put it into its place, if all its files are finished.
@@ -85,11 +85,11 @@ def complete(
         with place.finishing() as folder:
             notices = [*fill(folder), *place.commit(folder)]
         return None, notices
-    made = [] if share is NO_SHARE else share.of(place.recipe.files)
+    made = [] if share is NO_SHARE else share.of(place.order.files)
     if missing and share is NO_SHARE:
         raise OutputError(
             f"{place.output}: {counted(len(missing), 'file', 'is')} not finished, of "
-            f"{len(place.recipe.files)}:\n{listed(missing)}",
+            f"{len(place.order.files)}:\n{listed(missing)}",
             "Run the workers again that make them, with the same number of workers or another one; "
             "what is finished is not made twice.",
         )

@@ -25,7 +25,7 @@ from loratool.storage.destination import (
 )
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.streams.shares import Share, parse_share
+from loratool.streams.shares import WorkShare, parse_share
 from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights, told_of
 from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
@@ -58,7 +58,7 @@ def merge(
     keep: bool = True,
     private: bool = False,
     restart: bool = False,
-    worker: str | Share | None = None,
+    worker: str | WorkShare | None = None,
     ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,

@@ -30,14 +30,15 @@ from loratool.notices import Notice
 from loratool.publishing.target import merge_target
 from loratool.storage.destination import free_bytes, refuse_company, refuse_full_disk
 from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
-from loratool.storage.journal import Recipe, as_json
+from loratool.storage.journal import WorkOrder, as_json
 from loratool.storage.jsonfile import write_json
 from loratool.storage.staging import PassingDirectory
-from loratool.storage.workfolder import WorkFolder, finished_bytes
+from loratool.storage.workfolder import WorkFolder
+from loratool.storage.worksites import finished_bytes
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut
 from loratool.streams.threads import cores
-from loratool.verbs.making import complete, own_files, recordable, work_folder
+from loratool.verbs.making import complete_output, own_files, recordable, work_folder
 
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
@@ -98,7 +99,7 @@ def write_planned(
     if run.share is not None and _is_made(plan, command, target):
         report.share = SharedOut(str(run.share), [], [], complete=True, before=True)
         return report
-    recipe = Recipe(
+    order = WorkOrder(
         command, recordable(arguments), {**ingredients(plan), "reversible": options.reversible},
         {shard.name: shard.nbytes for shard in plan.outputs},
     )  # fmt: skip
@@ -110,7 +111,7 @@ def write_planned(
         )  # before anything large is downloaded: may it be written to?
         report.private = repository.private
     side_files.fetch()
-    making = _Making(plan, target, side_files, report, run, repository, options, recipe)
+    making = _Making(plan, target, side_files, report, run, repository, options, order)
     if options.keep:
         making.fetch()
     making.make()
@@ -128,12 +129,12 @@ class _Making:
     run: Run
     repository: Repository | None
     options: MergeOptions
-    recipe: Recipe
+    order: WorkOrder
 
     @property
     def outputs(self) -> list[OutputShard]:
         """The shards that this process makes."""
-        return [o for o in self.plan.outputs if o.name in own_files(self.recipe, self.run)]
+        return [o for o in self.plan.outputs if o.name in own_files(self.order, self.run)]
 
     def fetch(self) -> None:
         """Download what of the base is not here and is needed."""
@@ -154,7 +155,7 @@ class _Making:
                 shipment.settle()
                 self._ship(shipment, place.path)
             return
-        with work_folder(self.target, self.recipe, self.run) as work:
+        with work_folder(self.target, self.order, self.run) as work:
             self.report.warnings += work.notices
             shipment, _ = self._shards(work)
             if shipment is not None:
@@ -167,7 +168,7 @@ class _Making:
                 self._fill(folder, work.parts, written)
                 return []
 
-            self.report.share, notices = complete(work, self.run, fill)
+            self.report.share, notices = complete_output(work, self.run, fill)
             self.report.warnings += notices
             if shipment is not None:
                 self._ship(shipment, work.output)
@@ -212,7 +213,7 @@ class _Making:
         result: dict[str, Any] = {"subnormal": report.subnormal, "zeroed": report.zeroed}
         if report.kept_of_delta is not None:
             result["kept_of_delta"] = report.kept_of_delta.to_dict()
-        record = describe(plan, self.recipe.command, written.shards, result, held_by(plan.base))
+        record = describe(plan, self.order.command, written.shards, result, held_by(plan.base))
         if report.reversible:
             from loratool.merging.undo.assembling import assemble
 

@@ -23,7 +23,7 @@ from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
 from loratool.merging.undo.predicted import Predicted, predicted_jobs
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
-from loratool.merging.written import Place
+from loratool.merging.written import ShardPlace
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import Hasher, shortened
 from loratool.storage.header import build_header
@@ -40,7 +40,7 @@ def restore(
     merged: Checkpoint,
     undo: Undo,
     shards: Sequence[BaseShard],
-    place: Place,
+    place: ShardPlace,
     run: Run,
 ) -> None:
     """Write these shards of the base, but for those that are finished.

@@ -122,11 +122,11 @@ main(arguments)
 #: The calls by which an output gets into its place, in their order: names, and which of several.
 MOMENTS = [
     ("lock_folder", 1), ("replace_json", 1), ("os.replace", 1), ("os.replace", 2),
-    ("os.replace", 3), ("os.rename", 1), ("sync", 1), ("sync", 3), ("exchange", 1), ("settle", 1),
-    ("remove", 1),
+    ("os.replace", 3), ("os.rename", 1), ("sync", 1), ("sync", 3), ("exchange", 1),
+    ("flush_place", 1), ("remove", 1),
 ]  # fmt: skip
 #: Those of a system that cannot exchange two folders.
-TWO_STEPS = [("os.rename", 2), ("os.rename", 3), ("settle", 1), ("remove", 1)]
+TWO_STEPS = [("os.rename", 2), ("os.rename", 3), ("flush_place", 1), ("remove", 1)]
 
 
 def run_signalled(

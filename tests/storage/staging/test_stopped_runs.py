@@ -90,7 +90,7 @@ def test_an_interrupted_run_leaves_finished_files_alone(tmp_path: Path, phase: s
         assert not output.exists()
         names = sorted(path.name for path in work_of(output))
         shards = sorted(path.name for path in base.glob("*.safetensors"))
-        assert names == sorted(["recipe.json", *shards, *(f"{shard}.json" for shard in shards)])
+        assert names == sorted(["order.json", *shards, *(f"{shard}.json" for shard in shards)])
 
 
 @pytest.mark.process

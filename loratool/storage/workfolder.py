@@ -242,7 +242,8 @@ class WorkFolder:
             remove(self.own)
             # What is wrong with inputs stays wrong, and a full disk gets its space back; what else
             # ended the run, a signal above all, may not end the next one.
-            if not self._shared and not isinstance(error, LoraToolError | OSError):
+            known = isinstance(error, LoraToolError) and not error.keeps_work
+            if not self._shared and not known and not isinstance(error, OSError):
                 with suppress(OSError):
                     self._tidy()
                     done = sum(self.note_of(name) is not None for name in self.order.files)

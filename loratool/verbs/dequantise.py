@@ -134,7 +134,7 @@ def dequantise(
     dtype, notices = options.dtype_for(model)
     plan = build_plan(model, [], [], dtype, quantised=AS_IT_WAS_TRAINED)
     plan.notices += notices
-    made = write_planned(plan, target, options, run, arguments, "dequantise")
+    made = write_planned(plan, target, options, run, arguments, dequantise)
     own = {field.name for field in fields(DequantiseReport)} & made.__dict__.keys()
     return DequantiseReport(
         formats=model.title,

@@ -10,10 +10,10 @@ from loratool.errors import FileError, OutputError, explained_os_errors
 from loratool.storage.destination import Overwrite
 from loratool.storage.worksites import order_for, work_of
 from loratool.streams.progress import Progress
-from loratool.streams.shares import NO_SHARE, WorkShare
+from loratool.streams.shares import NO_SHARE
 from loratool.verbs.dequantise import dequantise
 from loratool.verbs.extract import extract
-from loratool.verbs.making import recalled
+from loratool.verbs.making import make_share
 from loratool.verbs.merge import merge
 from loratool.verbs.unmerge import unmerge
 
@@ -46,12 +46,7 @@ def finish(
     OutputError: no worker has made anything for this output, or not all files are finished; the
     message names them. All that the command itself raises.
     """
-    more = {} if overwrite is None else {"overwrite": overwrite}
-    return make_share(Path(output), NO_SHARE, threads=threads, progress=progress, **more)
-
-
-def make_share(output: Path, share: WorkShare, **options: Any) -> Any:
-    """Make a share of an output as its order, which lies in its folder, says."""
+    output = Path(output)
     order = order_for(output)
     if order is None:
         raise OutputError(
@@ -64,5 +59,5 @@ def make_share(output: Path, share: WorkShare, **options: Any) -> Any:
             f"{work_of(output)}: it is of another loratool, which can {order.command}.",
             "Use that version.",
         )
-    arguments = {**recalled(order.arguments), **options}
-    return verb(output=output, worker=share, **arguments)
+    more = {} if overwrite is None else {"overwrite": overwrite}
+    return make_share(verb, output, NO_SHARE, threads=threads, progress=progress, **more)

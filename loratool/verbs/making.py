@@ -10,11 +10,14 @@ from typing import Any
 
 from loratool.adapters.told import Told
 from loratool.errors import OutputError, UsageError, listed
+from loratool.merging.plan import Plan
 from loratool.notices import Notice
 from loratool.storage.journal import WorkOrder
 from loratool.storage.workfolder import Overtaken, WorkFolder
+from loratool.storage.worksites import order_for
+from loratool.streams.cluster import Call, Cluster
 from loratool.streams.run import Run
-from loratool.streams.shares import NO_SHARE, SharedOut
+from loratool.streams.shares import NO_SHARE, SharedOut, WorkShare
 from loratool.words import counted
 
 
@@ -65,6 +68,44 @@ def check_sharing(run: Run, push: str | None) -> None:
 def work_folder(output: Path, order: WorkOrder, run: Run) -> WorkFolder:
     """The folder for the work on an output, as a run wants it."""
     return WorkFolder(output, order, run.overwrite, run.restart, shared=run.share is not None)
+
+
+def make_share(verb: Callable[..., Any], output: Path, share: WorkShare, **options: Any) -> Any:
+    """Let the function of a verb make a share of an output, as the order in its folder says."""
+    order = order_for(output)
+    if order is None:
+        raise Overtaken(f"Nothing is made for {output} any more.", "Look whether it is complete.")
+    return verb(output=output, worker=share, **{**recalled(order.arguments), **options})
+
+
+def memory_of(plan: Plan) -> int:
+    """Bytes that a process takes at most that makes one shard: what Python, torch and the blocks
+    take, as measured (docs/performance.md), and all factors of the tensors that it has in work."""
+    return 800_000_000 + 4 * max((adapter.nbytes for adapter in plan.inputs), default=0)
+
+
+def make_in_cluster(work: WorkFolder, run: Run, verb: Callable[..., Any], memory: int) -> None:
+    """Let the tasks of a cluster make the files of an output that are missing, each its own.
+
+    `memory` are the bytes that one task takes at most.
+    """
+    files = work.order.files
+    missing = work.missing()
+    advance = run.counted(sum(files.values()))
+    for name in files.keys() - set(missing):
+        advance(files[name], name)
+    with Cluster(run.cluster or "", run.threads) as cluster:
+        threads = cluster.threads()
+        calls = [
+            Call(name, (verb, work.output, WorkShare(1, 1, False, (name,)), threads), memory)
+            for name in missing
+        ]
+        for name, _ in cluster.results(_make_one, calls):
+            advance(files[name], name)
+
+
+def _make_one(verb: Callable[..., Any], output: Path, share: WorkShare, threads: int) -> None:
+    make_share(verb, output, share, threads=threads)
 
 
 def own_files(order: WorkOrder, run: Run) -> list[str]:

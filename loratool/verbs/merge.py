@@ -144,7 +144,7 @@ def merge(
         "replicate_layers": replicate_layers, "quantised": quantised, "trained_here": trained_here,
         "force": force,
     }  # fmt: skip
-    report = write_planned(plan, target, options, run, arguments)
+    report = write_planned(plan, target, options, run, arguments, merge)
     report.seconds = time.perf_counter() - started
     return report
 

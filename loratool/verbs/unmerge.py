@@ -124,7 +124,7 @@ def unmerge(
     known = loras, factors or [1.0] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
-    request = Request(checkpoint, record or {}, *known, target, run, arguments)
+    request = Request(checkpoint, record or {}, *known, target, run, unmerge, arguments)
     if undo is not None:
         report = restore_base(request, undo, base, dtype)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ from loratool.storage.journal import WorkOrder
 from loratool.storage.jsonfile import write_json
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut
-from loratool.verbs.making import complete_output, own_files, recordable, work_folder
+from loratool.verbs.making import (
+    complete_output,
+    make_in_cluster,
+    memory_of,
+    own_files,
+    recordable,
+    work_folder,
+)
 
 
 @dataclass
@@ -91,11 +99,12 @@ class Request:
     remaining: list[Merged]
     target: Path
     run: Run
-    #: As `unmerge` was called.
+    #: How it was asked for.
+    verb: Callable[..., Any]
     arguments: dict[str, Any]
 
     def order(self, made_of: dict[str, Any], files: dict[str, int]) -> WorkOrder:
-        return WorkOrder("unmerge", recordable(self.arguments), made_of, files)
+        return WorkOrder(self.verb.__name__, recordable(self.arguments), made_of, files)
 
 
 # --------------------------------------------------------------------------- with the undo file
@@ -166,8 +175,11 @@ def restore_base(
     )
     with work_folder(request.target, order, run) as work:
         report.warnings += work.notices
-        own = [shard for shard in undo.shards if shard.file in own_files(order, run)]
-        restore(plan, merged, undo, own, work, run)
+        if run.cluster is not None:
+            make_in_cluster(work, run, request.verb, memory_of(plan))
+        else:
+            own = [shard for shard in undo.shards if shard.file in own_files(order, run)]
+            restore(plan, merged, undo, own, work, run)
         report.share, notices = complete_output(work, run, fill)
         report.warnings += notices
     return report
@@ -234,8 +246,11 @@ def subtract_deltas(request: Request, base: str | Path | None, dtype: str | None
     order = request.order({**ingredients(plan), **originals}, sizes)
     with work_folder(request.target, order, run) as work:
         report.warnings += work.notices
-        own = own_files(order, run)
-        execute([shard for shard in plan.outputs if shard.name in own], work, run)
+        if run.cluster is not None:
+            make_in_cluster(work, run, request.verb, memory_of(plan))
+        else:
+            own = own_files(order, run)
+            execute([shard for shard in plan.outputs if shard.name in own], work, run)
         report.share, notices = complete_output(work, run, fill)
         report.warnings += notices
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,14 @@ from loratool.storage.worksites import finished_bytes
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut
 from loratool.streams.threads import cores
-from loratool.verbs.making import complete_output, own_files, recordable, work_folder
+from loratool.verbs.making import (
+    complete_output,
+    make_in_cluster,
+    memory_of,
+    own_files,
+    recordable,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
@@ -51,11 +58,12 @@ def write_planned(
     options: MergeOptions,
     run: Run,
     arguments: Mapping[str, Any],
-    command: str = "merge",
+    verb: Callable[..., Any],
 ) -> MergeReport:
     """Write the model that a plan makes to `target` and where `options` says; in a dry run, say
-    what that would take. `command` is what loratool.json calls it, `arguments` are those of the
-    library's function of that name."""
+    what that would take. `verb` is the library's function that does it, and `arguments` are those
+    that it was called with."""
+    command = verb.__name__
     repository = None
     if options.push is not None:
         repository = merge_target(plan, options.push, options.private, run.overwrite, run.dry_run)
@@ -111,7 +119,7 @@ def write_planned(
         )  # before anything large is downloaded: may it be written to?
         report.private = repository.private
     side_files.fetch()
-    making = _Making(plan, target, side_files, report, run, repository, options, order)
+    making = _Making(plan, target, side_files, report, run, repository, options, order, verb)
     if options.keep:
         making.fetch()
     making.make()
@@ -130,6 +138,7 @@ class _Making:
     repository: Repository | None
     options: MergeOptions
     order: WorkOrder
+    verb: Callable[..., Any]
 
     @property
     def outputs(self) -> list[OutputShard]:
@@ -139,7 +148,9 @@ class _Making:
     def fetch(self) -> None:
         """Download what of the base is not here and is needed."""
         base, needed = self.plan.base, self.report.bytes_needed
-        if self.run.share is None and self.run.cluster is None:
+        if self.run.cluster is not None:
+            return  # each task has what it needs on its own node
+        if self.run.share is None:
             base.fetch()
         else:
             base.folder.fetch(self.plan.files_for(self.outputs))
@@ -157,7 +168,11 @@ class _Making:
             return
         with work_folder(self.target, self.order, self.run) as work:
             self.report.warnings += work.notices
-            shipment, _ = self._shards(work)
+            shipment = None
+            if self.run.cluster is not None:
+                make_in_cluster(work, self.run, self.verb, memory_of(self.plan))
+            else:
+                shipment, _ = self._shards(work)
             if shipment is not None:
                 shipment.settle()
 

@@ -155,6 +155,10 @@ no_keep_option = _shared(
     "--no-keep", is_flag=True,
     help="With --push: remove each shard here once it is there; no OUT then.",
 )  # fmt: skip
+restart_option = _shared(
+    "--restart", is_flag=True,
+    help="Make again what an earlier, killed run had finished; it is taken up else.",
+)  # fmt: skip
 
 
 def split_options() -> Decorator:
@@ -162,10 +166,7 @@ def split_options() -> Decorator:
 
     def option(command: Any) -> Any:
         for one in reversed((
-            click.option(
-                "--restart", is_flag=True,
-                help="Make again what an earlier, killed run had finished; it is taken up else.",
-            ),
+            restart_option(),
             click.option(
                 "--worker", metavar="I/N",
                 help="Make the I-th of N shares only, side by side with the other workers; the "

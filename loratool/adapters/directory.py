@@ -5,6 +5,7 @@ What combine, resize and extract have in common; in which dialect, `dialects.WRI
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own
 from loratool.storage.staging import StagedDirectory
+from loratool.streams.results import ResultLog
+
+#: The folder in the output's own for results that nobody else shall find.
+_RESULTS = "results.partial"
 
 
 class AdapterDirectory:
@@ -67,11 +72,24 @@ class AdapterDirectory:
 
 @contextmanager
 def adapter_directory(
-    output: Path, dtype: str, metadata: dict[str, str], overwrite: Overwrite
+    output: Path,
+    dtype: str,
+    metadata: dict[str, str],
+    overwrite: Overwrite,
+    results: Path | None = None,
 ) -> Iterator[AdapterDirectory]:
-    """Make `output`; it is put in its place when the block ends without an error."""
+    """Make `output`; it is put in its place when the block ends without an error.
+
+    `results` is the folder of a log that outlives this run, for the factors; None is for one that
+    does not.
+    """
     with StagedDirectory(output, overwrite) as stage:
-        with AdapterWriter(stage.path, dtype, metadata) as writer:
-            made = AdapterDirectory(stage.path, output, writer)
+        own = stage.path / _RESULTS
+        with ResultLog(results or own) as log:
+            made = AdapterDirectory(
+                stage.path, output, AdapterWriter(stage.path, dtype, metadata, log)
+            )
             yield made
+        if own.exists():
+            shutil.rmtree(own)
         made.notices += stage.commit()

@@ -30,7 +30,9 @@ from loratool.notices import Notice
 from loratool.storage.hashing import file_sha256
 from loratool.storage.links import refuse_leading_out
 from loratool.storage.values import raw_blocks
+from loratool.streams.results import ResultLog
 from loratool.streams.run import Run
+from loratool.streams.shares import share
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)
@@ -68,12 +70,17 @@ def write(
     *,
     base_name: str | None,
     verify: bool,
+    results: Path | None = None,
 ) -> Outcome:
-    """Decompose everything and write the adapter to `output`, all or nothing."""
+    """Decompose everything and write the adapter to `output`, all or nothing.
+
+    What `results`, the folder of a log, has already is not computed again, and what is computed
+    goes there. None is for a log that goes with this run.
+    """
     beside = _new_tokenizer(base, tuned)
-    with adapter_directory(output, work.dtype, _METADATA, run.overwrite) as folder:
-        others = work.measure(part for part in pairs.found if part.fate != "factors")
-        parts = [part for part in pairs.found if part.fate == "factors"]
+    with adapter_directory(output, work.dtype, _METADATA, run.overwrite, results) as folder:
+        parts, rest = _by_way(pairs.found)
+        others = work.measure(rest, folder.writer.log)
         policy = choosing(options, others, pairs, work.dtype)
         factors, ranks = work.decompose(parts, policy, folder.writer)
         outcome = gather(pairs, [*others, *factors])
@@ -103,6 +110,35 @@ def write(
         folder.write_record(_record(base, tuned, outcome, options))
     outcome.notices += folder.notices
     return outcome
+
+
+def share_of(pairs: Counterparts, number: int, count: int) -> list[Counterpart]:
+    """The parts that worker `number` (from 1) of `count` reads before `write` is called."""
+    mine = set()
+    for parts in _by_way(pairs.found):  # to read costs less than to take apart
+        mine.update(share({part.name: part.nbytes for part in parts}, number, count))
+    return [part for part in pairs.found if part.name in mine]
+
+
+def begin_share(
+    parts: Sequence[Counterpart],
+    pairs: Counterparts,
+    work: Extraction,
+    options: ExtractOptions,
+    log: ResultLog,
+) -> None:
+    """Put into `log` what `write` will want to know of these parts first."""
+    policy = choosing(options, [], pairs, work.dtype)
+    criterion = policy.first(_by_way(pairs.found)[0])
+    adapted, others = _by_way(parts)
+    work.measure(others, log)
+    work.begin(adapted, criterion, log)
+    log.flush()
+
+
+def _by_way(parts: Sequence[Counterpart]) -> tuple[list[Counterpart], list[Counterpart]]:
+    """Those that get factors, and those that are only compared."""
+    return [p for p in parts if p.fate == "factors"], [p for p in parts if p.fate != "factors"]
 
 
 def choosing(

@@ -148,7 +148,7 @@ def extract(
                 pairs.notices += notices
             held = write(
                 before, after, pairs, work, target, options, run,
-                base_name=base_name, verify=verify,
+                base_name=base_name, verify=verify, results=None,
             )  # fmt: skip
     report = report_of(before, after, held, target, dtype, dry_run, not patterns)
     report.proposals = proposals

@@ -5,6 +5,7 @@ What combine, resize and extract have in common; in which dialect, `dialects.WRI
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from loratool.storage.hashing import file_sha256
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own
 from loratool.storage.staging import StagedDirectory
+from loratool.streams.results import ResultLog
+
+#: The folder in the output's own for results that nobody else shall find.
+_RESULTS = "results.partial"
 
 
 class AdapterDirectory:
@@ -71,7 +76,18 @@ def adapter_directory(
 ) -> Iterator[AdapterDirectory]:
     """Make `output`; it is put in its place when the block ends without an error."""
     with StagedDirectory(output, overwrite) as stage:
-        with AdapterWriter(stage.path, dtype, metadata) as writer:
-            made = AdapterDirectory(stage.path, output, writer)
+        own = stage.path / _RESULTS
+        with ResultLog(own) as log:
+            made = adapter_in(stage.path, output, dtype, metadata, log)
             yield made
+        if own.exists():
+            shutil.rmtree(own)
         made.notices += stage.commit()
+
+
+def adapter_in(
+    folder: Path, output: Path, dtype: str, metadata: dict[str, str], log: ResultLog
+) -> AdapterDirectory:
+    """An adapter that is made in `folder`, of factors that are in `log` or come there; whoever has
+    the folder puts it into the output's place."""
+    return AdapterDirectory(folder, output, AdapterWriter(folder, dtype, metadata, log))

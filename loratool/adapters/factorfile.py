@@ -1,14 +1,11 @@
 """The weights of an adapter that is written, adapter_model.safetensors.
 
 Ranks may be known only when the last module has been computed, and the header of a safetensors file
-comes first. So factors are kept in a scratch file in the output's own folder until then; memory
-holds one module.
+comes first. So factors are kept in a log of results until then; memory holds one module.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,11 +27,10 @@ from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_MODEL
 from loratool.storage.header import build_header
 from loratool.storage.shardfile import ShardWriter
-from loratool.storage.system import read_at
 from loratool.storage.tensors import Bytes, as_bytes, as_float32
+from loratool.streams.results import Piece, ResultLog
 from loratool.streams.threads import computed
 
-_SCRATCH = "factors.partial"
 _UNSIGNED: dict[int, Any] = {2: np.uint16, 4: np.uint32}
 
 
@@ -50,11 +46,11 @@ class Extra:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Where the factors of a module lie in the scratch file, `rank` columns and rows of them."""
+    """Where the factors of a module lie, `rank` columns and rows of them."""
 
     outline: ModuleShape
     rank: int
-    start: int
+    data: Piece
 
 
 def checked_bytes(name: str, values: npt.NDArray[Any], dtype: str) -> Bytes:
@@ -96,35 +92,27 @@ def file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dic
 
 
 class AdapterWriter:
-    """Takes the factors of one module after the other, then writes the file. Use with `with`."""
+    """Takes the factors of one module after the other, then writes the file.
 
-    def __init__(self, folder: Path, dtype: str, metadata: dict[str, str]) -> None:
+    The factors lie in `log`, where somebody may have put them before this run.
+    """
+
+    def __init__(self, folder: Path, dtype: str, metadata: dict[str, str], log: ResultLog) -> None:
         self._folder = folder
+        self.log = log
         self.dtype = dtype
         self.metadata = metadata
         self._kept: dict[str, _Kept] = {}
-        self._position = 0
-
-    def __enter__(self) -> AdapterWriter:
-        self._scratch = io.FileIO(self._folder / _SCRATCH, "x+")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        self._scratch.close()
-        (self._folder / _SCRATCH).unlink(missing_ok=True)
 
     def add(self, outline: ModuleShape, rank: int, data: Bytes) -> None:
-        """Keep the `factor_bytes` of a module; a second time replaces the first."""
+        """Put the `factor_bytes` of a module into the log, and take them from there."""
+        self.take(outline, rank, self.log.put(outline.path, {}, [data]).pieces[0])
+
+    def take(self, outline: ModuleShape, rank: int, data: Piece) -> None:
+        """The `factor_bytes` of a module are these; a second time replaces the first."""
         if data.nbytes != rank * sum(outline.shape) * DTYPE_BITS[self.dtype] // 8:
             raise ValueError(f"{outline.path}: {data.nbytes} bytes are not factors of rank {rank}")
-        self._kept[outline.path] = _Kept(outline, rank, self._position)
-        self._position += data.nbytes
-        rest = data.data
-        while rest:
-            rest = rest[self._scratch.write(rest) :]
+        self._kept[outline.path] = _Kept(outline, rank, data)
 
     def finish(
         self,
@@ -133,8 +121,7 @@ class AdapterWriter:
         extras: Sequence[Extra],
         threads: int | None,
     ) -> None:
-        """Write the file, each module with its rank: cut, or filled up with zeros. Nothing can be
-        added afterwards, and the scratch file is gone."""
+        """Write the file, each module with its rank: cut, or filled up with zeros."""
         producers: list[Callable[[], Bytes]] = [
             partial(
                 self._stacked if outline.kind == "experts" else self._alone, outline, half, rank
@@ -152,7 +139,6 @@ class AdapterWriter:
                 position += data.nbytes
         finally:
             file.close()
-        self._close()
 
     def _alone(self, outline: ModuleShape, half: str, rank: int) -> Bytes:
         """The bytes of one factor at this rank, in the layout of PEFT."""
@@ -178,13 +164,8 @@ class AdapterWriter:
         size = DTYPE_BITS[self.dtype] // 8
         length, start = (width, 0) if half == "A" else (out, kept.rank * width)
         rows = np.zeros((rank, length * size), np.uint8)
-        target = rows[: kept.rank].data.cast("B") if kept.rank else memoryview(b"")
-        position = kept.start + start * size
-        while target:
-            count = read_at(self._scratch.fileno(), target, position)
-            if not count:
-                raise OSError(errno.EIO, "the scratch file is shorter than what was written")
-            target, position = target[count:], position + count
+        if kept.rank and rank:
+            kept.data.read_into(rows[: kept.rank].data.cast("B"), start * size)
         return rows.view(_UNSIGNED[size])
 
 

@@ -20,6 +20,7 @@ from loratool.cli.options import (
     rank_option,
     seed_option,
     spectrum_option,
+    split_options,
     threads_option,
     uniform_option,
 )
@@ -70,6 +71,7 @@ from loratool.storage.destination import Overwrite
     "--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."
 )
 @overwrite_option()
+@split_options()
 @dry_run_option("Measure how much changed; decompose nothing.")
 @spectrum_option()
 @full_option()
@@ -98,6 +100,9 @@ def extract_command(
     verify: bool,
     device: str,
     overwrite: Overwrite,
+    restart: bool,
+    worker: str | None,
+    ray: str | None,
     dry_run: bool,
     spectrum: bool,
     full: bool,
@@ -135,7 +140,7 @@ def extract_command(
             uniform=uniform, patterns=patterns, include=include, exclude=exclude, skip=skip,
             save=save, keep_noise=keep_noise, dtype=dtype, base_name=base_name, exact=exact,
             seed=seed, verify=verify, device=device, overwrite=overwrite, dry_run=dry_run,
-            threads=threads, progress=progress,
+            restart=restart, worker=worker, ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         document = report.to_dict()

@@ -178,8 +178,9 @@ def _left() -> str:
 
     for folder, done, count in left_work():
         where = printable(str(folder))
+        finished = f"{done} of {counted(count, 'file')} are" if count else "a part is"
         return (
-            f"{done} of {counted(count, 'file')} are finished and wait in {where}; "
+            f"{finished} finished and wait{'' if count else 's'} in {where}; "
             "the same command goes on (or remove that folder)"
         )
     return ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +47,21 @@ class Decomposed:
         """`cut` and `least` for the first `rank` of the factors."""
         more = float((self.values[rank:] ** 2).sum())
         return self.cut + more, self.least + more
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it but the part, as JSON can hold it without rounding."""
+        return {
+            "size": asdict(self.size), "values": self.values.tolist(),
+            "following": self.following.tolist(), "cut": self.cut, "least": self.least,
+            "rounding": self.rounding, "passes": self.passes, "noise": self.noise,
+        }  # fmt: skip
+
+    @classmethod
+    def of(cls, part: Counterpart, facts: dict[str, Any]) -> Decomposed:
+        """What these `facts` were made of."""
+        arrays = {name: np.array(facts[name], np.float64) for name in ("values", "following")}
+        return cls(part, **{**facts, **arrays, "size": Size(**facts["size"])})
 
 
 def joined_stacks(found: Iterable[Decomposed]) -> list[Decomposed]:

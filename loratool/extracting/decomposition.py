@@ -3,15 +3,19 @@
 Modules are worked on by several threads, the largest first. Where the ranks depend on one another
 (a budget for the file, one rank for all), modules that turn out to need more than was computed are
 done again with a higher rank.
+
+Each result goes into a log as soon as it is there, and what is in the log is not computed again, be
+it from a run that was stopped or from another process.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,21 +23,22 @@ import torch
 from loratool.adapters.factorfile import AdapterWriter, factor_bytes, rounding_loss
 from loratool.errors import UsageError, ValueRangeError
 from loratool.extracting.counterparts import Counterpart
-from loratool.extracting.decomposed import NOTHING, Decomposed, by_unit
+from loratool.extracting.decomposed import NOTHING, Decomposed
 from loratool.extracting.difference import Difference, Size
 from loratool.extracting.policy import Policy
 from loratool.linalg.lowrank import NEGLIGIBLE, Float64
-from loratool.linalg.ranks import LARGEST_RANK, Criterion
+from loratool.linalg.ranks import Criterion
 from loratool.linalg.truncation import truncated
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.storage.values import count_not_finite, same_values
+from loratool.streams.results import Piece, ResultLog
 from loratool.streams.workers import Workers
 
 #: The rank to begin with where none is asked for.
 _FIRST = 32
 
-#: The lowest rank that is computed for a budget, of which it may take less.
-_LEAST = 8
+#: The two things that are computed of a part, in the keys of a log.
+_SIZE, _FACTORS = "size", "factors"
 
 
 @dataclass
@@ -54,9 +59,13 @@ class Extraction:
     advance: Callable[[int, str], None]
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def measure(self, parts: Iterable[Counterpart]) -> list[Decomposed]:
+    def measure(
+        self, parts: Iterable[Counterpart], log: ResultLog | None = None
+    ) -> list[Decomposed]:
         """Only how much each of them changed."""
-        calls = (partial(self._measured, part) for part in _largest_first(parts))
+        if log is not None:
+            log.refresh()
+        calls = (partial(self._size, part, log) for part in _largest_first(parts))
         measured = []
         with self._stopping():
             for found in self.workers.in_order(calls):
@@ -64,16 +73,17 @@ class Extraction:
                 self.advance(found.part.nbytes, found.part.name)
         return measured
 
+    def begin(self, parts: Iterable[Counterpart], criterion: Criterion, log: ResultLog) -> None:
+        """Factors by a policy's first criterion for some of its parts: `decompose` finds them."""
+        for _ in self._factors_of([(part, criterion) for part in parts], log, self.advance):
+            pass
+
     def decompose(
         self, parts: Sequence[Counterpart], policy: Policy, writer: AdapterWriter
     ) -> tuple[list[Decomposed], dict[str, int]]:
         """Factors for all parts that changed, put into `writer`; and by unit the rank each is to
         have."""
-        criterion = policy.criterion
-        if policy.budget is not None:
-            guess = policy.budget // max(1, sum(policy.cost(part) for part in by_unit(parts)))
-            guess = max(guess if policy.uniform else 2 * guess, _LEAST)
-            criterion = Criterion(rank=min(guess, criterion.max_rank or LARGEST_RANK))
+        criterion = policy.first(parts)
         found = self._pass([(part, criterion) for part in parts], writer, self.advance)
         while True:
             alive = [f for f in found if f.changed]
@@ -103,20 +113,66 @@ class Extraction:
         writer: AdapterWriter,
         advance: Callable[[int, str], None],
     ) -> list[Decomposed]:
+        done = {}
+        for found, data in self._factors_of(work, writer.log, advance):
+            outlines = found.part.outlines if found.changed else []
+            for outline, own in zip(outlines, data, strict=True):
+                writer.take(outline, len(found.values), own)
+            done[found.part.name] = found
+        return [done[part.name] for part, _ in work]
+
+    def _factors_of(
+        self,
+        work: Sequence[tuple[Counterpart, Criterion]],
+        log: ResultLog,
+        advance: Callable[[int, str], None],
+    ) -> Iterator[tuple[Decomposed, tuple[Piece, ...]]]:
+        """Each of these as soon as its factors are in the log."""
+        log.refresh()
         criteria = {part.name: criterion for part, criterion in work}
         calls = (
-            partial(self._decomposed, part, criteria[part.name])
+            partial(self._logged, _FACTORS, part, criteria[part.name], log)
             for part in _largest_first(part for part, _ in work)
         )
-        done = {}
         with self._stopping():
             for found, data in self.workers.in_order(calls):
-                outlines = found.part.outlines if found.changed else []
-                for outline, own in zip(outlines, data, strict=True):
-                    writer.add(outline, len(found.values), own)
-                done[found.part.name] = found
+                yield found, data
                 advance(found.part.nbytes, found.part.name)
-        return [done[part.name] for part, _ in work]
+
+    def _size(self, part: Counterpart, log: ResultLog | None) -> Decomposed:
+        return self._measured(part) if log is None else self._logged(_SIZE, part, None, log)[0]
+
+    def _logged(
+        self, step: str, part: Counterpart, criterion: Criterion | None, log: ResultLog
+    ) -> tuple[Decomposed, tuple[Piece, ...]]:
+        """What is in the log of this step, or is computed now and put there."""
+        key = self._key(step, part, criterion)
+        known = log.get(key)
+        if known is not None:
+            return Decomposed.of(part, known.facts), known.pieces
+        data: list[Bytes] = []
+        if criterion is None:
+            found = self._measured(part)
+        else:
+            found, data = self._decomposed(part, criterion)
+        return found, log.put(key, found.facts, data).pieces
+
+    def knows(self, part: Counterpart, criterion: Criterion | None, log: ResultLog) -> bool:
+        """Whether the log has the factors of a part by this criterion; without one, its size."""
+        return log.get(self._key(_FACTORS if criterion else _SIZE, part, criterion)) is not None
+
+    def _key(self, step: str, part: Counterpart, criterion: Criterion | None) -> str:
+        """What the log calls a result by.
+
+        It has what the result depends on beside the two models: whoever shares a log has the same,
+        but a pass may ask for another rank than the one before, and a machine may have another
+        device.
+        """
+        depends = [
+            step, part.name, part.fate, criterion and asdict(criterion), self.dtype, self.seed,
+            self.exact, self.keep_noise, self.device.type,
+        ]  # fmt: skip
+        return json.dumps(depends)
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

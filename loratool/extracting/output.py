@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.directory import adapter_directory
+from loratool.adapters.directory import adapter_in
 from loratool.adapters.factorfile import Extra, file_size, tensors_of
 from loratool.errors import VerifyError
 from loratool.extracting.counterparts import Counterpart, Counterparts
@@ -22,6 +22,7 @@ from loratool.extracting.options import ExtractOptions
 from loratool.extracting.outcome import Outcome, gather, note, with_siblings
 from loratool.extracting.policy import Policy, cost, widest_of
 from loratool.extracting.readback import distance
+from loratool.linalg.ranks import Criterion
 from loratool.merging.provenance import describe_model, versions
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.tasks import CLASSIFYING, TASK_BY_END, TEXT_TO_TEXT
@@ -31,7 +32,9 @@ from loratool.storage.hashing import file_sha256
 from loratool.storage.links import refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.values import raw_blocks
+from loratool.streams.results import ResultLog
 from loratool.streams.run import Run
+from loratool.streams.shares import WorkShare
 
 #: Ranks whose file sizes a dry run shows.
 _PROPOSED = (4, 8, 16, 32, 64, 128)
@@ -58,33 +61,61 @@ def propose(
     return {rank: policy.size(parts, [rank] * len(parts)) for rank in ranks}
 
 
-def write(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairs: Counterparts,
-    work: Extraction,
-    output: Path,
-    options: ExtractOptions,
-    run: Run,
-    *,
-    base_name: str | None,
-    verify: bool,
-) -> Outcome:
-    """Decompose everything and write the adapter to `output`, all or nothing."""
-    beside = _new_tokenizer(base, tuned)
-    with adapter_directory(output, work.dtype, _METADATA, run.overwrite) as folder:
-        others = work.measure(part for part in pairs.found if part.fate != "factors")
-        parts = [part for part in pairs.found if part.fate == "factors"]
-        policy = choosing(options, others, pairs, work.dtype)
-        factors, ranks = work.decompose(parts, policy, folder.writer)
+@dataclass(frozen=True)
+class Extracting:
+    """An extraction, with all that its steps have in common.
+
+    Results go into `log`, and what is there is not computed again.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    pairs: Counterparts
+    work: Extraction
+    options: ExtractOptions
+    log: ResultLog
+
+    @property
+    def first(self) -> Criterion:
+        """What factors are asked for at first, whatever the others turn out to be."""
+        policy = choosing(self.options, [], self.pairs, self.work.dtype)
+        return policy.first(_by_way(self.pairs.found)[0])
+
+    def begin(self, parts: Sequence[Counterpart]) -> None:
+        """Put into the log what `write` will want to know of these parts first."""
+        adapted, others = _by_way(parts)
+        self.work.measure(others, self.log)
+        self.work.begin(adapted, self.first, self.log)
+        self.log.flush()
+
+    def unknown(self) -> list[str]:
+        """The parts of which the log has not what `write` will want to know first."""
+        self.log.refresh()
+        adapted, others = _by_way(self.pairs.found)
+        known = self.work.knows
+        return [part.name for part in others if not known(part, None, self.log)] + [
+            part.name for part in adapted if not known(part, self.first, self.log)
+        ]
+
+    def write(
+        self, folder: Path, output: Path, run: Run, *, base_name: str | None, verify: bool
+    ) -> Outcome:
+        """Decompose everything and write the adapter into `folder`, which is to become `output`."""
+        pairs, work, base, tuned = self.pairs, self.work, self.base, self.tuned
+        beside = _new_tokenizer(base, tuned)
+        made = adapter_in(folder, output, work.dtype, _METADATA, self.log)
+        parts, rest = _by_way(pairs.found)
+        others = work.measure(rest, self.log)
+        policy = choosing(self.options, others, pairs, work.dtype)
+        factors, ranks = work.decompose(parts, policy, made.writer)
         outcome = gather(pairs, [*others, *factors])
         outcome.ranks = [ranks[f.part.unit] for f in outcome.factors]
         outlines = [outline for outline, _ in outcome.placed]
         final = [rank for _, rank in outcome.placed]
-        outcome.nbytes = folder.finish(outlines, final, _extras(outcome), run.threads)
+        outcome.nbytes = made.finish(outlines, final, _extras(outcome), run.threads)
         note(outcome, tuned.model_type, policy)
         saved = [name for f in outcome.whole for name in f.part.names]
-        folder.write_config(
+        made.write_config(
             Recipe(
                 outlines, final, saved, modules=pairs.modules, stacks=pairs.stacks,
                 model_type=tuned.model_type,
@@ -94,16 +125,26 @@ def write(
                 transposes=pairs.fan_in_fan_out,
             )
         )  # fmt: skip
-        folder.copy(beside)
+        made.copy(beside)
         if verify:
-            outcome.verified = _verified(
-                outcome, base, tuned, folder.path, pairs, work, run.threads
-            )
+            outcome.verified = _verified(outcome, base, tuned, folder, pairs, work, run.threads)
         for model in (base, tuned):
             model.folder.refuse_changed()
-        folder.write_record(_record(base, tuned, outcome, options))
-    outcome.notices += folder.notices
-    return outcome
+        made.write_record(_record(base, tuned, outcome, self.options))
+        return outcome
+
+
+def share_of(pairs: Counterparts, share: WorkShare) -> list[Counterpart]:
+    """The parts that a worker begins with."""
+    mine: set[str] = set()
+    for parts in _by_way(pairs.found):  # to read costs less than to take apart
+        mine.update(share.of({part.name: part.nbytes for part in parts}))
+    return [part for part in pairs.found if part.name in mine]
+
+
+def _by_way(parts: Sequence[Counterpart]) -> tuple[list[Counterpart], list[Counterpart]]:
+    """Those that get factors, and those that are only compared."""
+    return [p for p in parts if p.fate == "factors"], [p for p in parts if p.fate != "factors"]
 
 
 def choosing(

@@ -10,8 +10,11 @@ from loratool.errors import UsageError
 from loratool.extracting.counterparts import Counterpart
 from loratool.extracting.decomposed import Decomposed, by_unit, joined_stacks
 from loratool.linalg.lowrank import Float64
-from loratool.linalg.ranks import Criterion, spread
+from loratool.linalg.ranks import LARGEST_RANK, Criterion, spread
 from loratool.words import format_bytes
+
+#: The lowest rank that is computed for a budget, of which it may take less.
+_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Policy:
     size: Callable[[Sequence[Counterpart], Sequence[int]], int]
     budget: int | None = None
     uniform: bool = False
+
+    def first(self, parts: Sequence[Counterpart]) -> Criterion:
+        """What is computed of each of all these `parts` before anything is known of the others."""
+        if self.budget is None:
+            return self.criterion
+        guess = self.budget // max(1, sum(self.cost(part) for part in by_unit(parts)))
+        guess = max(guess if self.uniform else 2 * guess, _LEAST)
+        return Criterion(rank=min(guess, self.criterion.max_rank or LARGEST_RANK))
 
     def ranks(self, found: Sequence[Decomposed]) -> dict[str, int]:
         """The rank of each module, by unit; it may be higher than what was computed of it.

@@ -14,6 +14,7 @@ from loratool.extracting.quantised_sides import quantising_share, title_of
 from loratool.extracting.selection import ON_REQUEST
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice, document
+from loratool.streams.shares import SharedOut
 
 if TYPE_CHECKING:
     from loratool.extracting.decomposed import Decomposed
@@ -132,13 +133,17 @@ class ExtractReport:
     proposals: dict[int, int] = field(default_factory=dict)
     held_by_rank: dict[int, float] = field(default_factory=dict)
     verified: float | None = None
+    #: How far the output is, where this run was one of several workers.
+    share: SharedOut | None = None
     warnings: list[Notice] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
         lists = ("saved", "left", "groups")
-        others = {name: [t.to_dict() for t in getattr(self, name)] for name in lists}
+        others: dict[str, Any] = {n: [t.to_dict() for t in getattr(self, n)] for n in lists}
+        if self.share is not None:
+            others["share"] = self.share.to_dict()
         return {**document(self, "modules", "warnings"), **others}
 
 
@@ -221,7 +226,9 @@ def _note_fit(report: ExtractReport, weight: float, quantising: float) -> list[N
 
 
 def _noise(factors: Sequence[Decomposed]) -> float:
-    return math.sqrt(math.fsum(f.size.noise for f in factors) / _energy(factors))
+    """What storing rounded off, as a share of ‖ΔW‖; a worker's report has no factors."""
+    energy = _energy(factors)
+    return math.sqrt(math.fsum(f.size.noise for f in factors) / energy) if energy else 0.0
 
 
 def _energy_of_quantising(found: Sequence[Decomposed]) -> float:

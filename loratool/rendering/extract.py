@@ -9,6 +9,7 @@ from rich.table import Table
 from loratool.extracting.report import ExtractedModule, ExtractReport, GroupShare, OtherTensor
 from loratool.paths import ranged_names
 from loratool.rendering.ranks import rank_text
+from loratool.rendering.sharing import is_part, share_facts
 from loratool.rendering.terminal import fact_grid, folded_table, out, spectrum_table, verbatim
 from loratool.words import counted, format_bytes, percent, shape_text, span_text
 
@@ -19,6 +20,10 @@ def show_extract(report: ExtractReport, full: bool, spectrum: bool) -> None:
     facts = fact_grid()
     facts.add_row("base", _model_text(report.base, report.base_quantised))
     facts.add_row("tuned", _model_text(report.tuned, report.tuned_quantised))
+    if is_part(report.share):
+        share_facts(facts, report.share, report.output)
+        out.print(facts)
+        return
     facts.add_row("modules", _modules_text(report))
     if report.saved:
         facts.add_row("saved whole", _others_text(report.saved))

@@ -9,6 +9,7 @@ made twice, however the run before ended:
         output/           finished files; one run calls it `finishing-…` and makes the output of it
         done/NAME.json    an entry of each finished file, see `journal`
         parts/            finished files that the output will not have as they are
+        results/          what is no file: logs of results, see `streams.results`
         by-…/             what one process is making
 
 A run by itself locks the folder, so that a second one learns of it. Workers take no lock, which
@@ -52,6 +53,7 @@ from loratool.storage.worksites import (
     OUTPUT,
     OWN,
     PARTS,
+    RESULTS,
     SHARED,
     work_of,
 )
@@ -96,7 +98,7 @@ class WorkFolder:
         #: What a user should know of the work that was there.
         self.notices: list[Notice] = []
         self.own = self.path / f"{OWN}{socket.gethostname()[:40]}-{secrets.token_hex(8)}"
-        self.parts = self.path / PARTS
+        self.parts, self.results = self.path / PARTS, self.path / RESULTS
         self._overwrite, self._restart, self._shared = overwrite, restart, shared
         self._journal = Journal(self.path / DONE)
         self._lock: int | None = None
@@ -246,7 +248,7 @@ class WorkFolder:
             if not self._shared and not known and not isinstance(error, OSError):
                 with suppress(OSError):
                     self._tidy()
-                    done = sum(self.note_of(name) is not None for name in self.order.files)
+                    done = self._done()
             if done:
                 _LEFT.append((self.path, done, len(self.order.files)))
             elif not self._shared:
@@ -259,6 +261,11 @@ class WorkFolder:
                 parent.rmdir()
         if said is not None:
             raise said from error
+
+    def _done(self) -> int:
+        """How many files are finished, or for what has none how many logs of results there are."""
+        logs = list(self.results.iterdir()) if self.results.is_dir() else []
+        return len(logs) + sum(self.note_of(name) is not None for name in self.order.files)
 
     # ------------------------------------------------------------------ one file after the other
 

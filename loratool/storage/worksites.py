@@ -12,7 +12,8 @@ from loratool.storage.placing import another_run, place_of, prefix, remove
 from loratool.storage.system import lock_folder
 
 #: What there is in a work folder; `workfolder` says what it is for.
-ORDER, SHARED, OUTPUT, DONE, PARTS = "order.json", "shared", "output", "done", "parts"
+ORDER, SHARED, OUTPUT, DONE = "order.json", "shared", "output", "done"
+PARTS, RESULTS = "parts", "results"
 #: How names in it begin: the output while one process completes it, and what a process makes.
 FINISHING, OWN = "finishing-", "by-"
 
@@ -33,7 +34,7 @@ def finished_bytes(output: Path) -> int:
     taken up, or removed."""
     path = work_of(output)
     found = 0
-    for place in (*path.glob(f"{FINISHING}*"), path / OUTPUT, path / PARTS):
+    for place in (*path.glob(f"{FINISHING}*"), path / OUTPUT, path / PARTS, path / RESULTS):
         with suppress(OSError):
             found += sum(entry.stat().st_size for entry in place.iterdir())
     return found

@@ -24,8 +24,11 @@ from loratool.storage.tensors import FilePool
 from loratool.storage.weights import entry_of
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.shares import WorkShare, parse_share
 from loratool.streams.threads import few
+from loratool.verbs.extracting import extract_to
 from loratool.verbs.inputs import check_paths, parse_bytes
+from loratool.verbs.making import as_place
 
 
 @explained_os_errors()
@@ -53,6 +56,9 @@ def extract(
     device: str = "cpu",
     overwrite: Overwrite = False,
     dry_run: bool = False,
+    restart: bool = False,
+    worker: str | WorkShare | None = None,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ExtractReport:
@@ -84,6 +90,7 @@ def extract(
     verify: read the adapter back and measure base + adapter against the tuned model.
     device: "cpu", or "cuda" for the algebra.
     dry_run: measure how much changed, and decompose nothing.
+    restart, worker, ray: as for `merge`; what is shared out are matrices, not files.
     progress: called with (bytes done, bytes in all, tensor).
 
     Raises
@@ -93,7 +100,9 @@ def extract(
     changed. OutputError. VerifyError.
     """
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run, device)
+    run = Run(
+        threads, progress, overwrite, dry_run, device, restart, parse_share(worker), cluster=ray
+    )
     check_paths([base, tuned], [tuned], "loratool extract BASE TUNED --rank 8 -o OUT")
     if not (dry_run or output):
         raise UsageError("No output given.", "Say where to write: -o OUT.")
@@ -124,7 +133,7 @@ def extract(
 
     from loratool.extracting.decomposition import Extraction, as_device
     from loratool.extracting.outcome import gather
-    from loratool.extracting.output import propose, write  # torch: two seconds to import
+    from loratool.extracting.output import propose  # torch: two seconds to import
     from loratool.streams.workers import Workers
 
     total = sum(part.nbytes for part in pairs.found)
@@ -135,6 +144,7 @@ def extract(
     # Full decompositions hold several dense matrices, and a GPU's memory is one.
     count = few(threads) if exact or where.type == "cuda" else threads
     proposals: dict[int, int] = {}
+    part = None
     with FilePool() as files, Workers(count) as workers:
         work = Extraction(
             files, workers, FACTOR_DTYPES[dtype], where, seed, exact, keep_noise, advance
@@ -146,12 +156,19 @@ def extract(
             if not base_name:
                 base_name, notices = _loadable_name(before)
                 pairs.notices += notices
-            held = write(
-                before, after, pairs, work, target, options, run,
-                base_name=base_name, verify=verify,
-            )  # fmt: skip
+            arguments = {
+                "base": as_place(base), "tuned": as_place(tuned), "rank": rank, "energy": energy,
+                "budget": options.budget, "max_rank": max_rank, "uniform": uniform,
+                "patterns": patterns, "include": list(include), "exclude": list(exclude),
+                "skip": list(skip), "save": list(save), "dtype": dtype, "base_name": base_name,
+                "exact": exact, "keep_noise": keep_noise, "seed": seed, "verify": verify,
+                "device": device, "overwrite": overwrite,
+            }  # fmt: skip
+            held, part = extract_to(
+                target, before, after, pairs, work, options, run, arguments, extract
+            )
     report = report_of(before, after, held, target, dtype, dry_run, not patterns)
-    report.proposals = proposals
+    report.proposals, report.share = proposals, part
     report.seconds = time.perf_counter() - started
     return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,19 +89,30 @@ def make_in_cluster(work: WorkFolder, run: Run, verb: Callable[..., Any], memory
 
     `memory` are the bytes that one task takes at most.
     """
-    files = work.order.files
-    missing = work.missing()
+    files, missing = work.order.files, work.missing()
     advance = run.counted(sum(files.values()))
-    for name in files.keys() - set(missing):
+    for name in [name for name in files if name not in missing]:
         advance(files[name], name)
+    shares = {name: WorkShare(1, 1, completes=False, names=(name,)) for name in missing}
+    for name in in_cluster(work.output, shares, run, verb, memory):
+        advance(files[name], name)
+
+
+def in_cluster(
+    output: Path,
+    shares: Mapping[str, WorkShare],
+    run: Run,
+    verb: Callable[..., Any],
+    memory: int = 2 << 30,
+) -> Iterator[str]:
+    """The names of shares of an output, each when a task of a cluster has made it."""
     with Cluster(run.cluster or "", run.threads) as cluster:
         threads = cluster.threads()
         calls = [
-            Call(name, (verb, work.output, WorkShare(1, 1, False, (name,)), threads), memory)
-            for name in missing
+            Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
         ]
         for name, _ in cluster.results(_make_one, calls):
-            advance(files[name], name)
+            yield name
 
 
 def _make_one(verb: Callable[..., Any], output: Path, share: WorkShare, threads: int) -> None:
@@ -114,23 +125,32 @@ def own_files(order: WorkOrder, run: Run) -> list[str]:
 
 
 def complete_output(
-    place: WorkFolder, run: Run, fill: Callable[[Path], Sequence[Notice]]
+    place: WorkFolder,
+    run: Run,
+    fill: Callable[[Path], Sequence[Notice]],
+    made: list[str] | None = None,
+    missing: list[str] | None = None,
 ) -> tuple[SharedOut | None, list[Notice]]:
     """Complete an output and put it into its place, if all its files are finished.
 
-    `fill` writes what lies beside them. Returns how far the output is, for a worker, and what came
-    up. Raises OutputError where nothing but completing is asked for and files are missing.
+    `fill` writes what lies beside them. What is `made` by this worker and what is `missing` are
+    files of the order, or whatever else an output is made of. Returns how far the output is, for a
+    worker, and what came up. Raises OutputError where nothing but completing is asked for and
+    files are missing.
     """
-    share, missing = run.share, place.missing()
+    share = run.share
+    if missing is None:
+        missing = place.missing()
     if share is None:
         with place.finishing() as folder:
             notices = [*fill(folder), *place.commit(folder)]
         return None, notices
-    made = [] if share is NO_SHARE else share.of(place.order.files)
+    if made is None:
+        made = share.of(place.order.files)
     if missing and share is NO_SHARE:
         raise OutputError(
-            f"{place.output}: {counted(len(missing), 'file', 'is')} not finished, of "
-            f"{len(place.order.files)}:\n{listed(missing)}",
+            f"{place.output}: {counted(len(missing), 'part', 'is')} not finished:\n"
+            + listed(missing),
             "Run the workers again that make them, with the same number of workers or another one; "
             "what is finished is not made twice.",
         )

@@ -37,7 +37,7 @@ def wait(*_):
 if where == "flushing":
     writer.sync = wait
 else:
-    peft_writer.AdapterWriter.add = wait
+    peft_writer.AdapterWriter.take = wait
 main(["extract", *arguments])
 """
 

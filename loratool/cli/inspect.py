@@ -16,13 +16,15 @@ from loratool.cli.options import (
     json_option,
     layer_option,
     quiet_option,
+    ray_option,
     spectrum_option,
 )
 from loratool.cli.told import one_told, told_options
+from loratool.errors import LoraToolError
 
 
 @click.command("inspect", short_help="Show what is in an adapter.")
-@click.argument("source")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @base_option("Base model: adds coverage and ‖ΔW‖/‖W‖.")
 @components_option()
 @told_options
@@ -33,10 +35,11 @@ from loratool.cli.told import one_told, told_options
 @click.option("--norms", is_flag=True, help="Download from the Hub what norms need, however large.")
 @layer_option()
 @include_option()
+@ray_option("Look at each SOURCE by a task of the Ray cluster at ADDRESS (auto, host:port).")
 @json_option()
 @quiet_option()
 def inspect_command(
-    source: str,
+    sources: tuple[str, ...],
     base: str | None,
     components: tuple[str, ...],
     told: Sequence[Told],
@@ -47,12 +50,13 @@ def inspect_command(
     norms: bool,
     layers: str | None,
     include: tuple[str, ...],
+    ray: str | None,
     as_json: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """Show what is in an adapter: modules, ranks, scales, norms, and what is odd.
 
-    SOURCE is an adapter directory, a weights file (.safetensors, .bin, .pt) or a
+    A SOURCE is an adapter directory, a weights file (.safetensors, .bin, .pt) or a
     Hub id (org/name, org/name@revision, hf://org/name/folder). Norms come from the
     r × r core of each module, never from the dense product.
 
@@ -64,19 +68,37 @@ def inspect_command(
       loratool inspect adapter/
       loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
       loratool inspect adapter/ --base base/ --json
+      loratool inspect runs/*/adapter --json --ray
       loratool inspect org/adapter --base org/base
     """
     from loratool.rendering import terminal as common
     from loratool.rendering.inspect import show_inspect
-    from loratool.verbs.inspect import inspect as run
+    from loratool.verbs.inspecting import inspect_all
 
-    report = run(
-        source, base=base, components=components, spectrum=spectrum, norms=norms, layers=layers,
-        include=include, told=one_told(told), expert_b_layout=expert_b_layout,
-    )  # fmt: skip
+    options = {
+        "base": base, "components": components, "spectrum": spectrum, "norms": norms,
+        "layers": layers, "include": include, "told": one_told(told),
+        "expert_b_layout": expert_b_layout,
+    }  # fmt: skip
+    code, documents = 0, []
+    for source, report in inspect_all(sources, options, ray):
+        if isinstance(report, LoraToolError):
+            if len(sources) == 1:
+                raise report
+            code = report.exit_code
+            documents.append({"source": source, **report.to_dict()})
+            if not as_json:
+                common.print_error(report)
+            continue
+        documents.append(report.to_dict())
+        if as_json:
+            continue
+        if len(documents) > 1:
+            common.out.print()
+        show_inspect(report, full, tensors, spectrum)
+        if not quiet:
+            common.print_warnings(report.warnings)
     if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_inspect(report, full, tensors, spectrum)
-    if not quiet:
-        common.print_warnings(report.warnings)
+        one = len(sources) == 1
+        common.print_json(documents[0] if one else {"schema_version": 1, "adapters": documents})
+    return code

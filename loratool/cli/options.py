@@ -161,6 +161,13 @@ restart_option = _shared(
 )  # fmt: skip
 
 
+ray_option = _shared(
+    "--ray", metavar="[ADDRESS]", type=ClusterAddress(), is_flag=False, flag_value="",
+    help="Do it as tasks of the Ray cluster at ADDRESS (auto, host:port); without one on this "
+         "machine. Needs loratool[ray].",
+)  # fmt: skip
+
+
 def split_options() -> Decorator:
     """--restart, --worker and --ray, of commands whose outputs are made file by file."""
 
@@ -172,11 +179,7 @@ def split_options() -> Decorator:
                 help="Make the I-th of N shares only, side by side with the other workers; the "
                      "last one completes OUT.",
             ),
-            click.option(
-                "--ray", metavar="[ADDRESS]", type=ClusterAddress(), is_flag=False, flag_value="",
-                help="Make all of it as tasks of the Ray cluster at ADDRESS (auto, host:port); "
-                     "without one on this machine. Needs loratool[ray].",
-            ),
+            ray_option(),
         )):  # fmt: skip
             command = one(command)
         return command

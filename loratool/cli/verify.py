@@ -17,6 +17,7 @@ from loratool.cli.options import (
     initial_option,
     json_option,
     quiet_option,
+    ray_option,
     replicate_layers_option,
     threads_option,
     weight_option,
@@ -37,6 +38,7 @@ from loratool.errors import ReaderGone
 @initial_option()
 @replicate_layers_option()
 @full_option("One line per module; do not fold layers.")
+@ray_option()
 @threads_option()
 @json_option()
 @quiet_option()
@@ -54,6 +56,7 @@ def verify_command(
     initial: str | None,
     replicate_layers: bool,
     full: bool,
+    ray: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -79,7 +82,7 @@ def verify_command(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
             components=components, told=told, expert_b_layout=expert_b_layout, initial=initial,
             replicate_layers=replicate_layers,
-            threads=threads, progress=progress,
+            ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone
         if as_json:

@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
-from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.errors import TruncatedError, explained_os_errors
-from loratool.merging.identity import note_other_base
 from loratool.merging.plan import Plan
 from loratool.merging.proof.findings import Finding, Stats, judge
 from loratool.merging.proof.quantised_again import look_for_original, look_for_quantised_again
 from loratool.merging.proof.second_look import look_for_adapters, look_for_base
 from loratool.merging.proof.words import sentences
-from loratool.merging.provenance import read_record
-from loratool.merging.replication import replicated
-from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
-from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.notices import Notice, document
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
@@ -34,8 +28,6 @@ from loratool.verbs.inputs import (
     as_texts,
     check_paths,
     check_weights,
-    told_before,
-    told_of,
 )
 
 
@@ -83,6 +75,7 @@ def verify(
     expert_b_layout: str | None = None,
     initial: str | Path | None = None,
     replicate_layers: bool = False,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -92,7 +85,7 @@ def verify(
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
     base, adapters, weights, allow_unmatched, components: as for `merge`.
-    told, expert_b_layout, initial, replicate_layers: as for `merge`.
+    told, expert_b_layout, initial, replicate_layers, ray: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
 
@@ -102,42 +95,42 @@ def verify(
     """
     from loratool.merging.proof.checking import measure  # torch: about two seconds to import
     from loratool.merging.proof.pairing import pair_up
+    from loratool.verbs.verifying import claimed_plan, measured_in_cluster
 
     started = time.perf_counter()
     sources = as_list(adapters)
     given = [merged, base, *([] if initial is None else [initial])]
     check_paths(given, sources, "loratool verify MERGED --base BASE ADAPTER")
-    run = Run(threads, progress)
-    factors = check_weights(weights, sources)
-    original = dequantised(open_checkpoint(base))
-    record = read_record(Path(merged)) if Path(merged).is_dir() else None
-    recorded = record["options"] if record else {}
-    chosen = as_texts(components) or recorded.get("components") or []
-    expert_b_layout = expert_b_layout or recorded.get("expert_b_layout")
-    replicate_layers = replicate_layers or bool(recorded.get("replicate_layers"))
-    said = told_of(told or told_before(record, sources) or (), sources, expert_b_layout)
-    loras = [read_lora(source, own, original) for source, own in zip(sources, said, strict=True)]
-    before = read_lora(initial, said[0], original) if initial is not None else None
-    if replicate_layers:
-        original = replicated(original, loras)
-    plan = plan_on(
-        original, loras, factors, "base", allow_unmatched, chosen, before, AS_IT_WAS_TRAINED
-    )
-    plan.notices += note_other_base(original, loras)
+    run = Run(threads, progress, cluster=ray)
+    claim: dict[str, Any] = {
+        "merged": merged, "base": base, "adapters": sources,
+        "weights": check_weights(weights, sources), "allow_unmatched": allow_unmatched,
+        "components": as_texts(components), "told": told if isinstance(told, Told) else list(told),
+        "expert_b_layout": expert_b_layout,
+        "initial": initial, "replicate_layers": replicate_layers,
+    }  # fmt: skip
+    plan = claimed_plan(**claim)
     for lora in plan.inputs:
         refuse_not_finite(lora)
     report = _report(plan, merged)
     try:
         model = dequantised(open_checkpoint(merged))
-        original.fetch()
-        model.fetch()
+        if ray is None:
+            plan.base.fetch()
+            model.fetch()
     except TruncatedError as error:
         report.summary = [error.message.rstrip(".")]
     else:
         found = pair_up(plan, model)
         report.bytes_read = sum(pair.merged.disk_bytes for pair in found.pairs)
-        stats = measure(found.pairs, run)
+        if ray is None:
+            stats = measure(found.pairs, run)
+        else:
+            stats = measured_in_cluster(found.pairs, run, claim)
         findings = [judge(pair.job, stats[pair.job.name]) for pair in found.pairs]
+        if not all(finding.sound for finding in findings):  # a second look is taken here
+            plan.base.fetch()
+            model.fetch()
         findings = look_for_quantised_again(findings, found.pairs, stats, plan.base, run)
         findings = look_for_base(findings, found.pairs, plan, run)
         findings = look_for_original(findings, found.pairs, stats, run)

@@ -41,7 +41,9 @@ def start(sources: list[Path], output: Path, where: str) -> subprocess.Popen[str
     """A run of its own that stops in the middle of computing or of flushing."""
     arguments = json.dumps([[str(s) for s in sources], str(output), where])
     process = start_python(_CHILD, arguments)
-    wanted = ".out.loratool-*/" + ("factors.partial" if where == "computing" else "loratool.json")
+    wanted = ".out.loratool-*/" + (
+        "results.partial/*.log" if where == "computing" else "loratool.json"
+    )
     wait_for(lambda: any(p.stat().st_size for p in output.parent.glob(wanted)), process)
     return process
 

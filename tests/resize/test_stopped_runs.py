@@ -45,7 +45,9 @@ def test_a_run_that_is_stopped_leaves_no_output(
     source = lora(tmp_path / "one", *[f"model.layers.{n}.q_proj" for n in range(6)])
     arguments = json.dumps([str(source), str(out), where])
     process = start_python(_CHILD, arguments)
-    wanted = ".out.loratool-*/" + ("factors.partial" if where == "computing" else "loratool.json")
+    wanted = ".out.loratool-*/" + (
+        "results.partial/*.log" if where == "computing" else "loratool.json"
+    )
     wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob(wanted)), process)
     process.send_signal(number)
     process.communicate(timeout=10)

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from loratool.verbs.convert import ConvertReport, convert
     from loratool.verbs.dequantise import DequantiseReport, dequantise
     from loratool.verbs.extract import extract
+    from loratool.verbs.finish import finish
     from loratool.verbs.inspect import InspectReport, inspect
     from loratool.verbs.merge import merge
     from loratool.verbs.push import PushReport, push
     from loratool.verbs.resize import ResizeReport, resize
-    from loratool.verbs.unmerge import UnmergeReport, unmerge
+    from loratool.verbs.unmerge import unmerge
+    from loratool.verbs.unmerging import UnmergeReport
     from loratool.verbs.verify import VerifyReport, verify
 
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
     "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert", "extract",
-    "dequantise", "push", "card",
+    "dequantise", "finish", "push", "card",
 )  # fmt: skip
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "convert",
     "dequantise",
     "extract",
+    "finish",
     "inspect",
     "merge",
     "push",

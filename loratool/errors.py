@@ -43,15 +43,27 @@ class LoraToolError(Exception):
 
     exit_code = 1
     code = "error"
+    #: Whether what a run had finished before it is of use to the next one.
+    keeps_work = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         self.message = printable_message(shown(message))
         self.hint = printable_message(shown(hint))
         super().__init__(self.message)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """For processes of a cluster; what was made printable stays as it is."""
+        return _rebuilt, (type(self), self.__dict__)
+
     def to_dict(self) -> dict[str, str]:
         """The object that `--json` prints on stderr."""
         return {"error": self.code, "message": self.message, "hint": self.hint}
+
+
+def _rebuilt(kind: type[LoraToolError], values: dict[str, object]) -> LoraToolError:
+    error = kind.__new__(kind, values["message"])
+    error.__dict__.update(values)
+    return error
 
 
 class FileError(LoraToolError):

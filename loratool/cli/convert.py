@@ -17,6 +17,7 @@ from loratool.cli.options import (
     output_option,
     overwrite_option,
     quiet_option,
+    restart_option,
     threads_option,
 )
 from loratool.cli.told import one_told, told_options
@@ -54,6 +55,7 @@ class _Entry(click.ParamType):  # type: ignore[type-arg]
 )  # fmt: skip
 @told_options
 @overwrite_option()
+@restart_option()
 @dry_run_option("Report what would become of each module; write nothing.")
 @full_option()
 @threads_option()
@@ -70,6 +72,7 @@ def convert_command(
     set_metadata: tuple[tuple[str, str], ...],
     told: Sequence[Told],
     overwrite: Overwrite,
+    restart: bool,
     dry_run: bool,
     full: bool,
     threads: int | None,
@@ -99,7 +102,7 @@ def convert_command(
         report = run(
             adapter, output, to=to, base=base, dtype=dtype, max_rank=max_rank,
             allow_lossy=allow_lossy, set_metadata=dict(set_metadata),
-            told=one_told(told), overwrite=overwrite, dry_run=dry_run,
+            told=one_told(told), overwrite=overwrite, dry_run=dry_run, restart=restart,
             threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

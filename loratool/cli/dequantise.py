@@ -14,6 +14,7 @@ from loratool.cli.options import (
     private_option,
     quiet_option,
     shard_push_option,
+    split_options,
     threads_option,
 )
 from loratool.storage.destination import Overwrite
@@ -31,6 +32,7 @@ from loratool.storage.destination import Overwrite
 @shard_push_option()
 @no_keep_option()
 @private_option("With --push: create the repository private.")
+@split_options()
 @dry_run_option("Say what would be written; write nothing.")
 @threads_option()
 @json_option()
@@ -44,6 +46,9 @@ def dequantise_command(
     push: str | None,
     no_keep: bool,
     private: bool,
+    restart: bool,
+    worker: str | None,
+    ray: str | None,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -68,7 +73,8 @@ def dequantise_command(
 
     with common.progress_bar(not (quiet or as_json or dry_run), "dequantising") as progress:
         report = run(
-            base, output, dtype=dtype, overwrite=overwrite, dry_run=dry_run, verify=verify,
+            base, output, dtype=dtype, overwrite=overwrite, dry_run=dry_run, restart=restart,
+            worker=worker, ray=ray, verify=verify,
             push=push, keep=not no_keep, private=private, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:

@@ -18,6 +18,7 @@ from loratool.cli.convert import convert_command
 from loratool.cli.dequantise import dequantise_command
 from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
+from loratool.cli.finish import finish_command
 from loratool.cli.inspect import inspect_command
 from loratool.cli.merge import merge_command
 from loratool.cli.options import CONTEXT, Commands
@@ -29,6 +30,7 @@ from loratool.cli.verify import verify_command
 from loratool.errors import AnswerLost, LoraToolError, ReaderGone, UsageError
 from loratool.text import json_text, printable, printable_message
 from loratool.version import __version__
+from loratool.words import counted
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -65,6 +67,7 @@ for command in (
     convert_command,
     extract_command,
     dequantise_command,
+    finish_command,
     push_command,
     card_command,
 ):
@@ -156,7 +159,7 @@ def _show_usage(error: click.ClickException) -> int:
 
 def _interrupted(arguments: list[str]) -> str:
     """What is true after Ctrl-C."""
-    from loratool.storage.staging import placed_outputs
+    from loratool.storage.placing import placed_outputs
 
     if "--dry-run" in arguments:
         return "interrupted; nothing was written"
@@ -164,7 +167,22 @@ def _interrupted(arguments: list[str]) -> str:
         return "interrupted; the main branch has all of it or nothing; the same command goes on"
     for output in placed_outputs():
         return f"interrupted; {printable(str(output))} is complete"
+    if left := _left():
+        return f"interrupted; {left}"
     return "interrupted; no unfinished output is left behind"
+
+
+def _left() -> str:
+    """What an ended run has left to go on with, in words; "" where there is nothing."""
+    from loratool.storage.workfolder import left_work
+
+    for folder, done, count in left_work():
+        where = printable(str(folder))
+        return (
+            f"{done} of {counted(count, 'file')} are finished and wait in {where}; "
+            "the same command goes on (or remove that folder)"
+        )
+    return ""
 
 
 def _fail(error: LoraToolError, as_json: bool) -> int:
@@ -174,6 +192,8 @@ def _fail(error: LoraToolError, as_json: bool) -> int:
     try:
         from loratool.rendering.terminal import print_error
 
+        if left := _left():
+            error.hint = f"{error.hint} {left[0].upper()}{left[1:]}.".strip()
         print_error(error)
     except Exception:  # no memory for colours either
         say("\n".join(f"{what}: {text}" for what, text in _parts(error)))

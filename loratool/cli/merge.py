@@ -22,6 +22,7 @@ from loratool.cli.options import (
     quiet_option,
     replicate_layers_option,
     shard_push_option,
+    split_options,
     threads_option,
     weight_option,
 )
@@ -72,6 +73,7 @@ from loratool.storage.destination import Overwrite
 @shard_push_option()
 @no_keep_option()
 @private_option("With --push: create the repository private.")
+@split_options()
 @dry_run_option("Print the plan; write nothing.")
 @threads_option()
 @json_option()
@@ -100,6 +102,9 @@ def merge_command(
     push: str | None,
     no_keep: bool,
     private: bool,
+    restart: bool,
+    worker: str | None,
+    ray: str | None,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -138,7 +143,8 @@ def merge_command(
             told=told, expert_b_layout=expert_b_layout,
             initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
-            again=again, overwrite=overwrite, dry_run=dry_run, reversible=reversible,
+            again=again, overwrite=overwrite, dry_run=dry_run, restart=restart, worker=worker,
+            ray=ray, reversible=reversible,
             verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
             progress=progress,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from loratool.errors import nearest
+from loratool.errors import UsageError, nearest
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 
@@ -46,6 +46,21 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
                 ctx,
             )
         return name
+
+
+class ClusterAddress(click.ParamType):  # type: ignore[type-arg]
+    """Where a Ray cluster is, so that a path after --ray is not taken for it."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from loratool.streams.cluster import check_address
+
+        try:
+            check_address(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message} {error.hint}", param, ctx)
+        return str(value)
 
 
 Decorator = Callable[[Any], Any]
@@ -140,6 +155,33 @@ no_keep_option = _shared(
     "--no-keep", is_flag=True,
     help="With --push: remove each shard here once it is there; no OUT then.",
 )  # fmt: skip
+restart_option = _shared(
+    "--restart", is_flag=True,
+    help="Make again what an earlier, killed run had finished; it is taken up else.",
+)  # fmt: skip
+
+
+def split_options() -> Decorator:
+    """--restart, --worker and --ray, of commands whose outputs are made file by file."""
+
+    def option(command: Any) -> Any:
+        for one in reversed((
+            restart_option(),
+            click.option(
+                "--worker", metavar="I/N",
+                help="Make the I-th of N shares only, side by side with the other workers; the "
+                     "last one completes OUT.",
+            ),
+            click.option(
+                "--ray", metavar="[ADDRESS]", type=ClusterAddress(), is_flag=False, flag_value="",
+                help="Make all of it as tasks of the Ray cluster at ADDRESS (auto, host:port); "
+                     "without one on this machine. Needs loratool[ray].",
+            ),
+        )):  # fmt: skip
+            command = one(command)
+        return command
+
+    return option
 
 
 def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:

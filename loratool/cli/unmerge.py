@@ -16,6 +16,7 @@ from loratool.cli.options import (
     output_option,
     overwrite_option,
     quiet_option,
+    split_options,
     threads_option,
     weight_option,
 )
@@ -36,6 +37,7 @@ from loratool.storage.destination import Overwrite
 @told_options
 @expert_b_layout_option()
 @overwrite_option("Replace OUT if it is there.")
+@split_options()
 @dry_run_option("Say what would be done and lost; write nothing.")
 @threads_option()
 @json_option()
@@ -51,6 +53,9 @@ def unmerge_command(
     told: Sequence[Told],
     expert_b_layout: str | None,
     overwrite: Overwrite,
+    restart: bool,
+    worker: str | None,
+    ray: str | None,
     dry_run: bool,
     threads: int | None,
     as_json: bool,
@@ -76,7 +81,8 @@ def unmerge_command(
         report = run(
             merged, adapters, output, weights=weights or None, base=base, dtype=dtype,
             told=told, expert_b_layout=expert_b_layout, subtract=subtract, overwrite=overwrite,
-            dry_run=dry_run, threads=threads, progress=progress,
+            dry_run=dry_run, restart=restart, worker=worker,
+            ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
     if as_json:
         common.print_json(report.to_dict())

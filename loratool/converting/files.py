@@ -29,8 +29,10 @@ def draft_bytes(draft: Draft) -> int:
     return sum(t.numel * DTYPE_BITS[t.dtype] // 8 for t in draft.tensors.values())
 
 
-def write_draft(draft: Draft, folder: Path, threads: int | None, progress: Progress | None) -> None:
-    """Write the files of a draft into `folder`."""
+def write_weights(
+    draft: Draft, folder: Path, threads: int | None, progress: Progress | None
+) -> None:
+    """Write the weights of a draft into `folder`."""
     path = folder / draft.weights
     with FilePool() as files:
         pieces = _pieces(draft, files, threads, progress)
@@ -46,6 +48,10 @@ def write_draft(draft: Draft, folder: Path, threads: int | None, progress: Progr
         else:
             _write_safetensors(path, outgoing, draft.metadata)
         pieces.close()
+
+
+def write_documents(draft: Draft, folder: Path) -> None:
+    """Write what a draft has beside its weights into `folder`."""
     for name, content in draft.documents.items():
         if isinstance(content, str):
             (folder / name).write_text(content, encoding="utf-8")

@@ -8,34 +8,21 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from loratool.merging.arithmetic import MergeTask, Merging
-from loratool.merging.counts import Counts
 from loratool.merging.plan import Job, OutputShard
+from loratool.merging.written import ShardPlace, Written
 from loratool.storage.hashing import Hasher
 from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
 from loratool.streams.run import Run
 from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
 from loratool.streams.workers import Workers
-
-
-@dataclass
-class Written:
-    """What was written: digests by shard, and how many values rounding pushed out of range."""
-
-    shards: dict[str, str] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
-
-    def __iadd__(self, other: Written) -> Written:
-        self.shards |= other.shards
-        self.counts += other.counts
-        return self
 
 
 class Courier(Protocol):
@@ -48,7 +35,7 @@ class Courier(Protocol):
         """
 
     def take(self, shard: OutputShard, written: Written) -> None:
-        """Called when a shard is complete on the disk and none of its inputs is open any more."""
+        """Called when a shard is finished and none of its inputs is open any more."""
 
 
 class Recorder(Protocol):
@@ -57,72 +44,134 @@ class Recorder(Protocol):
     def part(self, job: Job, files: FilePool) -> Merging:
         """A job as a tensor of its shard."""
 
-    def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:
-        """Called in file order with each finished task, and what was written."""
+    def take(self, shard: str, task: MergeTask, data: Bytes, workers: Workers) -> None:
+        """Called in file order with each finished task of a shard, and what was written."""
 
-    def finish(self, files: FilePool, workers: Workers) -> None:
-        """Called after the last shard."""
+    def end(self, shard: str) -> tuple[Any, str]:
+        """Called after the last task of a shard: what to note of it, and the name of its part,
+        a file beside the shard."""
+
+
+@dataclass(frozen=True)
+class Care:
+    """What is done with shards beside their writing.
+
+    `check` raises VerifyError for a shard in a folder that is not what it should be.
+    """
+
+    recorder: Recorder | None = None
+    courier: Courier | None = None
+    check: Callable[[OutputShard, Path], None] | None = None
 
 
 def execute(
-    shards: Sequence[OutputShard],
-    folder: Path,
-    run: Run,
-    recorder: Recorder | None = None,
-    courier: Courier | None = None,
+    shards: Sequence[OutputShard], place: ShardPlace, run: Run, care: Care | None = None
 ) -> Written:
-    """Write these shards of a plan into `folder`, and with a `recorder` what takes the merge back.
+    """Write these shards of a plan, but for those that are finished.
 
     Raises ValueRangeError for NaN, infinity and overflow, naming the tensor, the count and the
     cause.
     """
+    care = care or Care()
     advance = run.counted(sum(shard.nbytes for shard in shards))
     with FilePool() as files, Workers(run.threads) as workers:
-        write = partial(_write, folder, advance, recorder, files, workers)
-        if courier is None:
-            written = write(shards)
+        writing = _Writing(place, advance, care, files, workers)
+        if care.courier is None and care.check is None:
+            writing.make([shard for shard in shards if not writing.takes_up(shard)])
         else:
-            written = Written()
             for shard in shards:
-                done = courier.fetch(shard)
-                if done is None:
-                    done = write([shard])
-                    files.close()  # inputs may go now; those that do not are opened again
-                    courier.take(shard, done)
-                written += done
-        if recorder is not None:
-            recorder.finish(files, workers)
-    return written
+                writing.make_by_itself(shard)
+    # Shard by shard, so that sums do not depend on which of them an earlier run had finished.
+    total = Written()
+    for shard in shards:
+        total += writing.written[shard.name]
+    return total
 
 
-def _write(
-    folder: Path,
-    advance: Advance,
-    recorder: Recorder | None,
-    files: FilePool,
-    workers: Workers,
-    outputs: Sequence[OutputShard],
-) -> Written:
-    part = recorder.part if recorder else Merging
-    shards = {
-        output.name: Shard(
-            output.header,
-            workers.ahead((part(job, files) for job in output.jobs), Merging.long_before),
-        )
-        for output in outputs
-    }
-    hashers = {name: Hasher() for name in shards}
-    for name, shard in shards.items():
-        hashers[name].update(shard.header)
-    written = Written()
+@dataclass
+class _Writing:
+    """Shards on their way to the disk."""
 
-    def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
-        hashers[shard].update(data)
+    place: ShardPlace
+    advance: Advance
+    care: Care
+    files: FilePool
+    workers: Workers
+    written: dict[str, Written] = field(default_factory=dict)
+    _hashers: dict[str, Hasher] = field(default_factory=dict)
+    _parts: dict[str, list[str]] = field(default_factory=dict)
+
+    def takes_up(self, shard: OutputShard) -> bool:
+        """Whether a shard is finished already."""
+        note = self.place.note_of(shard.name)
+        if note is None:
+            return False
+        self.written[shard.name] = Written.noted(shard.name, note)
+        self.advance(shard.nbytes, shard.name)
+        return True
+
+    def make_by_itself(self, shard: OutputShard) -> None:
+        """One shard, checked before it is finished, and handed to the courier then."""
+        courier, check = self.care.courier, self.care.check
+        if self.takes_up(shard):
+            note = self.place.note_of(shard.name) or {}
+            if check is not None and not note.get("checked"):
+                check(shard, self.place.finished)
+        else:
+            sent = courier.fetch(shard) if courier is not None else None
+            if sent is not None:
+                self.written[shard.name] = sent
+                return
+            self._write([shard], lambda _: None)
+            self.files.close()  # inputs may go then; those that do not are opened again
+            if check is not None:
+                check(shard, self.place.own)
+            self._publish(shard.name)
+        if courier is not None:
+            courier.take(shard, self.written[shard.name])
+
+    def make(self, shards: Sequence[OutputShard]) -> None:
+        """Shards one after the other, each finished while the next is made."""
+        self._write(shards, self._publish)
+
+    def _write(self, outputs: Sequence[OutputShard], flushed: Callable[[str], None]) -> None:
+        recorder = self.care.recorder
+        part = recorder.part if recorder else Merging
+        shards = {
+            output.name: Shard(
+                output.header,
+                self.workers.ahead(
+                    (part(job, self.files) for job in output.jobs), Merging.long_before
+                ),
+            )
+            for output in outputs
+        }
+
+        def ended(name: str) -> Callable[[], None]:
+            if recorder is not None:
+                noted, part_file = recorder.end(name)
+                self.written[name].recorded[name] = noted
+                self._parts[name] = [part_file]
+            self.written[name].shards[name] = self._hashers.pop(name).text
+            return partial(flushed, name)
+
+        for name, shard in shards.items():
+            self._hashers[name] = Hasher()
+            self._hashers[name].update(shard.header)
+            self.written[name] = Written()
+        write_shards(self.place.own, shards, self.workers, self._consume, self.advance, ended)
+
+    def _consume(self, shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
         assert isinstance(task, MergeTask)
-        written.counts += task.counts
-        if recorder is not None:
-            recorder.take(task, data, workers)
+        self._hashers[shard].update(data)
+        self.written[shard].counts += task.counts
+        if self.care.recorder is not None:
+            self.care.recorder.take(shard, task, data, self.workers)
 
-    write_shards(folder, shards, workers, consume, advance)
-    written.shards = {name: hasher.text for name, hasher in hashers.items()}
-    return written
+    def _publish(self, name: str) -> None:
+        written = self.written[name]
+        note = {
+            "digest": written.shards[name], "counts": written.counts.__dict__,
+            "recorded": written.recorded.get(name), "checked": self.care.check is not None,
+        }  # fmt: skip
+        self.place.publish(name, written.shards[name], note, *self._parts.get(name, ()))

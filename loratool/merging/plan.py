@@ -6,6 +6,7 @@ A plan is a list of jobs per output shard, one job per output tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,12 @@ class Plan:
         """What is to be made, file by file; each by itself, in any order, on any machine."""
         metadata = self.treatment.metadata if self.treatment is not None else {}
         return [OutputShard(name, tuple(jobs), metadata) for name, jobs in self.shards.items()]
+
+    def files_for(self, shards: Iterable[OutputShard]) -> list[str]:
+        """The names of the files of the base that these shards are made from."""
+        folder = self.base.folder.path
+        files = {path for shard in shards for path in shard.sources}
+        return sorted(path.name for path in files if path.parent == folder)
 
     @property
     def inputs(self) -> list[Adapter]:

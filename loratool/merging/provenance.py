@@ -34,7 +34,7 @@ from loratool.storage.fields import (
 )
 from loratool.storage.filenames import ADAPTER_CONFIG, PROVENANCE
 from loratool.storage.folder import origin_of
-from loratool.storage.hashing import file_sha256
+from loratool.storage.hashing import known_sha256
 from loratool.storage.jsonfile import read_json
 from loratool.storage.record import HASHES, SCHEMA, SCHEMA_VERSION, check_schema
 from loratool.version import __version__
@@ -166,7 +166,7 @@ def adapter_files(adapter: Adapter) -> dict[str, str]:
     """sha256 of the files that hold the adapter and of its config, by file name."""
     config = adapter.weights.with_name(ADAPTER_CONFIG)
     paths = [*adapter.files, *([config] if config.is_file() else [])]
-    return {path.name: file_sha256(path) for path in paths}
+    return {path.name: known_sha256(path) for path in paths}
 
 
 def weights_sha256(adapter: Adapter) -> str:

@@ -9,6 +9,7 @@ from loratool.merging.counts import KeptOfDelta
 from loratool.merging.initial import Derivation
 from loratool.merging.range_loss import RangeLoss
 from loratool.notices import Notice, document
+from loratool.streams.shares import SharedOut
 
 
 @dataclass
@@ -63,6 +64,8 @@ class MergeReport:
     #: Shards that an earlier run had uploaded.
     resumed: list[str] = field(default_factory=list)
     kept: bool = True
+    #: How far the output is, where this run was one of several workers.
+    share: SharedOut | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +75,8 @@ class MergeReport:
             found["range_loss"] = dict(self.range_loss.__dict__)
         if self.kept_of_delta is not None:
             found["kept_of_delta"] = self.kept_of_delta.to_dict()
+        if self.share is not None:
+            found["share"] = self.share.to_dict()
         if self.derivation is not None:
             found["derivation"] = dict(self.derivation.__dict__)
         return found

@@ -8,7 +8,6 @@ dropped. So the main branch never holds half a model, and the Hub itself keeps t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,20 +18,13 @@ from typing import Any
 
 from loratool.errors import FileError, HubError, explained_os_errors
 from loratool.merging.counts import Counts
-from loratool.merging.executor import Written
+from loratool.merging.ingredients import fingerprint
 from loratool.merging.plan import OutputShard, Plan
 from loratool.merging.proof.pairing import check_written
-from loratool.merging.provenance import (
-    describe_adapter,
-    describe_model,
-    describe_options,
-    versions,
-)
-from loratool.merging.replication import original
+from loratool.merging.written import Written
 from loratool.notices import Notice
 from loratool.publishing.card_upload import card_upload
 from loratool.publishing.target import refuse_mixture
-from loratool.storage.folder import origin_of
 from loratool.storage.hashing import is_blake3
 from loratool.storage.hub.repository import Committed, Repository, Upload
 from loratool.storage.jsonfile import parse_json
@@ -60,7 +52,7 @@ class Shipment:
         self._journal: dict[str, Any] = {}
         self._staged: dict[str, str] = {}
         self._outputs = {shard.name: shard for shard in plan.outputs}
-        self._inputs = {name: _files(plan, shard) for name, shard in self._outputs.items()}
+        self._inputs = {name: plan.files_for([shard]) for name, shard in self._outputs.items()}
         self._uploader = ThreadPoolExecutor(1)
         self._downloader = ThreadPoolExecutor(1)
         self._uploads: list[Future[None]] = []
@@ -199,12 +191,6 @@ def _entries(data: bytes) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _files(plan: Plan, shard: OutputShard) -> list[str]:
-    """The files of the base that a shard is made from."""
-    folder = plan.base.folder.path
-    return sorted(path.name for path in shard.sources if path.parent == folder)
-
-
 def _hollow(folder: Path, shard: OutputShard) -> None:
     """Leave a file with its header and its size, and no data: it takes no space."""
     header = shard.header
@@ -213,35 +199,13 @@ def _hollow(folder: Path, shard: OutputShard) -> None:
         stream.truncate(len(header) + shard.nbytes)
 
 
-def fingerprint(plan: Plan) -> str:
-    """What a merge comes to, before it is made: equal for equal inputs, options and versions."""
-    base = plan.base
-    files = [] if origin_of(base.source) else [_stamp(path) for path in base.files]
-    document = [
-        describe_model(original(base)),
-        files,
-        [describe_adapter(a, w) for a, w in zip(plan.adapters, plan.weights, strict=True)],
-        describe_options(plan),
-        plan.config_changes,
-        plan.counts(),
-        versions("torch", "numpy"),
-    ]
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> list[str]:
-    """A file on this disk: to hash it would take as long as to merge it."""
-    found = path.stat()
-    return [path.name, str(found.st_size), str(found.st_mtime_ns)]
-
-
 def space_needed(plan: Plan) -> int:
     """Bytes that a merge takes on this disk at most, when nothing is kept of it.
 
     Two shards, one being made and one on its way, and the base's files for two more.
     """
     folder = plan.base.folder
-    inputs = [sum(folder.missing(_files(plan, shard)).values()) for shard in plan.outputs]
+    inputs = [sum(folder.missing(plan.files_for([shard])).values()) for shard in plan.outputs]
     return 2 * max(shard.nbytes for shard in plan.outputs) + sum(sorted(inputs)[-2:])
 
 

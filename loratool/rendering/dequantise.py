@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratool.rendering.merge import small_values
+from loratool.rendering.sharing import is_part, share_facts
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.verbs.dequantise import DequantiseReport
 from loratool.words import counted, format_bytes
@@ -26,6 +27,8 @@ def show_dequantise(report: DequantiseReport) -> None:
             facts.add_row("small values", small_values(report.range_loss))
         if report.pushed:
             facts.add_row("to push to", verbatim(report.pushed))
+    elif is_part(report.share):
+        share_facts(facts, report.share, report.output)
     else:
         facts.add_row(
             "written", written_text(report.bytes_written, len(report.shards), report.seconds)

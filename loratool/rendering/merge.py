@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratool.merging.initial import Derivation
 from loratool.merging.range_loss import RangeLoss
 from loratool.merging.report import MergeReport
+from loratool.rendering.sharing import is_part, share_facts
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
 from loratool.storage.filenames import CONFIG
 from loratool.words import format_bytes, percent
@@ -88,6 +89,8 @@ def show_merge(report: MergeReport, verbose: bool) -> None:
             share = report.undo_bytes / max(1, report.bytes_written)
             undo = f"about {format_bytes(report.undo_bytes)} more ({share:.1%}), from a sample"
             facts.add_row("undo file", undo)
+    elif is_part(report.share):
+        share_facts(facts, report.share, report.output)
     else:
         facts.add_row(
             "written", written_text(report.bytes_written, len(report.shards), report.seconds)

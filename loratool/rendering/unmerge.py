@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from loratool.rendering.sharing import is_part, share_facts
 from loratool.rendering.terminal import fact_grid, out, verbatim, written_text
-from loratool.verbs.unmerge import UnmergeReport
+from loratool.verbs.unmerging import UnmergeReport
 from loratool.words import counted, format_bytes
 
 
@@ -37,6 +38,8 @@ def show_unmerge(report: UnmergeReport) -> None:
     if report.dry_run:
         free = format_bytes(report.bytes_free)
         facts.add_row("to write", f"{format_bytes(report.bytes_written)} of {free} free")
+    elif is_part(report.share):
+        share_facts(facts, report.share, report.output)
     else:
         facts.add_row(
             "written", written_text(report.bytes_written, len(report.shards), report.seconds)

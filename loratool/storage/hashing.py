@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.storage.bounded import open_regular
+from loratool.storage.stamps import Stamp, stamp_of
 
 #: What the texts of the digests begin with that loratool takes of what it writes.
 BLAKE3 = "blake3:"
@@ -80,6 +81,18 @@ def file_digests(path: Path, *likes: str) -> list[str]:
 
 def file_digest(path: Path, like: str = BLAKE3) -> str:
     return file_digests(path, like)[0]
+
+
+#: What was hashed before in this process, by path and stamp.
+_KNOWN: dict[tuple[Path, Stamp], str] = {}
+
+
+def known_sha256(path: Path) -> str:
+    """The sha256 of a file that is asked for more than once while it stays as it is."""
+    key = path, stamp_of(path)
+    if key not in _KNOWN:
+        _KNOWN[key] = file_sha256(path)
+    return _KNOWN[key]
 
 
 def file_sha256(path: Path) -> str:

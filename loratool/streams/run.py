@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from loratool.errors import UsageError
 from loratool.storage.destination import Overwrite
 from loratool.streams.progress import Advance, Progress
+from loratool.streams.shares import WorkShare
+
+_OMIT = "Omit --worker, or --dry-run."
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,9 @@ class Run:
     """The options that verbs share and hand down unchanged.
 
     `threads` None takes the cores. A dry run reports and writes nothing; `overwrite` replaces an
-    output that exists. `device` is where torch computes: "cpu" or "cuda".
+    output that exists. `device` is where torch computes: "cpu" or "cuda". `restart` makes again
+    what an earlier run had finished. With a `share` others make the rest of the output; with a
+    `cluster`, an address of Ray's or "" for one on this machine, its tasks make all of it.
     """
 
     threads: int | None = None
@@ -22,8 +27,20 @@ class Run:
     overwrite: Overwrite = False
     dry_run: bool = False
     device: str = "cpu"
+    restart: bool = False
+    share: WorkShare | None = None
+    cluster: str | None = None
 
     def __post_init__(self) -> None:
+        if self.share is not None and self.dry_run:
+            raise UsageError("A dry run makes nothing, so there is nothing to share.", _OMIT)
+        if self.share is not None and self.cluster is not None:
+            raise UsageError("--ray splits the work by itself.", "Omit --worker.")
+        if self.share is not None and self.restart:
+            raise UsageError(
+                "--restart would throw away what other workers have finished.",
+                "To begin anew, let none run, and remove the hidden folder beside the output.",
+            )
         if self.threads is not None and self.threads < 1:
             raise UsageError(
                 f"--threads must be at least 1 (got {self.threads}).", "Omit it to use all cores."

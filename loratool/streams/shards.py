@@ -73,8 +73,13 @@ def write_shards(
     workers: Workers,
     consume: Consume,
     progress: Advance,
+    ended: Callable[[str], Callable[[], None]],
 ) -> None:
-    """Compute and write output files; flushing goes on beside the work."""
+    """Compute and write output files; flushing goes on beside the work.
+
+    `ended(shard)` is called when all tasks of a file have been consumed; what it returns is called
+    when the file is on the disk, by another thread.
+    """
     with ThreadPoolExecutor(1) as flusher:
         flushed: list[Future[None]] = []  # one thread flushes, in the order of this list
         writers: list[ShardWriter] = []
@@ -91,7 +96,7 @@ def write_shards(
                         flushed.append(flusher.submit(writer.flush))
                         unflushed = 0
                     progress(size, name)
-                flushed.append(flusher.submit(writer.flush_and_close))
+                flushed.append(flusher.submit(_close, writer, ended(name)))
         except BaseException:
             workers.stop()
             flusher.shutdown(wait=True, cancel_futures=True)
@@ -100,6 +105,11 @@ def write_shards(
             raise
         for done in flushed:
             done.result()
+
+
+def _close(writer: ShardWriter, afterwards: Callable[[], None]) -> None:
+    writer.flush_and_close()
+    afterwards()
 
 
 _Finished = tuple[OutputTensor, Task, Bytes, int]

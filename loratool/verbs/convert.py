@@ -16,12 +16,12 @@ from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.converting.cutting import note_cuts, within_rank
-from loratool.converting.files import draft_bytes, write_draft
+from loratool.converting.files import draft_bytes, write_documents, write_weights
 from loratool.converting.readback import prove
 from loratool.converting.unchanged import unchanged
 from loratool.dtypes import FACTOR_DTYPES, dtype_name
 from loratool.errors import AdapterError, UsageError, explained_os_errors, listed, unknown
-from loratool.merging.provenance import describe_adapter, versions
+from loratool.merging.provenance import describe_adapter, describe_model, versions
 from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice, document
 from loratool.paths import matches
@@ -34,14 +34,16 @@ from loratool.storage.destination import (
 from loratool.storage.fields import strict
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.ggufwriting import TypedValue
-from loratool.storage.hashing import file_sha256
+from loratool.storage.hashing import digest_of, file_digest, file_sha256
+from loratool.storage.journal import WorkOrder
 from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own, refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
-from loratool.storage.staging import StagedDirectory
+from loratool.storage.system import sync
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
+from loratool.verbs.making import work_folder
 from loratool.words import counted
 
 #: Elements of a list that a record keeps.
@@ -90,6 +92,7 @@ def convert(
     told: Told = NOTHING_TOLD,
     overwrite: Overwrite = False,
     dry_run: bool = False,
+    restart: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
@@ -107,6 +110,7 @@ def convert(
         to that, else refused.
     set_metadata: entries of the header of a safetensors file, which replace those of their name.
     told: what the user says of the adapter, because its file does not; see `merge`.
+    restart: write weights again that an earlier, killed run had finished.
     progress: called with (tensors done, tensors in all, key).
 
     Raises
@@ -116,7 +120,7 @@ def convert(
     """
     started = time.perf_counter()
     check_paths([adapter, output], [adapter], "loratool convert ADAPTER --to peft -o OUT")
-    run = Run(threads, progress, overwrite, dry_run)
+    run = Run(threads, progress, overwrite, dry_run, restart=restart)
     asked = _asked(base, dtype, max_rank, allow_lossy)
     if to is None and not set_metadata:
         raise UsageError("Nothing to convert to.", f"Say --to {'|'.join(TARGETS)}.")
@@ -224,44 +228,71 @@ def _write(
     source: Adapter, draft: Draft, asked: Asked, target: Path, run: Run, options: dict[str, Any]
 ) -> list[Notice]:
     """Write the files, read them again, and put them into place. Returns what came up then."""
+    nbytes = draft_bytes(draft)
     beside = tokenizer_files(source.folder) if source.source.is_dir() else {}
     beside = {name: path for name, path in beside.items() if name not in draft.documents}
     refuse_leading_out({**beside, **draft.copies})
-    with StagedDirectory(target, run.overwrite) as stage:
-        write_draft(draft, stage.path, run.threads, run.progress)
-        for name, path in (*beside.items(), *draft.copies.items()):
-            copy_own(path, name, stage.path / name)
-        source.folder.refuse_changed()
-        if draft.is_copy:
-            written = read_adapter(stage.path, source.told, asked.base)
-        else:
-            written = read_lora(stage.path, draft.told, asked.base)
-        prove(draft, written, run.threads)
-        names = (draft.weights, *draft.documents, *draft.copies)
-        write_json(
-            stage.path / PROVENANCE,
+    order = WorkOrder(
+        "convert", {}, _made_of(source, draft, asked, options), {draft.weights: nbytes}
+    )
+    with work_folder(target, order, run) as work:
+        if work.note_of(draft.weights) is None:
+            write_weights(draft, work.own, run.threads, run.progress)
+            sync(work.own / draft.weights)
+            work.publish(draft.weights, file_digest(work.own / draft.weights), {})
+        with work.finishing() as folder:
+            write_documents(draft, folder)
+            for name, path in (*beside.items(), *draft.copies.items()):
+                copy_own(path, name, folder / name)
+            source.folder.refuse_changed()
+            if draft.is_copy:
+                written = read_adapter(folder, source.told, asked.base)
+            else:
+                written = read_lora(folder, draft.told, asked.base)
+            prove(draft, written, run.threads)
+            write_json(folder / PROVENANCE, _record(source, draft, options, folder))
+            return [*work.notices, *work.commit(folder)]
+
+
+def _made_of(
+    source: Adapter, draft: Draft, asked: Asked, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What the weights of a conversion are made of; see `WorkOrder`."""
+    return {
+        "versions": versions("numpy"),
+        "options": options,
+        "adapter": describe_adapter(source, 1.0),
+        "base": describe_model(asked.base) if asked.base is not None else None,
+        "tensors": digest_of(
+            repr([(key, t.dtype, t.shape) for key, t in draft.tensors.items()]).encode()
+        ),
+        "metadata": digest_of(repr(draft.metadata).encode()),
+    }
+
+
+def _record(source: Adapter, draft: Draft, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The document that says how the output in `folder` came about."""
+    names = (draft.weights, *draft.documents, *draft.copies)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": "convert",
+        "versions": versions("numpy"),
+        "options": options,
+        "adapters": [
             {
-                "schema_version": SCHEMA_VERSION,
-                "command": "convert",
-                "versions": versions("numpy"),
-                "options": options,
-                "adapters": [
-                    {
-                        **describe_adapter(source, 1.0),
-                        "format": source.format,
-                        "metadata": source.metadata,
-                        "config": source.config,
-                        **({"values": _small(source.values)} if source.values else {}),
-                    }
-                ],
-                "result": {
-                    "modules": [fate.to_dict() for fate in draft.fates],
-                    "warnings": [n.code for n in (*source.notices, *draft.notices)],
-                },
-                "files": {name: file_sha256(stage.path / name) for name in names},
-            },
-        )
-        return stage.commit()
+                **describe_adapter(source, 1.0),
+                "format": source.format,
+                "metadata": source.metadata,
+                "config": source.config,
+                **({"values": _small(source.values)} if source.values else {}),
+            }
+        ],
+        "result": {
+            "modules": [fate.to_dict() for fate in draft.fates],
+            "warnings": [n.code for n in (*source.notices, *draft.notices)],
+        },
+        "files": {name: file_sha256(folder / name) for name in names},
+    }
 
 
 def _small(values: Mapping[str, Any]) -> dict[str, Any]:

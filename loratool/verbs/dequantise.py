@@ -19,7 +19,9 @@ from loratool.publishing.target import workplace
 from loratool.storage.destination import Overwrite, check_output
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.shares import SharedOut, WorkShare, parse_share
 from loratool.verbs.inputs import check_paths
+from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
 
 
@@ -57,6 +59,8 @@ class DequantiseReport:
     #: Shards that an earlier run had uploaded.
     resumed: list[str]
     kept: bool
+    #: How far the output is, where this run was one of several workers.
+    share: SharedOut | None
     warnings: list[Notice]
     seconds: float = 0.0
 
@@ -65,6 +69,8 @@ class DequantiseReport:
         found = document(self, "warnings")
         if self.range_loss is not None:
             found["range_loss"] = dict(self.range_loss.__dict__)
+        if self.share is not None:
+            found["share"] = self.share.to_dict()
         return found
 
 
@@ -80,6 +86,9 @@ def dequantise(
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
+    restart: bool = False,
+    worker: str | WorkShare | None = None,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> DequantiseReport:
@@ -91,33 +100,41 @@ def dequantise(
     dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" for the model's
         own 16-bit dtype; float16 if not given, and bfloat16 for architectures whose activations
         exceed that.
-    output, overwrite, dry_run, verify, push, keep, private, threads, progress: as of
-        `merge`.
+    output, overwrite, dry_run, verify, push, keep, private, restart, worker, ray, threads,
+        progress: as of `merge`.
 
     Raises
     ------
     BaseError: the model is not quantised, or in a form that is not read. FileError,
     ValueRangeError, OutputError, VerifyError, LoginError, HubError: as of `merge`.
     """
+    arguments = {"base": as_place(base), "dtype": dtype, "verify": verify, "overwrite": overwrite}
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run)
+    run = Run(
+        threads, progress, overwrite, dry_run, restart=restart, share=parse_share(worker),
+        cluster=ray,
+    )  # fmt: skip
     options = MergeOptions(dtype, verify=verify, push=push, keep=keep, private=private)
     options.check(output)
+    check_sharing(run, push)
     output = output if output is not None else workplace(str(push))
     check_paths([base, output], [base], "")
     target = Path(output)
-    check_output(target, [Path(base)], overwrite)
+    replaces = overwrite or run.share is not None  # what is there may be what workers made
+    check_output(target, [Path(base)], replaces)
     model = dequantised(open_checkpoint(base))
     if not isinstance(model, Dequantised):
         raise BaseError(
             f"{model.label} is not quantised: all its weights are plain.",
             "There is nothing to do; `loratool inspect` shows adapters, not models.",
         )
-    check_output(target, [path.resolve() for path in model.files], overwrite)
+    check_output(
+        target, [path.resolve() for path in model.files], overwrite or run.share is not None
+    )
     dtype, notices = options.dtype_for(model)
     plan = build_plan(model, [], [], dtype, quantised=AS_IT_WAS_TRAINED)
     plan.notices += notices
-    made = write_planned(plan, target, options, run, "dequantise")
+    made = write_planned(plan, target, options, run, arguments, dequantise)
     own = {field.name for field in fields(DequantiseReport)} & made.__dict__.keys()
     return DequantiseReport(
         formats=model.title,

@@ -16,7 +16,7 @@ from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
-from loratool.storage.staging import recover
+from loratool.storage.placing import recover
 from loratool.words import counted
 
 Source = str | Path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
@@ -26,11 +25,10 @@ from loratool.storage.destination import (
 )
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.shares import WorkShare, parse_share
 from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights, told_of
+from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
-
-if TYPE_CHECKING:
-    pass
 
 
 @explained_os_errors()
@@ -59,6 +57,9 @@ def merge(
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
+    restart: bool = False,
+    worker: str | WorkShare | None = None,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -101,6 +102,10 @@ def merge(
         where it was.
     keep: False removes each shard here once it is on the Hub, and reads a base from the Hub shard
         by shard, so that neither must fit on the disk. private: make the repository private.
+    restart: make again what an earlier run of the same merge had finished; it is taken up else.
+    worker: "2/8" makes the second of eight shares of the shards, balanced by their bytes, into a
+        folder that all workers share; whoever is last puts the output into its place.
+    ray: makes the shards as tasks of a Ray cluster, by its address; "" begins one on this machine.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -111,21 +116,35 @@ def merge(
     VerifyError: it was written, but is not what was computed. LoginError, HubError: the Hub.
     """
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run)
+    run = Run(
+        threads, progress, overwrite, dry_run, restart=restart, share=parse_share(worker),
+        cluster=ray,
+    )  # fmt: skip
     sources = as_list(adapters)
     options = MergeOptions(
         dtype, allow_unmatched, tuple(as_texts(components)), tokenizer, again, reversible, verify,
         push, keep, private, initial, replicate_layers, Quantised(quantised, trained_here, force),
     )  # fmt: skip
     options.check(output)
+    check_sharing(run, push)
     output = output if output is not None else workplace(str(push))
     given = [base, output, *([] if initial is None else [initial])]
     check_paths(given, sources, "loratool merge BASE ADAPTER -o OUT")
     target = Path(output)
     factors = check_weights(weights, sources)
     said = told_of(told, sources, expert_b_layout)
-    plan = _planned(base, sources, factors, options, target, overwrite, said)
-    report = write_planned(plan, target, options, run)
+    replaces = overwrite or run.share is not None  # what is there may be what workers made
+    plan = _planned(base, sources, factors, options, target, replaces, said)
+    arguments = {
+        "base": as_place(base), "adapters": [as_place(source) for source in sources],
+        "weights": factors, "dtype": dtype, "allow_unmatched": allow_unmatched,
+        "components": as_texts(components), "told": said, "tokenizer": tokenizer, "again": again,
+        "overwrite": overwrite, "reversible": reversible, "verify": verify,
+        "initial": None if initial is None else as_place(initial),
+        "replicate_layers": replicate_layers, "quantised": quantised, "trained_here": trained_here,
+        "force": force,
+    }  # fmt: skip
+    report = write_planned(plan, target, options, run, arguments, merge)
     report.seconds = time.perf_counter() - started
     return report
 

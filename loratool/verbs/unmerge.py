@@ -9,42 +9,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
-from loratool.dtypes import MODEL_DTYPES, dtype_name
-from loratool.errors import RestoreError, UsageError, explained_os_errors, listed
-from loratool.merging.output import write_index, write_model
-from loratool.merging.plan import Plan
-from loratool.merging.planning import build_plan
-from loratool.merging.provenance import Merged, describe, identify, merged_into, read_record
-from loratool.merging.subtraction import plan_subtraction, refuse_irreversible
-from loratool.merging.undo.file import Undo
-from loratool.merging.undo.kept_base import kept_base
-from loratool.merging.undo.predicted import refuse_other_tensors
-from loratool.merging.undo.sidefiles import changed_since, fetch_undo, open_undo, put_back
+from loratool.errors import RestoreError, explained_os_errors
+from loratool.merging.provenance import Merged, identify, merged_into, read_record
+from loratool.merging.undo.sidefiles import fetch_undo, open_undo
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
-from loratool.models.quantised.treatment import Quantised, refuse_dtype
-from loratool.models.sidefiles import side_files_of
-from loratool.notices import Notice, document
 from loratool.storage.destination import (
     Overwrite,
     check_output,
-    free_bytes,
-    refuse_company,
-    refuse_full_disk,
 )
-from loratool.storage.filenames import INDEX, PROVENANCE
-from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory
+from loratool.storage.filenames import PROVENANCE
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
+from loratool.streams.shares import WorkShare, parse_share
 from loratool.verbs.inputs import (
     as_list,
     check_dtype,
@@ -53,56 +36,8 @@ from loratool.verbs.inputs import (
     told_before,
     told_of,
 )
-
-
-@dataclass
-class UnmergeReport:
-    """What an unmerge did, or with `dry_run` would do. Sizes are bytes, times seconds.
-
-    `exact` is True where the base comes back bit for bit. Where it does not, `expected_changed` is
-    the share of the adapted weights that will differ from the base's, estimated from a sample.
-    """
-
-    merged: str
-    adapters: list[str]
-    weights: list[float]
-    output: str
-    exact: bool
-    dtype: str
-    dry_run: bool
-    shards: list[str]
-    modules: int
-    tensors: int
-    parameters: int
-    bytes_written: int
-    bytes_free: int
-    undo_bytes: int
-    remaining: list[str]
-    expected_changed: float | None = None
-    copied_from_base: int = 0
-    side_files: list[str] = field(default_factory=list)
-    warnings: list[Notice] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document that `--json` prints."""
-        return document(self, "warnings")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be taken out of what: the arguments of `unmerge`, opened and checked.
-
-    Adapters and weights are in the order of merging; `remaining` are those that stay merged.
-    """
-
-    merged: Checkpoint
-    record: dict[str, Any]
-    adapters: list[Adapter]
-    weights: list[float]
-    remaining: list[Merged]
-    target: Path
-    run: Run
+from loratool.verbs.making import as_place
+from loratool.verbs.unmerging import Request, UnmergeReport, restore_base, subtract_deltas
 
 
 @explained_os_errors()
@@ -119,6 +54,9 @@ def unmerge(
     subtract: bool = False,
     overwrite: Overwrite = False,
     dry_run: bool = False,
+    restart: bool = False,
+    worker: str | WorkShare | None = None,
+    ray: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> UnmergeReport:
@@ -138,6 +76,7 @@ def unmerge(
     subtract: do without the undo file.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
     dry_run: report only; nothing is written.
+    restart, worker, ray: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, shard name).
 
@@ -148,7 +87,10 @@ def unmerge(
         MatchError, OutputError as in `merge`.
     """
     started = time.perf_counter()
-    run = Run(threads, progress, overwrite, dry_run)
+    run = Run(
+        threads, progress, overwrite, dry_run, restart=restart, share=parse_share(worker),
+        cluster=ray,
+    )  # fmt: skip
     sources = as_list(adapters)
     check_paths([merged, output], sources, "loratool unmerge MERGED ADAPTER -o OUT")
     if dtype is not None:
@@ -157,6 +99,12 @@ def unmerge(
     target = Path(output)
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
+    arguments = {
+        "merged": as_place(merged), "adapters": [as_place(source) for source in sources],
+        "weights": factors, "base": None if base is None else as_place(base), "dtype": dtype,
+        "told": told if isinstance(told, Told) else list(told), "expert_b_layout": expert_b_layout,
+        "subtract": subtract, "overwrite": overwrite,
+    }  # fmt: skip
     checkpoint = open_checkpoint(merged)
     checkpoint.folder.fetch([PROVENANCE])
     record = read_record(checkpoint.directory) if checkpoint.is_directory else None
@@ -176,11 +124,11 @@ def unmerge(
     known = loras, factors or [1.0] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
-    request = _Request(checkpoint, record or {}, *known, target, run)
+    request = Request(checkpoint, record or {}, *known, target, run, unmerge, arguments)
     if undo is not None:
-        report = _restore(request, undo, base, dtype)
+        report = restore_base(request, undo, base, dtype)
     else:
-        report = _subtract(request, base, dtype)
+        report = subtract_deltas(request, base, dtype)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -203,140 +151,3 @@ def _recognised(
     remaining = [entry for i, entry in enumerate(everything) if i not in found]
     chosen = [everything[found[i]].weight for i in order]
     return [adapters[i] for i in order], chosen, remaining
-
-
-# --------------------------------------------------------------------------- with the undo file
-
-
-def _restore(
-    request: _Request, undo: Undo, originals: str | Path | None, dtype: str | None
-) -> UnmergeReport:
-    """Give the base back bit for bit."""
-    merged, run = request.merged, request.run
-    if dtype is not None:
-        raise UsageError(
-            "The undo file gives the base back in its own dtype.",
-            "Omit --dtype, or add --subtract.",
-        )
-    if request.remaining:
-        raise RestoreError(
-            f"{merged.label}: the undo file gives back what was before all its adapters were "
-            f"merged. Not given:\n{listed(map(str, request.remaining))}",
-            "Give all of them, then merge again what should stay: that is exact. To subtract "
-            "the given ones alone, rounding again, use --subtract.",
-        )
-    options = request.record["options"]
-    base = kept_base(undo, merged)
-    plan = build_plan(
-        base,
-        request.adapters,
-        request.weights,
-        options["dtype"],
-        bool(options.get("allow_unmatched")),
-        options.get("components") or (),
-        as_it_is=True,  # the undo file has what was taken off the base
-        quantised=Quantised(options.get("quantised"), trained_here=True),
-    )
-    refuse_other_tensors(plan, merged, undo)
-    report = _report(request, plan, base.nbytes)
-    if originals is not None:
-        text = f"{originals} is not read: the undo file holds all that is missing."
-        report.warnings.insert(0, Notice("base-not-needed", text))
-    report.exact, report.dtype, report.undo_bytes = True, "base", undo.nbytes
-    report.tensors, report.parameters = len(undo.tensors), base.parameters
-    report.shards = [shard.file for shard in undo.shards]
-    report.side_files = sorted(undo.side_files)
-    merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
-    report.warnings += changed_since(merged.folder, undo)
-    refuse_company(request.target, undo.side_files, run.overwrite)
-    if run.dry_run:
-        return report
-    refuse_full_disk(base.nbytes, request.target)
-    from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
-
-    with StagedDirectory(request.target, run.overwrite) as staged:
-        restore(plan, merged, undo, staged.path, run)
-        put_back(undo, merged.directory, staged.path)
-        if INDEX not in undo.files and len(undo.shards) > 1:
-            places = {name: shard.file for shard in undo.shards for name in shard.tensors}
-            write_index(staged.path, places, base.nbytes)
-        plan.refuse_changed()
-        merged.folder.refuse_changed()
-        report.warnings += staged.commit()
-    return report
-
-
-# ----------------------------------------------------------------------------- by subtraction
-
-
-def _subtract(request: _Request, base: str | Path | None, dtype: str | None) -> UnmergeReport:
-    """Subtract the deltas and round once."""
-    merged, record, run = dequantised(request.merged), request.record, request.run
-    asked = dtype
-    if dtype is None:
-        known = record["base"].get("dtypes", []) if record else []
-        only = dtype_name(known[0]) if len(known) == 1 else "base"
-        dtype = only if only in MODEL_DTYPES else "base"
-    found = plan_subtraction(merged, request.adapters, request.weights, dtype, base, record, run)
-    plan = found.plan
-    if plan.treatment is not None:
-        refuse_dtype(asked, plan.treatment, "loratool dequantise, of the result")
-        dtype = plan.dtype
-    refuse_irreversible(found, record)
-    report = _report(request, plan, plan.bytes_to_write)
-    if not record:
-        text = (
-            f"{merged.label} has no {PROVENANCE}: nothing says that these adapters were merged "
-            "into it, or with which weights. `loratool verify` can tell, with the base."
-        )
-        report.warnings.insert(0, Notice("no-provenance", text))
-    report.dtype, report.copied_from_base = dtype, len(found.originals)
-    from loratool.merging.undo.sampling import changed_by_cycle  # torch: about two seconds
-
-    if not (plan.treatment and plan.treatment.back):  # what quantisation took is not known
-        adapted = sum(job.source.numel for job in found.forward.jobs if job.is_arithmetic)
-        subtracted = sum(job.source.numel for job in plan.jobs if job.is_arithmetic)
-        share = subtracted / max(1, adapted)
-        report.expected_changed = share * changed_by_cycle(found.forward, plan)
-    report.exact = found.is_base and not request.remaining
-    files = side_files_of(merged)
-    if plan.rewriting is not None:
-        files.leave(plan.rewriting.without, "of the quantisation")
-    files.fetch()
-    report.side_files = sorted(files.copied)
-    refuse_company(request.target, files.copied, run.overwrite)
-    report.warnings += files.notices
-    if run.dry_run:
-        return report
-    refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
-    with StagedDirectory(request.target, run.overwrite) as staged:
-        written = write_model(plan, staged.path, files, run)
-        document = describe(plan, "unmerge", written.shards, {})
-        document["removed"] = document["adapters"]
-        document["adapters"] = [entry.document for entry in request.remaining]
-        document["base"]["adapters"] = []
-        write_json(staged.path / PROVENANCE, document)
-        plan.refuse_changed()
-        report.warnings += staged.commit()
-    return report
-
-
-def _report(request: _Request, plan: Plan, nbytes: int) -> UnmergeReport:
-    return UnmergeReport(
-        merged=request.merged.label,
-        adapters=[a.label for a in request.adapters],
-        weights=request.weights,
-        output=str(request.target),
-        exact=False,
-        dtype=plan.dtype,
-        dry_run=request.run.dry_run,
-        shards=list(plan.shards),
-        modules=plan.modules,
-        tensors=len(plan.jobs),
-        parameters=sum(job.source.numel for job in plan.jobs),
-        bytes_written=nbytes,
-        bytes_free=free_bytes(request.target),
-        undo_bytes=0,
-        remaining=[str(entry) for entry in request.remaining],
-        warnings=list(plan.notices),
-    )

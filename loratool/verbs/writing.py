@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.effect import note_slips
 from loratool.adapters.finite import refuse_not_finite
-from loratool.errors import HubError
+from loratool.errors import FileError, HubError
 from loratool.merging.delta_loss import note_loss, refuse_loss, sample_kept
 from loratool.merging.identity import held_by, note_doing_nothing, refuse_held
+from loratool.merging.ingredients import ingredients
 from loratool.merging.initial import derivation_of
 from loratool.merging.options import MergeOptions
-from loratool.merging.output import write_model
-from loratool.merging.plan import Plan
-from loratool.merging.provenance import describe
+from loratool.merging.output import write_beside
+from loratool.merging.plan import OutputShard, Plan
+from loratool.merging.provenance import describe, read_record
 from loratool.merging.range_loss import sample_range_loss
 from loratool.merging.report import MergeReport
 from loratool.merging.undo.sidefiles import keep_base, note_large, previous
+from loratool.merging.written import Written
 from loratool.models.layouts.names import is_token_embedding
 from loratool.models.sidefiles import SideFiles, side_files_of
 from loratool.models.tokenizers import note_ids_without_rows
+from loratool.notices import Notice
 from loratool.publishing.target import merge_target
 from loratool.storage.destination import free_bytes, refuse_company, refuse_full_disk
 from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
+from loratool.storage.journal import WorkOrder, as_json
 from loratool.storage.jsonfile import write_json
-from loratool.storage.staging import StagedDirectory
+from loratool.storage.staging import PassingDirectory
+from loratool.storage.workfolder import WorkFolder
+from loratool.storage.worksites import finished_bytes
 from loratool.streams.run import Run
+from loratool.streams.shares import SharedOut
 from loratool.streams.threads import cores
+from loratool.verbs.making import (
+    complete_output,
+    make_in_cluster,
+    memory_of,
+    own_files,
+    recordable,
+    work_folder,
+)
 
 if TYPE_CHECKING:
     from loratool.publishing.shard_upload import Shipment
@@ -37,10 +53,17 @@ if TYPE_CHECKING:
 
 
 def write_planned(
-    plan: Plan, target: Path, options: MergeOptions, run: Run, command: str = "merge"
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    run: Run,
+    arguments: Mapping[str, Any],
+    verb: Callable[..., Any],
 ) -> MergeReport:
     """Write the model that a plan makes to `target` and where `options` says; in a dry run, say
-    what that would take. `command` is what loratool.json calls it."""
+    what that would take. `verb` is the library's function that does it, and `arguments` are those
+    that it was called with."""
+    command = verb.__name__
     repository = None
     if options.push is not None:
         repository = merge_target(plan, options.push, options.private, run.overwrite, run.dry_run)
@@ -81,7 +104,14 @@ def write_planned(
             report.undo_bytes = undo_bytes(plan)
             report.warnings += note_large(report.undo_bytes, plan)
         return report
-    refuse_full_disk(report.bytes_needed, target)
+    if run.share is not None and _is_made(plan, command, target):
+        report.share = SharedOut(str(run.share), [], [], complete=True, before=True)
+        return report
+    order = WorkOrder(
+        command, recordable(arguments), {**ingredients(plan), "reversible": options.reversible},
+        {shard.name: shard.nbytes for shard in plan.outputs},
+    )  # fmt: skip
+    refuse_full_disk(report.bytes_needed - finished_bytes(target), target)
     if repository is not None:
         report.created = not repository.exists
         repository.create(
@@ -89,76 +119,150 @@ def write_planned(
         )  # before anything large is downloaded: may it be written to?
         report.private = repository.private
     side_files.fetch()
+    making = _Making(plan, target, side_files, report, run, repository, options, order, verb)
     if options.keep:
-        plan.base.fetch()
-        refuse_full_disk(report.bytes_needed, target)
-    _write(plan, target, side_files, report, run, repository, options, command)
+        making.fetch()
+    making.make()
     return report
 
 
-def _write(
-    plan: Plan,
-    target: Path,
-    side_files: SideFiles,
-    report: MergeReport,
-    run: Run,
-    repository: Repository | None,
-    options: MergeOptions,
-    command: str,
-) -> None:
-    """Write the model, here and on the Hub, and fill in what came of it."""
-    with StagedDirectory(target, run.overwrite) as staged, ExitStack() as stack:
-        shipment = recorder = None
-        if repository is not None:
-            from loratool.publishing.shard_upload import Shipment
+@dataclass
+class _Making:
+    """A model on its way to the disk and to the Hub; the report is filled in on the way."""
 
-            shipment = Shipment(plan, staged.path, repository, report.kept, run)
-            stack.enter_context(shipment)
-        if report.reversible:
-            from loratool.merging.undo.recording import UndoRecorder
+    plan: Plan
+    target: Path
+    side_files: SideFiles
+    report: MergeReport
+    run: Run
+    repository: Repository | None
+    options: MergeOptions
+    order: WorkOrder
+    verb: Callable[..., Any]
 
-            recorder = UndoRecorder(plan, keep_base(plan, staged.path, side_files))
-        with recorder or nullcontext():
-            written = write_model(plan, staged.path, side_files, run, recorder, shipment)
-        report.subnormal, report.zeroed = written.counts.subnormal, written.counts.zeroed
-        report.lost = written.counts.share_lost
-        report.kept_of_delta = written.counts.kept_of_delta
+    @property
+    def outputs(self) -> list[OutputShard]:
+        """The shards that this process makes."""
+        return [o for o in self.plan.outputs if o.name in own_files(self.order, self.run)]
+
+    def fetch(self) -> None:
+        """Download what of the base is not here and is needed."""
+        base, needed = self.plan.base, self.report.bytes_needed
+        if self.run.cluster is not None:
+            return  # each task has what it needs on its own node
+        if self.run.share is None:
+            base.fetch()
+        else:
+            base.folder.fetch(self.plan.files_for(self.outputs))
+        refuse_full_disk(needed - finished_bytes(self.target), self.target)
+
+    def make(self) -> None:
+        """Write the shards, and where all of them are there, the model."""
+        if not self.options.keep:
+            with PassingDirectory(self.target, self.run.overwrite) as place:
+                shipment, written = self._shards(place)
+                assert shipment is not None
+                self._fill(place.path, place.path, written)
+                shipment.settle()
+                self._ship(shipment, place.path)
+            return
+        with work_folder(self.target, self.order, self.run) as work:
+            self.report.warnings += work.notices
+            shipment = None
+            if self.run.cluster is not None:
+                make_in_cluster(work, self.run, self.verb, memory_of(self.plan))
+            else:
+                shipment, _ = self._shards(work)
+            if shipment is not None:
+                shipment.settle()
+
+            def fill(folder: Path) -> list[Notice]:
+                written = Written()
+                for name in self.plan.shards:
+                    written += Written.noted(name, work.note_of(name) or {})
+                self._fill(folder, work.parts, written)
+                return []
+
+            self.report.share, notices = complete_output(work, self.run, fill)
+            self.report.warnings += notices
+            if shipment is not None:
+                self._ship(shipment, work.output)
+
+    def _shards(self, place: WorkFolder | PassingDirectory) -> tuple[Shipment | None, Written]:
+        """Make the shards of this process."""
+        from loratool.merging.executor import Care, execute  # torch: about two seconds to import
+
+        with ExitStack() as stack:
+            care = Care()
+            shipment = None
+            if self.repository is not None:
+                from loratool.publishing.shard_upload import Shipment
+
+                shipment = Shipment(
+                    self.plan, place.finished, self.repository, self.report.kept, self.run
+                )
+                care = replace(care, courier=stack.enter_context(shipment))
+            elif self.options.verify:
+                from loratool.merging.proof.pairing import check_written
+
+                care = replace(
+                    care,
+                    check=lambda shard, where: check_written([shard], where, self.run.silent()),
+                )
+            if self.report.reversible:
+                from loratool.merging.undo.recording import UndoRecorder
+
+                recorder = stack.enter_context(UndoRecorder(self.plan, place.own))
+                care = replace(care, recorder=recorder)
+            return shipment, execute(self.outputs, place, self.run, care)
+
+    def _fill(self, folder: Path, parts: Path, written: Written) -> None:
+        """Complete the folder of all shards, and say in the report what came of them."""
+        plan, report, counts = self.plan, self.report, written.counts
+        write_beside(plan, folder, self.side_files)
+        report.subnormal, report.zeroed = counts.subnormal, counts.zeroed
+        report.lost = counts.share_lost
+        report.kept_of_delta = counts.kept_of_delta
         report.warnings += note_loss(report.kept_of_delta, plan)
-        if options.verify and shipment is None:
-            from loratool.merging.proof.pairing import check_written
-
-            check_written(plan.outputs, staged.path, run)
-        report.verified = options.verify or shipment is not None
-        plan.refuse_changed()
+        report.verified = self.options.verify or self.repository is not None
         result: dict[str, Any] = {"subnormal": report.subnormal, "zeroed": report.zeroed}
         if report.kept_of_delta is not None:
             result["kept_of_delta"] = report.kept_of_delta.to_dict()
-        record = describe(plan, command, written.shards, result, held_by(plan.base))
-        if recorder is not None:
-            report.undo_bytes = recorder.nbytes
+        record = describe(plan, self.order.command, written.shards, result, held_by(plan.base))
+        if report.reversible:
+            from loratool.merging.undo.assembling import assemble
+
+            kept = keep_base(plan, folder, self.side_files)
+            report.undo_bytes = assemble(plan, kept, written.recorded, parts, self.run)
             report.warnings += note_large(report.undo_bytes, plan)
-            record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": recorder.nbytes}
-        write_json(staged.path / PROVENANCE, record)
-        if shipment is not None:
-            shipment.settle()
-        if report.kept:
-            report.warnings += staged.commit()
-        if shipment is not None:
-            _ship(shipment, staged.path, report)
+            record["undo"] = {"file": f"{UNDO_FOLDER}/{UNDO}", "bytes": report.undo_bytes}
+        write_json(folder / PROVENANCE, record)
+        plan.refuse_changed()
+
+    def _ship(self, shipment: Shipment, folder: Path) -> None:
+        """Make the commit that brings the model to its place on the Hub."""
+        report = self.report
+        try:
+            done, notices = shipment.finish(folder)
+        except HubError as error:
+            if report.kept:
+                hint = f"{error.hint} The merge itself is complete: {report.output}. Run it again "
+                error.hint = hint + "with --overwrite, or push it: loratool push."
+            raise
+        report.pushed, report.commit = done.url, done.commit
+        report.resumed = shipment.resumed
+        report.warnings += notices
 
 
-def _ship(shipment: Shipment, folder: Path, report: MergeReport) -> None:
-    """Make the commit that brings the model to its place on the Hub."""
-    try:
-        done, notices = shipment.finish(folder)
-    except HubError as error:
-        if report.kept:
-            hint = f"{error.hint} The merge itself is complete: {report.output}. Run it again with "
-            error.hint = hint + "--overwrite, or push it: loratool push."
-        raise
-    report.pushed, report.commit = done.url, done.commit
-    report.resumed = shipment.resumed
-    report.warnings += notices
+def _is_made(plan: Plan, command: str, target: Path) -> bool:
+    """Whether the output that a worker works for is in its place, made of the same."""
+    with suppress(FileError):
+        record = read_record(target)
+        if record is not None:
+            own = describe(plan, command, {}, {}, held_by(plan.base))
+            parts = ("command", "versions", "options", "base", "adapters")
+            return all(record.get(part) == as_json(own[part]) for part in parts)
+    return False
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill: exit code 130, and nothing left behind."""
+"""Ctrl-C and a polite kill: exit code 130, and nothing left behind but finished files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.places import FIXTURES
 from helpers.processes import start_python, wait_for
 
 from loratool.cli.main import _interrupted
-from loratool.storage import staging
+from loratool.storage import placing, staging
 
 
 @pytest.mark.process
@@ -27,7 +27,7 @@ def test_interrupts_exit_130_and_leave_nothing(
         "from loratool.cli.main import main; main()"
     )
     child = start_python(slow, "merge", base, adapter, "-o", tmp_path / "out")
-    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-partial-*/model*"))), child)
+    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-work/by-*/model*"))), child)
     child.send_signal(number)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -51,7 +51,7 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
         "from loratool.cli.main import main; main(sys.argv[1:])"
     )
     child = start_python(slow, "merge", base, lora, "-o", out)
-    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-partial-*/model*"))), child)
+    wait_for(lambda: bool(list(tmp_path.glob(".out.loratool-work/by-*/model*"))), child)
     child.send_signal(signal.SIGINT)
     assert child.stdout is not None
     assert child.stdout.readline() == "cleaning\n"
@@ -76,7 +76,7 @@ def test_what_an_interrupt_says_is_true_of_the_command(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A push may have made its commit already, and a dry run makes nothing."""
-    monkeypatch.setattr(staging, "_PLACED", [])  # other tests put outputs there in this process
+    monkeypatch.setattr(placing, "_PLACED", [])  # other tests put outputs there in this process
     assert said in _interrupted(arguments)
 
 
@@ -84,7 +84,7 @@ def test_an_interrupt_after_the_last_step_names_what_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who presses Ctrl-C while the summary is printed has the whole output."""
-    monkeypatch.setattr(staging, "_PLACED", [])
+    monkeypatch.setattr(placing, "_PLACED", [])
     with staging.StagedDirectory(tmp_path / "out") as staged:
         staged.commit()
     assert _interrupted(["merge", "b", "a", "-o", "o"]).endswith("out is complete")

@@ -26,7 +26,7 @@ from loratool.errors import OutputError
 _CHILD = """
 import json, sys, time
 import loratool
-import loratool.storage.staging as writer
+import loratool.storage.placing as writer
 adapters, output, where = json.loads(sys.argv[1])
 def halt(*_):
     for _ in range(600): time.sleep(0.1)

@@ -19,7 +19,7 @@ import loratool
 from loratool import Told
 from loratool.adapters.dialects.writing import Draft
 from loratool.converting import readback
-from loratool.converting.files import write_draft
+from loratool.converting.files import write_weights
 from loratool.converting.readback import relative_difference
 from loratool.errors import (
     AdapterError,
@@ -316,9 +316,9 @@ def _spoiled(
     """Let the file that a conversion writes be another one."""
 
     def write(draft: Draft, folder: Path, *others: Any) -> None:
-        write_draft(draft, folder, *others)
+        write_weights(draft, folder, *others)
         tensors = {key: np.array(value) for key, value in load_file(folder / draft.weights).items()}
         spoil(tensors)
         save_file(tensors, folder / draft.weights)
 
-    monkeypatch.setattr(convert_verb, "write_draft", write)
+    monkeypatch.setattr(convert_verb, "write_weights", write)

@@ -25,7 +25,7 @@ from loratool.errors import FileError, OutputError
 # The halt is many short ones: a signal that comes just before a sleep begins does not shorten it.
 _CHILD = """
 import json, sys, time
-import loratool.storage.staging as writer
+import loratool.storage.placing as writer
 import loratool.adapters.factorfile as peft_writer
 from loratool.cli.main import main
 arguments, where = json.loads(sys.argv[1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,30 @@ from helpers.files import ADAPTED, State, lora_on, random_of, write_base
 from helpers.places import FIXTURES
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
+
+
+@dataclass(frozen=True)
+class Here:
+    """A folder as a place for shards, in which nothing is ever found finished."""
+
+    own: Path
+
+    @property
+    def finished(self) -> Path:
+        return self.own
+
+    def note_of(self, name: str) -> None:
+        return None
+
+    def publish(self, name: str, digest: str, note: dict[str, Any], *parts: str) -> None:
+        pass
+
+
+def work_of(output: Path) -> list[Path]:
+    """What runs for an output have on the disk right now."""
+    return [
+        path for path in output.parent.glob(f".{output.name}.loratool-work/**/*") if path.is_file()
+    ]
 
 
 def large_base(folder: Path, megabytes: int, shards: int = 2) -> Path:

@@ -16,7 +16,7 @@ from helpers.files import ADAPTED, NORM, OTHER, State, load, random_of, same
 from helpers.outcomes import assert_clean, assert_clear, sha256s
 from helpers.states import legacy_buffers
 from loratool.errors import LoraToolError
-from loratool.verbs.unmerge import UnmergeReport
+from loratool.verbs.unmerging import UnmergeReport
 
 #: In a merged model.
 UNDO = Path("loratool") / "undo.safetensors"

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.merging import Here
 from safetensors.numpy import load_file, save_file
 
 from loratool.adapters.factors import Kind, LowRank, Matrix, ModuleShape, Part
 from loratool.extracting.difference import Difference
-from loratool.merging.executor import execute
+from loratool.merging.executor import Care, execute
 from loratool.merging.match import Delta
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
 from loratool.merging.products import ExactProduct, LoadedDelta, Placement
 from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import judge
+from loratool.merging.undo.assembling import assemble
 from loratool.merging.undo.file import read_undo
 from loratool.merging.undo.recording import UndoRecorder
 from loratool.merging.undo.restoring import restore
@@ -181,8 +183,10 @@ def plan_of(folder: Path, place: Place, stored: tuple[int, ...], *deltas: Delta)
 
 def merged_in(plan: Plan, folder: Path) -> np.ndarray:
     folder.mkdir()
-    with UndoRecorder(plan, Kept(folder / "undo.safetensors", {}, {})) as recorder:
-        execute(plan.outputs, folder, Run(threads=2), recorder)
+    with UndoRecorder(plan, folder) as recorder:
+        written = execute(plan.outputs, Here(folder), Run(threads=2), Care(recorder))
+    kept = Kept(folder / "undo.safetensors", {}, {})
+    assemble(plan, kept, written.recorded, folder, Run(threads=2))
     return load_file(folder / "model.safetensors")["w"]
 
 
@@ -223,7 +227,7 @@ def test_a_delta_at_any_place_is_merged_proven_and_taken_back(
 
     undo = read_undo(tmp_path / "out" / "undo.safetensors")
     (tmp_path / "back").mkdir()
-    restore(plan, merged, undo, tmp_path / "back", Run())
+    restore(plan, merged, undo, undo.shards, Here(tmp_path / "back"), Run())
     originals = [p / "model.safetensors" for p in (tmp_path / "base", tmp_path / "back")]
     assert len({hashlib.sha256(path.read_bytes()).hexdigest() for path in originals}) == 1
 
@@ -239,13 +243,14 @@ def test_a_shard_can_be_made_by_another_process(tmp_path: Path) -> None:
     assert shard.sources == {tmp_path / "base" / "model.safetensors"}
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
-    here = execute(plan.outputs, tmp_path / "here", Run())
+    here = execute(plan.outputs, Here(tmp_path / "here"), Run())
     program = (
         "import pickle, sys; from pathlib import Path\n"
         "from loratool.merging.executor import execute\n"
         "from loratool.streams.run import Run\n"
         "shard = pickle.load(sys.stdin.buffer)\n"
-        "print(execute([shard], Path(sys.argv[1]), Run()).shards[shard.name])"
+        "from helpers.merging import Here\n"
+        "print(execute([shard], Here(Path(sys.argv[1])), Run()).shards[shard.name])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "there"],
@@ -299,7 +304,7 @@ def test_a_tensor_that_is_stored_otherwise_is_merged_proven_and_compared(tmp_pat
     job = replace(plan.jobs[0], source=info, dtype="F32")
     plan.shards[shard] = [job]
     (tmp_path / "out").mkdir()
-    execute(plan.outputs, tmp_path / "out", Run())
+    execute(plan.outputs, Here(tmp_path / "out"), Run())
     got = load_file(tmp_path / "out" / shard)["w"]
     b, a = factors.left_right()
     assert np.allclose(got, stored / 8 + 1.5 * b @ a, rtol=0, atol=1e-5)

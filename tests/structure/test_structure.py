@@ -187,7 +187,9 @@ OWN_WORDS = {"dtype", "kind", "card", "verdict", "state", "code", "group", "why"
 def test_tables_show_texts_of_reports_verbatim() -> None:
     """What a report holds as text stands in a table or a sentence through `verbatim` only."""
     texts = set()
-    for verb in (*loratool.VERBS,):
+    for verb in loratool.VERBS:
+        if verb == "finish":  # its report is that of the verb that it finishes
+            continue
         report = getattr(loratool, f"{verb.capitalize()}Report")
         texts |= {
             field for field, kind in report.__annotations__.items() if re.search(r"\bstr\b", kind)

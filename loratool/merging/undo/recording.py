@@ -1,44 +1,33 @@
 """Record, in the merge's own pass, what gives the base back: see `undo.file`.
 
-For every block that was merged or cast, the base is predicted from the output as it will be when it
-is restored, and compared with the bytes that were read. The digest of each base tensor is taken
-beside that, by a thread of its own.
+Each shard is recorded by itself, into a part of its own, because shards are made by several runs or
+on several machines; `assembling` makes one file of the parts. For every block that was merged or
+cast, the base is predicted from the output as it will be when it is restored, and compared with the
+bytes that were read. The digest of each base tensor is taken beside that, by a thread of its own.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.derivation import scale_folded
 from loratool.merging.plan import Job, Plan
-from loratool.merging.undo.predicted import Predicted, predicted_by, predicted_jobs
+from loratool.merging.undo.predicted import Predicted, predicted_by
 from loratool.merging.undo.prediction import Reversal
-from loratool.merging.undo.residual import (
-    Distances,
-    Positions,
-    compress,
-    encode,
-    encode_whole,
-    find,
-)
-from loratool.merging.undo.sidefiles import Kept
-from loratool.merging.undo.writer import UndoWriter
-from loratool.models.checkpoint import Checkpoint
+from loratool.merging.undo.residual import Distances, Positions, encode, find
 from loratool.models.quantised.base import as_stored
-from loratool.storage.hashing import Hasher, digest_of
-from loratool.storage.header import header_bytes, read_header
-from loratool.storage.tensors import Bytes, FilePool, TensorInfo, block_elements, blocks
+from loratool.storage.hashing import Hasher
+from loratool.storage.tensors import Bytes, FilePool, TensorInfo
 from loratool.storage.values import values_of
-from loratool.streams.workers import BLOCKS_PER_TASK, Workers
+from loratool.streams.workers import Workers
 
 
 class RecordedMerging(Merging):
@@ -110,22 +99,22 @@ class RecordedTask(MergeTask):
 
 
 class UndoRecorder:
-    """Fills an undo file while a plan is carried out. Use as a context manager.
+    """Notes, shard by shard, what an undo file is made of. Use as a context manager.
 
-    `kept` is what goes into it beside the weights.
+    Of each shard there is a part in `folder`, `SHARD.undo`: entries one after the other. Their
+    names and lengths, and the rows of the base's tensors, are what is noted of the shard.
     """
 
-    def __init__(self, plan: Plan, kept: Kept) -> None:
+    def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan = plan
         self.base = as_stored(plan.base)
-        self.kept = kept
-        self.nbytes = 0
-        self._of_base = predicted_jobs(plan)
+        self._folder = folder
+        self._shard = ""
+        self._part: BinaryIO | None = None
+        self._entries: dict[str, int] = {}
         self._table: dict[str, dict[str, Any]] = {}
         self._digests: dict[str, Hasher] = {}
         self._current: RecordedMerging | None = None
-        self._headers = dict(_headers(self.base))
-        self._writer = UndoWriter(kept.path, self._entries())
 
     def __enter__(self) -> UndoRecorder:
         self._hasher = ThreadPoolExecutor(1)
@@ -134,24 +123,16 @@ class UndoRecorder:
 
     def __exit__(self, *_: object) -> None:
         self._hasher.shutdown(wait=True, cancel_futures=True)
-        self._writer.close()
-
-    def _entries(self) -> list[str]:
-        """The names of all entries that the undo file may get."""
-        names = [f"residual:{n}" for n, (job, of) in self._of_base.items() if not of.is_copied(job)]
-        names += [f"whole:{name}" for name in self.base.tensors if name not in self._of_base]
-        for name, (job, _) in self._of_base.items():
-            names += [f"gain:{name}:{i}" for i, d in enumerate(job.deltas) if d.factors.magnitude]
-            names += [f"taken:{name}:{i}" for i in range(len(job.taken))]
-        names += [f"header:{file}" for file in self._headers]
-        return names + [f"file:{name}" for name in self.kept.files]
+        if self._part is not None:
+            self._part.close()
 
     def part(self, job: Job, files: FilePool) -> Merging:
         of_base = predicted_by(job, self.plan.base)
         return Merging(job, files) if of_base is None else RecordedMerging(job, of_base, files)
 
-    def take(self, task: MergeTask, data: Bytes, workers: Workers) -> None:
+    def take(self, shard: str, task: MergeTask, data: Bytes, workers: Workers) -> None:
         """Record a finished task; called in file order. `data` is what was written."""
+        self._begin(shard)
         if self._current is not None and task.job is not self._current:
             self._end_tensor(self._current)
         self._current = task.job if isinstance(task.job, RecordedMerging) else None
@@ -159,11 +140,13 @@ class UndoRecorder:
             return
         of_base = task.job.of_base
         name = of_base.info.name
-        row = self._row(name, of_base.span(0, task.job.task_elements)[1])
-        row["sizes"].append(len(task.chunk))
-        self._writer.append(f"residual:{name}", task.chunk)
+        if name not in self._table:
+            self._table[name] = new_row(of_base.info, of_base.span(0, task.job.task_elements)[1])
+            self._digests[name] = Hasher()
+        self._table[name]["sizes"].append(len(task.chunk))
+        self._append(f"residual:{name}", task.chunk)
         if task.base is None:
-            self._digests[name].update(data)  # a copy: what was written is what was read
+            self._digests[name].update(data)  # a copy: what was written is what is read
             return
         begin, end = task.span
         size = (end - begin) * of_base.info.itemsize
@@ -173,20 +156,39 @@ class UndoRecorder:
         ):  # on many cores the hash is slowest; the buffers must not pile up
             self._hashing.popleft().result()
 
+    def _begin(self, shard: str) -> None:
+        if self._shard != shard or self._part is None:
+            self._shard = shard
+            self._part = (self._folder / f"{shard}.undo").open("xb")
+
+    def end(self, shard: str) -> tuple[dict[str, Any], str]:
+        """What is noted of a shard whose tasks were all taken, and the file of its part."""
+        self._begin(shard)  # a shard may have no tasks
+        if self._current is not None:
+            self._end_tensor(self._current)
+        while self._hashing:
+            self._hashing.popleft().result()
+        assert self._part is not None
+        self._part.flush()
+        os.fsync(self._part.fileno())
+        self._part.close()
+        for name, row in self._table.items():
+            finish_row(row, self._digests[name])
+        noted = {"tensors": self._table, "entries": list(self._entries.items())}
+        self._current = self._part = None
+        self._entries, self._table, self._digests = {}, {}, {}
+        return noted, f"{shard}.undo"
+
+    def _append(self, entry: str, data: bytes) -> None:
+        """Add to the newest entry of the part, or begin another one."""
+        if data:
+            assert self._part is not None
+            self._part.write(data)
+            self._entries[entry] = self._entries.get(entry, 0) + len(data)
+
     def _hash(self, name: str, base: Bytes, size: int, workers: Workers) -> None:
         self._digests[name].update(base[:size])
         workers.give(base)
-
-    def _row(self, name: str, step: int) -> dict[str, Any]:
-        if name not in self._table:
-            info = self.base.tensors[name]
-            self._digests[name] = Hasher()
-            self._table[name] = {
-                "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
-                "gains": [],
-                "taken": [],
-            }  # fmt: skip
-        return self._table[name]
 
     def _end_tensor(self, part: RecordedMerging) -> None:
         if not part.is_copy:
@@ -196,8 +198,7 @@ class UndoRecorder:
             for index, gain in enumerate(part.gains):
                 gains.append(0 if gain is None else gain.numel())
                 if gain is not None:
-                    entry = f"gain:{name}:{index}"
-                    self._writer.append(entry, gain.numpy().tobytes())
+                    self._append(f"gain:{name}:{index}", gain.numpy().tobytes())
 
     def _keep_taken(self, part: RecordedMerging) -> None:
         """Store what was taken off the base: another machine would decompose it otherwise."""
@@ -209,75 +210,19 @@ class UndoRecorder:
             left, right = pair
             numbers = [places.index(delta.place), left.shape[0], *right.shape]
             self._table[name]["taken"].append(numbers)
-            entry = f"taken:{name}:{index}"
-            self._writer.append(entry, left.tobytes() + right.tobytes())
-
-    def finish(self, files: FilePool, workers: Workers) -> None:
-        """Store what was replaced, the files of the base and the table, and close."""
-        if self._current is not None:
-            self._end_tensor(self._current)
-        while self._hashing:
-            self._hashing.popleft().result()
-        for name, info in self.base.tensors.items():
-            if name not in self._table:
-                self._store_whole(name, info, files, workers)
-        for file, header in self._headers.items():
-            self._writer.append(f"header:{file}", compress(header))
-        for name, content in self.kept.files.items():
-            self._writer.append(f"file:{name}", compress(content))
-        for name, row in self._table.items():
-            row["digest"] = self._digests[name].text
-            if not any(row["sizes"]):
-                row["sizes"], row["step"] = [], 0
-        table: dict[str, Any] = {
-            "tensors": {name: self._table[name] for name in self.base.tensors},
-            "shards": [
-                {"file": _file_name(self.base, shard), "tensors": names}
-                for shard, names in self.base.shards.items()
-            ],
-            "side_files": self.kept.hashes,
-            "files": {name: digest_of(content) for name, content in self.kept.files.items()},
-            "headers": {name: digest_of(header) for name, header in self._headers.items()},
-        }
-        if self.base is not self.plan.base:
-            table |= {"quantised": True, "metadata": self.base.metadata}
-        self.nbytes = self._writer.finish(table)
-
-    def _store_whole(self, name: str, info: TensorInfo, files: FilePool, workers: Workers) -> None:
-        """Store a tensor itself, because no job begins with it, or it has no elements."""
-        step = BLOCKS_PER_TASK * block_elements()
-        row = self._row(name, step)
-        row["whole"] = True
-        values = values_of(info, files)
-
-        def piece(low: int, high: int) -> tuple[Bytes, bytes]:
-            raw = values.bytes(low, high)
-            return raw, encode_whole(raw, info.itemsize)
-
-        calls = (partial(piece, low, high) for low, high in blocks(info.numel, step))
-        for raw, chunk in workers.in_order(calls):
-            self._digests[name].update(raw)
-            row["sizes"].append(len(chunk))
-            self._writer.append(f"whole:{name}", chunk)
+            self._append(f"taken:{name}:{index}", left.tobytes() + right.tobytes())
 
 
-def _headers(base: Checkpoint) -> Iterator[tuple[str, bytes]]:
-    """The first bytes of each base shard that can be written again as it was.
-
-    Torch files cannot, nor files with tensors that the index places elsewhere; their tensors come
-    back, in a file with a header of our own.
-    """
-    for shard, names in base.shards.items():
-        path = _path(base, names)
-        if path.suffix == ".safetensors" and list(read_header(path)[0]) == names:
-            yield _file_name(base, shard), header_bytes(path)
+def new_row(info: TensorInfo, step: int) -> dict[str, Any]:
+    """What the undo file says of a tensor of the base of which nothing is recorded yet."""
+    return {
+        "dtype": info.dtype, "shape": info.shape, "whole": False, "step": step, "sizes": [],
+        "gains": [], "taken": [],
+    }  # fmt: skip
 
 
-def _file_name(base: Checkpoint, shard: str) -> str:
-    """What the restored shard is called: as in the base, unless that was a torch file."""
-    path = _path(base, base.shards[shard])
-    return path.name if path.suffix == ".safetensors" else shard
-
-
-def _path(base: Checkpoint, names: list[str]) -> Path:
-    return base.tensors[names[0]].file
+def finish_row(row: dict[str, Any], hasher: Hasher) -> None:
+    """Complete the row of a tensor of which everything is recorded."""
+    row["digest"] = hasher.text
+    if not any(row["sizes"]):
+        row["sizes"], row["step"] = [], 0

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from loratool.merging.undo.file import BaseShard, BaseTensor, Undo
 from loratool.merging.undo.predicted import Predicted, predicted_jobs
 from loratool.merging.undo.prediction import Reversal
 from loratool.merging.undo.residual import Distances, Positions, apply
+from loratool.merging.written import ShardPlace
 from loratool.models.checkpoint import Checkpoint
 from loratool.storage.hashing import Hasher, shortened
 from loratool.storage.header import build_header
@@ -39,16 +39,27 @@ def restore(
     plan: Plan,
     merged: Checkpoint,
     undo: Undo,
-    folder: Path,
+    shards: Sequence[BaseShard],
+    place: ShardPlace,
     run: Run,
 ) -> None:
-    """Write the base's shards into `folder`.
+    """Write these shards of the base, but for those that are finished.
 
     Raises RestoreError for a tensor that does not come out as it was.
     """
     jobs = predicted_jobs(plan)
     hashers: dict[str, Hasher] = {}
+    of_files: dict[str, Hasher] = {}
     left = {name: tensor.info.nbytes for name, tensor in undo.tensors.items()}
+    advance = run.counted(sum(_size(shard, undo) for shard in shards))
+    todo = []
+    for shard in shards:
+        if place.note_of(shard.file) is None:
+            todo.append(shard)
+            of_files[shard.file] = Hasher()
+            of_files[shard.file].update(header_of(shard, undo))
+        else:
+            advance(_size(shard, undo), shard.file)
 
     def consume(shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
         assert isinstance(part, RestoredPart)
@@ -56,6 +67,7 @@ def restore(
         if name not in hashers:
             hashers[name] = Hasher(part.tensor.digest)
         hashers[name].update(data)
+        of_files[shard].update(data)
         left[name] -= len(data)
         if not left[name]:
             _check_hash(name, hashers.pop(name).text, undo, merged)
@@ -69,10 +81,16 @@ def restore(
                 job, of_base = jobs[name]
                 yield ReversedPart(tensor, undo, files, job, of_base, merged.tensors[job.name])
 
+    def ended(name: str) -> Callable[[], None]:
+        return partial(place.publish, name, of_files.pop(name).text, {})
+
     with FilePool() as files, Workers(run.threads) as workers:
-        shards = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in undo.shards}
-        advance = run.counted(sum(tensor.info.nbytes for tensor in undo.tensors.values()))
-        write_shards(folder, shards, workers, consume, advance)
+        outputs = {s.file: Shard(header_of(s, undo), parts(s, files)) for s in todo}
+        write_shards(place.own, outputs, workers, consume, advance, ended)
+
+
+def _size(shard: BaseShard, undo: Undo) -> int:
+    return sum(undo.tensors[name].info.nbytes for name in shard.tensors)
 
 
 def header_of(shard: BaseShard, undo: Undo) -> bytes:

@@ -54,7 +54,7 @@ def build(folder: Path) -> Path:
     """The library, compiled into `folder`; skips where it cannot be.
 
     Only Linux has LD_PRELOAD and /proc/self/fd, by which it knows the files, and a compiler is no
-    dependency of the project. What it tests is the order of calls in `storage/staging`, which is
+    dependency of the project. What it tests is the order of calls in `storage/placing`, which is
     the same everywhere; the signals beside each of them, in the same test module, need no compiler.
     CI is Linux with one: there a missing compiler is a failure.
     """
@@ -94,11 +94,13 @@ def _run(
 #: Sends a signal to the process itself beside one call of the end of an output.
 _SIGNALLED = """
 import os, sys
-import loratool.storage.staging as staging
+import loratool.storage.placing as placing
+import loratool.storage.workfolder as workfolder
 name, number, when, signal, steps, *arguments = sys.argv[1:]
 if steps == "two":
-    staging.exchange = lambda one, other: False
-owner = staging.os if name.startswith("os.") else staging
+    placing.exchange = lambda one, other: False
+owners = [os] if name.startswith("os.") else [workfolder, placing]
+owner = next(module for module in owners if hasattr(module, name.removeprefix("os.")))
 name = name.removeprefix("os.")
 real, calls = getattr(owner, name), []
 def call(*given, **named):
@@ -118,9 +120,13 @@ main(arguments)
 """
 
 #: The calls by which an output gets into its place, in their order: names, and which of several.
-MOMENTS = [("lock_folder", 2), ("sync", 1), ("sync", 3), ("exchange", 1), ("_remove", 1)]
+MOMENTS = [
+    ("lock_folder", 1), ("replace_json", 1), ("os.replace", 1), ("os.replace", 2),
+    ("os.replace", 3), ("os.rename", 1), ("sync", 1), ("sync", 3), ("exchange", 1),
+    ("flush_place", 1), ("remove", 1),
+]  # fmt: skip
 #: Those of a system that cannot exchange two folders.
-TWO_STEPS = [("os.rename", 1), ("os.rename", 2), ("_remove", 1)]
+TWO_STEPS = [("os.rename", 2), ("os.rename", 3), ("flush_place", 1), ("remove", 1)]
 
 
 def run_signalled(

@@ -13,6 +13,7 @@ from helpers.adapters import write_adapter
 from helpers.cli import run_cli
 from helpers.files import State, load
 from helpers.golden import golden
+from helpers.merging import Here
 from helpers.outcomes import refused
 from helpers.quantised import fp8, llama_state, nf4, write_fp8_base, write_nf4_base
 from safetensors.torch import save_file
@@ -255,7 +256,7 @@ def test_another_process_can_make_a_shard(tmp_path: Path, state: State) -> None:
     plan = build_plan(base, [read_lora(adapter)], [1.0], quantised=Quantised("requantise"))
     (tmp_path / "made").mkdir()
     for shard in plan.outputs:
-        execute([pickle.loads(pickle.dumps(shard))], tmp_path / "made", Run(1))
+        execute([pickle.loads(pickle.dumps(shard))], Here(tmp_path / "made"), Run(1))
         made = (tmp_path / "made" / shard.name).read_bytes()
         assert made == (tmp_path / "out" / shard.name).read_bytes()
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import loratool
 from loratool.errors import OutputError, ValueRangeError
-from loratool.storage import staging as writer
+from loratool.storage import placing, staging
 
 
 def make_file(path: Path) -> None:
@@ -255,14 +255,14 @@ def test_an_output_that_appears_while_flushing_is_not_replaced(
     tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flushing takes its time; what appears at the output meanwhile is not deleted either."""
-    output, real_sync = tmp_path / "out", writer.sync
+    output, real_sync = tmp_path / "out", placing.sync
 
     def interfere(path: Path) -> None:
         output.mkdir(exist_ok=True)
         (output / "config.json").write_text("mine")
         real_sync(path)
 
-    monkeypatch.setattr(writer, "sync", interfere)
+    monkeypatch.setattr(placing, "sync", interfere)
     with pytest.raises(OutputError):
         loratool.merge(base, lora, output)
     assert (output / "config.json").read_text() == "mine"
@@ -287,8 +287,8 @@ def test_all_is_flushed_before_the_old_output_goes(
         if path == tmp_path:
             raise PermissionError  # it may be written to but not read
 
-    monkeypatch.setattr(writer, "sync", sync)
-    with writer.StagedDirectory(output, overwrite=True) as staged:
+    monkeypatch.setattr(placing, "sync", sync)
+    with staging.StagedDirectory(output, overwrite=True) as staged:
         (staged.path / "sub").mkdir()
         (staged.path / "sub" / "config.json").write_text("new")
         name = staged.path.name
@@ -311,11 +311,11 @@ def test_the_old_output_comes_back_where_the_new_one_cannot_come(
             raise OSError(5, "broken")
         real(source, target)
 
-    monkeypatch.setattr(writer, "exchange", lambda *_: False)
+    monkeypatch.setattr(placing, "exchange", lambda *_: False)
     monkeypatch.setattr(os, "rename", rename)
     with (
         pytest.raises(OutputError, match="broken"),
-        writer.StagedDirectory(output, overwrite=True) as staged,
+        staging.StagedDirectory(output, overwrite=True) as staged,
     ):
         staged.commit()
     assert (output / "config.json").read_text() == "old"
@@ -325,7 +325,7 @@ def test_the_old_output_comes_back_where_the_new_one_cannot_come(
 def test_an_output_that_is_there_stops_a_run_when_it_begins(tmp_path: Path) -> None:
     """It may have come between the first look and the work."""
     output = old_output(tmp_path / "out")
-    with pytest.raises(OutputError, match="appeared"), writer.StagedDirectory(output):
+    with pytest.raises(OutputError, match="appeared"), staging.StagedDirectory(output):
         raise AssertionError
     assert beside(output) == []
 

@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted leave no output, and the next run removes what they left."""
+"""Runs that are killed or interrupted leave no output, and the next run cleans up after them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from helpers.adapters import Q, pair, write_adapter
 from helpers.bases import small_base
 from helpers.digests import blake3s
 from helpers.files import load
-from helpers.merging import large_base, large_lora, open_files
+from helpers.merging import large_base, large_lora, open_files, work_of
 from helpers.outcomes import assert_clean, beside, sha256s
 from helpers.processes import start_merge, wait_for
 
 import loratool
 from loratool.errors import LoraToolError, OutputError
-from loratool.storage import staging as writer
+from loratool.storage import placing as writer
 from loratool.storage.staging import StagedDirectory
 
 
@@ -33,26 +33,26 @@ def paused(after: int, go: Path) -> str:
     )
 
 
-def size_of_partials(output: Path) -> int:
-    """Bytes that runs for `output` have on the disk right now."""
-    found = output.parent.glob(".out.loratool-partial-*/*.safetensors")
-    return sum(path.stat().st_blocks * 512 for path in found)
+def size_of_work(output: Path) -> int:
+    """Bytes of shards that runs for `output` have on the disk right now."""
+    shards = [path for path in work_of(output) if path.suffix == ".safetensors"]
+    return sum(path.stat().st_blocks * 512 for path in shards)
 
 
 @pytest.mark.process
 def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    """SIGKILL in mid-write: no output, inputs unharmed; the next run removes what was left."""
+    """SIGKILL in mid-write: no output, inputs unharmed; the next run leaves nothing of it."""
     base = large_base(tmp_path / "base", 64, shards=4)
     lora, output = large_lora(tmp_path / "lora"), tmp_path / "out"
     before = sha256s(base)
     process = start_merge(base, lora, output, paused(20_000_000, tmp_path / "go"))
-    wait_for(lambda: size_of_partials(output) > 20_000_000, process)
+    wait_for(lambda: size_of_work(output) > 20_000_000, process)
     process.kill()
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGKILL
     assert not output.exists()
-    assert len(beside(output)) == 1
-    assert size_of_partials(output) < 60_000_000  # it was not done
+    assert beside(output) == [".out.loratool-work"]
+    assert size_of_work(output) < 60_000_000  # it was not done
     assert sha256s(base) == before
 
     loratool.merge(base, lora, output)
@@ -65,25 +65,32 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_cleans_up(tmp_path: Path
 #: Writes slowly, and as slowly flushes what it has written.
 SLOW = {
     "writing": "options['progress'] = lambda *a: time.sleep(0.1)",
-    "flushing": "import loratool.storage.staging as w\nw.sync = lambda p: time.sleep(0.5)",
+    "flushing": "import loratool.storage.placing as w\nw.sync = lambda p: time.sleep(0.5)",
 }
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("phase", SLOW)
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, phase: str) -> None:
-    """SIGINT (Ctrl-C), while it writes or while it finishes, ends a run soon with nothing left."""
+def test_an_interrupted_run_leaves_finished_files_alone(tmp_path: Path, phase: str) -> None:
+    """SIGINT (Ctrl-C), while it writes or while it finishes, ends a run soon. Half a file is
+    removed, and so is all of it where none is finished."""
     base, lora = large_base(tmp_path / "base", 12), large_lora(tmp_path / "lora")
     output = tmp_path / "out"
     process = start_merge(base, lora, output, SLOW[phase])
     if phase == "writing":
-        wait_for(lambda: size_of_partials(output) > 2_000_000, process)
+        wait_for(lambda: size_of_work(output) > 2_000_000, process)
     else:
-        wait_for(lambda: bool(list(tmp_path.glob(".out*/loratool.json"))), process)
+        wait_for(lambda: bool(list(tmp_path.glob(".out*/*/loratool.json"))), process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode != 0
-    assert_clean(output)
+    if phase == "writing":
+        assert_clean(output)
+    else:
+        assert not output.exists()
+        names = sorted(path.name for path in work_of(output))
+        shards = sorted(path.name for path in base.glob("*.safetensors"))
+        assert names == sorted(["order.json", *shards, *(f"{shard}.json" for shard in shards)])
 
 
 @pytest.mark.process
@@ -92,8 +99,8 @@ def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
     base, lora = large_base(tmp_path / "base", 8), large_lora(tmp_path / "lora")
     output, go = tmp_path / "out", tmp_path / "go"
     process = start_merge(base, lora, output, paused(2_000_000, go))
-    wait_for(lambda: size_of_partials(output) > 2_000_000, process)
-    partial, size = beside(output), size_of_partials(output)
+    wait_for(lambda: size_of_work(output) > 2_000_000, process)
+    partial, size = beside(output), size_of_work(output)
     said: list[int] = []
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="Another run is writing"):
@@ -103,7 +110,7 @@ def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
     assert not said
     assert process.poll() is None
     assert beside(output) == partial
-    assert size_of_partials(output) >= size
+    assert size_of_work(output) >= size
     go.touch()
     process.communicate(timeout=30)
     assert process.returncode == 0

@@ -1,0 +1,43 @@
+"""`loratool finish`."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import json_option, overwrite_option, quiet_option, threads_option
+from loratool.storage.destination import Overwrite
+
+
+@click.command("finish", short_help="Complete an output that workers have made.")
+@click.argument("output", metavar="OUT")
+@overwrite_option("Replace OUT if it is there. [default: as the workers were told]")
+@threads_option()
+@json_option()
+@quiet_option()
+def finish_command(
+    output: str, overwrite: Overwrite, threads: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Put an output into its place that workers have made, file by file.
+
+    The last worker does so by itself; this is for when it was killed in the middle
+    of that. Index, config, tokenizer, loratool.json and the undo file are written,
+    and OUT appears. If files are still missing they are named, and nothing is done.
+
+    \b
+    Examples:
+      loratool merge base/ adapter/ -o merged/ --worker 1/2
+      loratool merge base/ adapter/ -o merged/ --worker 2/2
+      loratool finish merged/
+    """
+    from loratool.rendering import terminal as common
+    from loratool.rendering.finish import show_finished
+    from loratool.verbs.finish import finish as run
+
+    with common.progress_bar(not (quiet or as_json), "finishing") as progress:
+        report = run(output, overwrite=overwrite or None, threads=threads, progress=progress)
+    if as_json:
+        common.print_json(report.to_dict())
+        return
+    show_finished(report)
+    if not quiet:
+        common.print_warnings(report.warnings)

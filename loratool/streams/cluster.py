@@ -1,0 +1,182 @@
+"""Calls as tasks of a Ray cluster: functions by name, paths and small answers travel, no tensors.
+
+Ray (`loratool[ray]`) is imported here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from loratool.errors import LoraToolError, UsageError
+
+#: What Ray's addresses look like: "auto", "local", host:port, ray://host:port.
+_ADDRESS = re.compile(r"auto|local|(ray://)?[^/\s]+:\d+")
+
+#: How often a task is begun again whose process or node was lost.
+_RETRIES = 5
+
+#: Threads of a task. Several tasks a node keep its disk busy while one of them begins or ends.
+_THREADS = 2
+
+#: Bytes of Ray's store of objects on this machine, which is hardly used; its least is 75 MB.
+_STORE = 80_000_000
+
+
+class ClusterError(LoraToolError):
+    """The cluster cannot be reached, or lost a task again and again."""
+
+    code = "cluster"
+    keeps_work = True
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function in the cluster. `memory` are the bytes that it takes at most."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    memory: int
+
+
+class Cluster:
+    """The tasks of one run. Use as a context manager: what still runs at its end is cancelled.
+
+    `address` is Ray's, "" for a cluster on this machine that lives as long as the run.
+    """
+
+    def __init__(self, address: str, threads: int | None = None) -> None:
+        check_address(address)
+        self._address = "local" if address == "" else address
+        self._wanted = threads or _THREADS
+        self._mine = False
+        self._pending: dict[Any, Call] = {}
+
+    def __enter__(self) -> Cluster:
+        self._ray = _imported()
+        if self._ray.is_initialized():
+            return self
+        # Nothing is told to anybody, and no library draws over our progress.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options: dict[str, Any] = {}
+        if self._address == "local":
+            options = {"include_dashboard": False, "object_store_memory": _STORE}
+        with _own_signals():
+            try:
+                self._ray.init(
+                    self._address, log_to_driver=False, logging_level=logging.ERROR, **options
+                )
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                first = str(error).strip().partition("\n")[0]
+                raise ClusterError(
+                    f"No Ray cluster answers at {self._address}: {first}",
+                    "Begin one with `ray start --head`, or omit the address for one on this "
+                    "machine.",
+                ) from None
+        self._mine = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for reference in self._pending:
+            try:
+                self._ray.cancel(reference, force=True)
+            except Exception:  # it ended meanwhile, or the cluster is gone
+                continue
+        if self._mine:
+            self._ray.shutdown()
+
+    def threads(self) -> int:
+        """Threads of a task: as many as wanted, and as the largest node has cores."""
+        return max(1, min(self._wanted, int(self._largest("CPU"))))
+
+    def _largest(self, resource: str) -> float:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return float(max((node.get(resource, 0.0) for node in nodes), default=0.0))
+
+    def results(
+        self, function: Callable[..., Any], calls: Sequence[Call]
+    ) -> Iterator[tuple[str, Any]]:
+        """The name of each call and what it returned, as they end.
+
+        `function` is one of a module, which every node can import. Errors of its own end the run;
+        a call whose process or node was lost is made again.
+        """
+        memory = self._largest("memory")
+        task = self._ray.remote(function)
+        for call in calls:
+            reference = task.options(
+                name=f"loratool {call.name}", num_cpus=self.threads(), max_retries=_RETRIES,
+                memory=int(min(call.memory, memory)), scheduling_strategy="SPREAD",
+            ).remote(*call.arguments)  # fmt: skip
+            self._pending[reference] = call
+        while self._pending:
+            # With a timeout, so that Ctrl-C is heard.
+            ready, _ = self._ray.wait(list(self._pending), timeout=1.0)
+            for reference in ready:
+                answer = self._answer(reference)
+                yield self._pending.pop(reference).name, answer
+
+    def _answer(self, reference: Any) -> Any:
+        try:
+            return self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, LoraToolError):
+                raise cause from None
+            raise ClusterError(
+                f"{self._pending[reference].name}: a task failed: {cause!r}"[:500],
+                "What is finished is kept; look at the node's logs, and run the command again.",
+            ) from None
+        except self._ray.exceptions.RayError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise ClusterError(
+                f"{self._pending[reference].name}: its task was lost {_RETRIES + 1} times: {first}"[
+                    :500
+                ],
+                "What is finished is kept; run the command again when the cluster is well.",
+            ) from None
+
+
+def check_address(address: str) -> None:
+    """Raise UsageError for what is no address of a cluster, as a path that follows --ray."""
+    if address and not _ADDRESS.fullmatch(address):
+        raise UsageError(
+            f"{address!r} is not the address of a Ray cluster.",
+            "Addresses are auto, host:6379 or ray://host:10001. For a cluster on this machine "
+            "write --ray at the end of the command, or --ray=local.",
+        )
+
+
+def _imported() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise UsageError(
+            "Ray is not installed.", "Install it: pip install 'loratool[ray]'."
+        ) from None
+    return ray
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give signals back to whoever had them: Ray takes SIGTERM for itself when it begins."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not the main thread, which Ray leaves alone
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -37,7 +37,7 @@ def test_tokenizers(two: list[Path], tmp_path: Path, out: Path) -> None:
 def test_provenance(mixed: tuple[list[Path], Path]) -> None:
     """loratool.json has the options and the hashes of all inputs and outputs as on the disk."""
     document = json.loads((mixed[1] / "loratool.json").read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert document["command"] == "combine"
     assert document["options"]["method"] == "sum"
     assert [a["files"] for a in document["adapters"]] == [sha256s(s) for s in mixed[0]]

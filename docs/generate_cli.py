@@ -29,7 +29,7 @@ def cli_reference() -> str:
         "| 2 | wrong usage |\n"
         "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal` |\n"
         "| 4 | the Hub wants a login, or another one: `hf auth login` |\n"
-        "| 130 | interrupted; no unfinished output is left behind |\n\n"
+        "| 130 | interrupted; finished files may wait for the same command |\n\n"
         "An error is told in words, as JSON with `--json`, and never as a traceback.\n"
         "`LORATOOL_DEBUG=1` shows the traceback too, which a report of a bug wants. Names from\n"
         "files are shown with their control characters escaped (`\\x1b`), and very long ones\n"

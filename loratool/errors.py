@@ -123,6 +123,7 @@ class HubError(LoraToolError):
     """The Hub cannot be reached, has not got what was asked for, or does not give it."""
 
     code = "hub"
+    keeps_work = True
 
 
 class LoginError(HubError):

@@ -55,7 +55,7 @@ _TRAINING = re.compile(
     r"(^|/)(checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+|wandb|runs)/"
 )
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$")
-_UNFINISHED = re.compile(r"\..+\.loratool-(partial|replaced)-")
+_UNFINISHED = re.compile(r"\..+\.loratool-(partial-|replaced-|work$)")
 
 
 @dataclass
@@ -123,7 +123,7 @@ def pack(
 
 
 def _open(path: Path) -> Folder:
-    if _UNFINISHED.match(os.path.basename(os.path.realpath(path))):
+    if any(map(_UNFINISHED.match, Path(os.path.realpath(path)).parts)):
         raise PushError(
             f"{path}: what a run that was stopped left behind. It is not complete.",
             "Run the command again, and push its output.",

@@ -164,7 +164,6 @@ class _Making:
                 own, written = self._shards(place)
                 assert own is not None
                 self._fill(place.path, place.path, written)
-                own.settle()
                 self._ship(own, place.path)
             return
         shipment: Shipment | None = None
@@ -175,8 +174,6 @@ class _Making:
                 make_in_cluster(work, self.run, self.verb, memory_of(self.plan))
             else:
                 shipment, _ = self._shards(work)
-            if shipment is not None:
-                shipment.settle()
 
             def fill(folder: Path) -> list[Notice]:
                 written = Written()
@@ -218,7 +215,10 @@ class _Making:
 
                 recorder = stack.enter_context(UndoRecorder(self.plan, place.own))
                 care = replace(care, recorder=recorder)
-            return shipment, execute(self.outputs, place, self.run, care)
+            written = execute(self.outputs, place, self.run, care)
+            if shipment is not None:
+                shipment.settle()
+            return shipment, written
 
     def _fill(self, folder: Path, parts: Path, written: Written) -> None:
         """Complete the folder of all shards, and say in the report what came of them."""

@@ -67,6 +67,11 @@ def test_what_a_killed_run_left_is_refused(
     assert found["error"] == "not-pushed"
     refused(hub, home, "push", ".", repo, cwd=partial)
     refused(hub, home, "push", merged.with_name(partial.name), repo, "--dry-run")
+    work = partial.with_name(".merged.loratool-work")
+    work.mkdir()
+    partial.rename(work / "output")
+    refused(hub, home, "push", work, repo)
+    refused(hub, home, "push", work / "output", repo)
     assert not hub.exists(repo)
 
 

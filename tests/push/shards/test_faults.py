@@ -63,7 +63,7 @@ def test_a_commit_of_a_shard_that_fails(
 def test_uploads_that_never_come_through(
     hub: HubServer, home: Path, repo: str, tmp_path: Path
 ) -> None:
-    """One clear error; main is untouched and nothing stands at OUT."""
+    """One clear error; main is untouched and nothing stands at OUT, but what is finished waits."""
     hub.fail("^/upload/", 400, times=99, method="PUT")  # which the client does not try again
     out = tmp_path / "out"
     done = run(hub, home, *INPUTS, "-o", out, "--push", repo, code=1)
@@ -73,7 +73,8 @@ def test_uploads_that_never_come_through(
     assert len(done.err.splitlines()) <= 6
     assert own_commits(hub, repo) == []
     assert not out.exists()
-    assert beside(out) == []
+    assert beside(out) == [".out.loratool-work"]
+    assert "finished and wait in" in done.err
 
 
 @pytest.mark.parametrize("how", ["forbidden", "somebody"])

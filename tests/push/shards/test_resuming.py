@@ -76,21 +76,27 @@ def test_stopped_and_run_again(
 
 
 @pytest.mark.process
-def test_stopped_and_run_again_on_another_machine(
-    hub: HubServer, home: Path, repo: str, local: dict[str, bytes], tmp_path: Path
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_stopped_and_run_again_with_an_output(
+    hub: HubServer, home: Path, repo: str, local: dict[str, bytes], tmp_path: Path, where: str
 ) -> None:
-    """With an output that is kept all of it is made anew there, but not uploaded again."""
+    """Here what was finished is taken up; on another machine it is made anew, but not uploaded."""
     out = tmp_path / "out"
-    code, _ = stopped(hub, home, signal.SIGTERM, 6, [*INPUTS, "-o", out, "--push", repo])
+    code, said = stopped(hub, home, signal.SIGTERM, 6, [*INPUTS, "-o", out, "--push", repo])
     assert code == 130
     assert not out.exists()
-    assert beside(out) == []
+    assert beside(out) == [".out.loratool-work"]
+    assert "finished" in said or "main branch" in said
     hub.clear()
-    run(hub, tmp_path / "other", *INPUTS, "-o", out, "--push", repo)
+    if where == "elsewhere":
+        out = tmp_path / "elsewhere" / "out"
+    done = run(hub, tmp_path / "other", *INPUTS, "-o", out, "--push", repo)
+    assert ("[taken-up]" in done.err) == (where == "here")
     assert puts(hub) in (COUNT - 5, COUNT - 6)
     kept = contents(out)
     kept.pop("README.md", None)
     assert kept == local
+    assert beside(out) == []
     assert_pushed(hub, repo, local)
 
 

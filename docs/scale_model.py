@@ -105,7 +105,7 @@ def stages(work: Work, place: Place) -> dict[str, float]:
     hashing = worker * work.written / RATES["hash"]
     return {
         "read": read,
-        "compute": max(machine * processor / place.cores, hashing),
+        "compute": machine * processor / place.cores,
         "hash": hashing,
         "write": write,
     }

@@ -322,17 +322,29 @@ def test_the_entrypoint_of_the_ray_job_makes_the_output(
 
 # ------------------------------------------------------------------------------ the document
 
-#: Runs a command that is interrupted as soon as one file of its output is finished.
+#: Runs a command that gets a SIGINT before its second file, when the first one is finished.
 INTERRUPTED = """
 import os, signal, sys, time
 import loratool.cli.main
+import loratool.streams.shards as shards
 from loratool.storage.journal import Journal
+
+finished = []
 enter = Journal.enter
-def once(*arguments):
-    enter(*arguments)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)  # the other files wait for this one
-Journal.enter = once
+Journal.enter = lambda *of: finished.append(enter(*of))
+begun = []
+
+class Writer(shards.ShardWriter):
+    def __init__(self, *of):
+        begun.append(of)
+        if len(begun) == 2:
+            while not finished:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        super().__init__(*of)
+
+shards.ShardWriter = Writer
 sys.exit(loratool.cli.main.main(sys.argv[1:]))
 """
 
@@ -367,7 +379,7 @@ def run_step(command: str, text: str, place: Path) -> str:
     env = {**os.environ, "COLUMNS": "80"}
     if text.startswith("^C"):
         done = forked.run_snippet(INTERRUPTED, arguments, env, place)
-        assert done.code != 0
+        assert done.code == 130
         return f"^C\n{done.out}{done.err}"
     done = forked.run(arguments, env, place)
     assert (done.code == 0) == ("error: " not in text)

@@ -78,14 +78,14 @@ def adapter_directory(
     with StagedDirectory(output, overwrite) as stage:
         own = stage.path / _RESULTS
         with ResultLog(own) as log:
-            made = adapter_in(stage.path, output, dtype, metadata, log)
+            made = adapter_within(stage.path, output, dtype, metadata, log)
             yield made
         if own.exists():
             shutil.rmtree(own)
         made.notices += stage.commit()
 
 
-def adapter_in(
+def adapter_within(
     folder: Path, output: Path, dtype: str, metadata: dict[str, str], log: ResultLog
 ) -> AdapterDirectory:
     """An adapter that is made in `folder`, of factors that are in `log` or come there; whoever has

@@ -174,7 +174,7 @@ def _interrupted(arguments: list[str]) -> str:
 
 def _left() -> str:
     """What an ended run has left to go on with, in words; "" where there is nothing."""
-    from loratool.storage.workfolder import left_work
+    from loratool.storage.presence import left_work
 
     for folder, done, count in left_work():
         where = printable(str(folder))

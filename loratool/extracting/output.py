@@ -12,7 +12,7 @@ from typing import Any
 
 from loratool.adapters.dialects import WRITTEN
 from loratool.adapters.dialects.dialect import Recipe
-from loratool.adapters.directory import adapter_in
+from loratool.adapters.directory import adapter_within
 from loratool.adapters.factorfile import Extra, file_size, tensors_of
 from loratool.errors import VerifyError
 from loratool.extracting.counterparts import Counterpart, Counterparts
@@ -103,7 +103,7 @@ class Extracting:
         """Decompose everything and write the adapter into `folder`, which is to become `output`."""
         pairs, work, base, tuned = self.pairs, self.work, self.base, self.tuned
         beside = _new_tokenizer(base, tuned)
-        made = adapter_in(folder, output, work.dtype, _METADATA, self.log)
+        made = adapter_within(folder, output, work.dtype, _METADATA, self.log)
         parts, rest = _by_way(pairs.found)
         others = work.measure(rest, self.log)
         policy = choosing(self.options, others, pairs, work.dtype)

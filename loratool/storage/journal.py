@@ -117,6 +117,10 @@ class Journal:
                 return None
         return None
 
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of this name, whatever became of its file."""
+        return self._entry(name) is not None
+
     def _entry(self, name: str) -> dict[str, Any] | None:
         path = self._done / f"{name}.json"
         try:

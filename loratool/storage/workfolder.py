@@ -21,259 +21,52 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from loratool.errors import LoraToolError, OutputError, listed
+from loratool.errors import LoraToolError, OutputError
 from loratool.notices import Notice
-from loratool.storage.destination import Overwrite, explain
-from loratool.storage.journal import Journal, WorkOrder, read_order, replace_json
 from loratool.storage.placing import (
-    alone_in,
-    another_run,
     change_places,
     clean_up,
-    clear,
     flush_place,
     make_ready,
-    place_of,
-    refuse_other_output,
-    remove,
+    prefix,
 )
-from loratool.storage.system import lock_folder, uninterrupted
+from loratool.storage.presence import Overtaken, Presence
+from loratool.storage.system import uninterrupted
 from loratool.storage.worksites import (
-    DONE,
     FINISHING,
-    ORDER,
     OUTPUT,
-    OWN,
-    PARTS,
-    RESULTS,
-    SHARED,
-    work_of,
 )
-from loratool.words import counted
 
-#: How often a folder is made that another run removes meanwhile.
-_TRIES = 10
-
-#: What runs of this process left for the next one: the folder, files finished, files in all.
-_LEFT: list[tuple[Path, int, int]] = []
+#: How often a file is looked for whose folder others rename, and seconds between two looks.
+_TRIES, _PAUSE = 10, 0.01
 
 
-def left_work() -> tuple[tuple[Path, int, int], ...]:
-    """What runs of this process left to go on with: folder, finished files, files in all."""
-    return tuple(_LEFT)
-
-
-class Overtaken(LoraToolError):
-    """Another process finishes, or has finished, the output that this one worked for."""
-
-    code = "overtaken"
-
-
-class WorkFolder:
+class WorkFolder(Presence):
     """The work of one process for an output. Use as a context manager.
 
     `own` is where to make files, `finished` where they are then. Files are those of the order.
     With `shared` others may work for the same output.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        order: WorkOrder,
-        overwrite: Overwrite = False,
-        restart: bool = False,
-        shared: bool = False,
-    ) -> None:
-        self.output = place_of(output)
-        self.path = work_of(output)
-        self.order = order
-        #: What a user should know of the work that was there.
-        self.notices: list[Notice] = []
-        self.own = self.path / f"{OWN}{socket.gethostname()[:40]}-{secrets.token_hex(8)}"
-        self.parts, self.results = self.path / PARTS, self.path / RESULTS
-        self._overwrite, self._restart, self._shared = overwrite, restart, shared
-        self._journal = Journal(self.path / DONE)
-        self._lock: int | None = None
-        self._made: list[Path] = []
-        self._mine = self._placed = False
-
-    @property
-    def finished(self) -> Path:
-        """Where the finished files are."""
-        return self._finishing() or self.path / OUTPUT
-
-    def __enter__(self) -> WorkFolder:
-        parent = self.output.parent
-        try:
-            self._made = [p for p in (parent, *parent.parents) if not p.exists()]
-            parent.mkdir(parents=True, exist_ok=True)
-            if self._shared:
-                self._join()
-            else:
-                with alone_in(parent):
-                    clear(self.output)
-                    refuse_other_output(self.output, self._overwrite)
-                    with uninterrupted():
-                        self._take()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
-
-    # ------------------------------------------------------------------ coming and going
-
-    def _take(self) -> None:
-        """Have the folder for this run alone, with what is finished in it."""
-        self._make_and_lock()
-        found = read_order(self.path / ORDER)
-        differing = found.differences(self.order) if found is not None else []
-        shared = (self.path / SHARED).exists()
-        if found is None or differing or self._restart:
-            if differing and shared and not self._restart:
-                raise self._other_work(differing)
-            self._empty()
-            shared = False
-            if differing and not self._restart:
-                text = (
-                    "What an earlier run had finished for this output is not taken up, because "
-                    f"it was made of something else:\n{listed(differing)}"
-                )
-                self.notices.append(Notice("begun-anew", text, str(self.output)))
-        self._begin()
-        if not shared:
-            self._tidy()
-        self._note_taken_up()
-
-    def _make_and_lock(self) -> None:
-        """Make the folder, if it is not there, and lock it. The run before may just remove it."""
-        for _ in range(_TRIES):
-            self.path.mkdir(exist_ok=True)
-            try:
-                self._lock = lock_folder(self.path)
-                if self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
-                    return
-                os.close(self._lock)
-            except BlockingIOError:
-                raise another_run(self.output) from None
-            except FileNotFoundError:
-                pass
-        raise another_run(self.output)
-
-    def _join(self) -> None:
-        """Work in the folder beside others."""
-        refuse_other_output(self.output, self._overwrite)
-        self.path.mkdir(exist_ok=True)
-        found = read_order(self.path / ORDER)
-        differing = found.differences(self.order) if found is not None else []
-        if differing:
-            raise self._other_work(differing)
-        self._begin()
-        (self.path / SHARED).touch()
-        # Of several that begin at once the last one's order stays.
-        found = read_order(self.path / ORDER)
-        if found is not None and (differing := found.differences(self.order)):
-            raise self._other_work(differing)
-
-    def _other_work(self, differing: list[str]) -> OutputError:
-        return OutputError(
-            f"Workers make {self.output} of something else:\n{listed(differing)}",
-            "Let all of them have the same inputs, options and versions; or, when none of them "
-            f"runs any more, remove {self.path}.",
-        )
-
-    def _begin(self) -> None:
-        self._mine = True
-        for name in (OUTPUT, DONE, PARTS):
-            if name != OUTPUT or self._finishing() is None:
-                (self.path / name).mkdir(exist_ok=True)
-        self.own.mkdir()
-        replace_json(self.path / ORDER, self.own / ORDER, self.order.to_dict())
-
-    def _empty(self) -> None:
-        for entry in list(self.path.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-
-    def _tidy(self) -> None:
-        """Remove what a run left that is no finished file."""
-        finishing = self._finishing()
-        if finishing is not None:
-            os.rename(finishing, self.path / OUTPUT)
-        for entry in self.path.iterdir():
-            if entry.name.startswith(OWN) and entry != self.own:
-                remove(entry)
-        self._clean(self.path / OUTPUT)
-
-    def _clean(self, folder: Path) -> None:
-        """Leave nothing but finished files in a folder."""
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif self.note_of(entry.name) is None:
-                entry.unlink()
-
-    def _note_taken_up(self) -> None:
-        done = [name for name in self.order.files if self.note_of(name) is not None]
-        if done:
-            text = (
-                f"{len(done)} of {counted(len(self.order.files), 'file')} had been finished by "
-                "an earlier run and are taken up. --restart makes them again."
-            )
-            self.notices.append(Notice("taken-up", text, str(self.output)))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Said while the files are there: afterwards a full disk has room again.
-        said = explain(error, self.output) if isinstance(error, OSError) else None
-        done = 0
-        if self._mine and not self._placed and self.path.is_dir():
-            remove(self.own)
-            # What is wrong with inputs stays wrong, and a full disk gets its space back; what else
-            # ended the run, a signal above all, may not end the next one.
-            known = isinstance(error, LoraToolError) and not error.keeps_work
-            if not self._shared and not known and not isinstance(error, OSError):
-                with suppress(OSError):
-                    self._tidy()
-                    done = self._done()
-            if done:
-                _LEFT.append((self.path, done, len(self.order.files)))
-            elif not self._shared:
-                remove(self.path)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-        for parent in self._made:
-            with suppress(OSError):  # not empty: somebody else uses it by now
-                parent.rmdir()
-        if said is not None:
-            raise said from error
-
-    def _done(self) -> int:
-        """How many files are finished, or for what has none how many logs of results there are."""
-        logs = list(self.results.iterdir()) if self.results.is_dir() else []
-        return len(logs) + sum(self.note_of(name) is not None for name in self.order.files)
-
-    # ------------------------------------------------------------------ one file after the other
-
     def note_of(self, name: str) -> dict[str, Any] | None:
         """What was noted of a file of the order when it was finished; None if it is not."""
         if name not in self.order.files:
             return None
-        return self._journal.note_of(name, (self.finished, self.path / OUTPUT))
+        for _ in range(_TRIES):
+            note = self._journal.note_of(name, (self.finished, self.path / OUTPUT))
+            if note is not None or not self._shared:
+                return note
+            self._refuse_gone()
+            if not self._journal.has(name):
+                return None
+            time.sleep(_PAUSE)  # its folder just got another name
+        return None
 
     def missing(self) -> list[str]:
         """The files of the order that nobody has finished."""
@@ -292,25 +85,12 @@ class WorkFolder:
 
     def _refuse_unless_made(self, name: str) -> None:
         """Raise Overtaken where the folder was finished by others while this file was made."""
-        if not self.path.is_dir():
-            raise Overtaken(
-                f"{self.output} was finished by another process meanwhile.",
-                "Nothing is left to do.",
-            )
+        self._refuse_gone()
         if self.note_of(name) is None:
             raise OutputError(
                 f"{self.path} was changed while {name} was made in it.",
                 "Run the command again.",
             )
-
-    # ------------------------------------------------------------------ all of them
-
-    def _finishing(self) -> Path | None:
-        with suppress(FileNotFoundError):
-            for entry in self.path.iterdir():
-                if entry.name.startswith(FINISHING):
-                    return entry
-        return None
 
     @contextmanager
     def finishing(self, take_over: bool = False) -> Iterator[Path]:
@@ -331,11 +111,22 @@ class WorkFolder:
         self._clean(mine)
         try:
             yield mine
-        except BaseException:
-            if not self._placed:
-                with suppress(OSError):  # taken over
-                    os.rename(mine, self.path / OUTPUT)
+        except BaseException as error:
+            known = isinstance(error, OSError | LoraToolError)
+            if not self._placed and not self._gave_back(mine) and known:
+                raise Overtaken(
+                    f"Another process took over to complete {self.output}.",
+                    "Nothing is left to do here.",
+                ) from error
             raise
+
+    def _gave_back(self, mine: Path) -> bool:
+        """Call the folder as it was before `finishing`; False where another process has it."""
+        try:
+            os.rename(mine, self.path / OUTPUT)
+        except OSError:
+            return False
+        return True
 
     def commit(self, made: Path) -> list[Notice]:
         """Put the folder that `finishing` gave, now complete, into the output's place.
@@ -347,4 +138,10 @@ class WorkFolder:
             old = change_places(made, self.output)
             self._placed = True
             flush_place(self.output, old)
-            return clean_up(self.output, *([old] if old else []), self.path)
+            # Gone at once, so that no worker who is late finds a half of it.
+            gone = self.output.with_name(prefix(self.output, "partial") + secrets.token_hex(8))
+            try:
+                os.rename(self.path, gone)
+            except OSError:
+                gone = self.path
+            return clean_up(self.output, *([old] if old and old != made else []), gone)

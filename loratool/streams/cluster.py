@@ -38,7 +38,7 @@ class ClusterError(LoraToolError):
 
 
 @dataclass(frozen=True)
-class Call:
+class ClusterCall:
     """One call of a function in the cluster. `memory` are the bytes that it takes at most."""
 
     name: str
@@ -57,7 +57,7 @@ class Cluster:
         self._address = "local" if address == "" else address
         self._wanted = threads or _THREADS
         self._mine = False
-        self._pending: dict[Any, Call] = {}
+        self._pending: dict[Any, ClusterCall] = {}
 
     def __enter__(self) -> Cluster:
         self._ray = _imported()
@@ -107,7 +107,7 @@ class Cluster:
         return float(max((node.get(resource, 0.0) for node in nodes), default=0.0))
 
     def results(
-        self, function: Callable[..., Any], calls: Sequence[Call]
+        self, function: Callable[..., Any], calls: Sequence[ClusterCall]
     ) -> Iterator[tuple[str, Any]]:
         """The name of each call and what it returned, as they end.
 

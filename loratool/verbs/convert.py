@@ -40,10 +40,10 @@ from loratool.storage.jsonfile import write_json
 from loratool.storage.links import copy_own, refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.system import sync
+from loratool.storage.workfolder import WorkFolder
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
-from loratool.verbs.making import work_folder
 from loratool.words import counted
 
 #: Elements of a list that a record keeps.
@@ -235,7 +235,7 @@ def _write(
     order = WorkOrder(
         "convert", {}, _made_of(source, draft, asked, options), {draft.weights: nbytes}
     )
-    with work_folder(target, order, run) as work:
+    with WorkFolder(target, order, run.overwrite, run.restart) as work:
         if work.note_of(draft.weights) is None:
             write_weights(draft, work.own, run.threads, run.progress)
             sync(work.own / draft.weights)

@@ -17,14 +17,16 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.folder import origin_of
 from loratool.storage.journal import WorkOrder
+from loratool.storage.workfolder import WorkFolder
 from loratool.streams.results import ResultLog
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut, WorkShare
-from loratool.verbs.making import complete_output, in_cluster, recordable, work_folder
+from loratool.verbs.making import complete_output, in_cluster, recordable, worked
 from loratool.words import counted
 
 if TYPE_CHECKING:
     from loratool.extracting.decomposition import Extraction
+    from loratool.extracting.output import Extracting
 
 #: Into how many tasks of a cluster the matrices go, at most.
 _TASKS = 64
@@ -45,43 +47,53 @@ def extract_to(
 
     `verb` is the function of the library that was called, with these arguments.
     """
-    from loratool.extracting.output import Extracting, share_of
+    from loratool.extracting.output import Extracting, share_of  # torch: two seconds to import
 
     order = WorkOrder(verb.__name__, recordable(arguments), _made_of(base, tuned, options, run))
     outcome = Outcome([], [], [], 0, [])
-    with (
-        work_folder(target, order, run) as place,
-        ResultLog(place.results) as log,
-    ):
-        extracting = Extracting(base, tuned, pairs, work, options, log)
-        outcome.notices += place.notices
-        if not place.notices and (known := len(pairs.found) - len(extracting.unknown())):
-            text = (
-                f"{known} of {counted(len(pairs.found), 'tensor')} had been finished by an "
-                "earlier run and are taken up. --restart computes them again."
-            )
-            outcome.notices += [Notice("taken-up", text, str(target))] * (run.share is None)
-        mine: list[str] = []
-        if run.cluster is not None:
-            _in_cluster(place.output, extracting.unknown(), run, verb)
-        elif run.share is not None:
-            parts = share_of(pairs, run.share)
-            mine = [part.name for part in parts]
-            extracting.begin(parts)
 
-        def fill(folder: Path) -> list[Notice]:
-            nonlocal outcome
-            before = outcome.notices
-            outcome = extracting.write(
-                folder, target, run, base_name=arguments["base_name"], verify=arguments["verify"]
-            )
-            outcome.notices += before
-            return []
+    def make(place: WorkFolder) -> tuple[SharedOut | None, list[Notice]]:
+        with ResultLog(place.results) as log:
+            extracting = Extracting(base, tuned, pairs, work, options, log)
+            mine: list[str] = []
+            if run.share is None:
+                outcome.notices += _taken_up(extracting, target)
+            if run.cluster is not None:
+                _in_cluster(place.output, extracting.unknown(), run, verb)
+            elif run.share is not None:
+                parts = share_of(pairs, run.share)
+                mine = [part.name for part in parts]
+                extracting.begin(parts)
 
-        missing = extracting.unknown() if run.share is not None else []
-        share, notices = complete_output(place, run, fill, mine, missing)
-        outcome.notices += notices
+            def fill(folder: Path) -> list[Notice]:
+                nonlocal outcome
+                before = outcome.notices
+                outcome = extracting.write(
+                    folder, target, run, base_name=arguments["base_name"],
+                    verify=arguments["verify"],
+                )  # fmt: skip
+                outcome.notices += before
+                return []
+
+            missing = extracting.unknown() if run.share is not None else []
+            return complete_output(place, run, fill, mine, missing)
+
+    share, notices = worked(target, order, run, make)
+    outcome.notices += notices
     return outcome, share
+
+
+def _taken_up(extracting: Extracting, target: Path) -> list[Notice]:
+    """What to say of results that are there before the work begins."""
+    count = len(extracting.pairs.found)
+    known = count - len(extracting.unknown())
+    if not known:
+        return []
+    text = (
+        f"{known} of {counted(count, 'tensor')} had been finished by an earlier run and are taken "
+        "up. --restart computes them again."
+    )
+    return [Notice("taken-up", text, str(target))]
 
 
 def _made_of(

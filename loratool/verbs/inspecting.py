@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.errors import LoraToolError
-from loratool.streams.cluster import Call, Cluster
+from loratool.streams.cluster import Cluster, ClusterCall
 from loratool.verbs.inputs import Source
 from loratool.verbs.inspect import InspectReport, inspect
 from loratool.verbs.making import as_place, recalled, recordable
@@ -31,7 +31,9 @@ def inspect_all(
         base = options.get("base")
         told = {**options, "base": None if base is None else as_place(base)}
         calls = [
-            Call(str(number), (str(as_place(source)), str(source), recordable(told)), _MEMORY)
+            ClusterCall(
+                str(number), (str(as_place(source)), str(source), recordable(told)), _MEMORY
+            )
             for number, source in enumerate(sources)
         ]
         found = dict(cluster.results(_inspect_one, calls))

@@ -13,9 +13,10 @@ from loratool.errors import OutputError, UsageError, listed
 from loratool.merging.plan import Plan
 from loratool.notices import Notice
 from loratool.storage.journal import WorkOrder
-from loratool.storage.workfolder import Overtaken, WorkFolder
+from loratool.storage.presence import Overtaken
+from loratool.storage.workfolder import WorkFolder
 from loratool.storage.worksites import order_for
-from loratool.streams.cluster import Call, Cluster
+from loratool.streams.cluster import Cluster, ClusterCall
 from loratool.streams.run import Run
 from loratool.streams.shares import NO_SHARE, SharedOut, WorkShare
 from loratool.words import counted
@@ -65,9 +66,24 @@ def check_sharing(run: Run, push: str | None) -> None:
         )
 
 
-def work_folder(output: Path, order: WorkOrder, run: Run) -> WorkFolder:
-    """The folder for the work on an output, as a run wants it."""
-    return WorkFolder(output, order, run.overwrite, run.restart, shared=run.share is not None)
+def worked(
+    output: Path,
+    order: WorkOrder,
+    run: Run,
+    make: Callable[[WorkFolder], tuple[SharedOut | None, list[Notice]]],
+) -> tuple[SharedOut | None, list[Notice]]:
+    """Let `make` do its part of an output in the folder for it, and say what `complete_output`
+    says."""
+    try:
+        with WorkFolder(
+            output, order, run.overwrite, run.restart, shared=run.share is not None
+        ) as work:
+            share, notices = make(work)
+            return share, [*work.notices, *notices]
+    except Overtaken:
+        if run.share is None or not os.path.lexists(output):
+            raise
+        return SharedOut(str(run.share), [], [], complete=True, before=True), []
 
 
 def make_share(verb: Callable[..., Any], output: Path, share: WorkShare, **options: Any) -> Any:
@@ -109,7 +125,8 @@ def in_cluster(
     with Cluster(run.cluster or "", run.threads) as cluster:
         threads = cluster.threads()
         calls = [
-            Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
+            ClusterCall(name, (verb, output, share, threads), memory)
+            for name, share in shares.items()
         ]
         for name, _ in cluster.results(_make_one, calls):
             yield name

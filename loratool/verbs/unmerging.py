@@ -34,6 +34,7 @@ from loratool.storage.filenames import INDEX, PROVENANCE
 from loratool.storage.hashing import digest_of
 from loratool.storage.journal import WorkOrder
 from loratool.storage.jsonfile import write_json
+from loratool.storage.workfolder import WorkFolder
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut
 from loratool.verbs.making import (
@@ -42,7 +43,7 @@ from loratool.verbs.making import (
     memory_of,
     own_files,
     recordable,
-    work_folder,
+    worked,
 )
 
 
@@ -173,15 +174,17 @@ def restore_base(
         },
         sizes,
     )
-    with work_folder(request.target, order, run) as work:
-        report.warnings += work.notices
+
+    def make(work: WorkFolder) -> tuple[SharedOut | None, list[Notice]]:
         if run.cluster is not None:
             make_in_cluster(work, run, request.verb, memory_of(plan))
         else:
             own = [shard for shard in undo.shards if shard.file in own_files(order, run)]
             restore(plan, merged, undo, own, work, run)
-        report.share, notices = complete_output(work, run, fill)
-        report.warnings += notices
+        return complete_output(work, run, fill)
+
+    report.share, notices = worked(request.target, order, run, make)
+    report.warnings += notices
     return report
 
 
@@ -230,29 +233,32 @@ def subtract_deltas(request: Request, base: str | Path | None, dtype: str | None
     refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     from loratool.merging.executor import execute
 
-    def fill(folder: Path) -> list[Notice]:
-        write_beside(plan, folder, files)
-        shards = {name: (work.note_of(name) or {})["digest"] for name in plan.shards}
-        document = describe(plan, "unmerge", shards, {})
-        document["removed"] = document["adapters"]
-        document["adapters"] = [entry.document for entry in request.remaining]
-        document["base"]["adapters"] = []
-        write_json(folder / PROVENANCE, document)
-        plan.refuse_changed()
-        return []
-
     originals = {} if base is None else {"originals": known_files(*_files_of(plan))}
     sizes = {shard.name: shard.nbytes for shard in plan.outputs}
     order = request.order({**ingredients(plan), **originals}, sizes)
-    with work_folder(request.target, order, run) as work:
-        report.warnings += work.notices
+
+    def make(work: WorkFolder) -> tuple[SharedOut | None, list[Notice]]:
         if run.cluster is not None:
             make_in_cluster(work, run, request.verb, memory_of(plan))
         else:
             own = own_files(order, run)
             execute([shard for shard in plan.outputs if shard.name in own], work, run)
-        report.share, notices = complete_output(work, run, fill)
-        report.warnings += notices
+
+        def fill(folder: Path) -> list[Notice]:
+            write_beside(plan, folder, files)
+            shards = {name: (work.note_of(name) or {})["digest"] for name in plan.shards}
+            document = describe(plan, "unmerge", shards, {})
+            document["removed"] = document["adapters"]
+            document["adapters"] = [entry.document for entry in request.remaining]
+            document["base"]["adapters"] = []
+            write_json(folder / PROVENANCE, document)
+            plan.refuse_changed()
+            return []
+
+        return complete_output(work, run, fill)
+
+    report.share, notices = worked(request.target, order, run, make)
+    report.warnings += notices
     return report
 
 

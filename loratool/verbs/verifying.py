@@ -19,7 +19,7 @@ from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
 from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
-from loratool.streams.cluster import Call, Cluster
+from loratool.streams.cluster import Cluster, ClusterCall
 from loratool.streams.run import Run
 from loratool.streams.shares import share
 from loratool.verbs.inputs import Source, told_before, told_of
@@ -78,7 +78,7 @@ def measured_in_cluster(pairs: Sequence[Pair], run: Run, claim: dict[str, Any]) 
         }  # fmt: skip
         arguments = recordable({**claim, **placed})
         calls = [
-            Call(f"{number}/{count}", (arguments, names, threads), _MEMORY)
+            ClusterCall(f"{number}/{count}", (arguments, names, threads), _MEMORY)
             for number, names in enumerate(shares, 1)
         ]
         for name, stats in cluster.results(_measured, calls):

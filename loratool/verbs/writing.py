@@ -32,6 +32,7 @@ from loratool.storage.destination import free_bytes, refuse_company, refuse_full
 from loratool.storage.filenames import PROVENANCE, UNDO, UNDO_FOLDER
 from loratool.storage.journal import WorkOrder, as_json
 from loratool.storage.jsonfile import write_json
+from loratool.storage.placing import place_of
 from loratool.storage.staging import PassingDirectory
 from loratool.storage.workfolder import WorkFolder
 from loratool.storage.worksites import finished_bytes
@@ -44,7 +45,7 @@ from loratool.verbs.making import (
     memory_of,
     own_files,
     recordable,
-    work_folder,
+    worked,
 )
 
 if TYPE_CHECKING:
@@ -160,15 +161,16 @@ class _Making:
         """Write the shards, and where all of them are there, the model."""
         if not self.options.keep:
             with PassingDirectory(self.target, self.run.overwrite) as place:
-                shipment, written = self._shards(place)
-                assert shipment is not None
+                own, written = self._shards(place)
+                assert own is not None
                 self._fill(place.path, place.path, written)
-                shipment.settle()
-                self._ship(shipment, place.path)
+                own.settle()
+                self._ship(own, place.path)
             return
-        with work_folder(self.target, self.order, self.run) as work:
-            self.report.warnings += work.notices
-            shipment = None
+        shipment: Shipment | None = None
+
+        def make(work: WorkFolder) -> tuple[SharedOut | None, list[Notice]]:
+            nonlocal shipment
             if self.run.cluster is not None:
                 make_in_cluster(work, self.run, self.verb, memory_of(self.plan))
             else:
@@ -183,10 +185,12 @@ class _Making:
                 self._fill(folder, work.parts, written)
                 return []
 
-            self.report.share, notices = complete_output(work, self.run, fill)
-            self.report.warnings += notices
-            if shipment is not None:
-                self._ship(shipment, work.output)
+            return complete_output(work, self.run, fill)
+
+        self.report.share, notices = worked(self.target, self.order, self.run, make)
+        self.report.warnings += notices
+        if shipment is not None:
+            self._ship(shipment, place_of(self.target))
 
     def _shards(self, place: WorkFolder | PassingDirectory) -> tuple[Shipment | None, Written]:
         """Make the shards of this process."""

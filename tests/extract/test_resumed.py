@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ from helpers.processes import start_python
 from hypothesis import given
 from hypothesis import strategies as st
 
-import loratool.extracting.output as extracting
+import loratool.verbs.extracting as verb
 from loratool.errors import ValueRangeError
 from loratool.extracting.decomposed import Decomposed
 from loratool.extracting.decomposition import Extraction
 from loratool.extracting.difference import Size
+from loratool.storage.worksites import work_of
 from loratool.streams.results import ResultLog
+from loratool.streams.shares import WorkShare
 
 #: Options that lead to one pass by rank, one by energy, and to several for a budget.
 WAYS: list[dict[str, Any]] = [
@@ -55,7 +58,6 @@ class Runs:
         self.pair = pair
         self.computed: list[str] = []
         self._patch = patch
-        self._write = extracting.write
         for name in ("_measured", "_decomposed"):
             self._watch(name, getattr(Extraction, name))
 
@@ -69,29 +71,33 @@ class Runs:
     def extract(self, log: Path | None, **options: Any) -> tuple[Any, Any]:
         """The files and the report of a run that takes up `log` and goes on with it."""
         self.computed.clear()
-
-        def write(*args: Any, **kwargs: Any) -> Any:
-            return self._write(*args, **{**kwargs, "results": log})
-
-        self._patch.setattr(extracting, "write", write)
+        self._patch.setattr(verb, "ResultLog", lambda folder: ResultLog(log or folder))
         report = self.pair.extract(**options).to_dict()
         report.pop("seconds")
+        report["warnings"] = [w for w in report["warnings"] if w["code"] != "taken-up"]
         return sha256s(self.pair.out), report
+
+    def begun(self, worker: str, **options: Any) -> list[str]:
+        """What a worker computes, here the last one, which writes the adapter too."""
+        self.computed.clear()
+        self._patch.undo()
+        self._patch.setattr(verb, "ResultLog", ResultLog)
+        for name in ("_measured", "_decomposed"):
+            self._watch(name, getattr(Extraction, name))
+        report = self.pair.extract(worker=worker, **options)
+        assert report.share is not None
+        assert report.share.complete
+        return [*self.computed]
 
     def begin(self, log: Path, number: int, count: int, **options: Any) -> list[str]:
         """What worker `number` of `count` does before another process writes the adapter."""
         self.computed.clear()
-
-        def write(*args: Any, **_: Any) -> Any:
-            _, _, pairs, work, _, chosen, *_ = args
-            with ResultLog(log) as opened:
-                parts = extracting.share_of(pairs, number, count)
-                extracting.begin_share(parts, pairs, work, chosen, opened)
-            raise KeyboardInterrupt
-
-        self._patch.setattr(extracting, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            self.pair.extract(**options)
+        self._patch.setattr(verb, "ResultLog", lambda folder: ResultLog(log))
+        share = WorkShare(number, count, completes=False)
+        report = self.pair.extract(worker=share, **options)
+        assert report.share is not None
+        assert not report.share.complete
+        shutil.rmtree(work_of(self.pair.out))
         return [*self.computed]
 
 
@@ -260,17 +266,11 @@ def test_results_are_kept_as_soon_as_they_are_there(
 
 _CHILD = """
 import sys
-from pathlib import Path
-import loratool, loratool.extracting.output as output
-from loratool.streams.results import ResultLog
-number, base, tuned, out, log = sys.argv[1:]
-def write(before, after, pairs, work, target, options, *_, **__):
-    with ResultLog(Path(log)) as opened:
-        parts = output.share_of(pairs, int(number), 2)
-        output.begin_share(parts, pairs, work, options, opened)
-    raise SystemExit
-output.write = write
-loratool.extract(base, tuned, out, budget="16KB", patterns=True, verify=True, dtype="float32")
+import loratool
+worker, base, tuned, out = sys.argv[1:]
+loratool.extract(
+    base, tuned, out, budget="16KB", patterns=True, verify=True, dtype="float32", worker=worker
+)
 """
 
 
@@ -278,17 +278,19 @@ loratool.extract(base, tuned, out, budget="16KB", patterns=True, verify=True, dt
 def test_two_processes_at_once(tmp_path: Path, runs: Runs) -> None:
     """Two processes that compute at the same time, then a third one that writes."""
     plain = runs.extract(None, **BUDGET)
-    passes = len(runs.computed) - len(set(runs.computed))
-    pair, log = runs.pair, tmp_path / "log"
+    names = [*runs.computed]
+    passes = len(names) - len(set(names))
+    pair = runs.pair
+    shutil.rmtree(pair.out)
     workers = [
-        start_python(_CHILD, number, pair.base, pair.tuned, tmp_path / f"out{number}", log)
-        for number in (1, 2)
+        start_python(_CHILD, worker, pair.base, pair.tuned, pair.out) for worker in ("1/3", "2/3")
     ]
     said = [worker.communicate(timeout=100) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
-    assert len(list(log.iterdir())) == 2
-    assert runs.extract(log, **BUDGET) == plain
-    assert len(runs.computed) == passes
+    assert len(list((work_of(pair.out) / "results").iterdir())) == 2
+    mine = runs.begun("3/3", **BUDGET)
+    assert sha256s(pair.out) == plain[0]
+    assert len(mine) < len(set(names)) + passes
 
 
 FLOATS = st.floats(allow_nan=False, min_value=0)

@@ -230,7 +230,7 @@ def test_a_later_version_is_refused(reader: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", ["md5:" + "0" * 32, "blake3:" + "0" * 63, "0" * 40, ""])
-@pytest.mark.parametrize("reader", READERS.keys() - {"card"})
+@pytest.mark.parametrize("reader", sorted(READERS.keys() - {"card"}))
 def test_a_digest_of_no_known_kind_is_refused(reader: str, digest: str, tmp_path: Path) -> None:
     model = shutil.copytree(OLD / "reversible", tmp_path / "model")
     record = record_of(model)

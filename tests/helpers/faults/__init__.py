@@ -95,11 +95,12 @@ def _run(
 _SIGNALLED = """
 import os, sys
 import loratool.storage.placing as placing
+import loratool.storage.presence as presence
 import loratool.storage.workfolder as workfolder
 name, number, when, signal, steps, *arguments = sys.argv[1:]
 if steps == "two":
     placing.exchange = lambda one, other: False
-owners = [os] if name.startswith("os.") else [workfolder, placing]
+owners = [os] if name.startswith("os.") else [presence, workfolder, placing]
 owner = next(module for module in owners if hasattr(module, name.removeprefix("os.")))
 name = name.removeprefix("os.")
 real, calls = getattr(owner, name), []

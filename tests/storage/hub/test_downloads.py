@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import forked
 from helpers.hub import HubServer
 from helpers.hub_runs import (
@@ -19,6 +21,8 @@ from helpers.hub_runs import (
     run,
     small,
 )
+from helpers.places import FIXTURES
+from safetensors.torch import load_file, save_file
 
 
 def test_a_merge_from_ids_equals_one_from_paths(
@@ -198,3 +202,30 @@ def test_what_does_not_fit_fails_before_the_base_is_downloaded(
     assert json.loads(done.err)["error"] == "no-match"
     assert downloads(hub, "org/(base|tuned)") == []
     assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["kept", "no-keep"])
+def test_a_large_file_whose_download_breaks_off_goes_on_where_it_was(
+    hub: HubServer, home: Path, tmp_path: Path, how: str
+) -> None:
+    """The library asks for the rest of it, also where shards are fetched one by one."""
+    base = tmp_path / "base"
+    shutil.copytree(FIXTURES / "base", base)
+    name = "model-00003-of-00003.safetensors"
+    state = load_file(base / name) | {"padding": torch.ones(25_000_000 // 2, dtype=torch.bfloat16)}
+    save_file(state, base / name, {"format": "pt"})
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    index["weight_map"]["padding"] = name
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.add("org/large", dict(paths(base)))
+    hub.cut(f"/cdn/.*filename={name}", after=12_000_000)
+    push = ["--push", "org/result", "--no-keep"] if how == "no-keep" else ["-o", tmp_path / "out"]
+    run(hub, home, "merge", "org/large", "org/adapter", *push)
+    run(hub, home, "merge", base, FIXTURES / "adapter", "-o", tmp_path / "local")
+    wanted = (tmp_path / "local" / name).read_bytes()
+    made = hub.files("org/result") if how == "no-keep" else contents(tmp_path / "out")
+    assert made[name] == wanted
+    ranges = [r.range for r in hub.requests(rf"/cdn/.*filename={name}", "GET")]
+    assert f"bytes={10 << 20}-" in ranges  # what came whole of it is not asked for again
+    whole = (base / name).stat().st_size
+    assert hub.sent(rf"/cdn/.*filename={name}") < 1.2 * whole

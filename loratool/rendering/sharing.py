@@ -22,12 +22,10 @@ def share_facts(facts: Table, share: SharedOut | None, output: str) -> None:
     assert share is not None
     facts.add_row("worker", f"{share.worker}, {counted(len(share.made), 'part')} of the output")
     if share.complete:
-        facts.add_row("output", f"{verbatim(output)}, complete before this worker began")
+        facts.add_row("output", f"{verbatim(output)}, completed by another worker")
     elif share.missing:
         names = ", ".join(map(verbatim, share.missing[:_NAMED]))
         more = len(share.missing) - _NAMED
         names += f" and {more} more" if more > 0 else ""
         facts.add_row("missing", f"{counted(len(share.missing), 'part')}: {names}")
         facts.add_row("", "The last worker completes the output; if none runs: loratool finish")
-    else:
-        facts.add_row("output", "another worker is putting it into its place")

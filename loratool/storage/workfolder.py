@@ -23,7 +23,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ from loratool.storage.worksites import (
 
 #: How often a file is looked for whose folder others rename, and seconds between two looks.
 _TRIES, _PAUSE = 10, 0.01
+
+#: Seconds after which a process that completes an output, and changes nothing, counts as dead. If
+#: it is alive after all, it finds its folder gone.
+_PATIENCE = 60.0
 
 
 class WorkFolder(Presence):
@@ -105,7 +109,7 @@ class WorkFolder(Presence):
             os.rename(before or self.path / OUTPUT, mine)
         except FileNotFoundError:
             raise Overtaken(
-                f"Another process is finishing {self.output}.",
+                f"Another process completes {self.output}.",
                 f"If it was killed: loratool finish {self.output}",
             ) from None
         self._clean(mine)
@@ -127,6 +131,30 @@ class WorkFolder(Presence):
         except OSError:
             return False
         return True
+
+    def is_gone_after_waiting(self) -> bool:
+        """Wait while another process completes the output: True when the work is over, False when
+        the folder is free again or nothing has moved in it for some time."""
+        seen, since = self._traces(), time.monotonic()
+        while time.monotonic() - since < _PATIENCE:
+            if not self.path.is_dir():
+                return True
+            if (self.path / OUTPUT).is_dir():
+                return False
+            time.sleep(10 * _PAUSE)
+            if (now := self._traces()) != seen:
+                seen, since = now, time.monotonic()
+        return False
+
+    def _traces(self) -> list[tuple[str, int, int]]:
+        """What whoever completes the output changes while it lives: names, sizes and times."""
+        found = []
+        with suppress(OSError):
+            for place, _, names in os.walk(self._finishing() or self.path):
+                for name in names:
+                    there = os.stat(os.path.join(place, name))
+                    found.append((name, there.st_size, there.st_mtime_ns))
+        return sorted(found)
 
     def commit(self, made: Path) -> list[Notice]:
         """Put the folder that `finishing` gave, now complete, into the output's place.

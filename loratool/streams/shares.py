@@ -46,8 +46,7 @@ class SharedOut:
     """How far an output is that several workers make, when one of them ends.
 
     `made` are the files of this worker, `missing` those that nobody has finished. `complete` says
-    whether the output is in its place; with nothing missing and not complete, another worker is
-    about to put it there. `before` marks one that was there before this worker began.
+    whether the output is in its place; `before` marks one that others had completed.
     """
 
     worker: str

@@ -173,9 +173,14 @@ def complete_output(
         )
     if missing or not share.completes:
         return SharedOut(str(share), made, missing, complete=False), []
-    try:
-        with place.finishing(take_over=share is NO_SHARE) as folder:
-            notices = [*fill(folder), *place.commit(folder)]
-    except Overtaken:
-        return SharedOut(str(share), made, [], complete=False), []
-    return SharedOut(str(share), made, [], complete=True), notices
+    take_over = share is NO_SHARE
+    while True:
+        try:
+            with place.finishing(take_over) as folder:
+                notices = [*fill(folder), *place.commit(folder)]
+            return SharedOut(str(share), made, [], complete=True), notices
+        except Overtaken:
+            # It is completed by another one: who goes away now leaves nobody if that one dies.
+            if place.is_gone_after_waiting():
+                raise
+            take_over = True

@@ -286,6 +286,8 @@ class Terms(list[P]):
 
     def meeting(self, first: int, last: int) -> Iterator[tuple[int, P, Window]]:
         """The terms that have a part in stored rows `[first, last)`: number, term, and where."""
+        if not self:  # every element of a tensor that is only cast would be a bucket of its own
+            return
         size, buckets = self._by_bucket
         near = {n for b in range(first // size, -(-last // size)) for n in buckets.get(b, ())}
         for number in sorted(near):

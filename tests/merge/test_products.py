@@ -22,7 +22,7 @@ from loratool.merging.executor import Care, execute
 from loratool.merging.match import Delta
 from loratool.merging.plan import Plan
 from loratool.merging.planning import build_plan
-from loratool.merging.products import ExactProduct, LoadedDelta, Placement
+from loratool.merging.products import ExactProduct, LoadedDelta, Placement, Terms
 from loratool.merging.proof.checking import Pair, measure
 from loratool.merging.proof.findings import judge
 from loratool.merging.undo.assembling import assemble
@@ -128,6 +128,11 @@ def dense_of(folder: Path, factors: LowRank) -> Dense:
     b, a = factors.left_right()
     save_file({"delta": b @ a}, folder / "dense.safetensors")
     return Dense("m", read_header(folder / "dense.safetensors")[0]["delta"])
+
+
+def test_a_tensor_without_deltas_is_asked_nothing() -> None:
+    """However long it is: what is only cast has no rows, and every element would be looked up."""
+    assert list(Terms[LoadedDelta]().meeting(0, 10**15)) == []
 
 
 @pytest.mark.parametrize("size", [1, 5, 7, 1000])

@@ -53,8 +53,8 @@ def start(pair: Pair, where: str) -> subprocess.Popen[str]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("where", ["computing", "flushing"])
-def test_an_interrupted_run_leaves_nothing(tiny: Pair, where: str) -> None:
-    """Ctrl-C in the middle ends the run with code 130 and a word, and nothing stays."""
+def test_an_interrupted_run_leaves_its_results(tiny: Pair, where: str) -> None:
+    """Ctrl-C in the middle ends the run with code 130 and a word; what it computed waits."""
     process = start(tiny, where)
     assert len(beside(tiny.out)) == 1
     process.send_signal(signal.SIGINT)
@@ -62,7 +62,12 @@ def test_an_interrupted_run_leaves_nothing(tiny: Pair, where: str) -> None:
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert_clean(tiny.out)
+    assert "a part is finished and waits in" in err
+    assert not tiny.out.exists()
+    assert beside(tiny.out) == [".out.loratool-work"]
+    report = loratool.extract(tiny.base, tiny.tuned, tiny.out, rank=4)
+    assert "taken-up" in [notice.code for notice in report.warnings]
+    assert beside(tiny.out) == []
 
 
 @pytest.mark.process
@@ -161,12 +166,12 @@ def test_an_input_that_goes_away_during_the_run_is_named(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_from_progress_leaves_nothing(tiny: Pair, threads: int) -> None:
-    """An exception of the caller's own goes through unchanged, and nothing stays."""
+def test_an_error_from_progress_leaves_results_alone(tiny: Pair, threads: int) -> None:
+    """An exception of the caller's own goes through unchanged; the results wait."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
         tiny.extract(rank=2, progress=fail, threads=threads)
-    assert_clean(tiny.out)
+    assert beside(tiny.out) == [".out.loratool-work"]  # which says nothing of the results

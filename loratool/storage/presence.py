@@ -60,8 +60,9 @@ P = TypeVar("P", bound="Presence")
 
 
 class Presence(ABC):
-    """A process in the folder: it comes alone, with a lock, or with `shared` beside others, and
-    leaves what is finished there and nothing else. `WorkFolder` is what it can do meanwhile."""
+    """A process in the folder: it comes alone, with a lock, or with `shared` beside others, as a
+    `guest` of a run that has the lock or of none, and leaves what is finished there and nothing
+    else. `WorkFolder` is what it can do meanwhile."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Presence(ABC):
         overwrite: Overwrite = False,
         restart: bool = False,
         shared: bool = False,
+        guest: bool = False,
     ) -> None:
         self.output = place_of(output)
         self.path = work_of(output)
@@ -78,7 +80,8 @@ class Presence(ABC):
         self.notices: list[Notice] = []
         self.own = self.path / f"{OWN}{socket.gethostname()[:40]}-{secrets.token_hex(8)}"
         self.parts, self.results = self.path / PARTS, self.path / RESULTS
-        self._overwrite, self._restart, self._shared = overwrite, restart, shared
+        self._overwrite, self._restart = overwrite, restart
+        self._shared, self._guest = shared, guest
         self._journal = Journal(self.path / DONE)
         self._lock: int | None = None
         self._made: list[Path] = []
@@ -161,7 +164,8 @@ class Presence(ABC):
         if differing:
             raise self._other_work(differing)
         self._begin()
-        (self.path / SHARED).touch()
+        if not self._guest:
+            (self.path / SHARED).touch()
         # Of several that begin at once the last one's order stays.
         found = read_order(self.path / ORDER)
         if found is not None and (differing := found.differences(self.order)):

@@ -4,7 +4,7 @@ It lies beside the output and has a name that the next run knows, so what is fin
 made twice, however the run before ended:
 
     .OUT.loratool-work/
-        order.json       what the output is made by; runs that make the same bytes have the same
+        order.json        what the output is made by; runs that make the same bytes have the same
         shared            there if workers make it, side by side and maybe on several machines
         output/           finished files; one run calls it `finishing-…` and makes the output of it
         done/NAME.json    an entry of each finished file, see `journal`
@@ -55,7 +55,6 @@ class WorkFolder(Presence):
     """The work of one process for an output. Use as a context manager.
 
     `own` is where to make files, `finished` where they are then. Files are those of the order.
-    With `shared` others may work for the same output.
     """
 
     def note_of(self, name: str) -> dict[str, Any] | None:

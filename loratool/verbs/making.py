@@ -75,11 +75,13 @@ def worked(
     """Let `make` do its part of an output in the folder for it, and say what `complete_output`
     says."""
     try:
+        share = run.share
+        guest = share is not None and not share.completes
         with WorkFolder(
-            output, order, run.overwrite, run.restart, shared=run.share is not None
+            output, order, run.overwrite, run.restart, shared=share is not None, guest=guest
         ) as work:
-            share, notices = make(work)
-            return share, [*work.notices, *notices]
+            shared_out, notices = make(work)
+            return shared_out, [*work.notices, *notices]
     except Overtaken:
         if run.share is None or not os.path.lexists(output):
             raise
@@ -159,9 +161,7 @@ def complete_output(
     if missing is None:
         missing = place.missing()
     if share is None:
-        with place.finishing() as folder:
-            notices = [*fill(folder), *place.commit(folder)]
-        return None, notices
+        return None, _completed(place, fill, take_over=False)
     if made is None:
         made = share.of(place.order.files)
     if missing and share is NO_SHARE:
@@ -173,14 +173,20 @@ def complete_output(
         )
     if missing or not share.completes:
         return SharedOut(str(share), made, missing, complete=False), []
-    take_over = share is NO_SHARE
+    notices = _completed(place, fill, take_over=share is NO_SHARE)
+    return SharedOut(str(share), made, [], complete=True), notices
+
+
+def _completed(
+    place: WorkFolder, fill: Callable[[Path], Sequence[Notice]], take_over: bool
+) -> list[Notice]:
+    """Complete an output; raises Overtaken where another process has done so."""
     while True:
         try:
             with place.finishing(take_over) as folder:
-                notices = [*fill(folder), *place.commit(folder)]
-            return SharedOut(str(share), made, [], complete=True), notices
+                return [*fill(folder), *place.commit(folder)]
         except Overtaken:
-            # It is completed by another one: who goes away now leaves nobody if that one dies.
+            # Who goes away while another one completes it leaves nobody if that one dies.
             if place.is_gone_after_waiting():
                 raise
             take_over = True

@@ -14,7 +14,7 @@ from loratool.merging.plan import Plan
 from loratool.notices import Notice
 from loratool.storage.journal import WorkOrder
 from loratool.storage.workfolder import Overtaken, WorkFolder
-from loratool.storage.worksites import order_for
+from loratool.storage.worksites import SHARED, order_for, work_of
 from loratool.streams.cluster import Call, Cluster
 from loratool.streams.run import Run
 from loratool.streams.shares import NO_SHARE, SharedOut, WorkShare
@@ -106,13 +106,21 @@ def in_cluster(
     memory: int = 2 << 30,
 ) -> Iterator[str]:
     """The names of shares of an output, each when a task of a cluster has made it."""
-    with Cluster(run.cluster or "", run.threads) as cluster:
-        threads = cluster.threads()
-        calls = [
-            Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
-        ]
-        for name, _ in cluster.results(_make_one, calls):
-            yield name
+    if not shares:
+        return
+    shared = work_of(output) / SHARED
+    others = shared.exists()
+    try:
+        with Cluster(run.cluster or "", run.threads) as cluster:
+            threads = cluster.threads()
+            calls = [
+                Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
+            ]
+            for name, _ in cluster.results(_make_one, calls):
+                yield name
+    finally:
+        if not others:  # the tasks are gone: the next run has the folder for itself
+            shared.unlink(missing_ok=True)
 
 
 def _make_one(verb: Callable[..., Any], output: Path, share: WorkShare, threads: int) -> None:

@@ -180,6 +180,11 @@ class Cluster:
                 f"{self._pending[reference].name}: a task failed: {cause!r}"[:500],
                 "What is finished is kept; look at the node's logs, and run the command again.",
             ) from None
+        except self._ray.exceptions.TaskCancelledError:
+            raise ClusterError(
+                f"{self._pending[reference].name}: its task was cancelled.",
+                "What is finished is kept; run the command again.",
+            ) from None
         except self._ray.exceptions.RayError as error:
             first = str(error).strip().partition("\n")[0]
             raise ClusterError(

@@ -67,7 +67,7 @@ def kill(*processes: psutil.Process) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    gone, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive, alive
 
 
@@ -157,10 +157,13 @@ def fail(path: str) -> float:
     return 1 / 0
 
 
-def sleep(path: str) -> None:
-    """Outlive the test, if nobody ends it."""
-    note(path)
-    time.sleep(120)
+def sleep_unless_first(path: str, number: int) -> None:
+    """Outlive the test, if nobody ends it; call 0 ends when another one sleeps."""
+    if number:
+        note(path)
+        time.sleep(120)
+    while not (os.path.exists(path) and os.path.getsize(path)):
+        time.sleep(0.01)
 
 
 def nothing(number: int) -> int:

@@ -10,11 +10,13 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from loratool.errors import LoraToolError, UsageError
 
@@ -107,6 +109,8 @@ class Cluster:
                 "Begin one with `ray start --head`, or omit the address for one on this machine.",
             ) from None
         self._mine = True
+        self._stdout = sys.stdout
+        sys.stdout = cast(TextIO, _WithoutRay(sys.stdout))
         return self
 
     def _refuse_another(self) -> None:
@@ -137,6 +141,7 @@ class Cluster:
                 self._ray.wait(pending, num_returns=len(pending), timeout=_ENDING)
         if self._mine:
             self._ray.shutdown()
+            sys.stdout = self._stdout
 
     def threads(self) -> int:
         """Threads of a task: as many as wanted, and as the largest node has cores."""
@@ -233,6 +238,21 @@ def _hushed() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+class _WithoutRay:
+    """stdout without what a thread of Ray's prints there, as when a task's process was killed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith("ray_"):
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_what_is_finished_and_ends_the_cluster(inputs: Inputs, tmp_
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     found = re.fullmatch(
-        r"interrupted; (\d+) of 12 files are finished and wait in (.*); the same command goes on "
+        r"\n?interrupted; (\d+) of 12 files are finished and wait in (.*); the same command goes on "
         r"\(or remove that folder\)\n",
         said,
     )
@@ -131,21 +131,21 @@ def test_ctrl_c_while_the_cluster_begins_leaves_nothing(inputs: Inputs, tmp_path
     of_ray = _below(process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert said == "interrupted; no unfinished output is left behind\n"
+    assert said.lstrip() == "interrupted; no unfinished output is left behind\n"
     assert process.returncode == 130
     assert_gone(of_ray, 10)
     assert beside(out) == []
 
 
 def test_a_killed_run_takes_its_cluster_with_it(inputs: Inputs, tmp_path: Path) -> None:
-    """After SIGKILL its processes end within seconds, and the next run goes on."""
+    """After SIGKILL its processes end by themselves, and the next run goes on."""
     out = tmp_path / "out"
     process = inputs.start(out, "--ray")
     wait_for(lambda: len(finished(out)) >= 2, process)
     of_ray = _below(process)
     process.kill()
     process.communicate(timeout=60)
-    assert_gone(of_ray, 20)
+    assert_gone(of_ray, 60)  # some of Ray's look at times only whether their parent lives
     _goes_on(inputs, out, 2)
 
 

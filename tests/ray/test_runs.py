@@ -73,7 +73,7 @@ def test_stdout_is_the_answer_and_stderr_is_empty(inputs: Inputs, tmp_path: Path
     process = inputs.start(out, "--json", "--ray")
     wait_for(lambda: bool(finished(out)), process)
     ray_helpers.kill(*ray_helpers.tasks())
-    said, complained = process.communicate(timeout=120)
+    said, complained = process.communicate(timeout=240)
     assert complained == ""
     assert json.loads(said)["output"] == str(out)
     assert process.returncode == 0
@@ -86,7 +86,7 @@ def test_words_are_those_of_a_run_without(nodes: Any, inputs: Inputs, tmp_path: 
     said = []
     for options in ([], ["--ray", nodes.address]):
         process = inputs.start(tmp_path / "out", *options, "--overwrite")
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         said.append([re.sub(r"\d+\.\d+ s|\d+(\.\d+)? [MG]B/s", "…", text) for text in (out, err)])
         assert process.returncode == 0, err
     assert said[0] == said[1]
@@ -99,11 +99,11 @@ def test_ctrl_c_keeps_what_is_finished_and_ends_the_cluster(inputs: Inputs, tmp_
     wait_for(lambda: len(finished(out)) >= 2, process)
     of_ray = _below(process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     found = re.fullmatch(
-        r"\n?interrupted; (\d+) of 12 files are finished and wait in (.*); the same command goes on "
-        r"\(or remove that folder\)\n",
+        r"\n?interrupted; (\d+) of 12 files are finished and wait in (.*); the same command "
+        r"goes on \(or remove that folder\)\n",
         said,
     )
     assert found, said
@@ -130,7 +130,7 @@ def test_ctrl_c_while_the_cluster_begins_leaves_nothing(inputs: Inputs, tmp_path
     wait_for(begun(process, "gcs_server"), process)
     of_ray = _below(process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert said.lstrip() == "interrupted; no unfinished output is left behind\n"
     assert process.returncode == 130
     assert_gone(of_ray, 10)
@@ -144,7 +144,7 @@ def test_a_killed_run_takes_its_cluster_with_it(inputs: Inputs, tmp_path: Path) 
     wait_for(lambda: len(finished(out)) >= 2, process)
     of_ray = _below(process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert_gone(of_ray, 60)  # some of Ray's look at times only whether their parent lives
     _goes_on(inputs, out, 2)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from helpers.merging import large_base, large_lora, work_of
 from helpers.outcomes import beside, sha256s
-from helpers.processes import start_python, wait_for
+from helpers.processes import start_python
 
 import loratool
 
@@ -46,6 +46,17 @@ class Inputs:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until `condition` holds while `process` is alive. To begin a cluster takes a while."""
+    until = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        if time.monotonic() > until:
+            process.kill()
+            pytest.fail("nothing came of it")
+        time.sleep(0.005)
 
 
 def finished(out: Path) -> list[Path]:

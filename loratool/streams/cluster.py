@@ -86,8 +86,6 @@ class Cluster:
         options: dict[str, Any] = {}
         if self._address == "local":
             options = {"include_dashboard": False, "object_store_memory": _STORE}
-            # Its helpers wait so long for it when this process was killed.
-            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         try:
             with _own_signals(), _hushed():
                 _refuse_silent(self._address)

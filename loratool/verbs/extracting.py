@@ -59,7 +59,7 @@ def extract_to(
             if run.share is None:
                 outcome.notices += _taken_up(extracting, target)
             if run.cluster is not None:
-                _in_cluster(place.output, extracting.unknown(), run, verb)
+                _in_cluster(place.output, extracting, run, verb)
             elif run.share is not None:
                 parts = share_of(pairs, run.share)
                 mine = [part.name for part in parts]
@@ -113,14 +113,19 @@ def _made_of(
     }
 
 
-def _in_cluster(output: Path, names: list[str], run: Run, verb: Callable[..., Any]) -> None:
-    """Let the tasks of a cluster take the matrices of these names apart."""
+def _in_cluster(output: Path, extracting: Extracting, run: Run, verb: Callable[..., Any]) -> None:
+    """Let the tasks of a cluster take apart the matrices that nobody has."""
+    from loratool.extracting.output import share_of
+
     if run.device != "cpu":
         raise UsageError("Tasks of a cluster compute on CPUs.", "Omit --device, or use --worker.")
-    count = min(_TASKS, len(names))
+    pairs, advance = extracting.pairs, extracting.work.advance
+    count = min(_TASKS, len(extracting.unknown()))
     shares = {
         f"{number}/{count}": WorkShare(number, count, completes=False)
         for number in range(1, count + 1)
     }
-    for _ in in_cluster(output, shares, run, verb):
-        pass
+    if not shares:
+        advance(sum(part.nbytes for part in pairs.found), str(output))
+    for name in in_cluster(output, shares, run, verb):
+        advance(sum(part.nbytes for part in share_of(pairs, shares[name])), name)

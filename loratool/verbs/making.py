@@ -92,7 +92,10 @@ def make_share(verb: Callable[..., Any], output: Path, share: WorkShare, **optio
     """Let the function of a verb make a share of an output, as the order in its folder says."""
     order = order_for(output)
     if order is None:
-        raise Overtaken(f"Nothing is made for {output} any more.", "Look whether it is complete.")
+        raise Overtaken(
+            f"Nothing is made for {output} any more, or not on this machine.",
+            "Look whether it is complete. All machines need it at the same path.",
+        )
     return verb(output=output, worker=share, **{**recalled(order.arguments), **options})
 
 
@@ -114,6 +117,12 @@ def make_in_cluster(work: WorkFolder, run: Run, verb: Callable[..., Any], memory
     shares = {name: WorkShare(1, 1, completes=False, names=(name,)) for name in missing}
     for name in in_cluster(work.output, shares, run, verb, memory):
         advance(files[name], name)
+    if missing := work.missing():
+        raise OutputError(
+            f"{work.output}: the cluster's tasks have ended, and {counted(len(missing), 'file')} "
+            f"of theirs cannot be found:\n{listed(missing)}",
+            "All machines need the folder of the output at the same path.",
+        )
 
 
 def in_cluster(
@@ -124,6 +133,8 @@ def in_cluster(
     memory: int = 2 << 30,
 ) -> Iterator[str]:
     """The names of shares of an output, each when a task of a cluster has made it."""
+    if not shares:
+        return
     with Cluster(run.cluster or "", run.threads) as cluster:
         threads = cluster.threads()
         calls = [

@@ -17,7 +17,7 @@ from helpers.places import FIXTURES, ROOT
 
 RAISING = """
 import sys
-import loratool.verbs.inspect as verb
+import loratool.verbs.inspecting as verb
 import numpy, torch
 class Panic(BaseException): pass
 def fail(*_, **__):

@@ -139,6 +139,8 @@ def extract(
     total = sum(part.nbytes for part in pairs.found)
     if verify and not dry_run:
         total += sum(part.tuned.nbytes for part in pairs.found)
+    if run.cluster is not None and not dry_run:  # its tasks' work, and what is made of it here
+        total += sum(part.nbytes for part in pairs.found)
     advance = run.counted(total)
     where = as_device(run.device)
     # Full decompositions hold several dense matrices, and a GPU's memory is one.

@@ -25,6 +25,7 @@ from loratool.words import counted
 
 if TYPE_CHECKING:
     from loratool.extracting.decomposition import Extraction
+    from loratool.extracting.output import Extracting
 
 #: Into how many tasks of a cluster the matrices go, at most.
 _TASKS = 64
@@ -63,7 +64,7 @@ def extract_to(
             outcome.notices += [Notice("taken-up", text, str(target))] * (run.share is None)
         mine: list[str] = []
         if run.cluster is not None:
-            _in_cluster(place.output, extracting.unknown(), run, verb)
+            _in_cluster(place.output, extracting, run, verb)
         elif run.share is not None:
             parts = share_of(pairs, run.share)
             mine = [part.name for part in parts]
@@ -101,14 +102,19 @@ def _made_of(
     }
 
 
-def _in_cluster(output: Path, names: list[str], run: Run, verb: Callable[..., Any]) -> None:
-    """Let the tasks of a cluster take the matrices of these names apart."""
+def _in_cluster(output: Path, extracting: Extracting, run: Run, verb: Callable[..., Any]) -> None:
+    """Let the tasks of a cluster take apart the matrices that nobody has."""
+    from loratool.extracting.output import share_of
+
     if run.device != "cpu":
         raise UsageError("Tasks of a cluster compute on CPUs.", "Omit --device, or use --worker.")
-    count = min(_TASKS, len(names))
+    pairs, advance = extracting.pairs, extracting.work.advance
+    count = min(_TASKS, len(extracting.unknown()))
     shares = {
         f"{number}/{count}": WorkShare(number, count, completes=False)
         for number in range(1, count + 1)
     }
-    for _ in in_cluster(output, shares, run, verb):
-        pass
+    if not shares:
+        advance(sum(part.nbytes for part in pairs.found), str(output))
+    for name in in_cluster(output, shares, run, verb):
+        advance(sum(part.nbytes for part in share_of(pairs, shares[name])), name)

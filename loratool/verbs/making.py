@@ -14,7 +14,7 @@ from loratool.merging.plan import Plan
 from loratool.notices import Notice
 from loratool.storage.journal import WorkOrder
 from loratool.storage.workfolder import Overtaken, WorkFolder
-from loratool.storage.worksites import order_for
+from loratool.storage.worksites import SHARED, order_for, work_of
 from loratool.streams.cluster import Call, Cluster
 from loratool.streams.run import Run
 from loratool.streams.shares import NO_SHARE, SharedOut, WorkShare
@@ -74,7 +74,10 @@ def make_share(verb: Callable[..., Any], output: Path, share: WorkShare, **optio
     """Let the function of a verb make a share of an output, as the order in its folder says."""
     order = order_for(output)
     if order is None:
-        raise Overtaken(f"Nothing is made for {output} any more.", "Look whether it is complete.")
+        raise Overtaken(
+            f"Nothing is made for {output} any more, or not on this machine.",
+            "Look whether it is complete. All machines need it at the same path.",
+        )
     return verb(output=output, worker=share, **{**recalled(order.arguments), **options})
 
 
@@ -96,6 +99,12 @@ def make_in_cluster(work: WorkFolder, run: Run, verb: Callable[..., Any], memory
     shares = {name: WorkShare(1, 1, completes=False, names=(name,)) for name in missing}
     for name in in_cluster(work.output, shares, run, verb, memory):
         advance(files[name], name)
+    if missing := work.missing():
+        raise OutputError(
+            f"{work.output}: the cluster's tasks have ended, and {counted(len(missing), 'file')} "
+            f"of theirs cannot be found:\n{listed(missing)}",
+            "All machines need the folder of the output at the same path.",
+        )
 
 
 def in_cluster(
@@ -106,13 +115,21 @@ def in_cluster(
     memory: int = 2 << 30,
 ) -> Iterator[str]:
     """The names of shares of an output, each when a task of a cluster has made it."""
-    with Cluster(run.cluster or "", run.threads) as cluster:
-        threads = cluster.threads()
-        calls = [
-            Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
-        ]
-        for name, _ in cluster.results(_make_one, calls):
-            yield name
+    if not shares:
+        return
+    shared = work_of(output) / SHARED
+    others = shared.exists()
+    try:
+        with Cluster(run.cluster or "", run.threads) as cluster:
+            threads = cluster.threads()
+            calls = [
+                Call(name, (verb, output, share, threads), memory) for name, share in shares.items()
+            ]
+            for name, _ in cluster.results(_make_one, calls):
+                yield name
+    finally:
+        if not others:  # the tasks are gone: the next run has the folder for itself
+            shared.unlink(missing_ok=True)
 
 
 def _make_one(verb: Callable[..., Any], output: Path, share: WorkShare, threads: int) -> None:

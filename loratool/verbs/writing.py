@@ -104,7 +104,8 @@ def write_planned(
             report.undo_bytes = undo_bytes(plan)
             report.warnings += note_large(report.undo_bytes, plan)
         return report
-    if run.share is not None and _is_made(plan, command, target):
+    # Who gives shares to tasks has decided already that what is there is to be replaced.
+    if run.share is not None and run.share.completes and _is_made(plan, command, target):
         report.share = SharedOut(str(run.share), [], [], complete=True, before=True)
         return report
     order = WorkOrder(

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -129,27 +130,32 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for reference in self._pending:
+        # Until tasks are gone they write, and what is removed after us would come again. A task
+        # that is just beginning may miss that it was cancelled, so they are told again.
+        pending, until = list(self._pending), time.monotonic() + _ENDING
+        while pending and time.monotonic() < until:
             try:
-                self._ray.cancel(reference, force=True)
-            except Exception:  # it ended meanwhile, or the cluster is gone
-                continue
-        if self._pending:
-            # Until they are gone they write, and what is removed after us would come again.
-            with suppress(Exception):
-                pending = list(self._pending)
-                self._ray.wait(pending, num_returns=len(pending), timeout=_ENDING)
+                for reference in pending:
+                    self._ray.cancel(reference, force=True)
+                _, pending = self._ray.wait(pending, num_returns=len(pending), timeout=1.0)
+            except Exception:  # the cluster is gone
+                break
         if self._mine:
             self._ray.shutdown()
             sys.stdout = self._stdout
 
     def threads(self) -> int:
         """Threads of a task: as many as wanted, and as the largest node has cores."""
-        return max(1, min(self._wanted, int(self._largest("CPU"))))
+        return max(1, min(self._wanted, int(max((cpus for cpus, _ in self._nodes()), default=1))))
 
-    def _largest(self, resource: str) -> float:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return float(max((node.get(resource, 0.0) for node in nodes), default=0.0))
+    def _nodes(self) -> list[tuple[float, float]]:
+        """Cores and bytes of memory that each node has for tasks."""
+        found = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return [(node.get("CPU", 0.0), node.get("memory", 0.0)) for node in found]
+
+    def _most_memory(self, threads: int) -> float:
+        """What a task may ask for: a node has to have it that has the cores too."""
+        return max((memory for cpus, memory in self._nodes() if cpus >= threads), default=0.0)
 
     def results(
         self, function: Callable[..., Any], calls: Sequence[ClusterCall]
@@ -159,11 +165,12 @@ class Cluster:
         `function` is one of a module, which every node can import. Errors of its own end the run;
         a call whose process or node was lost is made again.
         """
-        memory = self._largest("memory")
+        threads = self.threads()
+        memory = self._most_memory(threads)
         task = self._ray.remote(function)
         for call in calls:
             reference = task.options(
-                name=f"loratool {call.name}", num_cpus=self.threads(), max_retries=_RETRIES,
+                name=f"loratool {call.name}", num_cpus=threads, max_retries=_RETRIES,
                 memory=int(min(call.memory, memory)), scheduling_strategy="SPREAD",
             ).remote(*call.arguments)  # fmt: skip
             self._pending[reference] = call

@@ -46,6 +46,9 @@ def _inspect_one(place: str, source: str, options: dict[str, Any]) -> InspectRep
     found = _inspected(place, recalled(options))
     if isinstance(found, InspectReport) and found.source == place:
         found.source = source
+    if isinstance(found, LoraToolError):
+        found.message = found.message.replace(place, source)
+        found.hint = found.hint.replace(place, source)
     return found
 
 

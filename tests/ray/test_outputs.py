@@ -175,7 +175,7 @@ def test_inspect_says_the_same_of_many(
     (tmp_path / "near").symlink_to(ADAPTER)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no header")
-    sources = [str(ADAPTER), "near", "bad", "not/there"]
+    sources = [str(ADAPTER), "near", "bad", "missing.safetensors"]
     options = {"base": BASE, "spectrum": True}
     want = [_found(*one) for one in inspect_all(sources, options)]
     have = [_found(*one) for one in inspect_all(sources, options, nodes.address)]

@@ -93,7 +93,9 @@ def test_what_still_runs_at_the_end_is_ended(nodes: Any, tmp_path: Path) -> None
         assert next(cluster.results(ray_helpers.sleep_unless_first, calls)) == ("0", None)
     pids = [int(line) for line in log.read_text().splitlines()]
     assert pids
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(alive, timeout=3)
+    assert not [task for task in alive if task.status() != psutil.STATUS_ZOMBIE]
     time.sleep(2)
     assert len(log.read_text().splitlines()) == len(pids)
 

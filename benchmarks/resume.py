@@ -153,10 +153,10 @@ def main() -> None:
         work = args.work or Path(temporary)
         base = work / f"base-{args.size:g}GB-{args.shards}"
         adapter = work / f"adapter-{args.size:g}GB-r16"
-        if not base.exists():
-            make_base(base, args.size, args.shards)
-        if not adapter.exists():
-            make_adapter(adapter, args.size, 16)
+        if not (base.exists() and adapter.exists()):  # by a process of its own: see `common`
+            told = json.dumps([str(base), str(adapter), args.size, args.shards])
+            step = [sys.executable, str(Path(__file__).resolve()), "--make", told]
+            subprocess.run(step, check=True)
         trial = Trial(work, base, adapter)
         trial.note("undisturbed", trial.undisturbed)
         trial.note("killed twice, continued", trial.killed_twice)
@@ -174,8 +174,18 @@ def main() -> None:
         sys.exit("the outputs differ")
 
 
+def make(base: str, adapter: str, gigabytes: float, shards: int) -> None:
+    """Write the models that are not there."""
+    if not Path(base).exists():
+        make_base(Path(base), gigabytes, shards)
+    if not Path(adapter).exists():
+        make_adapter(Path(adapter), gigabytes, 16)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--step"]:
+    if sys.argv[1:2] == ["--make"]:
+        make(*json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["--step"]:
         on_a_dying_cluster(*json.loads(sys.argv[2]))
     else:
         main()

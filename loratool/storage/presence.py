@@ -153,6 +153,10 @@ class Presence(ABC):
                 raise another_run(self.output) from None
             except FileNotFoundError:
                 pass
+            except OSError:
+                with suppress(OSError):  # not empty: it was there
+                    self.path.rmdir()
+                raise
         raise another_run(self.output)
 
     def _join(self) -> None:

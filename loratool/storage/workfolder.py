@@ -71,6 +71,16 @@ class WorkFolder(Presence):
             time.sleep(_PAUSE)  # its folder just got another name
         return None
 
+    def note(self, name: str) -> dict[str, Any]:
+        """What was noted of a finished file. Raises OutputError where it is not as it was."""
+        found = self.note_of(name)
+        if found is None:
+            raise OutputError(
+                f"{self.finished / name} was finished, and is not any more as it was.",
+                "Look after the disk, and run the command again.",
+            )
+        return found
+
     def missing(self) -> list[str]:
         """The files of the order that nobody has finished."""
         return [name for name in self.order.files if self.note_of(name) is None]

@@ -246,7 +246,7 @@ def subtract_deltas(request: Request, base: str | Path | None, dtype: str | None
 
         def fill(folder: Path) -> list[Notice]:
             write_beside(plan, folder, files)
-            shards = {name: (work.note_of(name) or {})["digest"] for name in plan.shards}
+            shards = {name: work.note(name)["digest"] for name in plan.shards}
             document = describe(plan, "unmerge", shards, {})
             document["removed"] = document["adapters"]
             document["adapters"] = [entry.document for entry in request.remaining]

@@ -179,7 +179,7 @@ class _Making:
             def fill(folder: Path) -> list[Notice]:
                 written = Written()
                 for name in self.plan.shards:
-                    written += Written.noted(name, work.note_of(name) or {})
+                    written += Written.noted(name, work.note(name))
                 self._fill(folder, work.parts, written)
                 return []
 

@@ -168,7 +168,7 @@ def test_the_tasks_of_a_slurm_array_make_the_output(
         )
         assert done.returncode == 0, done.stderr
         assert output.exists() == (task in ("1", "2") and len(calls.made) > 2)
-    assert "complete before this worker began" in done.stdout
+    assert "completed by another worker" in done.stdout
     assert calls.made[0][0][-4:] == ["--threads", "2", "--worker", "2/3"]
     assert contents(output) == single
 

@@ -100,8 +100,11 @@ import loratool.storage.workfolder as workfolder
 name, number, when, signal, steps, *arguments = sys.argv[1:]
 if steps == "two":
     placing.exchange = lambda one, other: False
-owners = [os] if name.startswith("os.") else [presence, workfolder, placing]
-owner = next(module for module in owners if hasattr(module, name.removeprefix("os.")))
+owners = {
+    "lock_folder": presence, "replace_json": presence, "sync": placing, "exchange": placing,
+    "remove": placing, "flush_place": workfolder,
+}
+owner = owners.get(name, os)
 name = name.removeprefix("os.")
 real, calls = getattr(owner, name), []
 def call(*given, **named):

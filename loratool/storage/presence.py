@@ -230,6 +230,8 @@ class Presence(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._shared and self._mine and isinstance(error, FileNotFoundError):
+            self._refuse_gone()  # others completed the output while this one wrote
         # Said while the files are there: afterwards a full disk has room again.
         said = explain(error, self.output) if isinstance(error, OSError) else None
         done = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.storage.bounded import open_regular
-from loratool.storage.stamps import Stamp, stamp_of
+from loratool.storage.stamps import Stamp, changed_file, stamp_of
 
 #: What the texts of the digests begin with that loratool takes of what it writes.
 BLAKE3 = "blake3:"
@@ -88,10 +88,16 @@ _KNOWN: dict[tuple[Path, Stamp], str] = {}
 
 
 def known_sha256(path: Path) -> str:
-    """The sha256 of a file that is asked for more than once while it stays as it is."""
-    key = path, stamp_of(path)
-    if key not in _KNOWN:
-        _KNOWN[key] = file_sha256(path)
+    """The sha256 of a file that is asked for more than once while it stays as it is.
+
+    Raises FileError where it went in the meantime.
+    """
+    try:
+        key = path, stamp_of(path)
+        if key not in _KNOWN:
+            _KNOWN[key] = file_sha256(path)
+    except FileNotFoundError:
+        raise changed_file(path) from None
     return _KNOWN[key]
 
 

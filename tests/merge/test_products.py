@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.merging import Here
+from helpers.places import ROOT
 from safetensors.numpy import load_file, save_file
 
 from loratool.adapters.factors import Kind, LowRank, Matrix, ModuleShape, Part
@@ -260,6 +262,7 @@ def test_a_shard_can_be_made_by_another_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "there"],
         input=pickle.dumps(shard), capture_output=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
     )  # fmt: skip
     assert done.stdout.decode().strip() == here.shards[shard.name]
     made = [(tmp_path / where / shard.name).read_bytes() for where in ("here", "there")]

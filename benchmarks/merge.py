@@ -32,7 +32,7 @@ def merge_with_peft(base: str, adapter: str, output: str, dtype: str) -> None:
 
 def merge_warm(base: str, adapter: str, output: str, dtype: str) -> None:
     """The library call alone, everything imported; prints its seconds."""
-    import loratool.merging.arithmetic  # noqa: F401, with torch
+    import loratool.merging.executor  # noqa: F401, with torch
     from loratool import merge
 
     print(merge(base, adapter, output, dtype=dtype).seconds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,16 @@ from loratool.dtypes import DTYPE_BITS
 from loratool.errors import ValueRangeError
 from loratool.merging.counts import Counts, MeasuredValues
 from loratool.merging.derivation import derived
-from loratool.merging.magnitudes import count_underflow, magnitudes_of, zeros_in
 from loratool.merging.match import Delta
 from loratool.merging.plan import Job
 from loratool.merging.products import LoadedDelta, Terms
-from loratool.merging.rounding import TORCH, narrowed, squared
+from loratool.merging.rounding import (
+    TORCH,
+    count_underflow,
+    magnitudes_of,
+    narrowed,
+    squared,
+)
 from loratool.storage.tensors import BLOCK_ELEMENTS, Bytes, FilePool, block_elements, blocks
 from loratool.storage.values import read_float32, values_of
 from loratool.streams.scratch import scratch
@@ -190,8 +195,7 @@ class RunningJob:
             counts.lost += squared(lost)
         if self.may_underflow:
             unchanged = raw if self.source.dtype == self.job.dtype else None
-            zeros = partial(zeros_in, values.numpy())
-            count_underflow(magnitudes, zeros, unchanged, self.job.dtype, counts)
+            count_underflow(magnitudes, values, unchanged, self.job.dtype, counts)
 
     def add(self, values: torch.Tensor, low: int, high: int) -> torch.Tensor:
         """Make `values`, elements `[low, high)` of the base, those of the merged model, in place,
@@ -276,7 +280,6 @@ class Merging(RunningJob):
     """A job of a plan as a part of its output shard."""
 
     def begin(self, low: int, high: int, workers: Workers) -> MergeTask:
-        workers.compute_alone()
         return MergeTask(self)
 
 

@@ -8,14 +8,13 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol
 
-from loratool.merging.casting import Casting
-from loratool.merging.counts import Counts
+from loratool.merging.arithmetic import MergeTask, Merging
 from loratool.merging.plan import Job, OutputShard
 from loratool.merging.written import ShardPlace, Written
 from loratool.storage.hashing import Hasher
@@ -23,11 +22,7 @@ from loratool.storage.tensors import Bytes, FilePool
 from loratool.streams.progress import Advance
 from loratool.streams.run import Run
 from loratool.streams.shards import OutputTensor, Shard, Task, write_shards
-from loratool.streams.torch_import import is_imported
 from loratool.streams.workers import Workers
-
-if TYPE_CHECKING:
-    from loratool.merging.arithmetic import MergeTask, Merging
 
 
 class Courier(Protocol):
@@ -93,10 +88,6 @@ def execute(
     return total
 
 
-class _Counted(Protocol):
-    counts: Counts
-
-
 @dataclass
 class _Writing:
     """Shards on their way to the disk."""
@@ -145,7 +136,16 @@ class _Writing:
 
     def _write(self, outputs: Sequence[OutputShard], flushed: Callable[[str], None]) -> None:
         recorder = self.care.recorder
-        shards = {output.name: Shard(output.header, self._parts_of(output)) for output in outputs}
+        part = recorder.part if recorder else Merging
+        shards = {
+            output.name: Shard(
+                output.header,
+                self.workers.ahead(
+                    (part(job, self.files) for job in output.jobs), Merging.long_before
+                ),
+            )
+            for output in outputs
+        }
 
         def ended(name: str) -> Callable[[], None]:
             if recorder is not None:
@@ -161,27 +161,12 @@ class _Writing:
             self.written[name] = Written()
         write_shards(self.place.own, shards, self.workers, self._consume, self.advance, ended)
 
-    def _parts_of(self, output: OutputShard) -> Iterable[OutputTensor]:
-        """The tensors of a shard, each made when its turn comes."""
-        parts = map(self._part, output.jobs)
-        if any(taken.how != "given" for job in output.jobs for taken in job.taken):
-            return self.workers.ahead(parts, lambda part: part.long_before())
-        return parts
-
-    def _part(self, job: Job) -> OutputTensor:
-        if self.care.recorder is None and not is_imported() and Casting.fits(job):
-            return Casting(job, self.files)
-        from loratool.merging.arithmetic import Merging  # torch: waits for it
-
-        if self.care.recorder is not None:
-            return self.care.recorder.part(job, self.files)
-        return Merging(job, self.files)
-
     def _consume(self, shard: str, part: OutputTensor, task: Task, data: Bytes) -> None:
+        assert isinstance(task, MergeTask)
         self._hashers[shard].update(data)
-        self.written[shard].counts += cast(_Counted, task).counts
+        self.written[shard].counts += task.counts
         if self.care.recorder is not None:
-            self.care.recorder.take(shard, cast("MergeTask", task), data, self.workers)
+            self.care.recorder.take(shard, task, data, self.workers)
 
     def _publish(self, name: str) -> None:
         written = self.written[name]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class _Scratch(threading.local):
@@ -21,14 +16,11 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._kept: dict[str, torch.Tensor] = {}
         self._views: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
-        self._arrays: dict[str, npt.NDArray[np.uint8]] = {}
 
     def get(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         """A flat tensor of `count` elements with arbitrary content."""
         view = self._views.get((name, count, dtype))
         if view is None:
-            import torch
-
             size = count * dtype.itemsize
             if name not in self._kept or self._kept[name].numel() < size:
                 self._kept[name] = torch.empty(size, dtype=torch.uint8)
@@ -36,14 +28,6 @@ class _Scratch(threading.local):
             view = self._kept[name][:size].view(dtype)
             self._views[name, count, dtype] = view
         return view
-
-    def array(self, name: str, count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        """The same for NumPy, which needs no torch; the names are others' than those of `get`."""
-        size = count * np.dtype(dtype).itemsize
-        kept = self._arrays.get(name)
-        if kept is None or len(kept) < size:
-            kept = self._arrays[name] = np.empty(size, np.uint8)
-        return kept[:size].view(dtype)
 
 
 scratch = _Scratch()

@@ -6,7 +6,6 @@ workers nor on the cores of the machine.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from loratool.storage.tensors import Bytes
 from loratool.streams.threads import R, cores, in_order
-from loratool.streams.torch_import import is_imported
 
 #: Blocks that one worker computes before it hands its result over: handing work from thread to
 #: thread costs about as much as a tenth of a block.
@@ -28,33 +27,18 @@ P = TypeVar("P")
 
 
 class Workers:
-    """Threads and the large buffers that travel between them. Use as a context manager.
-
-    Torch may still be on its way then, if whoever computes with it calls `compute_alone` before.
-    """
+    """Threads and the large buffers that travel between them. Use as a context manager."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._count = threads or min(8, cores())
         self._spare: deque[Bytes] = deque()
-        self._alone = threading.local()
-        self._torch_threads: int | None = None
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Workers:
-        initial = self.compute_alone if is_imported() else None
-        self._pool = ThreadPoolExecutor(self._count, initializer=initial)
+        self._torch_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(
+            self._count, initializer=torch.set_num_threads, initargs=(1,)
+        )
         return self
-
-    def compute_alone(self) -> None:
-        """Let torch compute with this one thread where the calling one, a worker, computes."""
-        if not hasattr(self._alone, "set"):
-            import torch
-
-            with self._lock:
-                if self._torch_threads is None:
-                    self._torch_threads = torch.get_num_threads()
-                torch.set_num_threads(1)
-            self._alone.set = True
 
     def __exit__(
         self,
@@ -63,10 +47,7 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._torch_threads is not None:
-            import torch
-
-            torch.set_num_threads(self._torch_threads)
+        torch.set_num_threads(self._torch_threads)
 
     def stop(self) -> None:
         """Wait for the calls that run, drop the others: nothing is written after this."""

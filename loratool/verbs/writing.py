@@ -39,7 +39,6 @@ from loratool.storage.worksites import finished_bytes
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut
 from loratool.streams.threads import cores
-from loratool.streams.torch_import import begin_import
 from loratool.verbs.making import (
     complete_output,
     make_in_cluster,
@@ -66,8 +65,6 @@ def write_planned(
     what that would take. `verb` is the library's function that does it, and `arguments` are those
     that it was called with."""
     command = verb.__name__
-    if not run.dry_run and run.cluster is None:
-        begin_import()
     repository = None
     if options.push is not None:
         repository = merge_target(plan, options.push, options.private, run.overwrite, run.dry_run)

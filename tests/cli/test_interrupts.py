@@ -42,7 +42,7 @@ def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path: Path) -> Non
     base, lora, out = FIXTURES / "base", FIXTURES / "adapter", tmp_path / "out"
     slow = (
         "import loratool.storage.shardfile as w, shutil, sys, time\n"
-        "import loratool.merging.arithmetic\n"
+        "import loratool.merging.executor\n"
         "write, remove = w.ShardWriter.write, shutil.rmtree\n"
         "w.ShardWriter.write = lambda s, o, d: (write(s, o, d), time.sleep(0.05))\n"
         "def slowly(*a, **k):\n"

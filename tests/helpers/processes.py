@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 #: Runs one merge; prints the error as JSON. PRELUDE runs first, with `options` to change.
 _MERGE = """
 import json, os, sys, time
-import loratool, loratool.merging.arithmetic
+import loratool, loratool.merging.executor
 base, adapter, output, options, prelude = json.loads(sys.argv[1])
 exec(prelude)
 try:

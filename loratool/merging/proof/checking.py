@@ -22,11 +22,10 @@ import torch
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.merging.arithmetic import RunningJob
 from loratool.merging.derivation import Computed
-from loratool.merging.magnitudes import magnitudes_of
 from loratool.merging.plan import Job
 from loratool.merging.proof.findings import BINS, Stats
 from loratool.merging.proof.rounding_paths import RoundingPaths
-from loratool.merging.rounding import TORCH, narrowed, ulp
+from loratool.merging.rounding import TORCH, magnitudes_of, narrowed, ulp
 from loratool.merging.undo.residual import ordered
 from loratool.storage.tensors import Bytes, FilePool, TensorInfo, blocks
 from loratool.storage.values import values_of

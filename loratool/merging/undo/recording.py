@@ -52,7 +52,6 @@ class RecordedMerging(Merging):
         return self._reversal
 
     def begin(self, low: int, high: int, workers: Workers) -> MergeTask:
-        workers.compute_alone()
         return RecordedTask(self, low=low, high=high, workers=workers)
 
 

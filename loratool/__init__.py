@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loratool.answers import show_with
 from loratool.version import __version__
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ __all__ = [
     "unmerge",
     "verify",
 ]
+
+
+# How a report looks in a notebook is known above the verbs that make it.
+show_with(lambda: import_module("loratool.rendering.notebook"))
 
 
 def __getattr__(name: str) -> Any:

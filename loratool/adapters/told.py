@@ -21,7 +21,7 @@ from loratool.storage.fields import (
     TEXT,
     check_fields,
     list_of,
-    table_of,
+    mapping_to,
 )
 
 #: How two factors, the first called A, make Δ `[out, in]`: B·A, A·B, or (A·B)ᵀ.
@@ -123,7 +123,7 @@ _TEXT, _FACTOR, _FLAGS = TEXT | ABSENT, FINITE | ABSENT, list_of(FLAG, "a list o
 _RECORDED = {
     "dialect": _TEXT, "alpha": _FACTOR, "scale": _FACTOR, "rank": COUNT | ABSENT, "product": _TEXT,
     "kind": _TEXT, "override": FLAG | ABSENT, "fan_in_fan_out": NAMES | ABSENT,
-    "enable_lora": table_of(_FLAGS, "a table of lists of flags") | ABSENT,
+    "enable_lora": mapping_to(_FLAGS, "a table of lists of flags") | ABSENT,
 }  # fmt: skip
 
 NOTHING_TOLD = Told()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     dry_run_option,
     energy_option,
     factor_dtype_option,
     full_option,
-    json_option,
     output_option,
     overwrite_option,
-    quiet_option,
     rank_option,
     seed_option,
     threads_option,
@@ -24,6 +24,9 @@ from loratool.cli.options import (
 )
 from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("combine", short_help="Make one adapter of several.")
@@ -60,8 +63,7 @@ from loratool.storage.destination import Overwrite
 @dry_run_option()
 @full_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def combine_command(
     adapters: tuple[str, ...],
     output: str,
@@ -81,8 +83,7 @@ def combine_command(
     dry_run: bool,
     full: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Make one adapter of several, from their factors alone.
 
@@ -116,10 +117,10 @@ def combine_command(
       loratool combine a/ b/ c/ --method ties_core --density 0.5 -o abc/
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.combine import show_combine
+    from loratool.rendering.combine import combine_sheet
     from loratool.verbs.combine import combine
 
-    with common.progress_bar(not (quiet or as_json), "combining", counted=True) as progress:
+    with common.progress_bar(forms.talk, "combining", counted=True) as progress:
         report = combine(
             adapters, output, weights=weights or None, method=method, rank=rank, energy=energy,
             density=density, majority_sign_method=majority_sign_method, seed=seed, saved=saved,
@@ -127,9 +128,4 @@ def combine_command(
             overwrite=overwrite, dry_run=dry_run,
             threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_combine(report, full)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, combine_sheet(report, full))

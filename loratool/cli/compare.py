@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     components_option,
     expert_b_layout_option,
     full_option,
     include_option,
-    json_option,
     layer_option,
-    quiet_option,
     threads_option,
     weight_option,
 )
 from loratool.cli.told import told_options
 from loratool.errors import ReaderGone
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("compare", short_help="How adapters relate to each other.")
@@ -40,8 +43,7 @@ from loratool.errors import ReaderGone
 @include_option()
 @full_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 @click.pass_context
 def compare_command(
     context: click.Context,
@@ -57,8 +59,7 @@ def compare_command(
     include: tuple[str, ...],
     full: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Show how adapters relate: the same, scaled, related, unrelated, in conflict.
 
@@ -76,20 +77,15 @@ def compare_command(
       loratool compare style/ task/ --base base/ --layer 0-3
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.compare import show_compare
+    from loratool.rendering.compare import compare_sheet
     from loratool.verbs.compare import compare
 
-    with common.progress_bar(not (quiet or as_json), "comparing", counted=True) as progress:
+    with common.progress_bar(forms.talk, "comparing", counted=True) as progress:
         report = compare(
             adapters, weights=weights or None, tolerance=tolerance, base=base,
             components=components, told=told, expert_b_layout=expert_b_layout, layers=layers,
             include=include, threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone
-        if as_json:
-            common.print_json(report.to_dict())
-        else:
-            show_compare(report, full, equal)
-            if not quiet:
-                common.print_warnings(report.warnings)
+        forms.show(report, compare_sheet(report, full, equal))
     context.exit(3 if equal and not report.equal else 0)

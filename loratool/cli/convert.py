@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     dry_run_option,
     factor_dtype_option,
     full_option,
-    json_option,
     max_rank_option,
     output_option,
     overwrite_option,
-    quiet_option,
     restart_option,
     threads_option,
 )
@@ -36,6 +36,10 @@ class _Entry(click.ParamType):  # type: ignore[type-arg]
         if not key or not equals:
             self.fail(f"{value!r}: write KEY=VALUE.", param, ctx)
         return key, text
+
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("convert", short_help="Write an adapter in another dialect.")
@@ -59,8 +63,7 @@ class _Entry(click.ParamType):  # type: ignore[type-arg]
 @dry_run_option("Report what would become of each module; write nothing.")
 @full_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options()
 def convert_command(
     adapter: str,
     output: str,
@@ -76,8 +79,7 @@ def convert_command(
     dry_run: bool,
     full: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Write an adapter in another dialect, exactly or not at all.
 
@@ -95,19 +97,14 @@ def convert_command(
       loratool convert adapter/ --set-metadata license=apache-2.0 -o labelled/
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.convert import show_convert
+    from loratool.rendering.convert import convert_sheet
     from loratool.verbs.convert import convert as run
 
-    with common.progress_bar(not (quiet or as_json), "converting", counted=True) as progress:
+    with common.progress_bar(forms.talk, "converting", counted=True) as progress:
         report = run(
             adapter, output, to=to, base=base, dtype=dtype, max_rank=max_rank,
             allow_lossy=allow_lossy, set_metadata=dict(set_metadata),
             told=one_told(told), overwrite=overwrite, dry_run=dry_run, restart=restart,
             threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_convert(report, full)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, convert_sheet(report, full))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from loratool.cli.options import (
+    answer_options,
     dry_run_option,
-    json_option,
     model_dtype_option,
     no_keep_option,
     output_option,
     overwrite_option,
     private_option,
-    quiet_option,
     shard_push_option,
     split_options,
     threads_option,
 )
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("dequantise", short_help="Write the plain model of a quantised one.")
@@ -35,8 +39,7 @@ from loratool.storage.destination import Overwrite
 @split_options()
 @dry_run_option("Say what would be written; write nothing.")
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options()
 def dequantise_command(
     base: str,
     output: str | None,
@@ -51,8 +54,7 @@ def dequantise_command(
     ray: str | None,
     dry_run: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Write the plain 16-bit model that a quantised BASE stands for.
 
@@ -68,18 +70,13 @@ def dequantise_command(
       loratool dequantise org/model-FP8 --push org/model --no-keep
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.dequantise import show_dequantise
+    from loratool.rendering.dequantise import dequantise_sheet
     from loratool.verbs.dequantise import dequantise as run
 
-    with common.progress_bar(not (quiet or as_json or dry_run), "dequantising") as progress:
+    with common.progress_bar(forms.talk and not dry_run, "dequantising") as progress:
         report = run(
             base, output, dtype=dtype, overwrite=overwrite, dry_run=dry_run, restart=restart,
             worker=worker, ray=ray, verify=verify,
             push=push, keep=not no_keep, private=private, threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_dequantise(report)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, dequantise_sheet(report))

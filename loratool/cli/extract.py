@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from loratool.cli.options import (
+    answer_options,
     dry_run_option,
     energy_option,
     exclude_option,
     factor_dtype_option,
     full_option,
     include_option,
-    json_option,
     max_rank_option,
     output_option,
     overwrite_option,
     patterns_option,
-    quiet_option,
     rank_option,
     seed_option,
     spectrum_option,
@@ -26,6 +27,9 @@ from loratool.cli.options import (
 )
 from loratool.paths import GROUPS
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("extract", short_help="Make an adapter of a fine-tune minus its base.")
@@ -76,8 +80,7 @@ from loratool.storage.destination import Overwrite
 @spectrum_option()
 @full_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def extract_command(
     base: str,
     tuned: str,
@@ -107,8 +110,7 @@ def extract_command(
     spectrum: bool,
     full: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Make a LoRA adapter of a fine-tuned model minus its base.
 
@@ -131,10 +133,10 @@ def extract_command(
       loratool extract base/ tuned/ --dry-run
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.extract import show_extract
+    from loratool.rendering.extract import extract_sheet
     from loratool.verbs.extract import extract
 
-    with common.progress_bar(not (quiet or as_json), "extracting") as progress:
+    with common.progress_bar(forms.talk, "extracting") as progress:
         report = extract(
             base, tuned, output, rank=rank, energy=energy, budget=budget, max_rank=max_rank,
             uniform=uniform, patterns=patterns, include=include, exclude=exclude, skip=skip,
@@ -142,13 +144,8 @@ def extract_command(
             seed=seed, verify=verify, device=device, overwrite=overwrite, dry_run=dry_run,
             restart=restart, worker=worker, ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        document = report.to_dict()
-        if not spectrum:
-            for module in document["modules"]:
-                del module["singular_values"]
-        common.print_json(document)
-        return
-    show_extract(report, full, spectrum)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    document = report.to_dict()
+    if not spectrum:
+        for module in document["modules"]:
+            del module["singular_values"]
+    forms.show(report, extract_sheet(report, full, spectrum), document)

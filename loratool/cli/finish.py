@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from loratool.cli.options import json_option, overwrite_option, quiet_option, threads_option
+from loratool.cli.options import answer_options, overwrite_option, threads_option
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("finish", short_help="Complete an output that workers have made.")
 @click.argument("output", metavar="OUT")
 @overwrite_option("Replace OUT if it is there. [default: as the workers were told]")
 @threads_option()
-@json_option()
-@quiet_option()
-def finish_command(
-    output: str, overwrite: Overwrite, threads: int | None, as_json: bool, quiet: bool
-) -> None:
+@answer_options()
+def finish_command(output: str, overwrite: Overwrite, threads: int | None, forms: Forms) -> None:
     """Put an output into its place that workers have made, file by file.
 
     The last worker does so by itself; this is for when it was killed in the middle
@@ -30,14 +32,9 @@ def finish_command(
       loratool finish merged/
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.finish import show_finished
+    from loratool.rendering.finish import finish_sheet
     from loratool.verbs.finish import finish as run
 
-    with common.progress_bar(not (quiet or as_json), "finishing") as progress:
+    with common.progress_bar(forms.talk, "finishing") as progress:
         report = run(output, overwrite=overwrite or None, threads=threads, progress=progress)
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_finished(report)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, finish_sheet(report))

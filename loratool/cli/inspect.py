@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     components_option,
     expert_b_layout_option,
     full_option,
     include_option,
-    json_option,
     layer_option,
-    quiet_option,
     ray_option,
     spectrum_option,
 )
 from loratool.cli.told import one_told, told_options
 from loratool.errors import LoraToolError
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("inspect", short_help="Show what is in an adapter.")
@@ -36,8 +39,7 @@ from loratool.errors import LoraToolError
 @layer_option()
 @include_option()
 @ray_option("Look at each SOURCE by a task of the Ray cluster at ADDRESS (auto, host:port).")
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def inspect_command(
     sources: tuple[str, ...],
     base: str | None,
@@ -51,8 +53,7 @@ def inspect_command(
     layers: str | None,
     include: tuple[str, ...],
     ray: str | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> int:
     """Show what is in an adapter: modules, ranks, scales, norms, and what is odd.
 
@@ -71,34 +72,38 @@ def inspect_command(
       loratool inspect runs/*/adapter --json --ray
       loratool inspect org/adapter --base org/base
     """
-    from loratool.rendering import terminal as common
-    from loratool.rendering.inspect import show_inspect
+    from loratool.rendering.answering import free_line
+    from loratool.rendering.drawing import draw
+    from loratool.rendering.inspect import inspect_sheet
+    from loratool.rendering.terminal import print_error, print_json, print_warnings
     from loratool.verbs.inspecting import inspect_all
 
     options = {
-        "base": base, "components": components, "spectrum": spectrum, "norms": norms,
+        "base": base, "components": components, "spectrum": spectrum or forms.draws, "norms": norms,
         "layers": layers, "include": include, "told": one_told(told),
         "expert_b_layout": expert_b_layout,
     }  # fmt: skip
-    code, documents = 0, []
+    code, documents, sheets = 0, [], []
     for source, report in inspect_all(sources, options, ray):
         if isinstance(report, LoraToolError):
             if len(sources) == 1:
                 raise report
             code = report.exit_code
             documents.append({"source": source, **report.to_dict()})
-            if not as_json:
-                common.print_error(report)
+            if not forms.as_json:
+                print_error(report)
             continue
         documents.append(report.to_dict())
-        if as_json:
+        sheets.append(inspect_sheet(report, full, tensors, spectrum))
+        if forms.as_json:
             continue
         if len(documents) > 1:
-            common.out.print()
-        show_inspect(report, full, tensors, spectrum)
-        if not quiet:
-            common.print_warnings(report.warnings)
-    if as_json:
+            free_line()
+        draw(sheets[-1])
+        if not forms.quiet:
+            print_warnings(report.warnings)
+    if forms.as_json:
         one = len(sources) == 1
-        common.print_json(documents[0] if one else {"schema_version": 1, "adapters": documents})
+        print_json(documents[0] if one else {"schema_version": 1, "adapters": documents})
+    forms.write(sheets)
     return code

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
     allow_unmatched_option,
+    answer_options,
     components_option,
     dry_run_option,
     expert_b_layout_option,
     initial_option,
-    json_option,
     model_dtype_option,
     no_keep_option,
     output_option,
     overwrite_option,
     private_option,
-    quiet_option,
     replicate_layers_option,
     shard_push_option,
     split_options,
@@ -28,6 +28,9 @@ from loratool.cli.options import (
 )
 from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("merge", short_help="Merge adapters into a base model.")
@@ -76,8 +79,7 @@ from loratool.storage.destination import Overwrite
 @split_options()
 @dry_run_option("Print the plan; write nothing.")
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options()
 @click.option("-v", "--verbose", is_flag=True, help="List every merged tensor.")
 def merge_command(
     base: str,
@@ -107,8 +109,7 @@ def merge_command(
     ray: str | None,
     dry_run: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
     verbose: bool,
 ) -> None:
     """Merge one or more LoRA adapters into a base model: W + Σ weight·scale·B·A.
@@ -133,10 +134,10 @@ def merge_command(
       loratool merge org/base org/adapter --push org/merged --no-keep
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.merge import show_merge
+    from loratool.rendering.merge import merge_sheet
     from loratool.verbs.merge import merge as run
 
-    with common.progress_bar(not (quiet or as_json or dry_run), "merging") as progress:
+    with common.progress_bar(forms.talk and not dry_run, "merging") as progress:
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
@@ -148,9 +149,4 @@ def merge_command(
             verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
             progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_merge(report, verbose)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, merge_sheet(report, verbose))

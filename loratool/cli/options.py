@@ -208,4 +208,36 @@ threads_option = _shared(
     "--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]"
 )
 json_option = _shared("--json", "as_json", is_flag=True, help="Print one JSON document.")
+html_option = _shared(
+    "--html", metavar="FILE", help="Also write it as a page with charts, for a browser."
+)
+plot_option = _shared(
+    "--plot", metavar="FILE", help="Also draw its charts: FILE.png, FILE.svg or FILE.pdf."
+)
 quiet_option = _shared("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr.")
+
+
+def answer_options(pages: bool = False) -> Decorator:
+    """--json and --quiet, and with `pages` --html and --plot; the command gets them as `forms`."""
+
+    def option(command: Any) -> Any:
+        @functools.wraps(command)
+        def with_forms(
+            as_json: bool,
+            quiet: bool,
+            html: str | None = None,
+            plot: str | None = None,
+            **others: Any,
+        ) -> Any:
+            from loratool.rendering.answering import Forms
+
+            forms = Forms(as_json, quiet, html, plot)
+            forms.check()
+            return command(forms=forms, **others)
+
+        found = json_option()(quiet_option()(with_forms))
+        if pages:
+            found = html_option()(plot_option()(found))
+        return found
+
+    return option

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_id_option,
     dry_run_option,
     exclude_option,
     include_option,
-    json_option,
     private_option,
-    quiet_option,
 )
 from loratool.cli.told import one_told, told_options
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("push", short_help="Upload an adapter or a merged model to the Hub.")
@@ -34,8 +37,7 @@ from loratool.cli.told import one_told, told_options
 )
 @exclude_option("Leave these files here; may be repeated.")
 @dry_run_option("Compare with what is there; upload nothing.")
-@json_option()
-@quiet_option()
+@answer_options()
 def push_command(
     path: str,
     repo_id: str,
@@ -48,8 +50,7 @@ def push_command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     dry_run: bool,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Upload the adapter or the merged model in PATH to REPO_ID (org/name), in one commit.
 
@@ -68,17 +69,11 @@ def push_command(
       loratool push merged/ org/merged -m "Merge style at 0.7"
       loratool push adapter/ other/adapter --create-pr
     """
-    from loratool.rendering import terminal as common
-    from loratool.rendering.push import show_push
+    from loratool.rendering.push import push_sheet
     from loratool.verbs.push import push
 
     report = push(
         path, repo_id, private=private, revision=revision, create_pr=create_pr, message=message,
         base=base, told=one_told(told), include=include, exclude=exclude, dry_run=dry_run,
     )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_push(report)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, push_sheet(report))

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     dry_run_option,
     energy_option,
     factor_dtype_option,
     full_option,
-    json_option,
     max_rank_option,
     output_option,
     overwrite_option,
     patterns_option,
-    quiet_option,
     rank_option,
     threads_option,
     uniform_option,
 )
 from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("resize", short_help="Change the rank of an adapter.")
@@ -58,8 +61,7 @@ from loratool.storage.destination import Overwrite
 @dry_run_option()
 @full_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def resize_command(
     adapter: str,
     output: str,
@@ -79,8 +81,7 @@ def resize_command(
     dry_run: bool,
     full: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Change the rank of an adapter, keeping the largest singular values.
 
@@ -100,10 +101,10 @@ def resize_command(
       loratool resize adapter/ --sv-ratio 10 --dry-run -o smaller/
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.resize import show_resize
+    from loratool.rendering.resize import resize_sheet
     from loratool.verbs.resize import resize
 
-    with common.progress_bar(not (quiet or as_json), "resizing", counted=True) as progress:
+    with common.progress_bar(forms.talk, "resizing", counted=True) as progress:
         report = resize(
             adapter, output, rank=rank, energy=energy, sv_ratio=sv_ratio, sv_fro=sv_fro,
             sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to,
@@ -111,9 +112,4 @@ def resize_command(
             overwrite=overwrite,
             dry_run=dry_run, threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_resize(report, full)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, resize_sheet(report, full))

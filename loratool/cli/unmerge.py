@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
+    answer_options,
     base_option,
     dry_run_option,
     expert_b_layout_option,
-    json_option,
     model_dtype_option,
     output_option,
     overwrite_option,
-    quiet_option,
     split_options,
     threads_option,
     weight_option,
 )
 from loratool.cli.told import told_options
 from loratool.storage.destination import Overwrite
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("unmerge", short_help="Take adapters out of a merged model.")
@@ -40,8 +43,7 @@ from loratool.storage.destination import Overwrite
 @split_options()
 @dry_run_option("Say what would be done and lost; write nothing.")
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options()
 def unmerge_command(
     merged: str,
     adapters: tuple[str, ...],
@@ -58,8 +60,7 @@ def unmerge_command(
     ray: str | None,
     dry_run: bool,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Take adapters out of a merged model.
 
@@ -74,19 +75,14 @@ def unmerge_command(
       loratool unmerge merged/ style/ -o without-style/ --subtract
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.unmerge import show_unmerge
+    from loratool.rendering.unmerge import unmerge_sheet
     from loratool.verbs.unmerge import unmerge as run
 
-    with common.progress_bar(not (quiet or as_json or dry_run), "unmerging") as progress:
+    with common.progress_bar(forms.talk and not dry_run, "unmerging") as progress:
         report = run(
             merged, adapters, output, weights=weights or None, base=base, dtype=dtype,
             told=told, expert_b_layout=expert_b_layout, subtract=subtract, overwrite=overwrite,
             dry_run=dry_run, restart=restart, worker=worker,
             ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
-        return
-    show_unmerge(report)
-    if not quiet:
-        common.print_warnings(report.warnings)
+    forms.show(report, unmerge_sheet(report))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.adapters.told import Told
 from loratool.cli.options import (
     allow_unmatched_option,
+    answer_options,
     base_option,
     components_option,
     expert_b_layout_option,
     full_option,
     initial_option,
-    json_option,
-    quiet_option,
     ray_option,
     replicate_layers_option,
     threads_option,
@@ -24,6 +24,9 @@ from loratool.cli.options import (
 )
 from loratool.cli.told import told_options
 from loratool.errors import ReaderGone
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("verify", short_help="Check whether a model is base + adapters.")
@@ -40,8 +43,7 @@ from loratool.errors import ReaderGone
 @full_option("One line per module; do not fold layers.")
 @ray_option()
 @threads_option()
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 @click.pass_context
 def verify_command(
     context: click.Context,
@@ -58,8 +60,7 @@ def verify_command(
     full: bool,
     ray: str | None,
     threads: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """Check whether MERGED is BASE with the adapters merged into it, by any tool.
 
@@ -74,10 +75,10 @@ def verify_command(
       loratool verify merged/ --base base/ style/ task/ --weight 0.7 --weight 0.4
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.verify import show_verify
+    from loratool.rendering.verify import verify_sheet
     from loratool.verbs.verify import verify as run
 
-    with common.progress_bar(not (quiet or as_json), "verifying") as progress:
+    with common.progress_bar(forms.talk, "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
             components=components, told=told, expert_b_layout=expert_b_layout, initial=initial,
@@ -85,10 +86,5 @@ def verify_command(
             ray=ray, threads=threads, progress=progress,
         )  # fmt: skip
     with suppress(ReaderGone):  # the answer stands, also where its reader has gone
-        if as_json:
-            common.print_json(report.to_dict())
-        else:
-            show_verify(report, full)
-            if not quiet:
-                common.print_warnings(report.warnings)
+        forms.show(report, verify_sheet(report, full))
     context.exit(0 if report.verdict == "yes" else 3)

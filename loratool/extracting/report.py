@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratool.answers import Answer
 from loratool.extracting.quantised_sides import quantising_share, title_of
 from loratool.extracting.selection import ON_REQUEST
 from loratool.models.checkpoint import Checkpoint
@@ -93,8 +94,8 @@ class GroupShare:
         return dict(self.__dict__)
 
 
-@dataclass
-class ExtractReport:
+@dataclass(repr=False)
+class ExtractReport(Answer):
     """What the adapter holds of the fine-tune.
 
     `held` is the share of ‖tuned - base‖² over all tensors that both models have, in factors or
@@ -106,6 +107,8 @@ class ExtractReport:
     `proposals` are the sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for
     all would hold.
     """
+
+    ROWS = "modules"
 
     base: str
     tuned: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratool.answers import Answer
 from loratool.merging.counts import KeptOfDelta
 from loratool.merging.initial import Derivation
 from loratool.merging.range_loss import RangeLoss
@@ -12,8 +13,8 @@ from loratool.notices import Notice, document
 from loratool.streams.shares import SharedOut
 
 
-@dataclass
-class MergeReport:
+@dataclass(repr=False)
+class MergeReport(Answer):
     """What a merge did, or with `dry_run` would do. Sizes are bytes, times seconds.
 
     `lost` is how much of the delta rounding took, ‖realised − Δ‖/‖Δ‖, on a sample of the blocks.

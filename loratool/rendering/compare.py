@@ -1,20 +1,22 @@
-"""Show what `compare` found."""
+"""What `compare` found, as a sheet."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from loratool.combining.relations import ModuleRelations, Relation
-from loratool.rendering.terminal import (
-    WIDE,
-    fact_grid,
-    folded_table,
-    make_table,
-    out,
-    print_sentence,
-    verbatim,
+from loratool.rendering.charts import by_layer
+from loratool.rendering.saying import weighted
+from loratool.rendering.sheet import (
+    Facts,
+    HeatMap,
+    Sheet,
+    SheetTable,
+    Toned,
+    Words,
+    folded_lines,
+    strong,
+    table_of,
 )
 from loratool.verbs.compare import CompareReport, letter
 from loratool.words import counted, number_text, percent, span_text
@@ -24,55 +26,57 @@ _SHOWN = 5
 #: From this many adapters on, pairs that have nothing to do with each other are only counted.
 _MANY = 4
 
+#: Pairs, and adapters, that have charts by layer of their own.
+_CHARTED = 3
 
-def show_compare(report: CompareReport, full: bool, equal: bool) -> None:
+
+def compare_sheet(report: CompareReport, full: bool = False, equal: bool = False) -> Sheet:
+    """With `equal` all that keeps the adapters from being equal is listed, and whether they are."""
+    sheet = Sheet("compare")
     names = [letter(i) for i in range(len(report.adapters))]
-    facts = fact_grid()
+    facts = Facts()
     for name, adapter, weight, norm in zip(
         names, report.adapters, report.weights, report.norms, strict=True
     ):
-        factor = f"  × {weight:g}" if weight != 1 else ""
-        facts.add_row(name, f"{verbatim(adapter)}{factor}, ‖Δ‖ {number_text(norm)}")
+        facts.add(name, f"{weighted(adapter, weight)}, ‖Δ‖ {number_text(norm)}")
     if report.base is not None:
-        facts.add_row("base", verbatim(report.base))
-    out.print(facts)
-    out.print()
-    out.print(_module_table(report, names, full))
+        facts.add("base", report.base)
+    sheet.add(facts, _module_table(report, names, full))
     if report.base is not None:
-        print_sentence("\nintruders: of the ten largest singular vectors those the base lacks")
+        sheet.say("intruders: of the ten largest singular vectors those the base lacks")
     if len(names) > 2:
-        out.print()
-        out.print(_matrix(report, names))
-    out.print()
-    _show_verdicts(report, names)
-    print_sentence(_sum_sentence(report, names))
+        sheet.add(_matrix(report, names))
+    _say_verdicts(sheet, report, names)
+    if report.sum_share is not None:
+        sheet.say(_sum_sentence(report, names))
     lines = report.differing if equal else report.differing_beside
     if lines:
-        out.print("\nBeside the factors:" if not equal else "\nDifferent:")
+        sheet.say("Different:" if equal else "Beside the factors:", apart=True)
         for line in lines[:_SHOWN]:
-            print_sentence("  - " + verbatim(line))
+            sheet.say("  - " + line)
         if len(lines) > _SHOWN:
-            out.print(f"  … and {len(lines) - _SHOWN} more (--json lists all)")
+            sheet.say(f"  … and {len(lines) - _SHOWN} more (--json lists all)")
     if equal:
-        word = "[bold green]equal" if report.equal else "[bold red]not equal"
-        out.print(f"{word}[/] within {report.tolerance:g}")
+        word = Toned("equal", "good") if report.equal else Toned("not equal", "bad")
+        sheet.say(word, f" within {report.tolerance:g}")
+    _add_charts(sheet, report, names)
+    sheet.notices = report.warnings
+    return sheet
 
 
-def _module_table(report: CompareReport, names: Sequence[str], full: bool) -> Table:
+def _module_table(report: CompareReport, names: Sequence[str], full: bool) -> SheetTable:
     count = len(names)
     held = [f"{name} in sum" for name in names]
     cosine = "cos" if count == 2 else "cos of pairs"
     both = ["‖A‖", "‖B‖", "‖B‖/‖A‖", "writes", "reads"] if count == 2 else []
     intruders = "intruders " + "/".join(names)
     headings = ["module", cosine, *both, *held]
-    if out.width < WIDE and both:
-        headings = [h for h in headings if h not in ("‖A‖", "‖B‖")]
     if report.base is not None:
         headings.append(intruders)
 
-    def cells(group: list[ModuleRelations]) -> dict[str, str]:
+    def cells(group: list[ModuleRelations]) -> dict[str, Words]:
         pairs = [p for m in group for p in m.pairs]
-        line = {
+        line: dict[str, Words] = {
             cosine: _span([p.cosine for p in pairs]),
             "‖A‖": span_text([m.norms[0] for m in group]),
             "‖B‖": span_text([m.norms[1] for m in group]),
@@ -83,12 +87,43 @@ def _module_table(report: CompareReport, names: Sequence[str], full: bool) -> Ta
         }
         return line | {h: _span([m.survival[i] for m in group]) for i, h in enumerate(held)}
 
-    return folded_table(
-        headings, report.modules, lambda m: m.path,
+    lines = folded_lines(
+        report.modules, lambda m: m.path,
         lambda m: (m.kind, tuple(r is None for r in m.ranks)), cells,
         full or len(report.modules) == 1,
-        spare=("‖B‖/‖A‖", *reversed(held), "reads", "writes", cosine),
     )  # fmt: skip
+    spare = ("‖A‖", "‖B‖", "‖B‖/‖A‖", *reversed(held), "reads", "writes", cosine)
+    return SheetTable((tuple(headings),), lines, spare)
+
+
+def _add_charts(sheet: Sheet, report: CompareReport, names: Sequence[str]) -> None:
+    """Cosines of all pairs, and by layer; what the weighted sum holds of each adapter."""
+    count = len(names)
+    if count > 2:
+        cosines = {(p.a, p.b): p.cosine for p in report.pairs}
+        rows = [
+            [1.0 if i == j else cosines[min(i, j), max(i, j)] for j in range(count)]
+            for i in range(count)
+        ]
+        sheet.add(HeatMap("Cosines of the deltas", names, names, rows, "cosine", middle=0.0))
+    for number, pair in enumerate(report.pairs[:_CHARTED]):
+        title = f"Cosine of {names[pair.a]} and {names[pair.b]}"
+        values = [
+            (m.path, next((p.cosine for p in m.pairs if (p.a, p.b) == (pair.a, pair.b)), None))
+            for m in report.modules
+        ]
+        sheet.add(*by_layer(title, "cosine", values, middle=0.0))
+        if number == 0:
+            shares = [(m.path, _written_over(m)) for m in report.modules]
+            sheet.add(*by_layer("Overlap of what they write", "share of the smaller space", shares))
+    for i, name in enumerate(names[:_CHARTED]):
+        held = [(m.path, m.survival[i]) for m in report.modules]
+        sheet.add(*by_layer(f"{name} in the weighted sum", "1 undisturbed, 0 cancelled", held))
+
+
+def _written_over(module: ModuleRelations) -> float | None:
+    known = [p.output_overlap for p in module.pairs if p.output_overlap is not None]
+    return max(known) if known else None
 
 
 def _intruders(group: list[ModuleRelations], index: int) -> str:
@@ -99,15 +134,13 @@ def _intruders(group: list[ModuleRelations], index: int) -> str:
     return str(min(known)) if min(known) == max(known) else f"{min(known)}–{max(known)}"
 
 
-def _matrix(report: CompareReport, names: Sequence[str]) -> Table:
+def _matrix(report: CompareReport, names: Sequence[str]) -> SheetTable:
     """Cosines of all pairs, and what the weighted sum holds of each adapter."""
-    table = make_table("cos", *names, "in sum")
+    table = table_of("cos", *names, "in sum", numeric=["cos", *names, "in sum"])
     cosines = {(p.a, p.b): p.cosine for p in report.pairs}
     for i, name in enumerate(names):
         row = ["1" if i == j else _signed(cosines[min(i, j), max(i, j)]) for j in range(len(names))]
-        table.add_row(name, *row, _signed(report.survival[i]))
-    for column in table.columns:
-        column.justify, column.no_wrap = "right", True
+        table.add(name, *row, _signed(report.survival[i]))
     return table
 
 
@@ -132,38 +165,42 @@ def _percents(values: Sequence[float | None]) -> str:
     return f"{low}%" if low == high else f"{low}–{high}%"
 
 
-def _show_verdicts(report: CompareReport, names: Sequence[str]) -> None:
+def _say_verdicts(sheet: Sheet, report: CompareReport, names: Sequence[str]) -> None:
     """A sentence per pair; of many pairs only those that have something to say."""
-    silent = 0
-    for pair, verdict in zip(report.pairs, report.verdicts, strict=True):
-        if len(names) >= _MANY and verdict in ("unrelated", "disjoint"):
-            silent += 1
-            continue
-        print_sentence(_sentence(report, pair, verdict, names))
-    if silent:
-        out.print(f"{silent} of {len(report.pairs)} pairs have little to do with each other.")
+    told = [
+        pair
+        for pair in zip(report.pairs, report.verdicts, strict=True)
+        if len(names) < _MANY or pair[1] not in ("unrelated", "disjoint")
+    ]
+    for number, (pair, verdict) in enumerate(told):
+        sheet.say(*_sentence(report, pair, verdict, names), apart=number == 0)
+    if len(told) < len(report.pairs):
+        silent, count = len(report.pairs) - len(told), len(report.pairs)
+        sheet.say(f"{silent} of {count} pairs have little to do with each other.", apart=not told)
 
 
-def _sentence(report: CompareReport, pair: Relation, verdict: str, names: Sequence[str]) -> str:
+def _sentence(
+    report: CompareReport, pair: Relation, verdict: str, names: Sequence[str]
+) -> tuple[str | Toned, ...]:
     a, b = names[pair.a], names[pair.b]
     apart = percent(pair.distance)
     if verdict == "same":
-        return f"[bold green]{a} and {b} are the same[/]: they differ by {apart}."
+        return Toned(f"{a} and {b} are the same", "good"), f": they differ by {apart}."
     if verdict == "same-deltas":
-        return f"[bold]{a} and {b} change their modules alike[/], but differ beside them."
+        return strong(f"{a} and {b} change their modules alike"), ", but differ beside them."
     if verdict == "scaled":
-        return f"[bold]{b} is {pair.factor or 0:.4g} · {a}[/]."
+        return strong(f"{b} is {pair.factor or 0:.4g} · {a}"), "."
     if verdict == "near":
-        return f"[bold]{a} and {b} are nearly the same[/]: they differ by {apart}."
+        return strong(f"{a} and {b} are nearly the same"), f": they differ by {apart}."
     idle = [name for name, i in ((a, pair.a), (b, pair.b)) if not report.norms[i]]
     if verdict == "disjoint" and idle:
-        return f"[bold]{idle[0]} does nothing[/]: in every module A or B is zero."
+        return strong(f"{idle[0]} does nothing"), ": in every module A or B is zero."
     if verdict == "disjoint":
-        return f"[bold]{a} and {b} change no module together[/]."
+        return strong(f"{a} and {b} change no module together"), "."
     words = {
-        "related": f"[bold]{a} and {b} pull the same way[/]",
-        "unrelated": f"[bold]{a} and {b} have little to do with each other[/]",
-        "conflict": f"[bold red]{a} and {b} pull against each other[/]",
+        "related": strong(f"{a} and {b} pull the same way"),
+        "unrelated": strong(f"{a} and {b} have little to do with each other"),
+        "conflict": Toned(f"{a} and {b} pull against each other", "bad"),
     }
     both = sum(bool(m.norms[pair.a] and m.norms[pair.b]) for m in report.modules)
     where = "" if both == len(report.modules) else f" in the {counted(both, 'module')} they share"
@@ -174,12 +211,11 @@ def _sentence(report: CompareReport, pair: Relation, verdict: str, names: Sequen
     ):
         if overlap is not None and chance is not None:
             said.append(f"{what} overlap {100 * overlap:.0f}%, by chance {100 * chance:.0f}%")
-    return f"{words[verdict]} ({'; '.join(said)})."
+    return words[verdict], f" ({'; '.join(said)})."
 
 
 def _sum_sentence(report: CompareReport, names: Sequence[str]) -> str:
-    if report.sum_share is None:
-        return ""
+    assert report.sum_share is not None
     if report.sum_share < 1e-9:
         return "The weighted sum is nothing: its parts cancel."
     parts = ", ".join(

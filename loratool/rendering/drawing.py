@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from rich.measure import Measurement
 from rich.table import Table
 
-from loratool.rendering.sheet import Facts, Sentence, Sheet, SheetTable, Tone, Words, parts_of
+from loratool.rendering.sheet import (
+    Facts,
+    Line,
+    Piece,
+    Sentence,
+    Sheet,
+    SheetTable,
+    Tone,
+    Words,
+    parts_of,
+)
 from loratool.rendering.terminal import fact_grid, out, verbatim
 
 _STYLES: dict[Tone, str] = {
@@ -21,18 +31,24 @@ _ANY_WIDTH = 1000
 
 
 def draw(sheet: Sheet) -> None:
-    """Print a sheet; charts are for other forms. A line is left free between two blocks."""
-    before = None
+    """Print a sheet; charts and notices are for others. A line is left free between two blocks."""
+    before: Piece | None = None
     for piece in sheet.pieces:
-        if isinstance(piece, Facts | SheetTable):
-            if before is not None:
-                out.print()
-            out.print(_grid(piece) if isinstance(piece, Facts) else _table(piece))
+        is_block = isinstance(piece, Facts | SheetTable)
+        after_block = isinstance(before, Facts | SheetTable)
+        after_text = isinstance(before, Sentence) and before is not sheet.pieces[0]
+        apart = isinstance(piece, Sentence) and (piece.apart or after_block)
+        if before is not None and (apart or (is_block and (after_block or after_text))):
+            out.print()
+        if isinstance(piece, Facts):
+            out.print(_grid(piece))
+        elif isinstance(piece, SheetTable):
+            out.print(_table(piece))
         elif isinstance(piece, Sentence):
-            if isinstance(before, Facts | SheetTable):
-                out.print()
             # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
             out.print(markup_of(piece.words), soft_wrap=not _has_width())
+        elif isinstance(piece, Line):
+            out.print(verbatim(piece.text), soft_wrap=True)
         else:
             continue
         before = piece

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from loratool.notices import Notice
 from loratool.paths import pattern, ranged, split
 
 #: How something is meant; what that looks like is for each form to say.
@@ -97,9 +98,17 @@ def table_of(*headings: str, numeric: Iterable[str] = (), caption: str = "") -> 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, or a heading of its own line."""
+    """A sentence or a line of a list; a line is left free above it where it stands `apart`."""
 
     words: Words
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """What people copy as it is, on a line of its own that is never wrapped: a URL."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ class HeatMap:
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     unit: str
+    #: What the columns are.
+    across: str = ""
     #: Where the colours change from one meaning to the other, as 0 of cosines; None for magnitudes.
     middle: float | None = None
 
@@ -139,21 +150,26 @@ class Bars:
 
 Chart = HeatMap | Curves | Bars
 
-Piece = Facts | SheetTable | Sentence | Chart
+Piece = Facts | SheetTable | Sentence | Line | Chart
 
 
 @dataclass
 class Sheet:
-    """An answer: its title, and its pieces from top to bottom. A gap is left between two blocks."""
+    """An answer: the command's name, its pieces from top to bottom, what was odd; of what it is.
+
+    Where the notices go is for each form to say: a terminal has stderr for them.
+    """
 
     title: str
     pieces: list[Piece] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    subject: str = ""
 
-    def add(self, piece: Piece) -> None:
-        self.pieces.append(piece)
+    def add(self, *pieces: Piece) -> None:
+        self.pieces += pieces
 
-    def say(self, *words: str | Toned) -> None:
-        self.pieces.append(Sentence(words))
+    def say(self, *words: str | Toned, apart: bool = False) -> None:
+        self.pieces.append(Sentence(words, apart))
 
     @property
     def charts(self) -> list[Chart]:
@@ -192,4 +208,4 @@ def folded_lines(
 NUMERIC = {"r", "r/α", "alpha", "scale", "‖ΔW‖", "σ₁", "σ₁ max", "stable rank", "s.rank",
            "‖ΔW‖/‖W‖", "weight", "equal", "lost", "unexplained", "values off", "max ulp",
            "max dev.", "ranks", "new r", "‖A‖", "‖B‖", "‖B‖/‖A‖", "cos", "writes", "reads",
-           "kept ≥", "error ≤", "off sum ≤", "cos of pairs", "noise ≤"}  # fmt: skip
+           "kept ≥", "error ≤", "off sum ≤", "cos of pairs", "noise ≤", "σᵣ"}  # fmt: skip

@@ -1,65 +1,69 @@
-"""Show what `verify` found."""
+"""What `verify` found, as a sheet."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged, split
-from loratool.rendering.terminal import fact_grid, make_table, out, verbatim, verbatim_message
+from loratool.rendering.charts import by_layer
+from loratool.rendering.saying import weighted
+from loratool.rendering.sheet import (
+    Bars,
+    Chart,
+    Facts,
+    Sheet,
+    SheetLine,
+    SheetTable,
+    Toned,
+    Words,
+)
 from loratool.verbs.verify import VerifyReport
 from loratool.words import counted, format_bytes, number_text, percent
 
-#: Below this width only module, finding and weight are shown.
-NARROW = 78
-
-#: From this width on the table shows how far values are off, too.
-WIDE = 100
+_COLUMNS = ("module", "finding", "weight", "equal", "lost", "unexplained", "values off",
+            "max ulp", "max dev.")  # fmt: skip
 
 
-def show_verify(report: VerifyReport, full: bool) -> None:
-    facts = fact_grid()
-    facts.add_row("merged", verbatim(report.merged))
-    facts.add_row("base", verbatim(report.base))
+def verify_sheet(report: VerifyReport, full: bool = False) -> Sheet:
+    sheet = Sheet("verify", subject=report.merged)
+    facts = Facts()
+    facts.add("merged", report.merged)
+    facts.add("base", report.base)
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
-        facts.add_row("adapter", verbatim(adapter) + (f"  × {weight:g}" if weight != 1 else ""))
+        facts.add("adapter", weighted(adapter, weight))
     if report.findings:
         equal = f"{percent(report.equal)} of the adapted weights have the once-rounded value"
-        facts.add_row("equal", equal)
-        facts.add_row("untouched", f"{counted(report.untouched, 'tensor')} as in the base")
+        facts.add("equal", equal)
+        facts.add("untouched", f"{counted(report.untouched, 'tensor')} as in the base")
     if report.lost is not None:
-        facts.add_row("rounding", f"took {percent(report.lost)} of the delta")
+        facts.add("rounding", f"took {percent(report.lost)} of the delta")
     if report.bytes_read:
         rate = ""
         if report.bytes_read > 100e6:
             rate = f", {format_bytes(report.bytes_read / max(report.seconds, 1e-9))}/s"
-        facts.add_row("read", f"{format_bytes(report.bytes_read)}, {report.seconds:.1f} s{rate}")
-    out.print(facts)
+        facts.add("read", f"{format_bytes(report.bytes_read)}, {report.seconds:.1f} s{rate}")
+    sheet.add(facts)
     shown = [f for f in report.findings if f.adapted]
     if shown:
-        out.print()
-        out.print(_table(shown, full or len(shown) == 1))
-    out.print()
+        sheet.add(_table(shown, full or len(shown) == 1))
     for sentence in report.summary:
         plain = sentence.partition(" ")[0].isalpha()  # a path keeps its first letter
-        said = sentence[0].upper() + sentence[1:] if plain else sentence
-        out.print(verbatim_message(said + "."))
+        said = (sentence[0].upper() + sentence[1:] if plain else sentence) + "."
+        for line in said.split("\n"):
+            sheet.say(line)
     if report.verdict == "yes":
-        out.print("[bold green]yes:[/] the merged model is base + adapters")
+        sheet.say(Toned("yes:", "good"), " the merged model is base + adapters")
     else:
-        out.print("[bold red]no:[/] the merged model is not base + adapters")
+        sheet.say(Toned("no:", "bad"), " the merged model is not base + adapters")
+    sheet.add(*_charts(shown))
+    sheet.notices = report.warnings
+    return sheet
 
 
-def _table(findings: Sequence[Finding], full: bool) -> Table:
+def _table(findings: Sequence[Finding], full: bool) -> SheetTable:
     """One line per group of tensors with one finding, under their layers."""
-    headings = ["module", "finding", "weight"]
-    if out.width >= NARROW:
-        headings += ["equal", "lost", "unexplained"]
-    if out.width >= WIDE:
-        headings += ["values off", "max ulp", "max dev."]
-    table = make_table(*headings)
     groups: dict[tuple[str, ...], list[Finding]] = {}
     layers: dict[str, list[str]] = {}
     for f in findings:
@@ -67,28 +71,50 @@ def _table(findings: Sequence[Finding], full: bool) -> Table:
         groups.setdefault(key, []).append(f)
         head = split(f.module)[0]
         layers.setdefault(pattern(head), []).append(head)
+    table = SheetTable((_COLUMNS, _COLUMNS[:6]), spare=("unexplained", "lost", "equal"))
     section = ""
     for group in groups.values():
         head, leaf = split(ranged([f.module for f in group]))
         everywhere = head if full else ranged(layers[pattern(split(group[0].module)[0])])
         if everywhere != section and head:
-            table.add_row(f"[cyan]{verbatim(everywhere)}[/]")
+            table.lines.append(SheetLine({"module": everywhere}, is_section=True))
         section = everywhere
         if head != everywhere:  # only some of the layers
             leaf += " " + head.rpartition(".")[2]
-        cells = {
-            "module": ("  " if head else "") + verbatim(leaf),
-            "finding": group[0].code if group[0].sound else f"[red]{group[0].code}[/]",
-            "weight": _weights([f.applied for f in group]),
-            "equal": percent(min(f.equal for f in group)),
-            "lost": _percents([f.lost for f in group]),
-            "unexplained": _percents([f.unexplained for f in group]),
-            "values off": f"{sum(f.off for f in group):,}",
-            "max ulp": f"{max(f.largest_ulp for f in group):,}",
-            "max dev.": number_text(max(f.largest for f in group), 2),
-        }
-        table.add_row(*[cells[heading] for heading in headings])
+        table.lines.append(SheetLine({"module": ("  " if head else "") + leaf, **_cells(group)}))
     return table
+
+
+def _cells(group: Sequence[Finding]) -> dict[str, Words]:
+    code = group[0].code
+    return {
+        "finding": code if group[0].sound else Toned(code, "bad"),
+        "weight": _weights([f.applied for f in group]),
+        "equal": percent(min(f.equal for f in group)),
+        "lost": _percents([f.lost for f in group]),
+        "unexplained": _percents([f.unexplained for f in group]),
+        "values off": f"{sum(f.off for f in group):,}",
+        "max ulp": f"{max(f.largest_ulp for f in group):,}",
+        "max dev.": number_text(max(f.largest for f in group), 2),
+    }
+
+
+def _charts(findings: Sequence[Finding]) -> list[Chart]:
+    """Where the values are not those expected, and how far off."""
+    if not findings:
+        return []
+    unequal = [(f.module, 1 - f.equal) for f in findings]
+    charts = by_layer("Values that are not the once-rounded ones", "share of the values", unequal)
+    charts += by_layer("Lost of the delta", "of ‖ΔW‖", [(f.module, f.lost) for f in findings])
+    counts: Counter[str] = Counter()
+    for finding in findings:
+        counts.update(finding.ulps)
+    if counts:
+        labels = [end if end in ("0", "1", "more") else f"≤ {end}" for end in counts]
+        title = "How far values are off, in units in the last place"
+        numbers = [float(n) for n in counts.values()]
+        charts.append(Bars(title, labels, "values", [("values", numbers)], log_y=True))
+    return charts
 
 
 def _percents(values: Sequence[float | None]) -> str:

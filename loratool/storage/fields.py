@@ -62,7 +62,7 @@ def list_of(item: FieldType, wanted: str) -> FieldType:
     return FieldType(wanted, lambda v: isinstance(v, list) and all(map(item.fits, v)))
 
 
-def table_of(item: FieldType, wanted: str) -> FieldType:
+def mapping_to(item: FieldType, wanted: str) -> FieldType:
     return FieldType(
         wanted, lambda v: isinstance(v, dict) and all(item.fits(one) for one in v.values())
     )
@@ -70,7 +70,7 @@ def table_of(item: FieldType, wanted: str) -> FieldType:
 
 ANYTHING = FieldType("anything", lambda v: True)
 NAMES = list_of(TEXT, "a list of names")
-TABLE = table_of(ANYTHING, "a table")
+TABLE = mapping_to(ANYTHING, "a table")
 COUNT = FieldType("a whole number", is_count)
 COUNTS = list_of(COUNT, "a list of whole numbers")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FileError
-from loratool.storage.fields import ABSENT, COUNT, FieldType, is_count, table_of
+from loratool.storage.fields import ABSENT, COUNT, FieldType, is_count, mapping_to
 from loratool.storage.hashing import is_digest
 
 #: What is written. In version 1 all digests are sha256, in version 2 those of a model's shards are
@@ -16,7 +16,7 @@ SCHEMA_VERSION = 2
 
 #: The types of the version, and of a table of digests by name.
 SCHEMA = COUNT | ABSENT
-HASHES = table_of(FieldType("a hash", is_digest), "a table of hashes")
+HASHES = mapping_to(FieldType("a hash", is_digest), "a table of hashes")
 
 
 def check_schema(record: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.answers import Answer
 from loratool.errors import FileError, explained_os_errors
 from loratool.notices import Notice, document
 from loratool.publishing.card_upload import LONGEST_CARD, README, Fate, as_text, card_of
@@ -22,8 +23,8 @@ from loratool.verbs.inputs import check_paths, told_of
 _PATIENCE = 3.0
 
 
-@dataclass
-class CardReport:
+@dataclass(repr=False)
+class CardReport(Answer):
     """What became of the card at `path`; `text` is all of it."""
 
     path: str

@@ -15,6 +15,7 @@ import numpy as np
 from loratool.adapters.effect import note_slips
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
 from loratool.combining.extras import settle
 from loratool.combining.options import CombineOptions
@@ -51,11 +52,13 @@ _NOTHING = 1e-13
 _SPARSE = 0.01
 
 
-@dataclass
-class CombineReport:
+@dataclass(repr=False)
+class CombineReport(Answer):
     """What was combined. `kept` is the share of ‖ΔW‖² left by the cut to `rank`, `error` the
     relative error ‖cut off‖/‖ΔW‖, `from_sum` ‖result − Σ‖/‖Σ‖ for methods that are no sum, and
     `rounding` what half precision adds (None for float32), over all modules together."""
+
+    ROWS = "modules"
 
     adapters: list[str]
     weights: list[float]

@@ -16,6 +16,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.base_weights import BaseWeights
 from loratool.combining.extras import unequal
@@ -55,8 +56,8 @@ TOLERANCE = 1e-3
 _FINEST = 1e-6
 
 
-@dataclass
-class CompareReport:
+@dataclass(repr=False)
+class CompareReport(Answer):
     """What `compare` found.
 
     `verdicts` has a word for each of the `pairs`, in their order: "same", "same-deltas" (but other
@@ -66,6 +67,8 @@ class CompareReport:
     part of it that is no low-rank module. `sum_share` is ‖Σ‖²/Σ‖wᵢΔᵢ‖² of the weighted sum Σ, and
     `survival` what Σ holds of each part (see `ModuleRelations`).
     """
+
+    ROWS = "modules"
 
     adapters: list[str]
     weights: list[float]

@@ -15,6 +15,7 @@ from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.answers import Answer
 from loratool.converting.cutting import note_cuts, within_rank
 from loratool.converting.files import draft_bytes, write_documents, write_weights
 from loratool.converting.readback import prove
@@ -50,10 +51,12 @@ from loratool.words import counted
 _MOST = 100
 
 
-@dataclass
-class ConvertReport:
+@dataclass(repr=False)
+class ConvertReport(Answer):
     """What became of each module. `error` is the largest ‖BA − B′A′‖/‖BA‖ of any of them, measured
     from the file that was written; None in a dry run. `bytes` are those of the tensors."""
+
+    ROWS = "fates"
 
     adapter: str
     dialect: str

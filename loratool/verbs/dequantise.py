@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from loratool.answers import Answer
 from loratool.errors import BaseError, explained_os_errors
 from loratool.merging.options import MergeOptions
 from loratool.merging.planning import build_plan
@@ -25,8 +26,8 @@ from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
 
 
-@dataclass
-class DequantiseReport:
+@dataclass(repr=False)
+class DequantiseReport(Answer):
     """What was dequantised, or with `dry_run` would be. Sizes are bytes, times seconds.
 
     `formats` is what the weights were stored in, `weights` how many there are.

@@ -21,6 +21,7 @@ from loratool.adapters.factors import Factors
 from loratool.adapters.norms import DeltaNorms, norms_of
 from loratool.adapters.reading import read_adapter
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.answers import Answer
 from loratool.converting.possible import possible_targets
 from loratool.errors import UsageError, explained_os_errors, listed, shown
 from loratool.models.checkpoint import Checkpoint
@@ -73,9 +74,11 @@ class ModuleReport:
     expert_norms: tuple[float, float] | None = None
 
 
-@dataclass
-class InspectReport:
+@dataclass(repr=False)
+class InspectReport(Answer):
     """Everything `inspect` found. `to_dict()` is what `--json` prints."""
+
+    ROWS = "modules"
 
     source: str
     file: str
@@ -148,10 +151,8 @@ class InspectReport:
             ],
         }
         if self.base is not None:
-            document["base"] = {
-                **self.base.__dict__,
-                "coverage": [c.__dict__ for c in self.base.coverage],
-            }
+            coverage = [c.__dict__ for c in self.base.coverage]
+            document["base"] = {**self.base.__dict__, "coverage": coverage}
         return document
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapters.told import NOTHING_TOLD, Told
+from loratool.answers import Answer
 from loratool.errors import HubError, PushError, UsageError, explained_os_errors, listed
 from loratool.notices import Notice, document
 from loratool.publishing.card_upload import README, card_upload
@@ -40,9 +41,11 @@ class PushedFile:
         return dict(self.__dict__)
 
 
-@dataclass
-class PushReport:
+@dataclass(repr=False)
+class PushReport(Answer):
     """What a push did, or with `dry_run` would do. Sizes are bytes, times seconds."""
+
+    ROWS = "files"
 
     source: str
     repo: str

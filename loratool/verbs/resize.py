@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.extras import settle
 from loratool.combining.output import output_dtype, write_adapter
@@ -27,11 +28,13 @@ from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
 
 
-@dataclass
-class ResizeReport:
+@dataclass(repr=False)
+class ResizeReport(Answer):
     """What became of the ranks. `kept` is the share of ‖ΔW‖² left, `error` ‖cut off‖/‖ΔW‖, and
     `rounding` what half precision adds to it (None for float32), over all modules together. Bytes
     are of the weights files."""
+
+    ROWS = "modules"
 
     adapter: str
     output: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.answers import Answer
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, listed
 from loratool.merging.ingredients import ingredients, known_files
@@ -47,8 +48,8 @@ from loratool.verbs.making import (
 )
 
 
-@dataclass
-class UnmergeReport:
+@dataclass(repr=False)
+class UnmergeReport(Answer):
     """What an unmerge did, or with `dry_run` would do. Sizes are bytes, times seconds.
 
     `exact` is True where the base comes back bit for bit. Where it does not, `expected_changed` is

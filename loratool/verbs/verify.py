@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.told import Told
+from loratool.answers import Answer
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.plan import Plan
 from loratool.merging.proof.findings import Finding, Stats, judge
@@ -31,8 +32,8 @@ from loratool.verbs.inputs import (
 )
 
 
-@dataclass
-class VerifyReport:
+@dataclass(repr=False)
+class VerifyReport(Answer):
     """Whether a merged model is base + adapters, and why not.
 
     `verdict` is "yes" or "no"; `summary` says it in sentences. `findings` has an entry for every
@@ -40,6 +41,8 @@ class VerifyReport:
     adapted weights that have the once-rounded value, `lost` what rounding took of the delta:
     ‖realised − Δ‖/‖Δ‖ over the modules that are merged.
     """
+
+    ROWS = "findings"
 
     merged: str
     base: str

@@ -133,14 +133,18 @@ _FORGOTTEN = """
 import sys
 from loratool.errors import LoraToolError
 from loratool.notices import Notice
-from loratool.rendering import terminal
+from loratool.rendering import drawing, sheet, terminal
 evil = sys.argv[1]
 raw = evil.replace("[/]", "").replace("\\n", "")
 terminal.out.print(raw)
 terminal.out.print(raw, markup=False, soft_wrap=True)
-for table in (terminal.make_table(raw, "b"), terminal.fact_grid()):
-    table.add_row(raw, raw)
-    terminal.out.print(table)
+table = sheet.table_of(raw, "b", caption=raw)
+table.add(raw, sheet.Toned(raw, "bad"))
+facts = sheet.Facts([(raw, (raw, sheet.strong(raw)))])
+drawing.draw(sheet.Sheet(raw, [facts, table, sheet.Sentence(raw), sheet.Line(raw)]))
+grid = terminal.fact_grid()
+grid.add_row(raw, raw)
+terminal.out.print(grid)
 error = LoraToolError("x")
 error.message = error.hint = evil
 terminal.print_error(error)

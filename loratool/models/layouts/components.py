@@ -133,7 +133,7 @@ def is_within(name: str, parts: Iterable[str]) -> bool:
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
-def parts_of(names: Iterable[str]) -> list[str]:
+def component_names(names: Iterable[str]) -> list[str]:
     """What of a model can be named as a part: the beginnings of its names, two words at most."""
     found = set()
     for name in names:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from loratool.errors import BaseError, unknown
 from loratool.models.checkpoint import Checkpoint
-from loratool.models.layouts.components import Wanted, is_within, parts_of
+from loratool.models.layouts.components import Wanted, component_names, is_within
 from loratool.models.layouts.holding import Holdings
 from loratool.models.layouts.names import CONV1D, LANGUAGE_HEAD, ROOTS, SHARED
 from loratool.models.layouts.overlap import Target
@@ -39,7 +39,7 @@ class Layout:
         self.notices: list[Notice] = []
         for part in self.components:
             if not any(is_within(name, (part,)) for name in base.tensors):
-                raise unknown("component", part, parts_of(base.tensors))
+                raise unknown("component", part, component_names(base.tensors))
         self.tied = find_tied(base, self.holdings)
         #: Names that no tensor has, and the tensors that they are: the tied head's and others'.
         self.aliases = other_ties(base, self.holdings, self.tied)

@@ -14,7 +14,7 @@ from typing import Any
 
 from loratool.errors import BaseError
 from loratool.models.quantised.module import Module, Quantisation
-from loratool.storage.fields import ABSENT, NAMES, TABLE, FieldType, check_fields, table_of
+from loratool.storage.fields import ABSENT, NAMES, TABLE, FieldType, check_fields, mapping_to
 
 _SIZE = FieldType("a whole number above 0", lambda v: type(v) is int and 0 < v < 1 << 31)
 _WHOLE_ROW = FieldType("-1", lambda v: type(v) is int and v == -1)
@@ -30,7 +30,7 @@ _BLOCK_TEXT = FieldType(
 )
 _OF_MODELS = {"weight_block_size": _BLOCK | ABSENT, "config_groups": TABLE | ABSENT}
 #: A group may be the names of its modules alone, with no numbers.
-_OF_ALL_GROUPS = table_of(TABLE | NAMES, "a table of groups")
+_OF_ALL_GROUPS = mapping_to(TABLE | NAMES, "a table of groups")
 _OF_GROUPS = {"weights": TABLE | ABSENT}
 _OF_WEIGHTS = {
     "num_bits": _BITS | ABSENT, "group_size": _SIZE | _WHOLE_ROW | ABSENT,

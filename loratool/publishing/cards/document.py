@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import FileError, explained_os_errors
-from loratool.publishing.cards.facts import Facts, base_of, dicts, hub_id, read_facts
+from loratool.publishing.cards.facts import CardFacts, base_of, dicts, hub_id, read_facts
 from loratool.publishing.cards.markdown import one_line, prose
 from loratool.publishing.cards.metadata import BLOCK, read_yaml
 from loratool.publishing.cards.sections import section
@@ -81,7 +81,7 @@ def _title(name: str) -> str:
     return f"# {prose(name)}"
 
 
-def _metadata(facts: Facts, licence: Licence | None) -> dict[str, Any]:
+def _metadata(facts: CardFacts, licence: Licence | None) -> dict[str, Any]:
     """The YAML keys of the card."""
     found: dict[str, Any] = {}
     bases = [facts.base] if facts.base else []

@@ -44,7 +44,7 @@ _CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)(?:[/\\]|$)", re.
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What is known of the adapter or the model in a folder; one of `adapter` and `model` is set.
 
     `base` is the Hub id of the base model, `revision` the one of it that was used, and `subfolder`
@@ -73,7 +73,7 @@ class Facts:
         return self.model is not None and bool(dicts(self.record.get("adapters")))
 
 
-def read_facts(folder: Path, base_model: str | None = None, told: Told = NOTHING_TOLD) -> Facts:
+def read_facts(folder: Path, base_model: str | None = None, told: Told = NOTHING_TOLD) -> CardFacts:
     """Read the headers in `folder`, and its record.
 
     `base_model` is the Hub id of the base where somebody knows it, and `told` what a user says of
@@ -92,7 +92,7 @@ def read_facts(folder: Path, base_model: str | None = None, told: Told = NOTHING
         named = base is not None and base == hub_id(declared.base_name)
         used = {"revision": declared.base_revision} if named else {}
     undo = part(record, "undo").get("file")
-    return Facts(
+    return CardFacts(
         name=one_line(folder.resolve().name) or "model",
         base=base,
         revision=string(used.get("revision")) or None,

@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from loratool.publishing.cards.facts import Facts, dicts, linked, number, part, reference, texts
+from loratool.publishing.cards.facts import CardFacts, dicts, linked, number, part, reference, texts
 from loratool.publishing.cards.markdown import code, one_line, prose, table
 from loratool.words import counted, enumerated
 
@@ -21,7 +21,7 @@ _DEFAULTS: dict[str, dict[str, object]] = {
 }
 
 
-def how_made(facts: Facts) -> str:
+def how_made(facts: CardFacts) -> str:
     """The section, "" where nothing is known."""
     record = facts.record
     if not record:
@@ -36,7 +36,7 @@ def how_made(facts: Facts) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _rebuilt(facts: Facts) -> str:
+def _rebuilt(facts: CardFacts) -> str:
     """The command that gives this again, from the record; "" for one that is not known."""
     record, name = facts.record, facts.command
     if name not in _DEFAULTS:
@@ -137,7 +137,7 @@ def _short(digest: object) -> str:
     return code(f"{digest[:16]}…") if isinstance(digest, str) and digest else ""
 
 
-def _points(facts: Facts) -> list[str]:
+def _points(facts: CardFacts) -> list[str]:
     record, name = facts.record, facts.command
     result = part(record, "result")
     options = [

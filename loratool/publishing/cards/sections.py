@@ -15,7 +15,7 @@ from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.paths import pattern, ranged
 from loratool.publishing.cards.facts import (
-    Facts,
+    CardFacts,
     bases_named,
     dicts,
     dtype_names,
@@ -39,7 +39,7 @@ _WORST = 5
 _ALL = 1 - 1e-9
 
 
-def section(facts: Facts, place: str) -> str:
+def section(facts: CardFacts, place: str) -> str:
     """Everything between the markers. `place` is where the code loads it from."""
     parts = {
         "What this is": _what(facts),
@@ -54,14 +54,14 @@ def section(facts: Facts, place: str) -> str:
 # ------------------------------------------------------------------------------- what this is
 
 
-def _what(facts: Facts) -> str:
+def _what(facts: CardFacts) -> str:
     if facts.adapter is not None:
         return _what_adapter(facts, facts.adapter)
     assert facts.model is not None
     return _what_model(facts, facts.model)
 
 
-def _what_adapter(facts: Facts, adapter: Adapter) -> str:
+def _what_adapter(facts: CardFacts, adapter: Adapter) -> str:
     base = link(facts.base) if facts.base else "a base model that is not recorded here"
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
     if not adapter.is_read:
@@ -83,7 +83,7 @@ def _what_adapter(facts: Facts, adapter: Adapter) -> str:
     return f"{first}\n\n{_adapter_size(adapter)}"
 
 
-def _old_ranks(facts: Facts) -> str:
+def _old_ranks(facts: CardFacts) -> str:
     before = [
         float(rank)
         for entry in dicts(part(facts.record, "result").get("modules"))
@@ -116,7 +116,7 @@ def _adapter_size(adapter: Adapter) -> str:
     return f"{text}It holds {size}, {format_bytes(adapter.nbytes)}."
 
 
-def _what_model(facts: Facts, model: Checkpoint) -> str:
+def _what_model(facts: CardFacts, model: Checkpoint) -> str:
     first = ""
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
     base = part(facts.record, "base")
@@ -154,7 +154,7 @@ def _model_size(model: Checkpoint) -> str:
     return f"{size} in {dtype_names(model.tensors.values())}"
 
 
-def _said_treatment(facts: Facts) -> str:
+def _said_treatment(facts: CardFacts) -> str:
     """What became of a base that was quantised."""
     form = prose(string(part(facts.record, "base").get("quantised")))
     if not form:
@@ -173,7 +173,7 @@ def _bytes(model: Checkpoint) -> str:
     return f"{format_bytes(model.nbytes)} in {counted(len(model.files), 'file')}"
 
 
-def _said_bases(facts: Facts) -> str:
+def _said_bases(facts: CardFacts) -> str:
     """What the adapters call their base, where the base that was taken has no id."""
     if hub_id(part(facts.record, "base").get("repo")):
         return ""
@@ -186,7 +186,7 @@ def _said_bases(facts: Facts) -> str:
 # ------------------------------------------------------------------------------------ modules
 
 
-def _modules(facts: Facts) -> str:
+def _modules(facts: CardFacts) -> str:
     if facts.adapter is not None:
         parts = [_module_table(facts.adapter), _whole(facts.adapter)]
         return "\n\n".join(filter(None, parts))
@@ -214,7 +214,7 @@ def _modules(facts: Facts) -> str:
     return f"{text}\n\n{inputs}" if inputs else text
 
 
-def _input_table(facts: Facts) -> str:
+def _input_table(facts: CardFacts) -> str:
     """The modules of the adapters that went into a model, by its record."""
     entries = dicts(facts.record.get("removed" if facts.command == "unmerge" else "adapters"))
     rows = []
@@ -279,7 +279,7 @@ def folded(names: Iterable[str]) -> list[str]:
 # ------------------------------------------------------------------------------- what was kept
 
 
-def _kept(facts: Facts) -> str:
+def _kept(facts: CardFacts) -> str:
     if facts.command not in ("combine", "resize", "extract"):
         return ""
     result = part(facts.record, "result")
@@ -323,7 +323,7 @@ def _shares(result: dict[str, Any]) -> list[tuple[str, int, float]]:
     return found
 
 
-def _overall(facts: Facts, result: dict[str, Any], shares: list[float], symbol: str) -> str:
+def _overall(facts: CardFacts, result: dict[str, Any], shares: list[float], symbol: str) -> str:
     extracted = facts.command == "extract"
     held = number(result.get("held" if extracted else "kept"))
     if held is not None:

@@ -14,7 +14,7 @@ from loratool.models.layouts.native import NATIVE_NAMES
 from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
-from loratool.publishing.cards.facts import Facts, address, part, texts
+from loratool.publishing.cards.facts import CardFacts, address, part, texts
 from loratool.publishing.cards.markdown import code
 
 
@@ -72,7 +72,7 @@ _VISION = re.compile(r"(^|\.)(visual|vision_\w+|language_model|mm_projector)(\.|
 _DECODER = re.compile(r"(model|transformer|gpt_neox|model\.decoder)\.(layers|h|blocks)\.\d")
 
 
-def use_of(facts: Facts) -> Use | None:
+def use_of(facts: CardFacts) -> Use | None:
     """How the model is loaded; None where nothing tells, or where transformers cannot."""
     if facts.model is not None:
         config = facts.model.config
@@ -87,7 +87,7 @@ def use_of(facts: Facts) -> Use | None:
     return _use_of_adapter(facts, facts.adapter)
 
 
-def _use_of_adapter(facts: Facts, adapter: Adapter) -> Use | None:
+def _use_of_adapter(facts: CardFacts, adapter: Adapter) -> Use | None:
     if not adapter.declared.library:
         return None
     found = _BY_TASK.get(str(adapter.declared.task))
@@ -117,7 +117,7 @@ def _by_class(name: str, model_type: str) -> Use | None:
     return next((use for end, use in _BY_CLASS.items() if name.endswith(end)), None)
 
 
-def how_to_use(facts: Facts, place: str) -> str:
+def how_to_use(facts: CardFacts, place: str) -> str:
     """The code that loads it from `place`, a Hub id or a path."""
     if facts.model is not None:
         return _model_usage(facts, place)
@@ -126,7 +126,7 @@ def how_to_use(facts: Facts, place: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _model_usage(facts: Facts, place: str) -> str:
+def _model_usage(facts: CardFacts, place: str) -> str:
     use = use_of(facts)
     if use is None or facts.model is None:
         return "There is no `config.json` here that says how to build the model of these weights."
@@ -151,7 +151,7 @@ def _model_usage(facts: Facts, place: str) -> str:
     return text
 
 
-def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
+def _adapter_usage(facts: CardFacts, adapter: Adapter, place: str) -> str:
     use = use_of(facts)
     if adapter.format in _PROGRAMS:
         return _of_other_programs(facts, adapter, place)
@@ -192,7 +192,7 @@ def _adapter_usage(facts: Facts, adapter: Adapter, place: str) -> str:
     return _fenced("python", lines)
 
 
-def _of_other_programs(facts: Facts, adapter: Adapter, place: str) -> str:
+def _of_other_programs(facts: CardFacts, adapter: Adapter, place: str) -> str:
     program, line = _PROGRAMS[adapter.format]
     convert = shlex.join(["loratool", "convert", place, "--to", "peft", "-o", "adapter"])
     text = f"{program} loads it as it is"
@@ -211,7 +211,7 @@ def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
     return found[0].shape[0] if found and len(found[0].shape) == 2 else None
 
 
-def _merge_line(facts: Facts, adapter: Adapter, place: str) -> str:
+def _merge_line(facts: CardFacts, adapter: Adapter, place: str) -> str:
     refused = any(notice.refused for notice in adapter.notices)
     known = adapter.declared.library or adapter.format in _PROGRAMS
     if not adapter.is_read or not known or refused:

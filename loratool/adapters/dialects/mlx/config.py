@@ -16,7 +16,7 @@ from loratool.storage.fields import (
     TEXT,
     FieldType,
     check_fields,
-    table_of,
+    mapping_to,
 )
 
 _KINDS = ("lora", "dora", "full")
@@ -24,7 +24,7 @@ _KINDS = ("lora", "dora", "full")
 _FIELDS = {
     "fine_tune_type": FieldType("lora, dora or full", lambda v: v in _KINDS),
     "model": TEXT | ABSENT,
-    "lora_parameters": table_of(ANYTHING, "a table") | ABSENT,
+    "lora_parameters": mapping_to(ANYTHING, "a table") | ABSENT,
 }
 _PARAMETERS = {"rank": COUNT, "scale": NUMBER, "alpha": NUMBER | ABSENT, "keys": NAMES | ABSENT}
 #: What mlx-vlm wrote before it took over mlx-lm's form.

@@ -32,7 +32,7 @@ from loratool.storage.fields import (
     FieldType,
     check_fields,
     list_of,
-    table_of,
+    mapping_to,
     value_text,
 )
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -75,7 +75,7 @@ _REPEATABLE = ("pissa", "olora")
 
 _TEXT, _FLAG, _TABLE = TEXT | ABSENT, FLAG | ABSENT, TABLE | ABSENT
 _SOME_NAMES = NAMES | TEXT | ABSENT
-_NUMBERS = table_of(NUMBER, "a table of numbers") | ABSENT
+_NUMBERS = mapping_to(NUMBER, "a table of numbers") | ABSENT
 _OFF = FieldType("false", lambda v: v is False)
 _BIASES = ("none", "all", "lora_only")
 _ABOVE_ZERO = FieldType("a whole number above zero", lambda v: type(v) is int and v > 0)
@@ -101,7 +101,7 @@ _OF_LORA = {
     "init_lora_weights": _TEXT | FLAG, "target_parameters": NAMES | ABSENT,
     "lora_B_layout": _TEXT, "peft_version": _TEXT,
     "bias": FieldType(f"one of {', '.join(_BIASES)}", lambda v: v in (None, *_BIASES)),
-    "trainable_token_indices": COUNTS | table_of(COUNTS, "a table of such lists") | ABSENT,
+    "trainable_token_indices": COUNTS | mapping_to(COUNTS, "a table of such lists") | ABSENT,
     "use_bdlora": TABLE | ABSENT | _OFF, "layer_replication": _RANGES | ABSENT | _OFF,
 }  # fmt: skip
 _OF_BDLORA = {

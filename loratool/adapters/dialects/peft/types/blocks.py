@@ -17,10 +17,10 @@ from loratool.adapters.dialects.peft.types.method import Made, PeftMethod, PeftM
 from loratool.adapters.functions import RowFunction
 from loratool.adapters.told import scaling
 from loratool.storage.composed import joined, transposed
-from loratool.storage.fields import ABSENT, BOOLEAN, COUNT, NUMBER, TEXT, table_of
+from loratool.storage.fields import ABSENT, BOOLEAN, COUNT, NUMBER, TEXT, mapping_to
 from loratool.storage.tensors import TensorInfo
 
-_NUMBERS = table_of(NUMBER, "a table of numbers") | ABSENT
+_NUMBERS = mapping_to(NUMBER, "a table of numbers") | ABSENT
 
 
 def _miss(module: PeftModule) -> Iterable[Made]:

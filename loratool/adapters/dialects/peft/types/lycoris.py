@@ -26,10 +26,10 @@ from loratool.adapters.factors import Matrix, Part
 from loratool.linalg.identities import columns_multiplied, kronecker, rows_multiplied, tucker_right
 from loratool.linalg.reproducible import reproducible_product
 from loratool.storage.composed import transposed
-from loratool.storage.fields import ABSENT, NUMBER, table_of
+from loratool.storage.fields import ABSENT, NUMBER, mapping_to
 from loratool.storage.tensors import TensorInfo
 
-_NUMBERS = table_of(NUMBER, "a table of numbers") | ABSENT
+_NUMBERS = mapping_to(NUMBER, "a table of numbers") | ABSENT
 _FIELDS = {"r": NUMBER, "alpha": NUMBER, "rank_pattern": _NUMBERS, "alpha_pattern": _NUMBERS}
 _TRAINING = frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale"})
 # What they decide shows in the shapes.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from loratool.rendering.sheet import (
     Facts,
@@ -27,7 +28,7 @@ _STYLES: dict[Tone, str] = {
 }  # fmt: skip
 
 #: A terminal on which every table has the width it wants.
-_ANY_WIDTH = 1000
+_ANY_WIDTH = 100_000
 
 
 def draw(sheet: Sheet) -> None:
@@ -41,9 +42,9 @@ def draw(sheet: Sheet) -> None:
         if before is not None and (apart or (is_block and (after_block or after_text))):
             out.print()
         if isinstance(piece, Facts):
-            out.print(_grid(piece))
+            _print(_grid(piece))
         elif isinstance(piece, SheetTable):
-            out.print(_table(piece))
+            _print(_table(piece))
         elif isinstance(piece, Sentence):
             # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
             out.print(markup_of(piece.words), soft_wrap=not _has_width())
@@ -66,6 +67,20 @@ def markup_of(words: Words) -> str:
 
 def _has_width() -> bool:
     return out.is_terminal or "COLUMNS" in os.environ
+
+
+def _width() -> int:
+    return out.width if _has_width() else _ANY_WIDTH
+
+
+def _print(table: Table) -> None:
+    """Print a table as wide as there is room; in a pipe its lines end where their text does."""
+    if out.is_terminal:
+        out.print(table)
+        return
+    for line in out.render_lines(table, out.options.update(width=_width()), pad=False):
+        text = "".join(segment.text for segment in line)
+        out.print(Text(text.rstrip()), soft_wrap=True)
 
 
 def _grid(facts: Facts) -> Table:
@@ -93,7 +108,7 @@ def _table(table: SheetTable) -> Table:
 
 def _fits(table: Table) -> bool:
     wanted = Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum
-    return wanted <= out.width
+    return wanted <= _width()
 
 
 def _drawn(table: SheetTable, headings: Sequence[str]) -> Table:

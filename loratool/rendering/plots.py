@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,9 @@ def _settings(ink: str) -> Iterator[None]:
             "svg.fonttype": "none", "svg.hashsalt": "loratool", "text.parse_math": False,
             "axes.formatter.use_mathtext": False, "pdf.fonttype": 42,
         }
-    ):  # fmt: skip
+    ), warnings.catch_warnings():  # fmt: skip
+        # A browser has more fonts; in a picture a box stands for what this font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         yield
 
 
@@ -163,8 +166,8 @@ def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
     if chart.middle is not None:
         far = max(abs(high - chart.middle), abs(low - chart.middle)) or 1.0
         low, high = chart.middle - far, chart.middle + far
-    colours = mpl.colormaps["viridis" if chart.middle is None else "RdBu_r"].copy()
-    colours.set_bad(alpha=0.0)
+    name = "viridis" if chart.middle is None else "RdBu_r"
+    colours = mpl.colormaps[name].with_extremes(bad=(0, 0, 0, 0))
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high,
@@ -174,8 +177,8 @@ def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
         axis.set_ticks(range(0, len(names), step), [_shown(n, 40) for n in names[::step]])
     if len(chart.columns) <= _NUMBERED:
         _numbers(axes, values, image)
-    axes.set_xlabel(chart.across)
-    figure.colorbar(image, ax=axes, label=chart.unit, pad=0.01)
+    axes.set_xlabel(_shown(chart.across))
+    figure.colorbar(image, ax=axes, label=_shown(chart.unit), pad=0.01)
 
 
 def _numbers(axes: Axes, values: Any, image: Any) -> None:
@@ -199,8 +202,8 @@ def _curves(axes: Axes, chart: Curves) -> None:
         style = _DASHES[number // len(_COLOURS) % len(_DASHES)]
         axes.plot(x, y, style, color=_COLOURS[number % len(_COLOURS)], label=_shown(name, 40),
                   marker="." if len(x) < 20 else None)  # fmt: skip
-    axes.set_xlabel(chart.x)
-    axes.set_ylabel(chart.y)
+    axes.set_xlabel(_shown(chart.x))
+    axes.set_ylabel(_shown(chart.y))
     if chart.log_y:
         axes.set_yscale("log")
     else:
@@ -221,7 +224,7 @@ def _bars(axes: Axes, chart: Bars) -> None:
     )
     if sum(map(len, chart.labels)) > 60:
         axes.tick_params(axis="x", rotation=90)
-    axes.set_ylabel(chart.y)
+    axes.set_ylabel(_shown(chart.y))
     if chart.log_y:
         axes.set_yscale("symlog", linthresh=1)
     if count > 1:

@@ -158,8 +158,7 @@ class InspectReport(Answer):
 
 _OPTIONAL = {"singular_values", "relative_norm", "experts", "dead_experts", "expert_norms"}
 
-#: Modules that one thread measures in a go.
-_AT_A_TIME = 64
+_AT_A_TIME = 64  # modules that one thread measures in a go
 
 #: Adapters on the Hub up to this many bytes are downloaded for their norms without being asked.
 SMALL = 50_000_000

@@ -54,7 +54,7 @@ def spectra(title: str, y: str, values: Sequence[tuple[str, Sequence[float]]]) -
         (name, list(map(float, range(1, len(curve) + 1))), curve)
         for name, (_, curve) in zip(names, known, strict=True)
     ]
-    return [Curves(title, "number of the singular value", y, series)]
+    return [Curves(title, "number of the singular value", y, series, log_y=True)]
 
 
 def _mean(curves: Sequence[Sequence[float]]) -> list[float]:

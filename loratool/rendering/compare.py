@@ -26,6 +26,8 @@ _SHOWN = 5
 #: From this many adapters on, pairs that have nothing to do with each other are only counted.
 _MANY = 4
 
+_HELD = "1 undisturbed, 0 cancelled"
+
 #: Pairs, and adapters, that have charts by layer of their own.
 _CHARTED = 3
 
@@ -118,7 +120,7 @@ def _add_charts(sheet: Sheet, report: CompareReport, names: Sequence[str]) -> No
             sheet.add(*by_layer("Overlap of what they write", "share of the smaller space", shares))
     for i, name in enumerate(names[:_CHARTED]):
         held = [(m.path, m.survival[i]) for m in report.modules]
-        sheet.add(*by_layer(f"{name} in the weighted sum", "1 undisturbed, 0 cancelled", held))
+        sheet.add(*by_layer(f"{name} in the weighted sum", _HELD, held, middle=1.0))
 
 
 def _written_over(module: ModuleRelations) -> float | None:

@@ -164,7 +164,7 @@ def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if chart.middle is not None:
-        far = max(abs(high - chart.middle), abs(low - chart.middle)) or 1.0
+        far = max(abs(high - chart.middle), abs(low - chart.middle), chart.reach)
         low, high = chart.middle - far, chart.middle + far
     name = "viridis" if chart.middle is None else "RdBu_r"
     colours = mpl.colormaps[name].with_extremes(bad=(0, 0, 0, 0))
@@ -200,6 +200,8 @@ def _cells(values: Any) -> Iterator[tuple[tuple[int, int], float]]:
 def _curves(axes: Axes, chart: Curves) -> None:
     for number, (name, x, y) in enumerate(chart.series):
         style = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+        if chart.log_y:  # zero has no place there
+            y = [value if value > 0 else math.nan for value in y]
         axes.plot(x, y, style, color=_COLOURS[number % len(_COLOURS)], label=_shown(name, 40),
                   marker="." if len(x) < 20 else None)  # fmt: skip
     axes.set_xlabel(_shown(chart.x))

@@ -122,8 +122,10 @@ class HeatMap:
     unit: str
     #: What the columns are.
     across: str = ""
-    #: Where the colours change from one meaning to the other, as 0 of cosines; None for magnitudes.
+    #: Where the colours change from one meaning to the other, as 0 of cosines, and how far they go
+    #: to both sides at least, so that what is next to nothing looks so; None for magnitudes.
     middle: float | None = None
+    reach: float = 1.0
 
 
 @dataclass(frozen=True)

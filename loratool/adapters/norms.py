@@ -23,13 +23,14 @@ _Grams = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class DeltaNorms:
     """Of scale·B·A. `values` are its singular values, `[n, r]` for n experts, None where no config
-    tells the scale or there are NaN and infinity (not `finite`); `zero_a` and `zero_b` say for each
-    expert whether the factor is zero."""
+    tells the scale or there are NaN and infinity (not `finite`); `unscaled` are those of B·A.
+    `zero_a` and `zero_b` say for each expert whether the factor is zero."""
 
     finite: bool
     values: npt.NDArray[np.float64] | None
     zero_a: npt.NDArray[np.bool_]
     zero_b: npt.NDArray[np.bool_]
+    unscaled: npt.NDArray[np.float64]
 
     @property
     def idle(self) -> str:
@@ -62,7 +63,7 @@ def _norms(scale: float | None, grams: tuple[_Grams, _Grams], unscaled: _Grams) 
         values = abs(scale) * unscaled
         finite = bool(np.isfinite(np.sum(values**2)))
     zero_a, zero_b = (np.asarray(~part.any(axis=(1, 2))) for part in (gram_a, gram_b))
-    return DeltaNorms(finite, values if finite else None, zero_a, zero_b)
+    return DeltaNorms(finite, values if finite else None, zero_a, zero_b, unscaled)
 
 
 def _singular_values(pairs: Sequence[tuple[_Grams, _Grams]]) -> Iterator[_Grams]:

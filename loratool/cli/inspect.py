@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 @full_option("One line per module; do not fold layers.")
 @click.option("--tensors", is_flag=True, help="List the raw tensors too.")
 @spectrum_option("Show each module's singular values.")
+@click.option(
+    "--audit", is_flag=True,
+    help="Find what is dead, larger than its spectrum needs, noise, or far off its like in other "
+         "layers, and what to do about it.",
+)  # fmt: skip
 @click.option("--norms", is_flag=True, help="Download from the Hub what norms need, however large.")
 @layer_option()
 @include_option()
@@ -49,6 +54,7 @@ def inspect_command(
     full: bool,
     tensors: bool,
     spectrum: bool,
+    audit: bool,
     norms: bool,
     layers: str | None,
     include: tuple[str, ...],
@@ -62,13 +68,14 @@ def inspect_command(
     r × r core of each module, never from the dense product.
 
     From the Hub only headers are read: adapters above 50 MB, and weights of a base,
-    are downloaded only with --norms (or --spectrum, for the adapter).
+    are downloaded only with --norms (or --spectrum or --audit, for the adapter).
 
     \b
     Examples:
       loratool inspect adapter/
       loratool inspect adapter_model.safetensors --layer 0-3 --include 'q_proj'
       loratool inspect adapter/ --base base/ --json
+      loratool inspect adapter/ --audit --base base/
       loratool inspect runs/*/adapter --json --ray
       loratool inspect org/adapter --base org/base
     """
@@ -79,8 +86,9 @@ def inspect_command(
     from loratool.verbs.inspecting import inspect_all
 
     options = {
-        "base": base, "components": components, "spectrum": spectrum or forms.draws, "norms": norms,
-        "layers": layers, "include": include, "told": one_told(told),
+        "base": base, "components": components, "spectrum": spectrum or forms.draws,
+        "audit": audit, "norms": norms, "layers": layers, "include": include,
+        "told": one_told(told),
         "expert_b_layout": expert_b_layout,
     }  # fmt: skip
     code, documents, sheets = 0, [], []

@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     "--sv-cumulative", type=float, metavar="SHARE",
     help="The smallest rank with this share of Σσ in every module (kohya).",
 )  # fmt: skip
+@click.option(
+    "--noise", is_flag=True,
+    help="The smallest rank that has every module's singular values above its noise edge.",
+)  # fmt: skip
 @max_rank_option()
 @click.option(
     "--pad-to", type=int, metavar="N",
@@ -70,6 +74,7 @@ def resize_command(
     sv_ratio: float | None,
     sv_fro: float | None,
     sv_cumulative: float | None,
+    noise: bool,
     max_rank: int | None,
     pad_to: int | None,
     patterns: bool,
@@ -93,12 +98,17 @@ def resize_command(
     to the same rank makes an rsLoRA adapter fit for llama.cpp, Ollama and SGLang, which
     compute rsLoRA with a wrong scale.
 
+    The noise edge is where the singular values of random factors of the same shape end
+    (Marchenko and Pastur). A module whose spectrum has no flat part like that is not cut
+    by --noise.
+
     \b
     Examples:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool resize adapter/ --energy 0.99 --max-rank 32 -o smaller/
       loratool resize adapter/ --energy 0.95 --pad-to 16 -o padded/
       loratool resize adapter/ --sv-ratio 10 --dry-run -o smaller/
+      loratool resize adapter/ --noise --patterns -o smaller/
     """
     from loratool.rendering import terminal as common
     from loratool.rendering.resize import resize_sheet
@@ -107,7 +117,7 @@ def resize_command(
     with common.progress_bar(forms.talk, "resizing", counted=True) as progress:
         report = resize(
             adapter, output, rank=rank, energy=energy, sv_ratio=sv_ratio, sv_fro=sv_fro,
-            sv_cumulative=sv_cumulative, max_rank=max_rank, pad_to=pad_to,
+            sv_cumulative=sv_cumulative, noise=noise, max_rank=max_rank, pad_to=pad_to,
             uniform=uniform, patterns=patterns, told=told, base=base, dtype=dtype,
             overwrite=overwrite,
             dry_run=dry_run, threads=threads, progress=progress,

@@ -9,6 +9,7 @@ import numpy as np
 
 from loratool.errors import listed
 from loratool.linalg.chance import SINGLE, Spectrum
+from loratool.linalg.noise import NO_EDGE_WORDS, NoiseEdge
 from loratool.notices import Notice
 from loratool.words import counted, percent
 
@@ -32,7 +33,7 @@ class Doubts:
     `spectrum` has the singular values that a cut chooses from. `tied` is the share of ‖ΔW‖² that a
     tied vote on signs decided, `elects` whether there was a vote, `turns` whether the rule's basis
     has directions that are free to turn. `total` is ‖Σ wᵢΔᵢ‖, `size` Σ ‖wᵢΔᵢ‖, and `rounding` that
-    of the factors as stored.
+    of the factors as stored. `edge` is that of the noise, where the rank was chosen by it.
     """
 
     spectrum: Spectrum = _UNCUT
@@ -42,6 +43,7 @@ class Doubts:
     total: float = 0.0
     size: float = 0.0
     rounding: float = SINGLE
+    edge: NoiseEdge | None = None
 
     @property
     def cancels(self) -> bool:
@@ -95,7 +97,31 @@ def notices_of(modules: Sequence[Doubtful]) -> list[Notice]:
             "directions of the adapters are equally strong within rounding, so the basis that the "
             "method works in is chance. `sum`, `svd` and the `_svd` methods do not depend on one",
         ),
+        *_all_noise([m for m in others if m.doubts.edge and not m.doubts.edge.above]),
+        *_edgeless([m for m in others if m.doubts.edge and m.doubts.edge.edge is None]),
     ]
+
+
+def _all_noise(found: Sequence[Doubtful]) -> list[Notice]:
+    if not found:
+        return []
+    text = (
+        f"In {counted(len(found), 'module')} no singular value stands above the noise edge: the "
+        f"factors look like random ones. The largest value stays:\n{_names(found)}"
+    )
+    return [Notice("all-noise", text, found[0].path)]
+
+
+def _edgeless(found: Sequence[Doubtful]) -> list[Notice]:
+    """Modules that `--noise` does not cut; where all get one rank, one of them is enough."""
+    if not found:
+        return []
+    lines = [f"{m.path}: {NO_EDGE_WORDS[m.doubts.edge.why]}" for m in found if m.doubts.edge]
+    text = (
+        f"{counted(len(found), 'module', 'has')} no noise edge, so --noise cuts nothing there; "
+        f"--energy does, and --patterns lets the others be cut:\n{listed(lines)}"
+    )
+    return [Notice("no-noise-edge", text, found[0].path)]
 
 
 def _cancelled(found: Sequence[Doubtful], what: str) -> Notice:

@@ -11,6 +11,7 @@ from loratool.combining.doubts import NO_DOUBTS, Doubtful, Doubts, notices_of
 from loratool.errors import ValueRangeError, listed
 from loratool.linalg.chance import SINGLE, Spectrum
 from loratool.linalg.lowrank import Factor, Float64, decompose
+from loratool.linalg.noise import noise_edge
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice
 from loratool.words import counted
@@ -89,9 +90,11 @@ def shrink(
     """
     found = decompose(b, a, scale)
     total = found.energy if energy is None else energy
-    rank = criterion.choose(found.values, total)
+    shape = (b.shape[0], a.shape[1])
+    rank = criterion.choose(found.values, total, shape)
     new_b, new_a = found.factors(criterion.max_rank if whole else rank)
-    doubts = Doubts(Spectrum(found.values, rounding), rounding=rounding)
+    edge = noise_edge(found.values, *shape) if criterion.noise else None
+    doubts = Doubts(Spectrum(found.values, rounding), rounding=rounding, edge=edge)
     squares = found.values[: len(new_a)] ** 2
     return NewFactors(path, parts, new_b, new_a, squares, total, rank, doubts=doubts)
 

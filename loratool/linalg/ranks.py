@@ -1,4 +1,4 @@
-"""How many singular values to keep: a fixed number, a share of the energy, or kohya's criteria."""
+"""How many singular values to keep: a number, a share of the energy, kohya's criteria, noise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from loratool.errors import UsageError, listed
 from loratool.linalg.lowrank import Float64
+from loratool.linalg.noise import noise_edge
 from loratool.notices import Notice
 
 #: More than the width of any layer.
@@ -64,15 +65,16 @@ def note_too_wide(rank: int, shapes: Mapping[str, tuple[int, int]]) -> list[Noti
 
 @dataclass(frozen=True)
 class Criterion:
-    """At most one of the first five is set; `max_rank` caps what the others ask for.
+    """At most one is set beside `max_rank`, which caps what the others ask for.
 
     - `rank`: this many.
     - `energy` e: the fewest with Σₖσ²/Σσ² ≥ e.
     - `sv_fro` t: the fewest with √(Σₖσ²/Σσ²) ≥ t, so energy t².
     - `sv_cumulative` t: the fewest with Σₖσ/Σσ ≥ t.
     - `sv_ratio` t: those with σ > σ₁/t.
+    - `noise`: those above the noise edge (see `linalg.noise`); all where there is none.
 
-    The last three are `resize_lora.py` of kohya-ss/sd-scripts as documented there; releases of it
+    Those of `sv_` are `resize_lora.py` of kohya-ss/sd-scripts as documented there; releases of it
     keep one rank more (fixed by its pull request 2194).
     """
 
@@ -82,6 +84,7 @@ class Criterion:
     sv_fro: float | None = None
     sv_cumulative: float | None = None
     max_rank: int | None = None
+    noise: bool = False
 
     def check(self) -> None:
         """Raise UsageError for values out of range and for two criteria at once."""
@@ -116,12 +119,14 @@ class Criterion:
     def given(self) -> list[str]:
         """The names of the criteria that are set, but for the cap."""
         names = ("rank", "energy", "sv_ratio", "sv_fro", "sv_cumulative")
-        return [name for name in names if getattr(self, name) is not None]
+        found = [name for name in names if getattr(self, name) is not None]
+        return found + ["noise"] * self.noise
 
-    def choose(self, values: Float64, energy: float) -> int:
+    def choose(self, values: Float64, energy: float, shape: tuple[int, int] | None = None) -> int:
         """How many of these singular values (largest first) to keep, at least one.
 
         `energy` is the sum of all squares, of those too that are negligible and not in `values`.
+        `shape` is `(out, in)` of the product that has them, which `noise` needs.
         """
         kept = len(values)
         if self.rank is not None:
@@ -133,6 +138,9 @@ class Criterion:
         elif self.energy is not None or self.sv_fro is not None:
             share = self.energy if self.energy is not None else (self.sv_fro or 0.0) ** 2
             kept = _first_reaching(np.cumsum(values**2), share * energy)
+        elif self.noise:
+            assert shape is not None
+            kept = noise_edge(values, *shape).above
         if self.max_rank is not None:
             kept = min(kept, self.max_rank)
         return max(1, min(kept, len(values)))

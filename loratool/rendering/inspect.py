@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from loratool.rendering.audit import audit_pieces
 from loratool.rendering.charts import by_layer, spectra
 from loratool.rendering.saying import spectrum_table
 from loratool.rendering.sheet import (
@@ -19,7 +20,8 @@ from loratool.rendering.sheet import (
     folded_lines,
     table_of,
 )
-from loratool.verbs.inspect import InspectReport, ModuleReport
+from loratool.verbs.inspect import InspectReport
+from loratool.verbs.measuring import ModuleReport
 from loratool.words import counted, format_bytes, number_text, shape_text, span_text
 
 
@@ -41,6 +43,8 @@ def inspect_sheet(
         for info in report.tensors:
             table.add(info.name, info.dtype, shape_text(info.shape))
         sheet.add(table)
+    if report.audit is not None:
+        sheet.add(*audit_pieces(report.audit))
     modules = report.modules
     curves = [(m.path, m.singular_values or []) for m in modules]
     sheet.add(

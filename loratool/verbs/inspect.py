@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import math
-import os
-import statistics
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
-from loratool.adapters.experts import ExpertStack
-from loratool.adapters.factors import Factors
-from loratool.adapters.norms import DeltaNorms, norms_of
+from loratool.adapters.norms import DeltaNorms
 from loratool.adapters.reading import read_adapter
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.answers import Answer
+from loratool.auditing.audit import Audit, audit_of
 from loratool.converting.possible import possible_targets
-from loratool.errors import UsageError, explained_os_errors, listed, shown
+from loratool.errors import UsageError, explained_os_errors, shown
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.paths import selected
 from loratool.storage.fields import strict
-from loratool.storage.tensors import FilePool, TensorInfo, blocks
-from loratool.storage.values import count_not_finite
+from loratool.storage.tensors import TensorInfo
 from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
-from loratool.words import counted
+from loratool.verbs.measuring import ModuleReport, check_others, described_module, measure_modules
 
 if TYPE_CHECKING:
     from loratool.merging.coverage import BaseReport
-
-
-@dataclass
-class ModuleReport:
-    """One adapted module. Norms are of `scale·B·A`, None where they cannot be computed.
-
-    `shape` is `[out, in]` of ΔW. `stable_rank` is ‖ΔW‖_F² / σ₁²: how many directions carry the
-    delta. `relative_norm` is ‖ΔW‖_F / ‖W‖_F, known with a base.
-
-    A stack of `experts` is one module, with the shape and rank of one expert. Its `delta_norm` is
-    that of all together, its `spectral_norm` the largest, its `stable_rank` the median and its
-    `singular_values` the means of the experts'. `dead_experts` are those with a zero factor.
-    """
-
-    path: str
-    kind: str
-    rank: int
-    shape: tuple[int, int]
-    alpha: float | None
-    scale: float | None
-    shapes: dict[str, list[int]]
-    dtype: str
-    dora: bool
-    parameters: int
-    delta_norm: float | None = None
-    spectral_norm: float | None = None
-    stable_rank: float | None = None
-    singular_values: list[float] | None = None
-    relative_norm: float | None = None
-    experts: int | None = None
-    dead_experts: int | None = None
-    #: Where the scale is from: "config", "option", …; "" where it is not known.
-    scale_from: str = ""
-    #: "LoRA", "DoRA", "LoHa", …
-    algorithm: str = "LoRA"
-    #: The smallest and the largest norm of an expert's delta.
-    expert_norms: tuple[float, float] | None = None
 
 
 @dataclass(repr=False)
@@ -108,6 +63,8 @@ class InspectReport(Answer):
     conversions: dict[str, str] = field(default_factory=dict)
     #: What the config says, in lines for people.
     settings: list[tuple[str, str]] = field(default_factory=list)
+    #: What is dead, too large or stands out, where that was asked.
+    audit: Audit | None = None
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -153,12 +110,12 @@ class InspectReport(Answer):
         if self.base is not None:
             coverage = [c.__dict__ for c in self.base.coverage]
             document["base"] = {**self.base.__dict__, "coverage": coverage}
+        if self.audit is not None:
+            document["audit"] = self.audit.to_dict()
         return document
 
 
 _OPTIONAL = {"singular_values", "relative_norm", "experts", "dead_experts", "expert_norms"}
-
-_AT_A_TIME = 64  # modules that one thread measures in a go
 
 #: Adapters on the Hub up to this many bytes are downloaded for their norms without being asked.
 SMALL = 50_000_000
@@ -171,6 +128,7 @@ def inspect(
     base: str | Path | None = None,
     components: str | Sequence[str] = (),
     spectrum: bool = False,
+    audit: bool = False,
     norms: bool = False,
     layers: str | None = None,
     include: Sequence[str] = (),
@@ -187,6 +145,7 @@ def inspect(
         this disk, ‖ΔW‖/‖W‖.
     components: the only parts of the base that the adapter may go into.
     spectrum: keep each module's singular values, largest first.
+    audit: look for what does nothing, takes too much room or stands out; see `loratool.auditing`.
     norms: download what norms need. Without it, headers are all that is read of a base on the Hub,
         and of an adapter there with more than `SMALL` bytes.
     layers: only modules of these layers, "3" or "0-5,7". include: only modules whose path, or a
@@ -204,16 +163,18 @@ def inspect(
     (said,) = told_of(told, [source], expert_b_layout)
     model = model_at(base)
     adapter = read_adapter(source, said, model)
-    if spectrum or norms or adapter.nbytes <= SMALL:
+    if spectrum or audit or norms or adapter.nbytes <= SMALL:
         adapter.fetch()
     measured = adapter.is_here
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
     notices = [*adapter.notices, *note_scales(adapter)]
-    modules = [_describe(path, adapter.modules[path]) for path in paths]
+    modules = [described_module(path, adapter.modules[path]) for path in paths]
+    found: dict[str, DeltaNorms] = {}
+    broken: list[str] = []
     if measured:
-        _measure(chosen, modules, spectrum, notices)
-        _check_replaced(adapter, notices)
+        found = measure_modules(chosen, modules, spectrum or audit, notices)
+        broken = check_others(adapter, _saved(adapter).values(), notices)
     report = InspectReport(
         source=adapter.label,
         file=shown(adapter.weights),
@@ -237,14 +198,17 @@ def inspect(
         measured=measured,
         warnings=notices,
     )
+    if not adapter.is_read and (audit or model is not None):
+        what = "compare with a base" if model is not None else "audit"
+        raise UsageError(
+            f"{adapter.weights} is {adapter.description}; there is nothing to {what}.",
+            "Omit --base." if model is not None else "Omit --audit.",
+        )
     if model is not None:
-        if not adapter.is_read:
-            raise UsageError(
-                f"{adapter.weights} is {adapter.description}; there is nothing to compare with "
-                "a base.",
-                "Omit --base.",
-            )
         _add_base(report, adapter, model, norms, as_texts(components))
+    if audit:
+        relative = {m.path: m.relative_norm for m in modules if m.relative_norm is not None}
+        report.audit = audit_of(adapter, paths, found, relative, broken, str(base or ""))
     adapter.folder.refuse_changed()
     return report
 
@@ -252,80 +216,6 @@ def inspect(
 def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
     rows = {f"{path} (token rows)": r.rows for path, r in adapter.token_rows.items()}
     return {**adapter.replaced, **rows}
-
-
-def _describe(path: str, module: Factors) -> ModuleReport:
-    report = ModuleReport(
-        path, module.kind, module.rank, module.shape, module.alpha, module.scale,
-        {name: list(t.shape) for name, t in module.parts.items()}, module.dtype,
-        module.magnitude is not None, module.parameters, scale_from=module.scale_from,
-        algorithm=module.algorithm,
-    )  # fmt: skip
-    if isinstance(module, ExpertStack):
-        report.experts = module.experts
-    return report
-
-
-def _measure(
-    modules: list[Factors], reports: list[ModuleReport], spectrum: bool, notices: list[Notice]
-) -> None:
-    """Norms of all modules, each from its own factors; factors are read module by module."""
-    sound = [(m, r) for m, r in zip(modules, reports, strict=True) if m.is_sound]
-    with FilePool() as files, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        groups = [[m for m, _ in sound[low:high]] for low, high in blocks(len(sound), _AT_A_TIME)]
-        found = [n for norms in pool.map(lambda g: norms_of(g, files), groups) for n in norms]
-    broken, silent, dead = [], [], []
-    for (_, report), norms in zip(sound, found, strict=True):
-        if norms is None:
-            continue
-        if not norms.finite:
-            broken.append(report.path)
-            continue
-        _fill(report, norms, spectrum)
-        if norms.idle:
-            silent.append(f"{report.path} ({norms.idle})")
-        elif norms.dead:
-            dead.append(f"{report.path}: {norms.dead} of {report.experts}")
-    if broken:
-        text = f"{counted(len(broken), 'module', 'holds')} NaN or infinity:\n{listed(broken)}"
-        notices.append(Notice("not-finite", text, broken[0]))
-    if silent:
-        text = f"{counted(len(silent), 'module', 'has')} no effect: one of the factors is zero:\n"
-        text += listed(silent)
-        notices.append(Notice("zero-delta", text, silent[0].partition(" ")[0]))
-    if dead:
-        text = f"{counted(len(dead), 'stack', 'has')} experts without effect, with a factor of zero"
-        text += f", as those have that no token was sent to:\n{listed(dead)}"
-        notices.append(Notice("dead-experts", text, dead[0].partition(":")[0]))
-
-
-def _fill(report: ModuleReport, norms: DeltaNorms, spectrum: bool) -> None:
-    if report.experts is not None:
-        report.dead_experts = norms.dead
-    if norms.values is None:
-        return
-    squares: list[float] = np.sum(norms.values**2, axis=1).tolist()
-    first: list[float] = norms.values[:, 0].tolist()
-    report.delta_norm = math.sqrt(math.fsum(squares))
-    report.spectral_norm = max(first)
-    if any(first):
-        stable = [s / f**2 for s, f in zip(squares, first, strict=True) if f]
-        report.stable_rank = statistics.median(stable)
-    if report.experts is not None:
-        report.expert_norms = math.sqrt(min(squares)), math.sqrt(max(squares))
-    if spectrum:
-        report.singular_values = [float(v) for v in norms.values.mean(axis=0)]
-
-
-def _check_replaced(adapter: Adapter, notices: list[Notice]) -> None:
-    """NaN and infinity in what is not a factor: heads, biases, magnitudes, token rows."""
-    others = [*_saved(adapter).values()]
-    others += [t for m in adapter.modules.values() for t in (m.magnitude, m.bias) if t is not None]
-    with FilePool() as files:
-        broken = [t.name for t in others if count_not_finite(t, files)]
-    if broken:
-        text = f"{counted(len(broken), 'tensor', 'holds')} NaN or infinity:\n{listed(broken)}"
-        notices.append(Notice("not-finite", text, broken[0]))
 
 
 def _add_base(

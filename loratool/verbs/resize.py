@@ -66,6 +66,7 @@ def resize(
     sv_ratio: float | None = None,
     sv_fro: float | None = None,
     sv_cumulative: float | None = None,
+    noise: bool = False,
     max_rank: int | None = None,
     pad_to: int | None = None,
     uniform: bool = False,
@@ -90,6 +91,7 @@ def resize(
     ----------
     adapter: PEFT adapter directory or file. With DoRA the factors are cut and the magnitudes stay.
     output: directory to make; it appears complete or not at all.
+    noise: keep what stands above the noise edge (see `loratool.linalg.noise`).
     max_rank: no module gets more. pad_to: the one rank is a multiple of this.
     patterns: each module gets the rank that it needs itself, written as a rank_pattern, which not
         all programs read. uniform: one rank for all, as without either.
@@ -107,7 +109,7 @@ def resize(
     started = time.perf_counter()
     check_paths([adapter, output], [adapter], "loratool resize ADAPTER --rank 8 -o OUT")
     run = Run(threads, progress, overwrite, dry_run)
-    criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank)
+    criterion = Criterion(rank, energy, sv_ratio, sv_fro, sv_cumulative, max_rank, noise)
     criterion.check()
     if pad_to is not None:
         check_rank("--pad-to", pad_to)
@@ -136,7 +138,7 @@ def resize(
     shapes = {m.path: m.shape for m in lora.modules.values()}
     options = {
         "rank": rank, "energy": energy, "sv_ratio": sv_ratio, "sv_fro": sv_fro,
-        "sv_cumulative": sv_cumulative, "max_rank": max_rank, "pad_to": pad_to,
+        "sv_cumulative": sv_cumulative, "noise": noise, "max_rank": max_rank, "pad_to": pad_to,
         "patterns": patterns, "dtype": dtype_name(code),
     }  # fmt: skip
     whole = not patterns and rank is None

@@ -23,7 +23,7 @@ FLOORS = """
     cli
     rendering
     verbs
-    combining converting extracting publishing
+    auditing combining converting extracting publishing
     merging
     adapters
     models streams

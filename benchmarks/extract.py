@@ -100,7 +100,6 @@ def stages(base: Path, tuned: Path, output: Path, rank: int) -> None:
     watch(space, "step", "step")
     watch(space, "bound", "bound")
     watch(space, "factors", "factors from the basis")
-    watch(extraction, "encode", "round the factors")
     watch(extraction, "rounding_loss", "measure what rounding takes")
     watch(extraction.Extraction, "_decomposed", "all")
     started = time.perf_counter()

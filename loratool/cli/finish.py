@@ -23,7 +23,8 @@ def finish_command(output: str, overwrite: Overwrite, threads: int | None, forms
 
     The last worker does so by itself; this is for when it was killed in the middle
     of that. Index, config, tokenizer, loratool.json and the undo file are written,
-    and OUT appears. If files are still missing they are named, and nothing is done.
+    and OUT appears. If files are still missing they are named, and nothing is done;
+    an OUT that is complete stays as it is.
 
     \b
     Examples:
@@ -32,9 +33,9 @@ def finish_command(output: str, overwrite: Overwrite, threads: int | None, forms
       loratool finish merged/
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.finish import finish_sheet
+    from loratool.rendering.sheets import sheet_for
     from loratool.verbs.finish import finish as run
 
     with common.progress_bar(forms.talk, "finishing") as progress:
         report = run(output, overwrite=overwrite or None, threads=threads, progress=progress)
-    forms.show(report, finish_sheet(report))
+    forms.show(report, sheet_for(report))

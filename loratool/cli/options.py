@@ -205,7 +205,7 @@ def overwrite_option(text: str = "Replace OUT if it is there.") -> Decorator:
 dry_run_option = _shared("--dry-run", is_flag=True, help="Compute and report, but write nothing.")
 full_option = _shared("--full", is_flag=True, help="One line per module; do not fold layers.")
 threads_option = _shared(
-    "--threads", type=click.IntRange(1), help="Worker threads. [default: the cores]"
+    "--threads", type=click.IntRange(1), help="Worker threads. [default: the cores, 8 at most]"
 )
 json_option = _shared("--json", "as_json", is_flag=True, help="Print one JSON document.")
 html_option = _shared(

@@ -1,12 +1,10 @@
-"""What `finish` completed, as the command says it that made it."""
+"""What `finish` found complete; what it completed is said as the command says it that made it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from loratool.rendering.sheet import Sheet
-from loratool.rendering.sheets import sheet_for
+from loratool.rendering.sheet import Facts, Sheet
+from loratool.verbs.finish import FinishReport
 
 
-def finish_sheet(report: Any) -> Sheet:
-    return sheet_for(report)
+def finish_sheet(report: FinishReport) -> Sheet:
+    return Sheet("finish", [Facts([("output", f"{report.output}, complete before this")])])

@@ -13,6 +13,7 @@ from loratool.rendering.compare import compare_sheet
 from loratool.rendering.convert import convert_sheet
 from loratool.rendering.dequantise import dequantise_sheet
 from loratool.rendering.extract import extract_sheet
+from loratool.rendering.finish import finish_sheet
 from loratool.rendering.inspect import inspect_sheet
 from loratool.rendering.merge import merge_sheet
 from loratool.rendering.push import push_sheet
@@ -25,6 +26,7 @@ from loratool.verbs.combine import CombineReport
 from loratool.verbs.compare import CompareReport
 from loratool.verbs.convert import ConvertReport
 from loratool.verbs.dequantise import DequantiseReport
+from loratool.verbs.finish import FinishReport
 from loratool.verbs.inspect import InspectReport
 from loratool.verbs.push import PushReport
 from loratool.verbs.resize import ResizeReport
@@ -38,6 +40,7 @@ _SHEETS: dict[type, Callable[[Any], Sheet]] = {
     ConvertReport: convert_sheet,
     DequantiseReport: dequantise_sheet,
     ExtractReport: extract_sheet,
+    FinishReport: finish_sheet,
     InspectReport: inspect_sheet,
     MergeReport: merge_sheet,
     PushReport: push_sheet,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.answers import Answer
 from loratool.errors import FileError, OutputError, explained_os_errors
+from loratool.notices import Notice, document
 from loratool.storage.destination import Overwrite
+from loratool.storage.filenames import PROVENANCE
 from loratool.storage.worksites import order_for, work_of
 from loratool.streams.progress import Progress
 from loratool.streams.shares import NO_SHARE
@@ -21,6 +25,19 @@ from loratool.verbs.unmerge import unmerge
 _VERBS: Mapping[str, Callable[..., Any]] = {
     "merge": merge, "unmerge": unmerge, "dequantise": dequantise, "extract": extract,
 }  # fmt: skip
+
+
+@dataclass(repr=False)
+class FinishReport(Answer):
+    """An output that was complete before, as the last worker leaves it."""
+
+    output: str
+    complete: bool = True
+    warnings: list[Notice] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints."""
+        return document(self, "warnings")
 
 
 @explained_os_errors()
@@ -39,7 +56,7 @@ def finish(
     overwrite: replace an output that exists; as the workers were told by default.
     threads, progress: as for the command that makes it.
 
-    Returns the report of that command.
+    Returns the report of that command; a FinishReport where nothing was left to be done.
 
     Raises
     ------
@@ -48,6 +65,8 @@ def finish(
     """
     output = Path(output)
     order = order_for(output)
+    if order is None and (output / PROVENANCE).is_file():
+        return FinishReport(str(output))
     if order is None:
         raise OutputError(
             f"Nothing is being made for {output}: there is no {work_of(output).name} beside it.",

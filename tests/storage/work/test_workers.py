@@ -188,6 +188,17 @@ def test_a_run_by_itself_does_not_clear_what_workers_make(tmp_path: Path) -> Non
     assert beside(output) == []
 
 
+def test_finish_leaves_what_is_complete(tmp_path: Path) -> None:
+    """So a script may call it after the workers, whether or not the last of them has done it."""
+    work(tmp_path / "out", "1/1")
+    before = (tmp_path / "out" / "loratool.json").stat().st_mtime_ns
+    assert loratool.finish(tmp_path / "out").complete
+    assert (tmp_path / "out" / "loratool.json").stat().st_mtime_ns == before
+    ran = run_cli("finish", tmp_path / "out")
+    assert ran.exit_code == 0
+    assert "complete before this" in ran.stdout
+
+
 def test_finish_names_what_is_missing(tmp_path: Path, wanted: dict[str, str]) -> None:
     output = tmp_path / "out"
     with pytest.raises(OutputError, match="Nothing is being made"):

@@ -10,8 +10,9 @@ EntryKind = Literal["adapter", "model", "other"]
 
 #: What is known to be wrong with it: "damaged" (its files contradict themselves or end early),
 #: "not-read" (nothing is known to be wrong), "does-nothing" (a factor of every module is zero),
-#: "not-finite" (NaN or infinity were seen), "refused" (no merge takes it as it is), "recognised" (its dialect is
-#: known by name, and no verb reads it, so nothing of it was checked); "" for nothing.
+#: "not-finite" (NaN or infinity were seen), "refused" (no merge takes it as it is),
+#: "recognised" (its dialect is known by name and no verb reads it, so nothing was checked); "" for
+#: nothing.
 State = Literal["", "damaged", "not-read", "does-nothing", "not-finite", "refused", "recognised"]
 
 

@@ -44,8 +44,8 @@ _STATES: dict[str, Toned] = {
 #: The fields of an entry as columns of CSV, in this order.
 CSV_COLUMNS = (
     "path", "kind", "dialect", "base", "family", "ranks", "scales", "modules", "parameters",
-    "bytes", "dtypes", "quantised", "state", "duplicate_of", "trained", "trained_from", "triggers", "tags",
-    "message", "label",
+    "bytes", "dtypes", "quantised", "state", "duplicate_of", "trained", "trained_from", "triggers",
+    "tags", "message", "label",
 )  # fmt: skip
 
 #: Reasons that are told in full; the table and `--json` have the others.

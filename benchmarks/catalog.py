@@ -74,7 +74,7 @@ def write_hand(folder: Path, pairs: Factors) -> None:
 def write_kohya(folder: Path, pairs: Factors) -> None:
     flat = {f"lora_unet_{name.replace('.', '_')}": pair for name, pair in pairs.items()}
     tensors = _named(flat, "{}.lora_down.weight", "{}.lora_up.weight")
-    tensors |= {f"{name}.alpha": np.float16(RANK).reshape(()) for name in flat}
+    tensors |= {f"{name}.alpha": np.array(RANK, np.float16) for name in flat}
     tags = {"10_x": {f"tag {number}": number for number in range(300)}}
     metadata = {"ss_network_dim": str(RANK), "ss_base_model_version": "sd_v1",
                 "ss_tag_frequency": json.dumps(tags)}  # fmt: skip

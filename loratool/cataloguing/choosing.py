@@ -23,7 +23,7 @@ ORDERS: dict[str, Callable[[CatalogEntry], Any]] = {
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
 
 
-def in_order(entries: Iterable[CatalogEntry], by: str, reverse: bool) -> list[CatalogEntry]:
+def sorted_by(entries: Iterable[CatalogEntry], by: str, reverse: bool) -> list[CatalogEntry]:
     """Entries by this; those of which it is not known come last, and equal ones by name, in which
     numbers count as numbers: checkpoint-200 before checkpoint-1000."""
     if by not in ORDERS:

@@ -41,7 +41,7 @@ _TORCH_STARTS = (b"PK\x03\x04", b"\x80")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
-def described(place: FilesIn, unit: Unit) -> CatalogEntry | None:
+def entry_of_unit(place: FilesIn, unit: Unit) -> CatalogEntry | None:
     """The entry of a unit; None for a file that holds no weights, whatever its name ends in.
 
     What cannot be read is an entry too, with what is wrong.

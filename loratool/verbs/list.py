@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loratool.cataloguing.choosing import chosen, in_order
-from loratool.cataloguing.describing import described
+from loratool.cataloguing.choosing import chosen, sorted_by
+from loratool.cataloguing.describing import entry_of_unit
 from loratool.cataloguing.duplicates import Listed, count_alike, mark_copies, mark_equal
 from loratool.cataloguing.entry import CatalogEntry
 from loratool.cataloguing.places import found_at
@@ -105,7 +105,7 @@ def catalog(
     if not str(source):
         raise UsageError("A path is empty.", "Check the variables in your command.")
     chosen([], base, None, None if rank is None else str(rank))  # a wrong call fails at once
-    in_order([], sort, reverse)
+    sorted_by([], sort, reverse)
 
     def advance(done: int, total: int, label: str) -> None:
         if progress is not None:
@@ -113,7 +113,7 @@ def catalog(
 
     walk, units, wrong = found_at(source, advance)
     on_hub = any(isinstance(place.folder, HubFolder) for place, _ in units)
-    calls = (partial(described, place, unit) for place, unit in units)
+    calls = (partial(entry_of_unit, place, unit) for place, unit in units)
     listed: list[Listed] = []
     for number, entry in enumerate(computed(calls, threads or (_STREAMS if on_hub else None)), 1):
         advance(number, len(units), units[number - 1][0].path)
@@ -121,13 +121,13 @@ def catalog(
             walk.others += 1
         else:
             listed.append((entry, *units[number - 1]))
-    listed.sort(key=_age(in_order([one[0] for one in listed], "name", False)))
+    listed.sort(key=_age(sorted_by([one[0] for one in listed], "name", False)))
     _mark_duplicates(listed, equal, progress)
     entries = [one[0] for one in listed] + wrong
     kept = chosen(entries, base, dialect, None if rank is None else str(rank))
     return CatalogReport(
         source=shown(source),
-        entries=in_order(kept, sort, reverse),
+        entries=sorted_by(kept, sort, reverse),
         found=len(entries),
         others=walk.others,
         equal=equal,

@@ -26,6 +26,11 @@ _LONGEST_ENTRY = 4096
 
 _METADATA = "__metadata__"
 
+#: What the description of a tensor has, and the characters of a header up to which no more memory
+#: is taken by parsing it at once than anybody has.
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_SHORT = 1_000_000
+
 _REFETCH = "Fetch the file again; it is not a complete safetensors file."
 
 
@@ -121,6 +126,52 @@ def _parse(
 
 
 def _parse_text(
+    path: Path, text: str, data_start: int, stamp: Stamp | None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    known = _plain(text)
+    if known is not None:
+        metadata = known.pop(_METADATA, {})
+        return {
+            n: _tensor(path, n, entry, data_start, stamp) for n, entry in known.items()
+        }, metadata
+    return _scanned(path, text, data_start, stamp)
+
+
+def _plain(text: str) -> dict[str, Any] | None:
+    """The entries of a header of usual length that has nothing odd, parsed at once, which takes a
+    third of the time; None for one that must be scanned to say what is wrong with it."""
+    if len(text) > _SHORT or not text.startswith("{") or not text.isascii() or "\\u" in text:
+        return None
+    try:
+        found: dict[str, Any] = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    for name, entry in found.items():
+        if len(name) > LONGEST_NAME or type(entry) is not dict:
+            return None
+        if name == _METADATA:
+            if not all(type(value) is str for value in entry.values()):
+                return None
+        elif entry.keys() != _FIELDS or type(entry["shape"]) is not list:
+            return None
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _scanned(
     path: Path, text: str, data_start: int, stamp: Stamp | None
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     scanner = Scanner(text)

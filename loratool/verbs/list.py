@@ -19,7 +19,6 @@ from loratool.notices import Notice
 from loratool.storage.hub.folder import HubFolder
 from loratool.streams.progress import Progress
 from loratool.streams.threads import computed
-from loratool.verbs.compare import compare
 
 #: How many headers of the Hub are asked for at a time.
 _STREAMS = 8
@@ -153,4 +152,6 @@ def _mark_duplicates(listed: Sequence[Listed], equal: bool, progress: Progress |
 
     mark_copies(listed, advance)
     if equal:
+        from loratool.verbs.compare import compare  # a quarter of a second that most do not need
+
         mark_equal(listed, lambda one, other: compare([one, other]).equal, advance)

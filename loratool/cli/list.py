@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from loratool.cli.options import json_option, quiet_option, threads_option
+from loratool.cli.options import answer_options, threads_option
 from loratool.errors import UsageError
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 _ORDERS = ("name", "size", "rank", "base", "dialect", "date")
 
@@ -29,8 +34,7 @@ _ORDERS = ("name", "size", "rank", "base", "dialect", "date")
 )  # fmt: skip
 @threads_option()
 @click.option("--csv", "as_csv", is_flag=True, help="Print a table for spreadsheets.")
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def list_command(
     source: str,
     sort: str,
@@ -41,8 +45,7 @@ def list_command(
     equal: bool,
     threads: int | None,
     as_csv: bool,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> None:
     """List every adapter and model below a folder, or of a user or an org on the Hub.
 
@@ -66,23 +69,21 @@ def list_command(
       loratool list hf://org
     """
     from loratool.rendering import terminal as common
-    from loratool.rendering.drawing import draw
     from loratool.rendering.list import csv_text, list_sheet
     from loratool.verbs.list import catalog
 
-    if as_csv and as_json:
+    if as_csv and forms.as_json:
         raise UsageError("--csv and --json are two forms of one answer.", "Choose one.")
-    with common.progress_bar(not quiet and not as_json, "reading", counted=True) as progress:
+    with common.progress_bar(forms.talk, "reading", counted=True) as progress:
         report = catalog(
             source, sort=sort, reverse=reverse, base=base, dialect=dialect, rank=rank, equal=equal,
             threads=threads, progress=progress,
         )  # fmt: skip
-    if as_json:
-        common.print_json(report.to_dict())
+    sheet = list_sheet(report)
+    if not as_csv:
+        forms.show(report, sheet)
         return
-    if as_csv:
-        common.print_file(csv_text(report))
-    else:
-        draw(list_sheet(report))
-    if not quiet:
+    common.print_file(csv_text(report))
+    if not forms.quiet:
         common.print_warnings(report.warnings)
+    forms.write([sheet])

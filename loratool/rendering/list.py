@@ -64,6 +64,7 @@ def list_sheet(report: CatalogReport) -> Sheet:
     _add_reasons(sheet, report.entries)
     sheet.say(_total(report))
     _add_legend(sheet, report)
+    sheet.notices = report.warnings
     return sheet
 
 

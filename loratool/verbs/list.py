@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loratool.answers import Answer
 from loratool.cataloguing.choosing import chosen, sorted_by
 from loratool.cataloguing.describing import entry_of_unit
 from loratool.cataloguing.duplicates import Listed, count_alike, mark_copies, mark_equal
@@ -24,8 +25,8 @@ from loratool.streams.threads import computed
 _STREAMS = 8
 
 
-@dataclass
-class CatalogReport:
+@dataclass(repr=False)
+class CatalogReport(Answer):
     """What `catalog` found. `to_dict()` is what `--json` prints.
 
     `found` is how many entries there are before any was left out, and `others` how many files
@@ -33,6 +34,8 @@ class CatalogReport:
     equal deltas too; `values_read` whether weights lay on this disk, so that duplicates, and
     adapters that do nothing, would have been seen.
     """
+
+    ROWS = "entries"
 
     source: str
     entries: list[CatalogEntry]

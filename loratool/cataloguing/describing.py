@@ -24,7 +24,14 @@ from loratool.cataloguing.training import (
 )
 from loratool.cataloguing.units import Unit
 from loratool.cataloguing.walking import FilesIn
-from loratool.errors import BaseError, FileError, HubError, LoraToolError, shown
+from loratool.errors import (
+    AdapterError,
+    BaseError,
+    FileError,
+    LoraToolError,
+    TruncatedError,
+    shown,
+)
 from loratool.models.checkpoint import Checkpoint, checkpoint_at
 from loratool.models.quantised.base import dequantised
 from loratool.models.quantised.declared import quantisation_of
@@ -97,8 +104,12 @@ def model_family(model: Checkpoint) -> str:
 
 
 def _set_wrong(entry: CatalogEntry, error: LoraToolError) -> None:
-    damaged = isinstance(error, FileError) and not isinstance(error, HubError)
-    entry.state = "damaged" if damaged else "not-read"
+    if isinstance(error, TruncatedError):
+        entry.state = "damaged"
+    elif isinstance(error, FileError | AdapterError | BaseError):
+        entry.state = "unreadable"
+    else:
+        entry.state = "not-read"
     entry.message = error.message
 
 

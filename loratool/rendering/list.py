@@ -29,12 +29,13 @@ _HEADINGS = ("name", "what", "base", "r", "scale", "modules", "values", "size", 
 _SPARE = ("words", "dtype", "values", "modules", "scale", "date", "base")
 _NUMERIC = frozenset({"modules", "values", "size"})
 
-#: Characters of a name, of a base and of words in the table; JSON and CSV have them whole.
-_NAME, _BASE, _PHRASE = 34, 22, 24
+#: Characters of a name, a base, a duplicate's first and words in the table; JSON and CSV have all.
+_NAME, _BASE, _TWIN, _PHRASE = 28, 16, 14, 24
 
 _STATES: dict[str, Toned] = {
     "damaged": Toned("damaged", "bad"),
-    "not-read": Toned("cannot be read", "bad"),
+    "unreadable": Toned("unreadable", "bad"),
+    "not-read": Toned("not read", "warning"),
     "not-finite": Toned("NaN or infinity", "bad"),
     "does-nothing": Toned("does nothing", "warning"),
     "refused": Toned("cannot merge", "warning"),
@@ -47,6 +48,9 @@ CSV_COLUMNS = (
     "bytes", "dtypes", "quantised", "state", "duplicate_of", "trained", "trained_from", "triggers",
     "tags", "message", "label",
 )  # fmt: skip
+
+#: States whose reason is told.
+_TOLD = ("damaged", "unreadable", "not-read", "not-finite")
 
 #: Reasons that are told in full; the table and `--json` have the others.
 _REASONS = 20
@@ -150,7 +154,7 @@ def _state_of(entry: CatalogEntry) -> Words:
         parts.append(_STATES[entry.state])
     if entry.duplicate_of is not None:
         tone: Tone = "warning"
-        parts.append(Toned(f"= {shortened_path(entry.duplicate_of, _BASE)}", tone))
+        parts.append(Toned(f"= {shortened_path(entry.duplicate_of, _TWIN)}", tone))
     if not parts:
         return ""
     return tuple(piece for part in parts for piece in (Toned(", ", "plain"), part))[1:]
@@ -168,7 +172,7 @@ def _add_sizes(sheet: Sheet, entries: Sequence[CatalogEntry]) -> None:
 
 def _add_reasons(sheet: Sheet, entries: Sequence[CatalogEntry]) -> None:
     """What is wrong with each of those that no verb could use, one line each."""
-    told = [e for e in entries if e.message and e.state in ("damaged", "not-read", "not-finite")]
+    told = [e for e in entries if e.message and e.state in _TOLD]
     for entry in told[:_REASONS]:
         sheet.say(Toned(f"{entry.path}: ", "strong"), _reason(entry))
     if len(told) > _REASONS:

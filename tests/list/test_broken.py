@@ -25,11 +25,12 @@ def test_damaged_files_are_entries(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
     lora(tmp_path / "config").joinpath("adapter_config.json").write_text("{")
     found = entries(tmp_path)
-    wrong = {name for name, entry in found.items() if entry.state == "damaged"}
+    wrong = {name for name, entry in found.items() if entry.state in ("damaged", "unreadable")}
     assert wrong == {
         "cut.safetensors", "empty.safetensors", "page.safetensors", "cut.gguf", "config"
     }  # fmt: skip
     assert "truncated" in found["cut.safetensors"].message
+    assert found["cut.safetensors"].state == "damaged"
     assert found["sound.safetensors"].state in ("", "recognised")
 
 
@@ -54,14 +55,14 @@ def test_links_are_followed_to_files_only(tmp_path: Path) -> None:
     assert states.keys() == {
         "one", "style.safetensors", "nothing.safetensors", "itself.safetensors"
     }  # fmt: skip
-    assert states["nothing.safetensors"] == states["itself.safetensors"] == "damaged"
+    assert states["nothing.safetensors"] == states["itself.safetensors"] == "unreadable"
     assert [notice.code for notice in report.warnings] == ["link-not-entered"]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     """A named pipe that is called like weights is a line."""
     os.mkfifo(tmp_path / "pipe.safetensors")
-    assert entries(tmp_path)["pipe.safetensors"].state == "damaged"
+    assert entries(tmp_path)["pipe.safetensors"].state == "unreadable"
 
 
 def test_unreadable_folders_and_files_are_named(tmp_path: Path) -> None:

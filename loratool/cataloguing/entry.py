@@ -8,8 +8,8 @@ from typing import Any, Literal
 #: What something is; "other" for weights that are neither.
 EntryKind = Literal["adapter", "model", "other"]
 
-#: What is known to be wrong with it: "damaged" (its files end early), "unreadable" (they are damaged
-#: otherwise, contradict themselves, or are of a kind that is not read; the message says which),
+#: What is known to be wrong with it: "damaged" (its files end early), "unreadable" (they are
+#: damaged otherwise, contradict themselves, or are of a kind that is not read: see the message),
 #: "not-read" (nothing is known to be wrong: the Hub does not give it, or it would be downloaded),
 #: "does-nothing" (a factor of every module is zero), "not-finite" (NaN or infinity were seen),
 #: "refused" (no merge takes it as it is), "recognised" (its dialect is known by name and no verb

@@ -142,6 +142,9 @@ def _plain(text: str) -> dict[str, Any] | None:
     third of the time; None for one that must be scanned to say what is wrong with it."""
     if len(text) > _SHORT or not text.startswith("{") or not text.isascii() or "\\u" in text:
         return None
+    # Of more small values in so little text no header is made; parsed, they would fill memory.
+    if 15 * (text.count("[") + text.count("{")) > len(text) or 12 * text.count(":") > len(text):
+        return None
     try:
         found: dict[str, Any] = _DECODER.decode(text)
     except (ValueError, RecursionError):

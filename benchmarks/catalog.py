@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -104,6 +105,12 @@ def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: obje
         (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
+def _used() -> float:
+    """Seconds of processors that the runs so far took."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=500, help="of adapters (500)")
@@ -117,17 +124,21 @@ def main() -> None:
             for number in range(args.count):
                 WRITERS[number % len(WRITERS)](loras / f"lora-{number}", factors(number))
         print(machine(work))
-        print(f"\n| {args.count} adapters | median s | from | to |\n|---|---:|---:|---:|")
+        print(f"\n| {args.count} adapters | median s | min–max s | CPU s |\n|---|--:|--:|--:|")
         for options in ([], ["--json"]):
             command = [sys.executable, "-m", "loratool", "list", str(loras), *options]
-            seconds = []
+            seconds, used = [], _used()
             for _ in range(args.runs + 1):  # the first fills the page cache
                 start = time.perf_counter()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds.append(time.perf_counter() - start)
             warm = sorted(seconds[1:])
             name = " ".join(["list", *options])
-            print(f"| `{name}` | {statistics.median(warm):.2f} | {warm[0]:.2f} | {warm[-1]:.2f} |")
+            cpu = (_used() - used) / len(seconds)
+            print(
+                f"| `{name}` | {statistics.median(warm):.2f} | {warm[0]:.2f}–{warm[-1]:.2f} "
+                f"| {cpu:.1f} |"
+            )
 
 
 if __name__ == "__main__":

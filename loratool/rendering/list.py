@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from loratool.cataloguing.entry import CatalogEntry
@@ -27,6 +27,8 @@ from loratool.words import counted, format_bytes, number_text
 _HEADINGS = ("name", "what", "base", "r", "scale", "modules", "values", "size", "dtype", "date",
              "words", "state")  # fmt: skip
 _SPARE = ("words", "dtype", "values", "modules", "scale", "date", "base")
+#: How many of these go before names are shortened.
+_LESS = 5
 _NUMERIC = frozenset({"modules", "values", "size"})
 
 #: Characters of a name, a base, a duplicate's first and words in the table; JSON and CSV have all.
@@ -97,19 +99,26 @@ def _is_number(values: Sequence[object]) -> bool:
 
 
 def _table(entries: Sequence[CatalogEntry]) -> SheetTable:
-    """The table without the columns that nobody has anything in."""
+    """The table without the columns that nobody has anything in. Where names are too long for it,
+    some columns go first, and then the names are shortened."""
     lines = [_cells(entry) for entry in entries]
     used = tuple(h for h in _HEADINGS if any(line[h] not in ("", "–") for line in lines))
-    table = SheetTable((used,), spare=_SPARE, numeric=_NUMERIC)
-    table.lines = [SheetLine(line) for line in lines]
+    choices = [tuple(h for h in used if h not in _SPARE[:count]) for count in range(_LESS + 1)]
+    shortened = [("name…", *used[1:])] if any(len(e.path) > _NAME for e in entries) else []
+    table = SheetTable((*choices, *shortened), spare=_SPARE, numeric=_NUMERIC)
+    times = Counter(shortened_path(entry.path, _NAME) for entry in entries)
+    for entry, line in zip(entries, lines, strict=True):
+        short = shortened_path(entry.path, _NAME)
+        line["name…"] = short if times[short] == 1 else entry.path
+        table.lines.append(SheetLine(line))
     return table
 
 
 def _cells(entry: CatalogEntry) -> dict[str, Words]:
     scales = [number_text(scale) for scale in entry.scales]
     return {
-        "name": shortened_path(entry.path, _NAME),
-        "what": entry.dialect if entry.kind == "adapter" else entry.kind,
+        "name": entry.path,
+        "what": (entry.kind == "adapter" and entry.dialect) or entry.kind,
         "base": _shortened(_base_of(entry), _BASE),
         "r": _span(list(map(str, entry.ranks))),
         "scale": _span(scales),

@@ -47,8 +47,23 @@ def found_at(source: str | Path, advance: Callable[[int, int, str], None]) -> Fo
         except Unreachable:
             raise
         except LoraToolError as error:
-            raise _nothing_there(text, path, error) from error
+            if not text.lower().startswith("hf:"):
+                raise _nothing_there(text, path, error) from error
+            return _repository_of_nobody(text, error)
         return _of_owner(owner, repos, more, advance)
+    return _at_address(source, path)
+
+
+def _repository_of_nobody(text: str, error: LoraToolError) -> Found:
+    """The oldest models have no owner: hf://gpt2. The error is what was said of it as an owner."""
+    try:
+        return _at_address(text, Path(text))
+    except LoraToolError:
+        raise error from None
+
+
+def _at_address(source: str | Path, path: Path) -> Found:
+    """What there is in a repository, or in a part of one."""
     place_there = locate(source)
     folder = place_there.folder
     if not folder.is_there():
@@ -73,8 +88,6 @@ def _owner_in(text: str) -> str | None:
 
 
 def _nothing_there(text: str, path: Path, error: LoraToolError) -> LoraToolError:
-    if text.lower().startswith("hf:"):
-        return error
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, siblings)
     guess = f"Did you mean the path {path.with_name(near)}? " if near else ""

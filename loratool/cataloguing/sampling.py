@@ -32,9 +32,9 @@ def effect_of(adapter: Adapter, files: FilePool) -> State | None:
 
     It reads until one module is found that does something, the beginnings of two factors mostly.
     """
-    if adapter.replaced or adapter.token_rows or adapter.functions or adapter.companions:
+    if adapter.replaced or adapter.token_rows or adapter.companions:
         return ""
-    if not adapter.modules or adapter.unknown:
+    if adapter.functions or not adapter.modules or adapter.unknown:
         return None
     unsure = False
     for module in adapter.modules.values():

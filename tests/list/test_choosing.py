@@ -19,7 +19,7 @@ def loras(tmp_path: Path) -> Path:
     lora(tmp_path / "b", rank=8, base_model_name_or_path="meta-llama/Llama-3-8B")
     lora(tmp_path / "a", rank=4, base_model_name_or_path="Qwen/Qwen3")
     mlx(tmp_path / "c", rank=16)
-    kohya(tmp_path / "d.safetensors")
+    kohya(tmp_path / "d.safetensors", rank=32)
     model(tmp_path / "m")
     return tmp_path
 
@@ -28,7 +28,7 @@ def loras(tmp_path: Path) -> Path:
     ("order", "expected"),
     [
         ("name", ["a", "b", "c", "d.safetensors", "m"]),
-        ("size", ["m", "a", "d.safetensors", "b", "c"]),
+        ("size", ["m", "a", "b", "c", "d.safetensors"]),
         ("rank", ["a", "b", "c", "d.safetensors", "m"]),
         ("base", ["m", "b", "a", "c", "d.safetensors"]),
         ("dialect", ["d.safetensors", "c", "a", "b", "m"]),

@@ -28,6 +28,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         torch = {"adapter_model.bin": b"PK\x03\x04" * 2_000_000, "adapter_config.json": "{}"}
         server.add("org/pickled", torch)
         server.add("org/docs", {"README.md": "# nothing"})
+        server.add("gpt0", dict(paths(model(place / "gpt0", seed=1))))
         server.add("reader/style", {"x.safetensors": kohya(place / "x.safetensors")})
         yield server
 
@@ -70,6 +71,7 @@ def test_what_a_login_may_not_see_is_not_there_or_is_a_line(
     ("name", "expected"),
     [
         ("org/many", {"first", "second"}),
+        ("hf://gpt0", {"."}),
         ("hf://org/many/first", {"."}),
         ("hf://reader/style/x.safetensors", {"x.safetensors"}),
     ],

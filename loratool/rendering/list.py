@@ -27,8 +27,8 @@ from loratool.words import counted, format_bytes, number_text
 _HEADINGS = ("name", "what", "base", "r", "scale", "modules", "values", "size", "dtype", "date",
              "words", "state")  # fmt: skip
 _SPARE = ("words", "dtype", "values", "modules", "scale", "date", "base")
-#: How many of these go before names are shortened.
-_LESS = 5
+#: How many of these may go before names are shortened; each try measures all lines.
+_LESS = (0, 3, 5)
 _NUMERIC = frozenset({"modules", "values", "size"})
 
 #: Characters of a name, a base, a duplicate's first and words in the table; JSON and CSV have all.
@@ -103,7 +103,7 @@ def _table(entries: Sequence[CatalogEntry]) -> SheetTable:
     some columns go first, and then the names are shortened."""
     lines = [_cells(entry) for entry in entries]
     used = tuple(h for h in _HEADINGS if any(line[h] not in ("", "–") for line in lines))
-    choices = [tuple(h for h in used if h not in _SPARE[:count]) for count in range(_LESS + 1)]
+    choices = [tuple(h for h in used if h not in _SPARE[:count]) for count in _LESS]
     shortened = [("name…", *used[1:])] if any(len(e.path) > _NAME for e in entries) else []
     table = SheetTable((*choices, *shortened), spare=_SPARE, numeric=_NUMERIC)
     times = Counter(shortened_path(entry.path, _NAME) for entry in entries)

@@ -20,6 +20,7 @@ from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.finish import finish_command
 from loratool.cli.inspect import inspect_command
+from loratool.cli.list import list_command
 from loratool.cli.merge import merge_command
 from loratool.cli.options import CONTEXT, Commands
 from loratool.cli.process import INTERRUPTED, leave, prepare, say, was_interrupted
@@ -44,6 +45,7 @@ def cli() -> None:
     \b
     Examples:
       loratool inspect adapter/
+      loratool list loras/
       loratool merge base/ adapter/ -o merged/ --reversible
       loratool verify merged/ --base base/ adapter/
       loratool unmerge merged/ adapter/ -o base-again/
@@ -58,6 +60,7 @@ def cli() -> None:
 
 for command in (
     inspect_command,
+    list_command,
     merge_command,
     verify_command,
     unmerge_command,

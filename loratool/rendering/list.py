@@ -60,7 +60,7 @@ _REASONS = 20
 
 def list_sheet(report: CatalogReport) -> Sheet:
     """The table, what is wrong with entries, and how many there are."""
-    sheet = Sheet(f"Adapters and models in {report.source}")
+    sheet = Sheet("list", subject=str(report.source))
     facts = Facts()
     facts.add("listed", report.source)
     sheet.add(facts)

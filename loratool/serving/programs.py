@@ -37,6 +37,8 @@ PROGRAMS = {
 _FORMATS = {"peft": "PEFT", "gguf": "GGUF", "mlx": "MLX"}
 #: How a verdict is said in a line.
 _SAID = {"refused": "refused", "differs": "another result", "unknown": "not known"}
+#: What is wrong with an adapter in a dialect that a program does not read.
+_OTHER = "other format"
 #: Programs that a line names before it counts them.
 _NAMED = 3
 
@@ -80,7 +82,7 @@ def _other_format(traits: Traits, program: ServingProgram, setting: Setting) -> 
             needed.append(remark.cure)
     taken = " or ".join(_FORMATS[name] for name in program.reads)
     why = f"{traits.adapter.description} is not {taken}'s format"
-    return Remark("refused", "other format", why, max(needed, key=CURES.index), program.source)
+    return Remark("refused", _OTHER, why, max(needed, key=CURES.index), program.source)
 
 
 def _of_file(traits: Traits, program: ServingProgram) -> Iterable[Remark]:
@@ -113,20 +115,30 @@ def serving_words(adapter: Adapter) -> dict[str, str]:
     return found
 
 
-def serving_line(words: dict[str, str]) -> str:
-    """The same in one line, for people: "vLLM, LoRAX: load; SGLang: refused (ranks differ)"."""
+def serving_line(words: dict[str, str], everyone: bool = False) -> str:
+    """The same in one line, for people: "vLLM, LoRAX: load; SGLang: refused (ranks differ)".
+
+    Programs that read another format are not said anything of where some read this one, and of
+    several that fare alike the first are named, if not `everyone`.
+    """
     groups: dict[str, list[str]] = {}
     for name, said in words.items():
         groups.setdefault(said, []).append(PROGRAMS[name].title)
+    others = groups.pop(f"refused: {_OTHER}", [])
     loading = groups.pop("loads", [])
-    parts = [f"{_several(loading)}: load{'s' * (len(loading) == 1)}"] if loading else []
+    most = None if everyone else _NAMED
+    parts = []
+    if loading:
+        parts.append(f"{_several(loading, most)}: load{'s' * (len(loading) == 1)}")
     for said, titles in groups.items():
         outcome, _, why = said.partition(": ")
-        parts.append(f"{_several(titles)}: {_SAID[outcome]} ({why})")
+        parts.append(f"{_several(titles, most)}: {_SAID[outcome]} ({why})")
+    if not parts:
+        parts.append(f"{_several(others, most)}: refused ({_OTHER})")
     return "; ".join(parts)
 
 
-def _several(titles: Sequence[str]) -> str:
-    more = len(titles) - _NAMED
-    named = ", ".join(titles[: _NAMED if more > 1 else None])
+def _several(titles: Sequence[str], most: int | None) -> str:
+    more = len(titles) - (most or len(titles))
+    named = ", ".join(titles[: most if more > 1 else None])
     return f"{named} and {more} more" if more > 1 else named

@@ -77,8 +77,12 @@ class Traits:
     @property
     def largest_rank(self) -> int:
         """The largest that a module has or the config names."""
-        # AdaLoRA's pattern has lists.
-        named = [int(_number(rank, 1)) for rank in (self.config.get("rank_pattern") or {}).values()]
+        by_name = self.config.get("rank_pattern")
+        # Configs of other kinds than LoRA may hold anything there; AdaLoRA's has lists.
+        named = [
+            int(_number(rank, 1))
+            for rank in (by_name.values() if isinstance(by_name, dict) else ())
+        ]
         return max(self.rank, *self.ranks, *named, 1)
 
     @property

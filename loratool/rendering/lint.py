@@ -48,22 +48,21 @@ def _add_adapter(sheet: Sheet, found: AdapterLint) -> None:
     facts.add("adapter", strong(found.source))
     facts.add("format", found.description)
     sheet.add(facts)
-    table = SheetTable(
-        (("program", "version", "verdict", "why"), ("program", "verdict", "why")),
-    )
+    table = SheetTable((
+        ("program", "version", "verdict", "seen in", "why"), ("program", "verdict", "why"),
+    ))  # fmt: skip
     for verdict in (*found.verdicts, found.merge):
         word, tone = _VERDICTS[verdict.outcome]
-        cells = verdict.title, verdict.version, Toned(word, tone), _why(verdict)
-        table.add(*cells)
+        seen = ["a run" if remark.ran else "its source" for remark in verdict.troubles[:1]]
+        table.add(verdict.title, verdict.version, Toned(word, tone), "".join(seen), _why(verdict))
     sheet.add(table)
     for command, titles in _mends(found).items():
-        sheet.say(f"For {enumerated(titles)}: ", strong(command))
+        sheet.say(f"{enumerated(titles)}:")
+        sheet.say("  ", strong(command))  # on a line of its own, to be pasted
 
 
 def _why(verdict: Verdict) -> Words:
-    said = "; ".join(
-        f"{remark.why}{' (seen in a run)' * remark.ran}" for remark in verdict.troubles
-    )
+    said = "; ".join(verdict.reasons)
     conditions = [Toned(f"if: {text}", "dim") for text in verdict.conditions] * (not said)
     return said or tuple(part for text in conditions for part in (text, "; "))[:-1]
 

@@ -71,7 +71,7 @@ def to_load_first(adapters: Sequence[Traits]) -> str:
     every = set().union(*(t.adapter.modules for t in adapters))
     ranks = sorted({t.largest_rank for t in adapters})
     whole = [t.label for t in adapters if t.adapter.modules.keys() == every]
-    said = [f"load {whole[0]} first"] * (0 < len(whole) < len(adapters))
+    said = [f"load {label} first" for label in whole[:1] if len(whole) < len(adapters)]
     if len(ranks) > 1:
         said.append(f"prepare_model_for_compiled_hotswap(model, target_rank={ranks[-1]})")
     return "; ".join(said)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from loratool.adapters.adapter import Adapter
-from loratool.serving.traits import UNTOLD, Traits
+from loratool.serving.traits import UNTOLD, WITHOUT_BASE, Traits
 from loratool.serving.verdict import Cure, ServingProgram, Setting, Verdict
 from loratool.serving.vllm import DEFAULT_RANK
 from loratool.storage.folder import origin_of
@@ -38,8 +38,8 @@ def mend_of(
         cure = "convert"
     target = program.native
     refused = {notice.code for notice in adapter.notices if notice.refused}
-    # What is not known yet, because alpha is or because there are too many modules, may be.
-    unlikely = "no: " if adapter.functions or refused - UNTOLD else ""
+    # What is not known yet, because alpha is not or because of too many modules, may be possible.
+    unlikely = "no: " if adapter.functions or refused - UNTOLD - {"row-order"} else ""
     if cure == "convert" and conversions.get(target, unlikely).startswith("no: "):
         cure = "merge"
     if cure == "resize" and (adapter.functions or conversions.get("peft", "").startswith("no: ")):
@@ -61,7 +61,7 @@ def _command(t: Traits, cure: Cure, target: str, setting: Setting, limit: int | 
         options.append("--alpha A")
     if cure == "merge":
         refused = [n.code for n in t.adapter.notices if n.refused]
-        if set(refused) - _LIFTED.keys() - UNTOLD:
+        if set(refused) - _LIFTED.keys() - UNTOLD - WITHOUT_BASE:
             return ""
         options += [_LIFTED[code] for code in refused if code in _LIFTED]
         return _joined("merge", base, own, *options, "-o", output_argument(t.adapter, "merged"))
@@ -89,8 +89,9 @@ def shown_argument(text: str) -> str:
 
 def base_argument(adapter: Adapter, setting: Setting) -> str:
     """The base by the path or the id that is known, or BASE."""
-    known = setting.base.label if setting.base else adapter.declared.base_name
-    return shown_argument(known) if known else "BASE"
+    known = setting.base.label if setting.base else adapter.declared.base_name or ""
+    # A bare name is that of a folder somewhere else.
+    return shown_argument(known) if setting.base or "/" in known else "BASE"
 
 
 def output_argument(adapter: Adapter, what: str) -> str:

@@ -1,4 +1,4 @@
-"""What text-generation-inference takes, by its source: the rules of LoRAX, which it shares."""
+"""What text-generation-inference took when it was archived: the rules of LoRAX, by its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LORA = (
 )
 
 TGI = ServingProgram(
-    "tgi", "TGI", "archived March 2026",
+    "tgi", "TGI", "March 2026",
     tuple(replace(rule, source=_LORA) for rule in lorax.RULES),
     entries=("adapter_model.safetensors",), source=_LORA,
 )  # fmt: skip

@@ -27,8 +27,9 @@ _CLASSIFIERS = re.compile(r"(^|\.)(classifier|score)(\.|$)")
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 #: What the factors of PEFT are called in a file.
 _FACTOR = re.compile(r"\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)$")
-#: Refusals that a user lifts by saying alpha.
+#: Refusals that a user lifts by saying alpha, or by naming the base.
 UNTOLD = {"no-alpha", "no-config"}
+WITHOUT_BASE = {"row-order", "needs-base"}
 #: Refusals of a merge that a program may not share; the rules say what it does.
 _OF_CONFIG = {
     "layer-replication", "alora-invocation-tokens", "use-qalora", "base-changing-init",
@@ -119,6 +120,7 @@ class Traits:
             (module, given)
             for module in self.factors
             if module.scale is not None
+            and module.rank
             and not math.isclose(given := served(module), module.scale, rel_tol=1e-6)
         ]
         if not wrong:
@@ -266,7 +268,8 @@ class Traits:
     @property
     def damage(self) -> Notice | None:
         """What makes the file itself impossible to use whole, by its reader."""
-        found = [n for n in self.adapter.notices if n.refused and n.code not in _OF_CONFIG]
+        whole = _OF_CONFIG | WITHOUT_BASE
+        found = [n for n in self.adapter.notices if n.refused and n.code not in whole]
         return found[0] if found else None
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from loratool.cli.options import base_option, json_option, quiet_option
+from loratool.cli.options import answer_options, base_option
+
+if TYPE_CHECKING:
+    from loratool.rendering.answering import Forms
 
 
 @click.command("lint", short_help="Say which servers load an adapter as it is.")
@@ -24,16 +29,14 @@ from loratool.cli.options import base_option, json_option, quiet_option
     help="What the server was started with, as vLLM's --max-lora-rank. [default: 16, vLLM's; with "
          "--together what all of them need]",
 )  # fmt: skip
-@json_option()
-@quiet_option()
+@answer_options(pages=True)
 def lint_command(
     adapters: tuple[str, ...],
     base: str | None,
     programs: tuple[str, ...],
     together: bool,
     max_rank: int | None,
-    as_json: bool,
-    quiet: bool,
+    forms: Forms,
 ) -> int:
     """Say which servers load an adapter as it is, and what mends it where they do not.
 
@@ -53,19 +56,16 @@ def lint_command(
       loratool lint runs/*/adapter --for vllm --max-rank 64 --json
       loratool lint style/ task/ --together --for sglang
     """
-    from loratool.errors import LoraToolError
-    from loratool.rendering import terminal as common
-    from loratool.rendering.drawing import draw
     from loratool.rendering.lint import lint_sheet
+    from loratool.rendering.terminal import print_error
     from loratool.verbs.lint import lint
 
     names = [name.strip() for given in programs for name in given.split(",")]
     report = lint(adapters, base=base, programs=names, together=together, max_rank=max_rank)
-    if as_json:
-        common.print_json(report.to_dict())
-    else:
-        for error in report.unread:
-            common.print_error(error)
-        draw(lint_sheet(report))
-    failures: list[LoraToolError] = report.unread
-    return failures[-1].exit_code if failures else 0 if report.passes else 3
+    for error in report.unread:
+        if not forms.as_json:
+            print_error(error)
+    forms.show(report, lint_sheet(report))
+    if report.unread:
+        return report.unread[-1].exit_code
+    return 0 if report.passes else 3

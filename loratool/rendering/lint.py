@@ -1,4 +1,4 @@
-"""Show what `lint` found: what each program makes of an adapter, and what mends it."""
+"""What `lint` found, as a sheet: what each program makes of an adapter, and what mends it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from loratool.rendering.sheet import (
     Facts,
     HeatMap,
+    Line,
     Sheet,
     SheetTable,
     Tone,
@@ -33,7 +34,7 @@ _SCALE: Mapping[Served, float] = {"loads": 1.0, "unknown": -0.3, "differs": -0.7
 def lint_sheet(report: LintReport) -> Sheet:
     """The answer for all adapters that could be read."""
     read = [found for found in report.adapters if isinstance(found, AdapterLint)]
-    sheet = Sheet("lint")
+    sheet = Sheet("lint", subject=report.sources[0] if len(report.sources) == 1 else "")
     for one in read:
         _add_adapter(sheet, one)
     if len(read) > 1:
@@ -57,8 +58,8 @@ def _add_adapter(sheet: Sheet, found: AdapterLint) -> None:
         table.add(verdict.title, verdict.version, Toned(word, tone), "".join(seen), _why(verdict))
     sheet.add(table)
     for command, titles in _mends(found).items():
-        sheet.say(f"{enumerated(titles)}:")
-        sheet.say("  ", strong(command))  # on a line of its own, to be pasted
+        sheet.say(f"{enumerated(titles)}:", apart=True)
+        sheet.add(Line(command))
 
 
 def _why(verdict: Verdict) -> Words:
@@ -78,10 +79,11 @@ def _mends(found: AdapterLint) -> dict[str, list[str]]:
 
 def _chart(read: list[AdapterLint]) -> HeatMap:
     return HeatMap(
-        "Which program loads which adapter", [one.source for one in read],
+        "Which program loads which adapter",
+        [one.source for one in read],
         [verdict.title for verdict in read[0].verdicts],
         [[_SCALE[verdict.outcome] for verdict in one.verdicts] for one in read],
-        "1 loads, -1 refused", 0.0,
+        "1 loads, -1 refused", across="program", middle=0.0,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_adapter
+from loratool.answers import Answer
 from loratool.converting.possible import possible_targets
 from loratool.errors import AdapterError, LoraToolError, UsageError, explained_os_errors
 from loratool.models.checkpoint import Checkpoint
@@ -40,10 +41,12 @@ class AdapterLint:
         }
 
 
-@dataclass
-class LintReport:
+@dataclass(repr=False)
+class LintReport(Answer):
     """All adapters in their order; in place of one that cannot be read the error. `asked` are the
     programs that must load it, and `base` the base that merge must take it for."""
+
+    ROWS = "adapters"
 
     adapters: list[AdapterLint | LoraToolError]
     sources: list[str]

@@ -42,13 +42,19 @@ def _gaps(t: Traits, setting: Setting) -> str:
     return f"{found}: those of all layers are dropped" if kinds else ""
 
 
+def _maybe_gaps(t: Traits, setting: Setting) -> str:
+    if setting.layers or not t.sets("layers_to_transform"):
+        return ""
+    return "layers_to_transform names layers; whether these are all of the base, --base tells"
+
+
 def _base_changed(t: Traits, setting: Setting) -> str:
     found = t.changed_base or "layer_replication" * t.sets("layer_replication")
     return f"{found}: it is applied to the base as published" if found else ""
 
 
 def _alpha(t: Traits, setting: Setting) -> str:
-    return "" if t.alpha == int(t.alpha) else "lora_alpha is declared as a whole number"
+    return "" if t.is_alpha_whole else "lora_alpha is declared as a whole number"
 
 
 def _not_tried(t: Traits, setting: Setting) -> str:
@@ -66,6 +72,7 @@ RULES = (
     ServingRule("differs", "wrong scale", _scales, "resize", _LORA),
     ServingRule("differs", "parts ignored", _ignored, "merge", _LORA),
     ServingRule("differs", "layers without factors", _gaps, "merge", _LORA),
+    ServingRule("unknown", "layers without factors", _maybe_gaps, "merge", _LORA),
     ServingRule("differs", "initialisation", _base_changed, "merge", _LORA),
     ServingRule("unknown", "alpha", _alpha, "resize", _LORA),
     ServingRule("unknown", "variant", _not_tried, "merge", _LORA),

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping
 
 from loratool.adapters.adapter import Adapter
+from loratool.serving.sglang import SGLANG
 from loratool.serving.traits import UNTOLD, WITHOUT_BASE, Traits
 from loratool.serving.verdict import Cure, ServingProgram, Setting, Verdict
-from loratool.serving.vllm import DEFAULT_RANK
+from loratool.serving.vllm import DEFAULT_RANK, VLLM
 from loratool.storage.folder import origin_of
 
 #: Dialects whose names, rows or products depend on the base, so that reading takes it.
@@ -44,14 +45,14 @@ def mend_of(
         cure = "merge"
     if cure == "resize" and (adapter.functions or conversions.get("peft", "").startswith("no: ")):
         cure = "merge"
-    return _command(Traits(adapter), cure, target, setting, _rank_limit(verdict, setting))
+    return _command(Traits(adapter), cure, target, setting, _rank_limit(program, setting))
 
 
-def _rank_limit(verdict: Verdict, setting: Setting) -> int | None:
-    """The rank that the program does not exceed, where that is what stands in the way."""
-    if not any(remark.short == "rank" for remark in verdict.troubles):
-        return None
-    return setting.max_rank or DEFAULT_RANK
+def _rank_limit(program: ServingProgram, setting: Setting) -> int | None:
+    """The rank above which the program does not load; None where there is no limit."""
+    if program.name == VLLM.name:
+        return setting.max_rank or DEFAULT_RANK
+    return setting.max_rank if program.name == SGLANG.name else None
 
 
 def _command(t: Traits, cure: Cure, target: str, setting: Setting, limit: int | None) -> str:

@@ -26,8 +26,11 @@ def _maybe_architecture(t: Traits, setting: Setting) -> str:
 
 
 def _alpha(t: Traits, setting: Setting) -> str:
-    whole = t.alpha >= 0 and t.alpha == int(t.alpha)
-    return "" if whole else f"lora_alpha {t.alpha:g} is read as a whole number"
+    return (
+        ""
+        if t.is_alpha_whole and t.alpha >= 0
+        else f"lora_alpha {t.alpha:g} is read as a whole number"
+    )
 
 
 OLLAMA = ServingProgram(

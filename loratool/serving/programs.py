@@ -52,10 +52,9 @@ def chosen_programs(names: Iterable[str]) -> list[ServingProgram]:
     return [PROGRAMS[name] for name in given or PROGRAMS]
 
 
-def verdict_on(adapter: Adapter, program: ServingProgram, setting: Setting) -> Verdict:
+def verdict_on(traits: Traits, program: ServingProgram, setting: Setting) -> Verdict:
     """What a program makes of an adapter, by its headers. The command that mends it is left out."""
-    traits = Traits(adapter)
-    if adapter.format not in program.reads:
+    if traits.adapter.format not in program.reads:
         return verdict_of(program, [_other_format(traits, program, setting)])
     remarks = list(_of_file(traits, program))
     if traits.is_peft:
@@ -106,9 +105,9 @@ def serving_words(adapter: Adapter) -> dict[str, str]:
     """How an adapter fares in each program, in a few words: "loads", "refused: DoRA"."""
     if not adapter.is_read:
         return {}
-    found = {}
+    found, traits, setting = {}, Traits(adapter), Setting()
     for name, program in PROGRAMS.items():
-        verdict = verdict_on(adapter, program, Setting())
+        verdict = verdict_on(traits, program, setting)
         troubles = verdict.troubles
         short = f": {troubles[0].short}" if troubles else ""
         found[name] = f"{verdict.outcome}{short}"

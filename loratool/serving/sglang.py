@@ -66,7 +66,7 @@ def _heads(t: Traits, setting: Setting) -> str:
 
 def _unlisted(t: Traits, setting: Setting) -> str:
     named = t.targets or []
-    if named == "all-linear" or named == "all":
+    if isinstance(named, str):  # all of them, or refused
         return ""
     ends = {str(name).rpartition(".")[2] for name in named}
     apart = [p for p in (*t.on("embedding"), *t.head_factors) if p.rpartition(".")[2] not in ends]

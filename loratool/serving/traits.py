@@ -75,7 +75,7 @@ class Traits:
         """The ranks that modules have, the smallest first."""
         return sorted({module.rank for module in self.factors})
 
-    @property
+    @cached_property
     def largest_rank(self) -> int:
         """The largest that a module has or the config names."""
         by_name = self.config.get("rank_pattern")
@@ -86,14 +86,14 @@ class Traits:
         ]
         return max(self.rank, *self.ranks, *named, 1)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """r of the config."""
         if not self.config:
             return max(self.ranks, default=1)
         return max(1, int(_number(self.config.get("r"), 8)))
 
-    @property
+    @cached_property
     def alpha(self) -> float:
         """lora_alpha of the config."""
         if self.config:
@@ -102,11 +102,15 @@ class Traits:
         return max(set(found), key=found.count, default=1.0)
 
     @property
+    def is_alpha_whole(self) -> bool:
+        return math.isfinite(self.alpha) and self.alpha == int(self.alpha)
+
+    @property
     def root_or_rank(self) -> float:
         """What programs that know rsLoRA divide alpha by."""
         return math.sqrt(self.rank) if self.config.get("use_rslora") else float(self.rank)
 
-    @property
+    @cached_property
     def has_alpha_pattern(self) -> bool:
         if self.config:
             return bool(self.config.get("alpha_pattern"))
@@ -152,16 +156,19 @@ class Traits:
     def one_expert_each(self) -> list[str]:
         return [path for path in self.adapter.modules if _ONE_EXPERT.search(f".{path}.")]
 
-    def gaps(self, layers: int | None) -> list[str]:
-        """Kinds of modules that some layers lack; of `layers`, or of all that have any."""
+    @cached_property
+    def layers_by_kind(self) -> dict[str, set[int]]:
+        """The layers in which there are modules of a kind, by its path without numbers."""
         seen: dict[str, set[int]] = {}
         for path in self.adapter.modules:
             if numbers := numbers_of(path):
                 seen.setdefault(pattern(path), set()).add(numbers[0])
+        return seen
+
+    def gaps(self, layers: int | None) -> list[str]:
+        """Kinds of modules that some layers lack; of `layers`, or of all that have any."""
+        seen = self.layers_by_kind
         whole = set(range(layers)) if layers else set().union(*seen.values())
-        chosen = self.config.get("layers_to_transform")
-        if chosen not in (None, []) and not layers:  # of how many, nobody says
-            return sorted({_leaf(kind) for kind in seen})
         return sorted({_leaf(kind) for kind, found in seen.items() if whole - found})
 
     # ------------------------------------------------------------------- beside the factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from loratool.models.checkpoint import Checkpoint
@@ -37,21 +38,21 @@ class Setting:
     def model_type(self) -> str:
         return self.base.model_type if self.base else ""
 
-    @property
+    @cached_property
     def layers(self) -> int | None:
         if self.base is None:
             return None
         config = self.base.config
         return layer_count(config) or layer_count(config.get("text_config") or {})
 
-    @property
+    @cached_property
     def vocabulary(self) -> int | None:
         """Rows of the base's token embedding; None where they are not known."""
         tensors = self.base.tensors if self.base else {}
         rows = [i.shape[0] for n, i in tensors.items() if TOKEN_EMBEDDING.search(n) and i.shape]
         return rows[0] if rows else None
 
-    @property
+    @cached_property
     def is_tied(self) -> bool | None:
         """Whether the base's head is its embedding; None without a base."""
         if self.base is None:

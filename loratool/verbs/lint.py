@@ -16,6 +16,7 @@ from loratool.models.checkpoint import Checkpoint
 from loratool.serving.mending import mend_of
 from loratool.serving.programs import chosen_programs, verdict_on
 from loratool.serving.together import Together, common_rank_limit, served_together
+from loratool.serving.traits import Traits
 from loratool.serving.verdict import ServingProgram, Setting, Verdict
 from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, model_at
 from loratool.verbs.mergeable import merge_verdict
@@ -162,7 +163,8 @@ def _read(source: Source, base: Checkpoint | None) -> Adapter | LoraToolError:
 
 
 def _linted(adapter: Adapter, programs: Sequence[ServingProgram], setting: Setting) -> AdapterLint:
-    verdicts = [verdict_on(adapter, program, setting) for program in programs]
+    traits = Traits(adapter)
+    verdicts = [verdict_on(traits, program, setting) for program in programs]
     bad = [verdict for verdict in verdicts if verdict.outcome != "loads"]
     conversions = possible_targets(adapter, setting.base) if bad else {}
     for program, verdict in zip(programs, verdicts, strict=True):

@@ -80,6 +80,16 @@ def test_other_dialects_are_converted(case: str, tmp_path: Path) -> None:
     assert loratool.lint(shlex.split(found.mend)[-1], programs="vllm").passes
 
 
+def test_another_dialect_is_cut_to_the_limit_too(tmp_path: Path) -> None:
+    """What is neither PEFT's nor small enough gets one command for both."""
+    one = CASES["mlx-steps"]
+    (tmp_path / one.adapter.name).symlink_to(one.adapter)
+    found = verdicts(tmp_path / one.adapter.name, base=one.base, max_rank=1)["vllm"]
+    assert "--rank 1 " in found.mend
+    assert run_cli(*shlex.split(found.mend)[1:]).exit_code == 0
+    assert loratool.lint(shlex.split(found.mend)[-1], programs="vllm", max_rank=1).passes
+
+
 def test_what_nobody_said_stands_in_capitals() -> None:
     """Without a base the command has BASE in its place, and A for an alpha that no file tells."""
     found = verdicts(CASES["gguf-f32"].adapter)

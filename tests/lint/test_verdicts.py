@@ -117,6 +117,13 @@ def test_a_base_settles_what_depends_on_it(tmp_path: Path) -> None:
     assert verdicts(lookup, base=base)["vllm"].outcome == "refused"  # of 40 tokens, not 256
 
 
+def test_layers_that_are_chosen_are_held_against_the_base(tmp_path: Path) -> None:
+    """Whether layers_to_transform leaves some out is told by the base only."""
+    folder = on_two_layers(tmp_path / "a", layers_to_transform=[0, 1])
+    assert verdicts(folder)["lorax"].outcome == "unknown"
+    assert verdicts(folder, base=FIXTURES / "base")["lorax"].outcome == "differs"
+
+
 def test_ollama_converts_folders_of_two_architectures(tmp_path: Path) -> None:
     """For a base of another one a GGUF is what it takes."""
     case = CASES["gguf-qwen2"]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Factors
+from loratool.errors import FileError
 from loratool.models.layouts.names import LANGUAGE_HEAD, TOKEN_EMBEDDING
 from loratool.notices import Notice
 from loratool.paths import numbers_of, pattern
@@ -208,13 +210,16 @@ class Traits:
         trained = self.config.get("trainable_token_indices")
         return list(self.adapter.token_rows) or ["trainable_token_indices"] * bool(trained)
 
-    @property
+    @cached_property
     def added_tokens(self) -> list[int]:
         """Ids in added_tokens.json beside the weights."""
         folder = self.adapter.folder
         if not self.is_peft or not folder.has("added_tokens.json"):
             return []
-        return [n for n in folder.json("added_tokens.json").values() if type(n) is int]
+        found: dict[str, Any] = {}
+        with suppress(FileError):  # a damaged one is no reason to say nothing else
+            found = folder.json("added_tokens.json")
+        return [n for n in found.values() if type(n) is int]
 
     # ------------------------------------------------------------------- variants
 

@@ -185,6 +185,8 @@ def test_ids_above_the_vocabulary_are_refused(tmp_path: Path) -> None:
     assert "added_tokens.json" in verdicts(folder)["sglang"].conditions[0]
     found = verdicts(folder, base=FIXTURES / "base")["sglang"]
     assert found.outcome == "refused"
+    (folder / "added_tokens.json").write_text("[")  # which is none of the adapter's own
+    assert verdicts(folder)["sglang"].outcome == "loads"
 
 
 def test_placeholders_load_nowhere(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from loratool.words import enumerated, format_bytes
 
 _VERDICTS: Mapping[Served, tuple[str, Tone]] = {
     "loads": ("loads", "good"),
-    "differs": ("computes something else", "bad"),
+    "differs": ("another result", "bad"),
     "refused": ("refused", "bad"),
     "unknown": ("not known", "warning"),
 }

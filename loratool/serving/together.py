@@ -10,11 +10,16 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.dtypes import dtype_name
 from loratool.serving.hotswap import HOTSWAP, to_load_first, unlike
+from loratool.serving.mlx import MLX
+from loratool.serving.ollama import OLLAMA
 from loratool.serving.sglang import SGLANG
 from loratool.serving.traits import Traits
 from loratool.serving.verdict import ServingProgram, Verdict
 from loratool.serving.vllm import RANK_SETTINGS, VLLM, rank_setting
 from loratool.words import counted, enumerated
+
+#: Programs that have one adapter at a time.
+_EACH_ALONE = {OLLAMA.name: "a model with its own ADAPTER for each", MLX.name: "one at a time"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ def _start(
         whole = any(t.targets in ("all", "all-linear") for t in adapters)
         shown = "all" if whole else " ".join(asked)
         return f"--enable-lora --max-lora-rank {rank} --lora-target-modules {shown}"
-    return to_load_first(adapters) if program.name == HOTSWAP.name else ""
+    if program.name == HOTSWAP.name:
+        return to_load_first(adapters)
+    return _EACH_ALONE.get(program.name, "")
 
 
 def _apart(

@@ -13,6 +13,7 @@ from helpers.places import FIXTURES
 
 import loratool
 from loratool.cli.lint import lint_command
+from loratool.publishing.manifest import pack
 from loratool.serving.programs import PROGRAMS
 
 ADAPTER, BASE = FIXTURES / "adapter", FIXTURES / "base"
@@ -168,3 +169,29 @@ def test_cards_have_a_line_of_it(tmp_path: Path) -> None:
     text = loratool.card(folder, base="org/base", dry_run=True).text
     assert "vLLM, LoRAX, TGI, exllamav3, PEFT hotswap: load" in text
     assert "llama.cpp" in text
+
+
+def test_push_has_a_line_of_it(tmp_path: Path) -> None:
+    """What goes up is known by the programs that load it."""
+    folder = on_two_layers(tmp_path / "a", use_rslora=True, base_model_name_or_path="org/base")
+    serving = pack(folder).serving
+    assert (serving["vllm"], serving["sglang"]) == ("loads", "differs: wrong scale")
+
+
+def test_a_page_has_the_answer(tmp_path: Path, rooted: Path) -> None:
+    """--html writes the same answer as a page, with the commands whole."""
+    page = tmp_path / "page.html"
+    assert run_cli("lint", ADAPTER, rooted, "--together", "--html", page).exit_code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "llama.cpp" in text
+    assert "--rank 4" in text
+
+
+def test_a_report_shows_itself(rooted: Path) -> None:
+    """In Python the report says its first facts, and an adapter that is not there is an error."""
+    assert "rooted" in repr(loratool.lint(rooted))
+    report = loratool.lint([rooted, rooted / "nothing"], programs="vllm")
+    assert len(report.unread) == 1
+    assert not report.passes
+    with pytest.raises(loratool.LoraToolError):
+        loratool.lint(rooted / "nothing")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loratool.verbs.extract import extract
     from loratool.verbs.finish import finish
     from loratool.verbs.inspect import InspectReport, inspect
+    from loratool.verbs.lint import LintReport, lint
     from loratool.verbs.list import CatalogReport, catalog
     from loratool.verbs.merge import merge
     from loratool.verbs.push import PushReport, push
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
     "inspect", "list", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert",
-    "extract", "dequantise", "finish", "push", "card",
+    "extract", "dequantise", "lint", "finish", "push", "card",
 )  # fmt: skip
 
 #: Verbs whose function is called otherwise, because Python itself has a function of their name.
@@ -51,6 +52,7 @@ __all__ = [
     "DequantiseReport",
     "ExtractReport",
     "InspectReport",
+    "LintReport",
     "LoraToolError",
     "MergeReport",
     "PushReport",
@@ -68,6 +70,7 @@ __all__ = [
     "extract",
     "finish",
     "inspect",
+    "lint",
     "merge",
     "push",
     "resize",

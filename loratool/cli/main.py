@@ -20,6 +20,7 @@ from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.finish import finish_command
 from loratool.cli.inspect import inspect_command
+from loratool.cli.lint import lint_command
 from loratool.cli.list import list_command
 from loratool.cli.merge import merge_command
 from loratool.cli.options import CONTEXT, Commands
@@ -54,6 +55,7 @@ def cli() -> None:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool extract base/ tuned/ --rank 16 -o adapter/
       loratool dequantise llama-bnb-4bit/ -o plain/
+      loratool lint adapter/ --for vllm,llamacpp
       loratool push adapter/ org/adapter
     """
 
@@ -70,6 +72,7 @@ for command in (
     convert_command,
     extract_command,
     dequantise_command,
+    lint_command,
     finish_command,
     push_command,
     card_command,

@@ -15,6 +15,7 @@ from loratool.rendering.dequantise import dequantise_sheet
 from loratool.rendering.extract import extract_sheet
 from loratool.rendering.finish import finish_sheet
 from loratool.rendering.inspect import inspect_sheet
+from loratool.rendering.lint import lint_sheet
 from loratool.rendering.list import list_sheet
 from loratool.rendering.merge import merge_sheet
 from loratool.rendering.push import push_sheet
@@ -29,6 +30,7 @@ from loratool.verbs.convert import ConvertReport
 from loratool.verbs.dequantise import DequantiseReport
 from loratool.verbs.finish import FinishReport
 from loratool.verbs.inspect import InspectReport
+from loratool.verbs.lint import LintReport
 from loratool.verbs.list import CatalogReport
 from loratool.verbs.push import PushReport
 from loratool.verbs.resize import ResizeReport
@@ -45,6 +47,7 @@ _SHEETS: dict[type, Callable[[Any], Sheet]] = {
     ExtractReport: extract_sheet,
     FinishReport: finish_sheet,
     InspectReport: inspect_sheet,
+    LintReport: lint_sheet,
     MergeReport: merge_sheet,
     PushReport: push_sheet,
     ResizeReport: resize_sheet,

@@ -25,7 +25,7 @@ FLOORS = """
     rendering
     verbs
     auditing cataloguing combining converting extracting publishing
-    merging
+    merging serving
     adapters
     models streams
     storage linalg

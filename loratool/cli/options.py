@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from loratool.cli.completing import offer_values
 from loratool.errors import UsageError, nearest
+from loratool.text import fitting
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 
 
+class _Help(click.HelpFormatter):
+    """Help in signs that stdout has; click writes UTF-8 where stdout is said to be ASCII."""
+
+    def getvalue(self) -> str:
+        return fitting(super().getvalue(), sys.stdout.encoding or "utf-8")
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
 class Commands(click.Group):
-    """A group that suggests the command somebody may have meant."""
+    """A group that suggests the command somebody may have meant, and values to shells."""
+
+    context_class = _Context
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(cmd, name)
+        cmd.context_class = _Context
+        offer_values(cmd)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
             near = nearest(args[0], self.list_commands(ctx))
-            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near!r}?" if near else ""))
+            hint = f"Did you mean {near!r}? " if near else ""
+            raise UsageError(f"No such command {args[0]!r}.", f"{hint}See loratool --help.")
         return super().resolve_command(ctx, args)
 
 

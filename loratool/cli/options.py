@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
 from loratool.cli.completing import offer_values
 from loratool.errors import UsageError, nearest
+from loratool.storage.destination import plan_first
 from loratool.text import fitting
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
@@ -236,11 +238,18 @@ html_option = _shared(
 plot_option = _shared(
     "--plot", metavar="FILE", help="Also draw its charts: FILE.png, FILE.svg or FILE.pdf."
 )
+pager_option = _shared(
+    "--pager", is_flag=True, help="Show the answer through $PAGER, on a terminal."
+)
 quiet_option = _shared("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr.")
 
 
 def answer_options(pages: bool = False) -> Decorator:
-    """--json and --quiet, and with `pages` --html and --plot; the command gets them as `forms`."""
+    """--json and --quiet, and with `pages`, for answers that are looked at for long, --html, --plot
+    and --pager; the command gets them as `forms`.
+
+    A dry run shows its answer, and then what the real run would end with.
+    """
 
     def option(command: Any) -> Any:
         @functools.wraps(command)
@@ -249,17 +258,20 @@ def answer_options(pages: bool = False) -> Decorator:
             quiet: bool,
             html: str | None = None,
             plot: str | None = None,
+            pager: bool = False,
             **others: Any,
         ) -> Any:
             from loratool.rendering.answering import Forms
+            from loratool.rendering.terminal import paged
 
             forms = Forms(as_json, quiet, html, plot)
             forms.check()
-            return command(forms=forms, **others)
+            with plan_first() if others.get("dry_run") else nullcontext(), paged(pager):
+                return command(forms=forms, **others)
 
         found = json_option()(quiet_option()(with_forms))
         if pages:
-            found = html_option()(plot_option()(found))
+            found = html_option()(plot_option()(pager_option()(found)))
         return found
 
     return option

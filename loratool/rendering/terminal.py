@@ -127,6 +127,32 @@ def print_warnings(notices: Iterable[Notice]) -> None:
         )
 
 
+@contextmanager
+def paged(wanted: bool) -> Iterator[None]:
+    """Show what the block prints through the user's pager, if that is wanted and somebody sits at
+    a terminal; also where the block ends with an exit code or an error."""
+    if not (wanted and out.is_terminal and sys.stdin.isatty()):
+        yield
+        return
+    out.begin_capture()
+    try:
+        yield
+    except KeyboardInterrupt:
+        out.end_capture()
+        raise
+    except BaseException:
+        _page(out.end_capture())
+        raise
+    _page(out.end_capture())
+
+
+def _page(shown: str) -> None:
+    if shown:
+        from click import echo_via_pager
+
+        echo_via_pager(shown, color=not out.no_color)
+
+
 #: Seconds between two lines about how far the work is, where no terminal shows a bar.
 LINE_EVERY = 30.0
 

@@ -10,10 +10,9 @@ def start() -> NoReturn:
     """Run the command line. Ctrl-C is heard from here on, also while the rest is imported."""
     prepare_imports()
     if "--version" in sys.argv:
-        from loratool.cli.versions import answers_versions
+        from loratool.cli.versions import answer_versions
 
-        if answers_versions(sys.argv[1:]):
-            sys.exit()
+        answer_versions(sys.argv[1:])
     from loratool.cli.main import main
 
     main()

@@ -116,7 +116,9 @@ def _answer(arguments: list[str]) -> int:
     failure: LoraToolError
     try:
         # A command that says no exits with a code; click hands it over as the result.
-        code: int = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
+        code: int = (
+            cli.main(arguments or ["--help"], prog_name="loratool", standalone_mode=False) or 0
+        )
         sys.stdout.flush()
         return code
     except click.exceptions.Exit as stop:

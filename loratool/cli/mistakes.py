@@ -58,14 +58,16 @@ def in_one_style(error: click.ClickException, arguments: Sequence[str]) -> Usage
     if isinstance(error, click.NoSuchOption):
         hint = _option_meant(error.option_name, context)
         return UsageError(f"No such option {error.option_name}.", f"{hint} {more}".strip())
-    said = UsageError(_ended(error.format_message()), f"Usage: {_ended(_usage(context))} {more}")
+    said = _ended(error.format_message())
+    if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter):
+        return UsageError(said, _weights_meant(context.command, arguments) or more)
+    meant = ""
     if isinstance(error, click.MissingParameter):
-        needs_output = error.param is not None and error.param.name == "output"
-    else:
-        needs_output = error.message.startswith("Got unexpected extra argument")
-    meant = _output_meant(context.command, arguments) if needs_output else ""
-    said.hint = meant or _weights_meant(context.command, arguments) or said.hint
-    return said
+        if error.param is not None and error.param.name == "output":
+            meant = _output_meant(context.command, arguments)
+    elif error.message.startswith("Got unexpected extra argument"):
+        meant = _output_meant(context.command, arguments)
+    return UsageError(said, meant or f"Usage: {_ended(_usage(context))} {more}")
 
 
 def with_meaning(

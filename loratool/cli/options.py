@@ -42,7 +42,8 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        unknown = args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:  # a shell that completes wants no error
             near = nearest(args[0], self.list_commands(ctx))
             hint = f"Did you mean {near!r}? " if near else ""
             raise UsageError(f"No such command {args[0]!r}.", f"{hint}See loratool --help.")

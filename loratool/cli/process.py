@@ -137,14 +137,14 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def was_heard(text: str) -> bool:
-    """Print lines on stdout, where that takes them without more ado."""
+def print_answer(text: str) -> OSError | None:
+    """Print lines on stdout, before Rich is imported; the reason where it does not take them."""
     try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
-    except (OSError, ValueError):
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
 
 
 def leave(code: int) -> NoReturn:

@@ -7,11 +7,14 @@ imported for it.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from loratool.cli.process import was_heard
+from loratool.cli.process import print_answer, say
+from loratool.errors import AnswerLost
 from loratool.version import __version__
 
 #: Packages by the names that they are installed by.
@@ -33,15 +36,20 @@ def versions_text(as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def answers_versions(arguments: Sequence[str]) -> bool:
-    """Answer a call that asks for versions and nothing else, before the commands are imported.
-
-    False where it asks for something else, or stdout does not take the answer: then the command
-    line as a whole knows what to do.
-    """
+def answer_versions(arguments: Sequence[str]) -> None:
+    """Answer a call that asks for versions and nothing else, and end the process; return for any
+    other, which the command line as a whole answers."""
     if "--version" not in arguments or not {"--version", "--json"} >= set(arguments):
-        return False
-    return was_heard(versions_text("--json" in arguments))
+        return
+    as_json = "--json" in arguments
+    refused = print_answer(versions_text(as_json))
+    if refused is None:
+        sys.exit()
+    if isinstance(refused, BrokenPipeError):
+        os._exit(0)
+    lost = AnswerLost(refused.strerror or str(refused))
+    say(json.dumps(lost.to_dict()) if as_json else f"error: {lost.message}")
+    os._exit(lost.exit_code)  # Python would try to print it once more
 
 
 def _installed(name: str) -> str | None:

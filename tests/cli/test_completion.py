@@ -69,6 +69,14 @@ def test_paths_are_left_to_the_shell(line: str) -> None:
     assert offered(line) == ["file,ad"]
 
 
+@pytest.mark.parametrize(
+    "line", ["loratool nothing x", "loratool merge --nothing x", "loratool 'x"]
+)
+def test_a_wrong_line_is_no_error_while_it_is_typed(line: str) -> None:
+    """Where a line has mistakes the shell is told nothing, or files, and shows no error."""
+    assert all(item.startswith("file,") for item in offered(line))
+
+
 def test_every_argument_completes_something() -> None:
     """No command, a new one neither, has an argument that a shell has nothing for."""
     for name, command in cli.commands.items():

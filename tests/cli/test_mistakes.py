@@ -47,7 +47,7 @@ def hint_of(done: Result) -> str:
         ("inspect", "Usage: loratool inspect SOURCE... See loratool inspect --help."),
         ("verify B A", "Usage: loratool verify MERGED ADAPTER... --base BASE."),
         ("push A org/a more", "Usage: loratool push PATH REPO_ID."),
-        ("resize A --rank many -o x", "Usage: loratool resize ADAPTER -o OUT."),
+        ("resize A --rank many -o x", "See loratool resize --help."),
         ("merg B A -o x", "Did you mean 'merge'?"),
         ("--versoin", "Did you mean --version?"),
         ("", "See loratool --help."),

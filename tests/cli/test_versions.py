@@ -54,12 +54,15 @@ def test_versions_are_told_before_anything_slow_is_imported() -> None:
 
 
 @pytest.mark.process
-def test_versions_that_cannot_be_printed_are_an_error() -> None:
-    """A full disk behind stdout is said, as for any answer."""
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "loratool", "--version"], stdout=full, stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("form", ["", "--json"])
+def test_versions_that_cannot_be_printed_are_an_error(where: str, form: str) -> None:
+    """A full disk behind stdout, and one that is closed, are said, as for any answer."""
+    line = f"{sys.executable} -m loratool --version {form} {where}"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
     assert "could not be printed" in done.stderr
+    line = f"{sys.executable} -m loratool --version {form} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

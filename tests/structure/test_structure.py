@@ -156,7 +156,7 @@ def test_only_the_console_and_the_command_line_print() -> None:
 
 
 #: Who may write to a stream, and the functions of it that do.
-WRITERS = {"rendering.terminal": ("_print_exactly",), "cli.process": ("say", "was_heard")}
+WRITERS = {"rendering.terminal": ("_print_exactly",), "cli.process": ("say", "print_answer")}
 
 
 def test_text_goes_to_streams_through_three_functions() -> None:

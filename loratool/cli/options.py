@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
+from loratool.cli.completing import offer_values
 from loratool.errors import UsageError, nearest
+from loratool.storage.destination import plan_first
+from loratool.text import fitting
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 
 
+class _Help(click.HelpFormatter):
+    """Help in signs that stdout has; click writes UTF-8 where stdout is said to be ASCII."""
+
+    def getvalue(self) -> str:
+        return fitting(super().getvalue(), sys.stdout.encoding or "utf-8")
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
 class Commands(click.Group):
-    """A group that suggests the command somebody may have meant."""
+    """A group that suggests the command somebody may have meant, and values to shells."""
+
+    context_class = _Context
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(cmd, name)
+        cmd.context_class = _Context
+        offer_values(cmd)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        unknown = args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:  # a shell that completes wants no error
             near = nearest(args[0], self.list_commands(ctx))
-            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near!r}?" if near else ""))
+            hint = f"Did you mean {near!r}? " if near else ""
+            raise UsageError(f"No such command {args[0]!r}.", f"{hint}See loratool --help.")
         return super().resolve_command(ctx, args)
 
 
@@ -214,11 +239,18 @@ html_option = _shared(
 plot_option = _shared(
     "--plot", metavar="FILE", help="Also draw its charts: FILE.png, FILE.svg or FILE.pdf."
 )
+pager_option = _shared(
+    "--pager", is_flag=True, help="Show the answer through $PAGER, on a terminal."
+)
 quiet_option = _shared("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr.")
 
 
 def answer_options(pages: bool = False) -> Decorator:
-    """--json and --quiet, and with `pages` --html and --plot; the command gets them as `forms`."""
+    """--json and --quiet, and with `pages`, for answers that are looked at for long, --html, --plot
+    and --pager; the command gets them as `forms`.
+
+    A dry run shows its answer, and then what the real run would end with.
+    """
 
     def option(command: Any) -> Any:
         @functools.wraps(command)
@@ -227,17 +259,20 @@ def answer_options(pages: bool = False) -> Decorator:
             quiet: bool,
             html: str | None = None,
             plot: str | None = None,
+            pager: bool = False,
             **others: Any,
         ) -> Any:
             from loratool.rendering.answering import Forms
+            from loratool.rendering.terminal import paged
 
             forms = Forms(as_json, quiet, html, plot)
             forms.check()
-            return command(forms=forms, **others)
+            with plan_first() if others.get("dry_run") else nullcontext(), paged(pager):
+                return command(forms=forms, **others)
 
         found = json_option()(quiet_option()(with_forms))
         if pages:
-            found = html_option()(plot_option()(found))
+            found = html_option()(plot_option()(pager_option()(found)))
         return found
 
     return option

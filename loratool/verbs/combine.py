@@ -30,6 +30,7 @@ from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
 from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
@@ -150,6 +151,7 @@ def combine(
     chosen, criterion = options.check(), options.criterion
     target = Path(output)
     check_output(target, [Path(s) for s in sources], overwrite)
+    refuse_other_run(target)
     said = told_of(told, sources)
     model = model_at(base)
     loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]

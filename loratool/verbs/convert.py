@@ -42,6 +42,7 @@ from loratool.storage.links import copy_own, refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.system import sync
 from loratool.storage.workfolder import WorkFolder
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
@@ -132,6 +133,7 @@ def convert(
     (said,) = told_of(told, [adapter])
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
+    refuse_other_run(target)
     source = read_lora(adapter, said, asked.base)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
@@ -150,10 +152,10 @@ def convert(
         bytes=nbytes,
         warnings=[*(n for n in source.notices if not n.refused), *draft.notices],
     )
+    refuse_full_disk(nbytes, target)
     if dry_run:
         refuse_not_finite(source)  # which the writing of a file notices by itself
     else:
-        refuse_full_disk(nbytes, target)
         options = {
             "to": report.to, "dtype": dtype, "max_rank": max_rank, "allow_lossy": allow_lossy,
             "set_metadata": dict(set_metadata or {}),

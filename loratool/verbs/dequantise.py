@@ -18,6 +18,7 @@ from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.notices import Notice, document
 from loratool.publishing.target import workplace
 from loratool.storage.destination import Overwrite, check_output
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut, WorkShare, parse_share
@@ -122,6 +123,8 @@ def dequantise(
     check_paths([base, output], [base], "")
     target = Path(output)
     replaces = overwrite or run.share is not None  # what is there may be what workers made
+    if run.share is None:
+        refuse_other_run(target)
     check_output(target, [Path(base)], replaces)
     model = dequantised(open_checkpoint(base))
     if not isinstance(model, Dequantised):

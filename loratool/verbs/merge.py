@@ -23,6 +23,7 @@ from loratool.storage.destination import (
     Overwrite,
     check_output,
 )
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import WorkShare, parse_share
@@ -134,6 +135,8 @@ def merge(
     factors = check_weights(weights, sources)
     said = told_of(told, sources, expert_b_layout)
     replaces = overwrite or run.share is not None  # what is there may be what workers made
+    if run.share is None:
+        refuse_other_run(target)
     plan = _planned(base, sources, factors, options, target, replaces, said)
     arguments = {
         "base": as_place(base), "adapters": [as_place(source) for source in sources],

@@ -23,6 +23,7 @@ from loratool.linalg.ranks import Criterion, check_patterns, check_rank, note_to
 from loratool.notices import Notice, document
 from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
@@ -127,6 +128,7 @@ def resize(
         )
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
+    refuse_other_run(target)
     (said,) = told_of(told, [adapter])
     model = model_at(base)
     lora = read_lora(adapter, said, model)

@@ -25,6 +25,7 @@ from loratool.storage.destination import (
     check_output,
 )
 from loratool.storage.filenames import PROVENANCE
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import WorkShare, parse_share
@@ -99,6 +100,8 @@ def unmerge(
     target = Path(output)
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
+    if run.share is None:
+        refuse_other_run(target)
     arguments = {
         "merged": as_place(merged), "adapters": [as_place(source) for source in sources],
         "weights": factors, "base": None if base is None else as_place(base), "dtype": dtype,

@@ -153,9 +153,9 @@ def restore_base(
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
     report.warnings += changed_since(merged.folder, undo)
     refuse_company(request.target, undo.side_files, run.overwrite)
+    refuse_full_disk(base.nbytes, request.target)
     if run.dry_run:
         return report
-    refuse_full_disk(base.nbytes, request.target)
     from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
 
     def fill(folder: Path) -> list[Notice]:
@@ -229,9 +229,9 @@ def subtract_deltas(request: Request, base: str | Path | None, dtype: str | None
     report.side_files = sorted(files.copied)
     refuse_company(request.target, files.copied, run.overwrite)
     report.warnings += files.notices
+    refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     if run.dry_run:
         return report
-    refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     from loratool.merging.executor import execute
 
     originals = {} if base is None else {"originals": known_files(*_files_of(plan))}

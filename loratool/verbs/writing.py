@@ -104,6 +104,7 @@ def write_planned(
             plan.base.fetch()
             report.undo_bytes = undo_bytes(plan)
             report.warnings += note_large(report.undo_bytes, plan)
+        refuse_full_disk(report.bytes_needed - finished_bytes(target), target)
         return report
     # Who gives shares to tasks has decided already that what is there is to be replaced.
     if run.share is not None and run.share.completes and _is_made(plan, command, target):

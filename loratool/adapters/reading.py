@@ -50,6 +50,9 @@ def read_adapter(
     if held.names != (held.entry,):
         adapter.shards = tuple(folder.path / name for name in held.names)
     adapter.declared = dialect.declared(config)
+    if place.note:
+        adapter.notices.append(Notice("cache-folder", place.note, str(place.path)))
+    adapter.notices += held.notices
     if claim:
         adapter.is_read = True
         if not place.file or held.entry in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):

@@ -12,7 +12,7 @@ from loratool.adapters.companions import is_companion
 from loratool.adapters.dialects import claimed_by
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.dialects.torchtune import is_original_of
-from loratool.adapters.recognise import recognise
+from loratool.adapters.recognise import EXTRACT, recognise
 from loratool.errors import FileError, LoraToolError, listed
 from loratool.notices import Notice
 from loratool.storage.filenames import (
@@ -33,12 +33,7 @@ from loratool.words import agreeing, counted, enumerated
 _DEEPEST = 3
 
 #: What a file is that is certainly no adapter, as `recognise` calls it.
-_NO_ADAPTERS = ("optimizer-state", "base-checkpoint", "gguf-model", "empty")
-
-#: What to do with a fine-tune that was trained whole.
-EXTRACT = (
-    "`loratool extract BASE TUNED -o ADAPTER` makes an adapter of a model that was tuned whole."
-)
+_NO_ADAPTERS = ("optimizer-state", "base-checkpoint", "gguf-model", "diffusion-model", "empty")
 
 
 def find_entry(folder: Folder, source: str | Path) -> tuple[str, list[Notice]]:

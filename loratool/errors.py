@@ -185,7 +185,7 @@ def listed(items: Iterable[str], shown: int = 5) -> str:
     return "\n".join(lines)
 
 
-def gathered(reasons: Iterable[tuple[str, str]]) -> str:
+def by_cause(reasons: Iterable[tuple[str, str]]) -> str:
     """Names and what is wrong with each, as an indented list with one line for each cause.
 
     What differs in names and numbers of layers only is one cause: its line has the first names,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import MatchError, gathered
+from loratool.errors import MatchError, by_cause
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition
 from loratool.merging.coverage import note_broken_base
@@ -49,7 +49,7 @@ class BaseWeights:
             self._notices.append(note_leftover(self._base))
         if not self._deltas:
             raise MatchError(
-                f"No module of the adapters is in the base {base.label}:\n{gathered(lost)}",
+                f"No module of the adapters is in the base {base.label}:\n{by_cause(lost)}",
                 "Give the base model they were trained on.",
             )
         wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
@@ -57,7 +57,7 @@ class BaseWeights:
         if lost:
             does = agreeing(len(lost), "does")
             text = f"{counted(len(lost), 'part')} of the adapters {does} not fit this base:\n"
-            text += gathered(lost)
+            text += by_cause(lost)
             self._notices.append(Notice("unmatched", text, base.label))
 
     def intruders(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import gathered, listed
+from loratool.errors import by_cause, listed
 from loratool.merging.identity import note_other_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
@@ -90,7 +90,7 @@ def cover(
     if lost:
         does = agreeing(len(lost), "does")
         text = f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n"
-        notices.append(Notice("unmatched", text + gathered(lost), checkpoint.label))
+        notices.append(Notice("unmatched", text + by_cause(lost), checkpoint.label))
     adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
     adapted |= {name for name, _ in found.rows}
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

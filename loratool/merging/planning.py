@@ -12,7 +12,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
-from loratool.errors import AdapterError, MatchError, UsageError, gathered
+from loratool.errors import AdapterError, MatchError, UsageError, by_cause
 from loratool.merging.frozen import refuse_other_frozen
 from loratool.merging.initial import takings
 from loratool.merging.match import Delta, Match
@@ -128,7 +128,7 @@ def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
     if not lost:
         return
     does = agreeing(len(lost), "does")
-    text = f"{counted(len(lost), 'part')} of the adapter {does} not fit the base:\n{gathered(lost)}"
+    text = f"{counted(len(lost), 'part')} of the adapter {does} not fit the base:\n{by_cause(lost)}"
     placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
     if not plan.allow_unmatched or not placed:
         names = ", ".join(

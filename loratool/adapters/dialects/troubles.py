@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import gathered, listed
+from loratool.errors import by_cause, listed
 from loratool.notices import Notice
 from loratool.words import counted
 
@@ -42,7 +42,7 @@ def refuse_modules(adapter: Adapter, code: str, what: str, modules: Sequence[str
     if modules:
         verb, _, rest = what.partition(" ")
         reasons = [(path, reason) for path, _, reason in (m.partition(": ") for m in modules)]
-        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{gathered(reasons)}"
+        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{by_cause(reasons)}"
         adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
 
 

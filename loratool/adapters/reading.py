@@ -9,7 +9,7 @@ from loratool.adapters.companions import read_companions
 from loratool.adapters.dialects import WRITTEN, claimed_by
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.files import Held, read_held
-from loratool.adapters.recognise import recognise
+from loratool.adapters.recognise import recognise, way_out
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
@@ -57,6 +57,9 @@ def adapter_at(
     if held.names != (held.entry,):
         adapter.shards = tuple(folder.path / name for name in held.names)
     adapter.declared = dialect.declared(config)
+    if place.note:
+        adapter.notices.append(Notice("cache-folder", place.note, str(place.path)))
+    adapter.notices += held.notices
     if claim:
         adapter.is_read = True
         if not place.file or held.entry in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
@@ -96,8 +99,7 @@ def read_lora(
     if not adapter.is_read:
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
-            "docs/dialects.md lists what loratool reads. `loratool inspect` shows what is in the "
-            "file.",
+            way_out(adapter.format),
         )
     adapter.fetch()
     return adapter

@@ -44,6 +44,37 @@ _OPTIMIZER = r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$"
 
 _INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
 
+#: What to do with a model that was tuned whole.
+EXTRACT = "`loratool extract BASE TUNED -o OUT` makes an adapter of a model that was tuned whole."
+_WITH_PEFT = "Nothing merges it; PEFT uses it beside its base (PeftModel.from_pretrained)."
+_PICTURES = (
+    "loratool is for adapters of language models; use this with the program that it is for "
+    "(diffusers, ComfyUI, sd-scripts)."
+)
+_OTHERWISE = (
+    "docs/dialects.md lists what is read, and --from DIALECT says which of them a file is; "
+    "`loratool inspect --tensors` lists its names."
+)
+#: What to do with a file that is no adapter, by the code of what it is.
+_WAYS_OUT = {
+    "optimizer-state": "Give the adapter that was saved beside it: adapter_model.safetensors.",
+    "base-checkpoint": f"Give the adapter. {EXTRACT}",
+    "gguf-model": "Give the adapter that save_pretrained wrote; save_pretrained_gguf of Unsloth "
+    "writes a model into which it is merged already.",
+    "empty": "Save the adapter again: whoever wrote this held no trained weights.",
+    "adalora": "Give its folder, with the adapter_config.json that it is read by.",
+    "ia3": "Give its folder, with the adapter_config.json that it is read by.",
+    "control-vector": "llama.cpp uses it as it is: --control-vector.",
+    "bottleneck-adapter": "Nothing merges it; the adapters library uses it beside its base.",
+    "reft": "Nothing merges it; pyreft uses it beside its base.",
+    "llama-adapter": "Nothing merges it; it is used beside its base by what trained it.",
+    **dict.fromkeys((
+        "kohya", "cloneofsimo", "lycoris", "xlabs", "comfy", "diffusers", "lllite", "t-lora",
+        "textual-inversion", "ip-adapter", "control-lora", "controlnet", "t2i-adapter",
+        "custom-diffusion", "nunchaku", "hypernetwork", "diffusion-model",
+    ), _PICTURES),
+}  # fmt: skip
+
 Test = Callable[[Collection[str]], bool]
 
 
@@ -89,6 +120,30 @@ _FOREIGN: list[Rule] = [
 ]  # fmt: skip
 
 _RULES: list[Rule] = [
+    ("llama-adapter", "a LLaMA-Adapter, which adds to the attention what no weight does; not LoRA",
+     _any(r"(^|\.)adaption_(prompt|gate)$|^adapter_query\.")),
+    ("ip-adapter", "an IP-Adapter for a diffusion model: attention to pictures, not LoRA",
+     _any(r"^(ip_adapter|image_proj)\.")),
+    ("control-lora", "a Control-LoRA (a ControlNet in low-rank factors) for a diffusion model",
+     lambda names: "lora_controlnet" in names),
+    ("controlnet", "a ControlNet for a diffusion model, not an adapter of weights",
+     _any(r"^(control_model\.|controlnet_(cond|down|mid)_)")),
+    ("t2i-adapter", "a T2I-Adapter for a diffusion model: a network of its own, not LoRA",
+     _any(r"^(adapter\.)?body\.\d+\.(block[12]|in_conv|resnets)\b")),
+    ("custom-diffusion", "a Custom Diffusion file for a diffusion model, not LoRA",
+     _any(r"custom_diffusion")),
+    ("nunchaku", "a quantised diffusion model (Nunchaku), not an adapter",
+     lambda names: {"qweight", "proj_down"} <= {n.rpartition(".")[2] for n in names}),
+    ("hypernetwork", "a hypernetwork for a diffusion model, not LoRA",
+     lambda names: all(re.match(r"(320|640|768|1024|1280)\.\d\.", n) for n in names)),
+    ("comfy", "changes of whole weights for a diffusion model in ComfyUI's names",
+     _any(r"^diffusion_model\..*\.(diff|diff_b)$")),
+    ("diffusion-model", "the weights of a diffusion model, not an adapter",
+     _any(r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.")),
+    ("bottleneck-adapter", "bottleneck adapters (Houlsby, Pfeiffer), layers of their own between "
+     "those of the model; not LoRA", _any(r"\.adapters?\.(.+\.)?adapter_(down|up)\.")),
+    ("reft", "a ReFT intervention, which changes activations; not LoRA",
+     _any(r"\b(rotate_layer|learned_source)\.")),
     ("gguf-other", "a llama.cpp adapter of another kind than LoRA", _any(r"\.weight\.lora_[ab]$")),
     ("gguf-model", "a whole model in llama.cpp's names (GGUF), not an adapter",
      _any(r"^blk\.\d+\.\w+\.weight$")),
@@ -130,3 +185,10 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
         if fits(tensors):
             return code, words
     return "unknown", "no adapter format that loratool knows"
+
+
+def way_out(code: str) -> str:
+    """What to do with a file that no dialect claims, by the code that `recognise` gives it."""
+    if code.replace("-", "_").upper() in PEFT_TYPES:
+        return _WITH_PEFT
+    return _WAYS_OUT.get(code, _OTHERWISE)

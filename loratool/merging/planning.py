@@ -12,7 +12,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.factors import Factors
 from loratool.dtypes import DTYPE_BITS
-from loratool.errors import AdapterError, MatchError, UsageError, listed
+from loratool.errors import AdapterError, MatchError, UsageError, by_cause
 from loratool.merging.frozen import refuse_other_frozen
 from loratool.merging.initial import takings
 from loratool.merging.match import Delta, Match
@@ -89,8 +89,12 @@ def build_plan(
     return plan
 
 
+#: What of an adapter may be left out with `allow_unmatched`, by the codes of its notices.
+_LEFT_OUT = ("unknown-tensors", "half-a-pair")
+
+
 def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
-    tolerated = ["unknown-tensors", "half-a-pair"] if plan.allow_unmatched else []
+    tolerated = list(_LEFT_OUT) if plan.allow_unmatched else []
     # What was taken off the base is known then, or off it already.
     settled = ["base-changing-init"] if plan.initial or as_it_is else []
     settled += ["repeated-init"] if as_it_is else []
@@ -99,10 +103,12 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
     tolerated += settled
     reasons = [n for n in adapter.notices if n.refused and n.code not in tolerated]
     if reasons:
+        tolerable = adapter.modules and all(n.code in _LEFT_OUT for n in reasons)
         raise AdapterError(
             f"{adapter.label}: this adapter cannot be merged.\n"
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
-            "`loratool inspect` shows what is in it.",
+            ("--allow-unmatched merges the rest. " if tolerable else "")
+            + f"`loratool inspect {adapter.label}` shows what is in it.",
         )
     # The base's config.json settles what the adapter alone leaves open about square weights.
     settled += ["square-conv1d"] if plan.base.model_type else []
@@ -118,11 +124,11 @@ def _refuse_unmergeable(plan: Plan, adapter: Adapter, as_it_is: bool) -> None:
 
 
 def _refuse_unmatched(plan: Plan, matches: list[Match]) -> None:
-    lost = [f"{what}: {reason}" for m in matches for what, reason in m.unmatched]
+    lost = [one for m in matches for one in m.unmatched]
     if not lost:
         return
     does = agreeing(len(lost), "does")
-    text = f"{counted(len(lost), 'part')} of the adapter {does} not fit the base:\n{listed(lost)}"
+    text = f"{counted(len(lost), 'part')} of the adapter {does} not fit the base:\n{by_cause(lost)}"
     placed = sum(len(m.deltas) + len(m.replaced) + len(m.rows) for m in matches)
     if not plan.allow_unmatched or not placed:
         names = ", ".join(

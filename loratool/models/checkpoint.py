@@ -146,6 +146,7 @@ def checkpoint_at(place: Location, source: str | Path, partial: bool = False) ->
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in weights.tensors):
         raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
     config = config_in(folder, weights.tensors)
+    weights.notes += [place.note] * bool(place.note)
     return Checkpoint(
         place.path, folder, config, weights.tensors, weights.shards, weights.metadata, weights.notes
     )

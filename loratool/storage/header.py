@@ -17,6 +17,7 @@ from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError, TruncatedError
 from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, MOST_AXES, Malformed, open_regular
 from loratool.storage.jsonscan import Scanner
+from loratool.storage.kinds import LOOKED_AT, refuse_known_impostors
 from loratool.storage.stamps import Stamp, stamp_of
 from loratool.storage.tensors import TensorInfo
 from loratool.words import agreeing, counted, format_bytes
@@ -55,7 +56,7 @@ def parse_header(
     `path` is where the tensors will be read, and what errors call it; `stamp` is what it was when
     it was opened, None for a stream over the network.
     """
-    start = stream.read(64)
+    start = stream.read(LOOKED_AT)
     refuse_known_impostors(path, start, size)
     start = start[:8]
     if size < 8:
@@ -100,19 +101,6 @@ def described(path: Path, start: bytes) -> list[TensorInfo]:
     """The tensors that the first bytes of a file describe, in the order of their data."""
     tensors, _ = _parse(path, start[8:], len(start))
     return sorted(tensors.values(), key=lambda info: info.start)
-
-
-def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
-    """Name the usual things found where weights should be: nothing, an LFS pointer, a web page."""
-    if size == 0:
-        raise FileError(f"{path}: the file is empty.", "Fetch it again.")
-    if start.startswith(b"version "):
-        raise FileError(
-            f"{path}: a Git LFS pointer, not the weights themselves.",
-            "Run `git lfs pull` in that repository, or download the file from the Hub.",
-        )
-    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doc", b"<html", b"<?xml")):
-        raise FileError(f"{path}: a web page, not weights.", "The download went wrong; repeat it.")
 
 
 def _parse(

@@ -12,6 +12,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import note_scales
 from loratool.adapters.norms import DeltaNorms
 from loratool.adapters.reading import read_adapter
+from loratool.adapters.recognise import way_out
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.answers import Answer
 from loratool.auditing.audit import Audit, audit_of
@@ -173,6 +174,8 @@ def inspect(
     paths = selected(list(adapter.modules), layers, include)
     chosen = [adapter.modules[path] for path in paths]
     notices = [*adapter.notices, *note_scales(adapter)]
+    if not adapter.is_read:
+        notices.append(Notice("not-an-adapter", way_out(adapter.format), adapter.label))
     modules = [described_module(path, adapter.modules[path]) for path in paths]
     found: dict[str, DeltaNorms] = {}
     broken: list[str] = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from loratool.errors import FileError, HubError, OutputError, nearest, show_as
-from loratool.storage.folder import CachedFolder, Folder, Location
+from loratool.storage.folder import CachedFolder, Folder, Location, snapshot_of
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.answers import commit_of, files_of
 from loratool.storage.hub.errors import explained, progress_bars
@@ -40,9 +40,10 @@ def locate(source: str | Path) -> Location:
     path = Path(source)
     address = parse(str(source)) if isinstance(source, str) else None
     if address is None or os.path.lexists(path):
-        return (
-            Location(Folder(path.parent), path.name) if path.is_file() else Location(Folder(path))
-        )
+        if path.is_file():
+            return Location(Folder(path.parent), path.name)
+        snapshot, note = snapshot_of(path)
+        return Location(Folder(snapshot), note=note)
     try:
         return _open(address)
     except HubError as error:

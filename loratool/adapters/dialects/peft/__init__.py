@@ -71,6 +71,7 @@ class Peft(WritableDialect, Writer):
         return _declared(config)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
+        adapter.notices += names.note_wrappers(adapter.tensors)
         method = _method(adapter.config)
         if method is None:
             fill_adapter(adapter)

@@ -22,6 +22,7 @@ from loratool.cli.options import (
     private_option,
     replicate_layers_option,
     shard_push_option,
+    shard_size_option,
     split_options,
     threads_option,
     weight_option,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     "--reversible", is_flag=True,
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
 )  # fmt: skip
+@shard_size_option()
 @click.option("--verify", is_flag=True, help="Read the output again and check every value.")
 @shard_push_option()
 @no_keep_option()
@@ -100,6 +102,7 @@ def merge_command(
     again: bool,
     overwrite: Overwrite,
     reversible: bool,
+    max_shard_size: str | None,
     verify: bool,
     push: str | None,
     no_keep: bool,
@@ -128,6 +131,7 @@ def merge_command(
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge base/ adapter/ -o merged/ --max-shard-size 5GB
       loratool merge llama-bnb-4bit/ qlora/ -o merged/ --dtype bfloat16
       loratool merge clip/ text-adapter/ -o merged/ --components text_model
       loratool merge org/base org/adapter -o merged/ --push org/merged
@@ -145,7 +149,7 @@ def merge_command(
             initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
             again=again, overwrite=overwrite, dry_run=dry_run, restart=restart, worker=worker,
-            ray=ray, reversible=reversible,
+            ray=ray, reversible=reversible, max_shard_size=max_shard_size,
             verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
             progress=progress,
         )  # fmt: skip

@@ -146,6 +146,10 @@ seed_option = _shared(
 spectrum_option = _shared(
     "--spectrum", is_flag=True, help="Show the singular values of every module."
 )
+shard_size_option = _shared(
+    "--max-shard-size", metavar="SIZE",
+    help="Write files of at most SIZE, such as 5GB. [default: the base's own files]",
+)  # fmt: skip
 private_option = _shared("--private", is_flag=True, help="Create the repository private.")
 shard_push_option = _shared(
     "--push", metavar="REPO",

@@ -159,6 +159,8 @@ class Plan:
     treatment: Treatment | None = None
     notices: list[Notice] = field(default_factory=list)
     modules: int = 0
+    #: The most bytes of tensors in a file, where other files than the base's are written.
+    max_shard_size: int | None = None
 
     @property
     def rewriting(self) -> Rewriting | None:

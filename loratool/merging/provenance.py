@@ -90,6 +90,8 @@ def describe_options(plan: Plan) -> dict[str, Any]:
         options["initial"] = describe_adapter(plan.initial, 1.0)
     if isinstance(plan.base, Replicated):
         options["replicate_layers"] = True
+    if plan.max_shard_size is not None:
+        options["max_shard_size"] = plan.max_shard_size
     return options
 
 

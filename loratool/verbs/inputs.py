@@ -96,6 +96,14 @@ def parse_bytes(size: int | str) -> int:
     return int(min(float(match[1]), _MOST) * (1024 if match[3] else 1000) ** power)
 
 
+def shard_size(size: int | str | None) -> int | None:
+    """The bytes of the largest shard that is asked for. Raises UsageError for none at all."""
+    found = None if size is None else parse_bytes(size)
+    if found == 0:
+        raise UsageError("Shards of 0 bytes hold nothing.", "Write 5GB, 500MB or the like.")
+    return found
+
+
 def check_dtype(dtype: str) -> None:
     if dtype not in MODEL_DTYPES:
         raise unknown("dtype", dtype, MODEL_DTYPES)

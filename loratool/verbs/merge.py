@@ -14,6 +14,7 @@ from loratool.merging.options import MergeOptions
 from loratool.merging.plan import Plan
 from loratool.merging.replication import original, replicated
 from loratool.merging.report import MergeReport
+from loratool.merging.resharding import reshard
 from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
@@ -26,7 +27,15 @@ from loratool.storage.destination import (
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import WorkShare, parse_share
-from loratool.verbs.inputs import Source, as_list, as_texts, check_paths, check_weights, told_of
+from loratool.verbs.inputs import (
+    Source,
+    as_list,
+    as_texts,
+    check_paths,
+    check_weights,
+    shard_size,
+    told_of,
+)
 from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
 
@@ -54,6 +63,7 @@ def merge(
     quantised: str | None = None,
     trained_here: bool = False,
     force: bool = False,
+    max_shard_size: int | str | None = None,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -91,6 +101,8 @@ def merge(
     force: quantise again also where codes have 4 bits or fewer, which keeps little of an adapter.
     trained_here: the adapter was trained on this very base, whose weights were rescaled for
         quantisation (AWQ).
+    max_shard_size: bytes of tensors in a file of the output, "5GB" or a number; the base's own
+        files, if not given.
     tokenizer: whose the output gets, "base" or "adapter"; an adapter's if one brings one.
     again: merge an adapter that the base holds already, by its record.
     overwrite: replace an output that exists; "all" also with files that are no part of it.
@@ -133,8 +145,11 @@ def merge(
     target = Path(output)
     factors = check_weights(weights, sources)
     said = told_of(told, sources, expert_b_layout)
+    most = shard_size(max_shard_size)
     replaces = overwrite or run.share is not None  # what is there may be what workers made
     plan = _planned(base, sources, factors, options, target, replaces, said)
+    if most is not None:
+        reshard(plan, most)
     arguments = {
         "base": as_place(base), "adapters": [as_place(source) for source in sources],
         "weights": factors, "dtype": dtype, "allow_unmatched": allow_unmatched,
@@ -142,7 +157,7 @@ def merge(
         "overwrite": overwrite, "reversible": reversible, "verify": verify,
         "initial": None if initial is None else as_place(initial),
         "replicate_layers": replicate_layers, "quantised": quantised, "trained_here": trained_here,
-        "force": force,
+        "force": force, "max_shard_size": most,
     }  # fmt: skip
     report = write_planned(plan, target, options, run, arguments, merge)
     report.seconds = time.perf_counter() - started

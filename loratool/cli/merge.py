@@ -11,6 +11,7 @@ from loratool.adapters.told import Told
 from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
+    choice_options,
     components_option,
     dry_run_option,
     expert_b_layout_option,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 )
 @allow_unmatched_option()
 @components_option()
+@choice_options()
 @told_options
 @expert_b_layout_option()
 @initial_option()
@@ -91,6 +93,8 @@ def merge_command(
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
@@ -131,6 +135,7 @@ def merge_command(
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge base/ adapter/ -o merged/ --include 'self_attn.*'
       loratool merge base/ adapter/ -o merged/ --max-shard-size 5GB
       loratool merge llama-bnb-4bit/ qlora/ -o merged/ --dtype bfloat16
       loratool merge clip/ text-adapter/ -o merged/ --components text_model
@@ -145,6 +150,7 @@ def merge_command(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
+            include=include, exclude=exclude,
             told=told, expert_b_layout=expert_b_layout,
             initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,

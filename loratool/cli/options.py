@@ -123,6 +123,17 @@ include_option = _shared(
 exclude_option = _shared(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
 )
+
+
+def choice_options() -> Decorator:
+    """--include and --exclude, of commands that take parts of adapters."""
+
+    def option(command: Any) -> Any:
+        return include_option()(exclude_option()(command))
+
+    return option
+
+
 rank_option = _shared("--rank", type=int, metavar="K", help="This rank for every module.")
 energy_option = _shared(
     "--energy", type=float, metavar="SHARE",

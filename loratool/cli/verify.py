@@ -13,6 +13,7 @@ from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
     base_option,
+    choice_options,
     components_option,
     expert_b_layout_option,
     full_option,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
+@choice_options()
 @told_options
 @expert_b_layout_option()
 @initial_option()
@@ -53,6 +55,8 @@ def verify_command(
     weights: tuple[float, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
@@ -73,6 +77,7 @@ def verify_command(
     Examples:
       loratool verify merged/ --base base/ adapter/
       loratool verify merged/ --base base/ style/ task/ --weight 0.7 --weight 0.4
+      loratool verify merged/ --base base/ adapter/ --include 'self_attn.*'
     """
     from loratool.rendering import terminal as common
     from loratool.rendering.verify import verify_sheet
@@ -81,7 +86,8 @@ def verify_command(
     with common.progress_bar(forms.talk, "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components, told=told, expert_b_layout=expert_b_layout, initial=initial,
+            components=components, include=include, exclude=exclude, told=told,
+            expert_b_layout=expert_b_layout, initial=initial,
             replicate_layers=replicate_layers,
             ray=ray, threads=threads, progress=progress,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def _collect_companions(joined: Joined, clash: str) -> None:
     them by name. Each sort comes whole from one adapter; where they differ somebody has to say
     from which."""
     sorts: tuple[Callable[[Adapter], dict[str, Path]], ...] = (
-        lambda adapter: {path.name: path for path in adapter.companions},
+        lambda adapter: {path.name: path for path in adapter.wanted_companions},
         lambda adapter: value_heads(adapter.folder),
         lambda adapter: sentence_modules(adapter.folder),
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.choosing import share_parts
 from loratool.adapters.effect import idle_modules
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
@@ -160,10 +161,11 @@ def plain_name(name: str) -> str:
 def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise MatchError where the record of the base says that it holds one of these already."""
     held = held_by(base)
-    digests = {entry.weights_sha256: entry for entry in held}
     for adapter in adapters:
-        entry = digests.get(weights_sha256(adapter)) if held else None
-        if entry is not None:
+        digest = weights_sha256(adapter) if held else ""
+        for entry in held:
+            if entry.weights_sha256 != digest or not share_parts(adapter, entry.choice):
+                continue
             raise MatchError(
                 f"{base.label} holds {adapter.label} already, by its {PROVENANCE}: {entry}.",
                 "--again merges it all the same; `loratool unmerge` takes it out.",

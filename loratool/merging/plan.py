@@ -22,6 +22,7 @@ from loratool.models.layouts.names import is_legacy_buffer
 from loratool.models.quantised.base import as_stored
 from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
+from loratool.paths import EVERYTHING, Choice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
 
@@ -151,6 +152,8 @@ class Plan:
     dtype: str
     allow_unmatched: bool = False
     components: tuple[str, ...] = ()
+    #: Which of the adapters' parts the user wants; the others are not in `adapters`.
+    choice: Choice = EVERYTHING
     #: The adapter before training, where it says what was taken off the base.
     initial: Adapter | None = None
     shards: dict[str, list[Job]] = field(default_factory=dict)

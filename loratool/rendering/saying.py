@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from loratool.paths import ranged_names
 from loratool.rendering.sheet import Facts, Sheet, SheetTable, Toned, Words, strong, table_of
 from loratool.streams.shares import SharedOut
 from loratool.words import counted, format_bytes, number_text
@@ -29,6 +30,17 @@ def first_of(names: Sequence[str], count: int) -> str:
     """The first names of many, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def excluded_facts(
+    facts: Facts, adapters: Sequence[str], excluded: Sequence[Sequence[str]]
+) -> None:
+    """What was left out of each adapter, because nobody wanted it."""
+    for adapter, parts in zip(adapters, excluded, strict=True):
+        if parts:
+            of = f" of {adapter}" if len(adapters) > 1 else ""
+            named = first_of(ranged_names(parts), _NAMED)
+            facts.add("excluded", f"{counted(len(parts), 'part')}{of}: {named}")
 
 
 def written_text(nbytes: int, files: int, seconds: float) -> str:

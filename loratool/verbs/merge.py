@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratool.adapters.choosing import chosen, with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.errors import explained_os_errors
@@ -19,6 +20,7 @@ from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
 from loratool.models.quantised.treatment import Quantised, note_leftover, refuse_dtype
+from loratool.paths import Choice
 from loratool.publishing.target import workplace
 from loratool.storage.destination import (
     Overwrite,
@@ -50,6 +52,8 @@ def merge(
     dtype: str | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     tokenizer: str | None = None,
@@ -87,6 +91,8 @@ def merge(
         that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
     allow_unmatched: merge what fits when parts of an adapter do not, and record the rest.
     components: the only parts of the base that adapters may go into, by the beginnings of names.
+    include: merge only parts of the adapters whose path, or a dotted end of it, matches one of
+        these globs. exclude: leave these out. What is left out is reported and recorded.
     told: what the user says of each adapter, because its file does not (alpha, how the factors
         multiply, …): one `loratool.Told` for all, or one for each, in their order.
     expert_b_layout: how lora_B of expert stacks lies where an adapter does not tell, "rank-major"
@@ -138,6 +144,7 @@ def merge(
         push, keep, private, initial, replicate_layers, Quantised(quantised, trained_here, force),
     )  # fmt: skip
     options.check(output)
+    choice = Choice(tuple(as_texts(include)), tuple(as_texts(exclude)))
     check_sharing(run, push)
     output = output if output is not None else workplace(str(push))
     given = [base, output, *([] if initial is None else [initial])]
@@ -147,13 +154,14 @@ def merge(
     said = told_of(told, sources, expert_b_layout)
     most = shard_size(max_shard_size)
     replaces = overwrite or run.share is not None  # what is there may be what workers made
-    plan = _planned(base, sources, factors, options, target, replaces, said)
+    plan = _planned(base, sources, factors, options, target, replaces, said, choice)
     if most is not None:
         reshard(plan, most)
     arguments = {
         "base": as_place(base), "adapters": [as_place(source) for source in sources],
         "weights": factors, "dtype": dtype, "allow_unmatched": allow_unmatched,
-        "components": as_texts(components), "told": said, "tokenizer": tokenizer, "again": again,
+        "components": as_texts(components), "include": list(choice.include),
+        "exclude": list(choice.exclude), "told": said, "tokenizer": tokenizer, "again": again,
         "overwrite": overwrite, "reversible": reversible, "verify": verify,
         "initial": None if initial is None else as_place(initial),
         "replicate_layers": replicate_layers, "quantised": quantised, "trained_here": trained_here,
@@ -172,6 +180,7 @@ def _planned(
     target: Path,
     overwrite: Overwrite,
     told: Sequence[Told],
+    choice: Choice,
 ) -> Plan:
     """Open everything, see that the output harms none of it, and make the plan."""
     before = [options.initial] if options.initial is not None else []
@@ -180,9 +189,10 @@ def _planned(
     loras = [
         read_lora(source, said, checkpoint) for source, said in zip(adapters, told, strict=True)
     ]
+    loras = chosen(loras, choice)
     initial = None
     if options.initial is not None:
-        initial = read_lora(options.initial, told[0], checkpoint)
+        initial = with_only(read_lora(options.initial, told[0], checkpoint), choice)
     # What the inputs link to (as files in a download cache do) must not be written to either.
     files = [
         path.resolve()
@@ -199,6 +209,7 @@ def _planned(
         checkpoint, loras, weights, dtype, options.allow_unmatched, options.components, initial,
         options.quantised,
     )  # fmt: skip
+    plan.choice = choice
     if plan.treatment is not None:
         refuse_dtype(options.dtype, plan.treatment)
         plan.notices += plan.treatment.notices

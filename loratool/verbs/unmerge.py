@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.choosing import with_only
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.errors import RestoreError, explained_os_errors
-from loratool.merging.provenance import Merged, identify, merged_into, read_record
+from loratool.merging.provenance import Merged, merged_into, read_record
+from loratool.merging.recognising import identify
 from loratool.merging.undo.sidefiles import fetch_undo, open_undo
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
@@ -119,11 +121,11 @@ def unmerge(
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
     ]
     check_output(target, inputs, overwrite)
-    for lora in loras:
-        refuse_not_finite(lora)
     known = loras, factors or [1.0] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
+    for lora in known[0]:
+        refuse_not_finite(lora)
     request = Request(checkpoint, record or {}, *known, target, run, unmerge, arguments)
     if undo is not None:
         report = restore_base(request, undo, base, dtype)
@@ -136,7 +138,8 @@ def unmerge(
 def _recognised(
     merged: Checkpoint, adapters: list[Adapter], weights: list[float] | None, exact: bool
 ) -> tuple[list[Adapter], list[float], list[Merged]]:
-    """The adapters in the order of merging, their weights by the record, and those that stay."""
+    """The adapters in the order of merging, with the parts that were merged, their weights by the
+    record, and those that stay."""
     held = merged_into(merged.directory)
     # With the undo file, what the base held before stays where it was.
     earlier = merged_into(merged.directory, of_base=True)
@@ -150,4 +153,5 @@ def _recognised(
     order = sorted(range(len(found)), key=lambda i: found[i])
     remaining = [entry for i, entry in enumerate(everything) if i not in found]
     chosen = [everything[found[i]].weight for i in order]
-    return [adapters[i] for i in order], chosen, remaining
+    taken = [with_only(adapters[i], everything[found[i]].choice) for i in order]
+    return taken, chosen, remaining

@@ -71,6 +71,8 @@ class UnmergeReport(Answer):
     bytes_free: int
     undo_bytes: int
     remaining: list[str]
+    #: What of each adapter was never merged, by the model's record.
+    excluded: list[list[str]] = field(default_factory=list)
     expected_changed: float | None = None
     copied_from_base: int = 0
     side_files: list[str] = field(default_factory=list)
@@ -285,5 +287,6 @@ def _report(request: Request, plan: Plan, nbytes: int) -> UnmergeReport:
         bytes_free=free_bytes(request.target),
         undo_bytes=0,
         remaining=[str(entry) for entry in request.remaining],
+        excluded=[list(adapter.left_out) for adapter in request.adapters],
         warnings=list(plan.notices),
     )

@@ -303,6 +303,7 @@ def _report(
         side_files=sorted(files.copied),
         left_out=[n for n in files.left_out if n.rstrip("/") not in carried],
         tokenizer=files.tokenizer.summary(),
+        excluded=[list(adapter.left_out) for adapter in plan.adapters],
         warnings=[*plan.notices, *files.notices, *rowless],
         kept=options.keep,
         derivation=derivation_of(plan),

@@ -149,6 +149,10 @@ def _points(facts: CardFacts) -> list[str]:
         for key, value in _chosen(record).items()
     ]
     points = [f"Options: {', '.join(options)}." if options else ""]
+    for entry in dicts(record.get("adapters")):
+        if left := texts(entry.get("left_out")):
+            named = enumerated([code(one_line(text)) for text in left], 4)
+            points.append(f"Not taken of {linked(entry)}: {named}.")
     if name in ("merge", "unmerge"):
         points.append("All sums are taken in float32 and rounded once.")
         small = [int(number(result.get(key)) or 0) for key in ("subnormal", "zeroed")]

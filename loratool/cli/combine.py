@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     answer_options,
     base_option,
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 def combine_command(
     adapters: tuple[str, ...],
     output: str,
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     method: str,
     rank: int | None,
     energy: float | None,

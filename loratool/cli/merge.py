@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
@@ -89,7 +90,7 @@ def merge_command(
     base: str,
     adapters: tuple[str, ...],
     output: str | None,
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
@@ -133,6 +134,7 @@ def merge_command(
     Examples:
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
+      loratool merge base/ adapter/ --weight 1,0.5@layers.0-3 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
       loratool merge base/ adapter/ -o merged/ --include 'self_attn.*'

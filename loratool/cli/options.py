@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from loratool.adapters.weighting import Weight, parse_weight
 from loratool.errors import UsageError, nearest
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
@@ -63,6 +64,20 @@ class ClusterAddress(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class WeightText(click.ParamType):  # type: ignore[type-arg]
+    """A factor, or several of them for ranges of layers."""
+
+    name = "weight"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Weight:
+        try:
+            return parse_weight(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message} {error.hint}", param, ctx)
+
+
 Decorator = Callable[[Any], Any]
 
 
@@ -76,8 +91,9 @@ def _shared(*names: str, help: str, **settings: Any) -> Callable[..., Decorator]
 
 
 weight_option = _shared(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
+    "--weight", "weights", multiple=True, type=WeightText(), metavar="W",
+    help="Factor of an adapter, once for each, in their order; may be negative, and another one "
+         "for some layers: 1,0.5@layers.0-3. [default: 1.0]",
 )  # fmt: skip
 model_dtype_option = _shared(
     "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
@@ -52,7 +53,7 @@ def verify_command(
     merged: str,
     base: str,
     adapters: tuple[str, ...],
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
     include: tuple[str, ...],

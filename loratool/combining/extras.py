@@ -90,7 +90,7 @@ def _collect_saved(joined: Joined, clash: str) -> None:
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
         for name, info in adapter.replaced.items() if weight else ():
             if info.file not in adapter.companions:
-                held.setdefault(name, []).append((weight, info))
+                held.setdefault(name, []).append((weight.at(name), info))
     clashing = []
     for name, sources in held.items():
         first = sources[0][1]
@@ -184,9 +184,9 @@ def _refuse_adapted_inside(joined: Joined) -> None:
 
 def _note_weights(joined: Joined) -> None:
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
-        if weight not in (0, 1) and (adapter.replaced or adapter.token_rows):
+        if weight and not weight.is_one and (adapter.replaced or adapter.token_rows):
             text = (
-                f"The weight {weight:g} does not apply to the tensors that {adapter.label} holds "
+                f"The weight {weight} does not apply to the tensors that {adapter.label} holds "
                 "whole."
             )
             joined.notices.append(Notice("weight-not-applied", text, adapter.label))

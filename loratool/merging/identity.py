@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.choosing import share_parts
 from loratool.adapters.effect import idle_modules
+from loratool.adapters.weighting import Weight
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
 from loratool.merging.replication import original
@@ -184,11 +185,11 @@ def held_by(base: Checkpoint) -> list[Merged]:
     return [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
 
 
-def note_doing_nothing(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+def note_doing_nothing(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[Notice]:
     """Adapters that change nothing, in whole or in part: a weight of 0, alpha or a factor zero."""
     notices = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        if weight == 0:
+        if not weight:
             text = f"{adapter.label} has weight 0: its delta is not added."
             notices.append(Notice("zero-weight", text, adapter.label))
         notices += _note_idle(adapter)

@@ -13,6 +13,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.changed import ChangedTensor
+from loratool.adapters.weighting import Weight
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
 from loratool.merging.replication import original
@@ -148,7 +149,7 @@ class Plan:
 
     base: Checkpoint
     adapters: list[Adapter]
-    weights: list[float]
+    weights: list[Weight]
     dtype: str
     allow_unmatched: bool = False
     components: tuple[str, ...] = ()

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.weighting import PLAIN, Weight, parse_weight
 from loratool.dtypes import MODEL_DTYPES
-from loratool.errors import FileError
+from loratool.errors import FileError, UsageError
 from loratool.merging.plan import Plan
 from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
@@ -76,7 +77,8 @@ def describe(
 def describe_options(plan: Plan) -> dict[str, Any]:
     """What a merge was told beside base, adapters and output."""
     options: dict[str, Any] = {
-        "dtype": plan.dtype, "weights": plan.weights, "allow_unmatched": plan.allow_unmatched,
+        "dtype": plan.dtype, "weights": [weight.document for weight in plan.weights],
+        "allow_unmatched": plan.allow_unmatched,
     }  # fmt: skip
     if plan.components:
         options["components"] = list(plan.components)
@@ -88,7 +90,7 @@ def describe_options(plan: Plan) -> dict[str, Any]:
         options["quantised"] = plan.treatment.how
         options["trained_here"] = plan.treatment.trained_here
     if plan.initial is not None:
-        options["initial"] = describe_adapter(plan.initial, 1.0)
+        options["initial"] = describe_adapter(plan.initial)
     if isinstance(plan.base, Replicated):
         options["replicate_layers"] = True
     if plan.max_shard_size is not None:
@@ -134,12 +136,12 @@ def versions(*libraries: str) -> dict[str, str]:
     return {"loratool": __version__, **{name: version(name) for name in libraries}}
 
 
-def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter, weight: Weight = PLAIN) -> dict[str, Any]:
     return {
         "name": adapter.name,
         **_published(adapter.source),
         "base_model_name_or_path": adapter.declared.base_name,
-        "weight": weight,
+        "weight": weight.document,
         **({"told": said} if (said := adapter.told.to_dict()) else {}),
         **adapter.choice.to_dict(),
         **({"left_out": ranged_names(adapter.left_out)} if adapter.left_out else {}),
@@ -201,7 +203,7 @@ class Merged:
     """An adapter that a model holds, by its record."""
 
     name: str
-    weight: float
+    weight: Weight
     #: sha256 of the weights and of adapter_config.json ("" if there was none).
     weights_sha256: str
     config_sha256: str
@@ -212,7 +214,7 @@ class Merged:
     def __str__(self) -> str:
         given = self.choice.to_dict().items()
         said = "".join(f", --{option} {glob}" for option, globs in given for glob in globs)
-        return f"{self.name} (weight {self.weight:g}{said}, sha256 {self.weights_sha256[:12]}…)"
+        return f"{self.name} (weight {self.weight}{said}, sha256 {self.weights_sha256[:12]}…)"
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -238,8 +240,8 @@ _TEXT = TEXT | ABSENT
 _TABLES = list_of(TABLE, "a list of tables")
 _PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
 _ADAPTER = {
-    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": HASHES, "taken": _TEXT,
-    "modules": _TABLES, "told": TABLE | ABSENT, "include": NAMES | ABSENT,
+    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE | TEXT, "files": HASHES,
+    "taken": _TEXT, "modules": _TABLES, "told": TABLE | ABSENT, "include": NAMES | ABSENT,
     "exclude": NAMES | ABSENT,
 }  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
@@ -280,7 +282,7 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
     try:
         entries = record["base"].get("adapters", []) if of_base else record["adapters"]
         return [_merged(entry) for entry in entries]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, UsageError) as error:
         raise FileError(
             f"{directory / PROVENANCE}: its list of adapters is damaged ({error!r}).",
             "Fetch it again, or remove it.",
@@ -290,4 +292,4 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
 def _merged(entry: dict[str, Any]) -> Merged:
     weights, config = _split(entry["files"])
     choice = Choice(tuple(entry.get("include", ())), tuple(entry.get("exclude", ())))
-    return Merged(entry["name"], float(entry["weight"]), weights, config, entry, choice)
+    return Merged(entry["name"], parse_weight(entry["weight"]), weights, config, entry, choice)

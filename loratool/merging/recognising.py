@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.weighting import Weight
 from loratool.errors import RestoreError, listed
 from loratool.merging.provenance import Merged, adapter_hashes
 from loratool.storage.filenames import ADAPTER_CONFIG
@@ -13,7 +14,7 @@ from loratool.storage.filenames import ADAPTER_CONFIG
 def identify(
     adapters: Sequence[Adapter],
     held: Sequence[Merged],
-    weights: Sequence[float] | None,
+    weights: Sequence[Weight] | None,
     beneath: Sequence[Merged] = (),
 ) -> list[int]:
     """Which of the recorded adapters the given ones are, as indices into `held`.
@@ -60,8 +61,8 @@ def identify(
             )
         if weights is not None and held[index].weight != weights[position]:
             raise RestoreError(
-                f"{adapter.label} was merged with weight {held[index].weight:g}, "
-                f"not {weights[position]:g}.",
+                f"{adapter.label} was merged with weight {held[index].weight}, "
+                f"not {weights[position]}.",
                 "Omit --weight; loratool.json has the weights.",
             )
         found.append(index)

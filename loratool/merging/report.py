@@ -24,7 +24,7 @@ class MergeReport(Answer):
     adapters: list[str]
     #: What each adapter says it was trained on; "" where it does not.
     trained_on: list[str]
-    weights: list[float]
+    weights: list[float | str]
     output: str
     dtype: str
     dry_run: bool

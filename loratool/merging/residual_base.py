@@ -16,6 +16,7 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Matrix
+from loratool.adapters.weighting import Weight
 from loratool.errors import MatchError
 from loratool.merging.initial import DERIVED, changing_adapter
 from loratool.merging.match import Delta
@@ -42,7 +43,7 @@ _AVOIDED = 0.25
 def plan_on(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     dtype: str = "float16",
     allow_unmatched: bool = False,
     components: Sequence[str] = (),

@@ -21,9 +21,13 @@ def sheet_of(command: str, dry_run: bool = False, undone: str = "written") -> Sh
     return sheet
 
 
-def weighted(name: str, weight: float) -> str:
+def weighted(name: str, weight: float | str) -> str:
     """A name, and what it was multiplied with."""
-    return name + (f"  × {weight:g}" if weight != 1 else "")
+    return name + (f"  × {weight_text(weight)}" if weight != 1 else "")
+
+
+def weight_text(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
 
 
 def first_of(names: Sequence[str], count: int) -> str:

@@ -16,6 +16,7 @@ from loratool.adapters.choosing import chosen, refuse_half_companions
 from loratool.adapters.effect import note_slips
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
 from loratool.combining.extras import settle
@@ -64,7 +65,7 @@ class CombineReport(Answer):
     ROWS = "modules"
 
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     method: str
     options: dict[str, Any]
     output: str
@@ -93,7 +94,7 @@ def combine(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     method: str = "sum",
     rank: int | None = None,
     energy: float | None = None,
@@ -119,8 +120,8 @@ def combine(
     adapters: PEFT adapter directories or files. Their ranks, scales, targets and dtypes may differ;
         a module that only some have is combined from those.
     output: directory to make; it appears complete or not at all.
-    weights: one factor per adapter, of any sign and size; 1.0 each if not given. An adapter with
-        weight 0 is left out.
+    weights: one factor per adapter, of any sign and size; 1.0 each if not given. A text gives
+        layers factors of their own, see `merge`. An adapter with weight 0 is left out.
     method: a name in `loratool.linalg.methods.METHODS`; "sum" is `Σ weight·scale·B·A` exactly.
     rank: cut every module to this rank, which is optimal. energy: cut to the smallest rank that
         keeps this share of ‖ΔW‖² in every module.
@@ -197,7 +198,7 @@ def combine(
         notices.append(Notice("rank-not-reached", text))
     return CombineReport(
         adapters=[a.label for a in loras],
-        weights=factors,
+        weights=[factor.document for factor in factors],
         method=method,
         options=asked,
         output=str(target),

@@ -281,7 +281,7 @@ def _made_of(
     return {
         "versions": versions("numpy"),
         "options": options,
-        "adapter": describe_adapter(source, 1.0),
+        "adapter": describe_adapter(source),
         "base": describe_model(asked.base) if asked.base is not None else None,
         "tensors": digest_of(
             repr([(key, t.dtype, t.shape) for key, t in draft.tensors.items()]).encode()
@@ -300,7 +300,7 @@ def _record(source: Adapter, draft: Draft, options: dict[str, Any], folder: Path
         "options": options,
         "adapters": [
             {
-                **describe_adapter(source, 1.0),
+                **describe_adapter(source),
                 "format": source.format,
                 "metadata": source.metadata,
                 "config": source.config,

@@ -9,6 +9,7 @@ from pathlib import Path
 from loratool.adapters.choosing import chosen, with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.errors import explained_os_errors
 from loratool.merging.identity import note_other_base
 from loratool.merging.options import MergeOptions
@@ -48,7 +49,7 @@ def merge(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path | None,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     dtype: str | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
@@ -85,7 +86,8 @@ def merge(
         or a Hub id.
     adapters: PEFT adapter directory, file or Hub id, or several of them.
     output: directory to make; it appears complete or not at all. None with `keep=False`.
-    weights: one factor per adapter, of any sign; 1.0 each if not given.
+    weights: one factor per adapter, of any sign; 1.0 each if not given. A text gives layers factors
+        of their own: "1,0.5@layers.0-3" (docs/merging.md).
     dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" to keep each
         tensor's own; float16 if not given, and bfloat16 for architectures whose activations exceed
         that. Arithmetic is float32 (float64 for float64 tensors), rounded once.
@@ -159,7 +161,8 @@ def merge(
         reshard(plan, most)
     arguments = {
         "base": as_place(base), "adapters": [as_place(source) for source in sources],
-        "weights": factors, "dtype": dtype, "allow_unmatched": allow_unmatched,
+        "weights": [factor.document for factor in factors], "dtype": dtype,
+        "allow_unmatched": allow_unmatched,
         "components": as_texts(components), "include": list(choice.include),
         "exclude": list(choice.exclude), "told": said, "tokenizer": tokenizer, "again": again,
         "overwrite": overwrite, "reversible": reversible, "verify": verify,
@@ -175,7 +178,7 @@ def merge(
 def _planned(
     base: Source,
     adapters: Sequence[Source],
-    weights: list[float],
+    weights: list[Weight],
     options: MergeOptions,
     target: Path,
     overwrite: Overwrite,

@@ -16,6 +16,7 @@ from loratool.adapters.choosing import with_only
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN, Weight
 from loratool.errors import RestoreError, explained_os_errors
 from loratool.merging.provenance import Merged, merged_into, read_record
 from loratool.merging.recognising import identify
@@ -48,7 +49,7 @@ def unmerge(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     base: str | Path | None = None,
     dtype: str | None = None,
     told: Told | Sequence[Told] = (),
@@ -103,7 +104,8 @@ def unmerge(
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
     arguments = {
         "merged": as_place(merged), "adapters": [as_place(source) for source in sources],
-        "weights": factors, "base": None if base is None else as_place(base), "dtype": dtype,
+        "weights": [factor.document for factor in factors] if factors else None,
+        "base": None if base is None else as_place(base), "dtype": dtype,
         "told": told if isinstance(told, Told) else list(told), "expert_b_layout": expert_b_layout,
         "subtract": subtract, "overwrite": overwrite,
     }  # fmt: skip
@@ -121,7 +123,7 @@ def unmerge(
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
     ]
     check_output(target, inputs, overwrite)
-    known = loras, factors or [1.0] * len(loras), list[Merged]()
+    known = loras, factors or [PLAIN] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
     for lora in known[0]:
@@ -136,8 +138,8 @@ def unmerge(
 
 
 def _recognised(
-    merged: Checkpoint, adapters: list[Adapter], weights: list[float] | None, exact: bool
-) -> tuple[list[Adapter], list[float], list[Merged]]:
+    merged: Checkpoint, adapters: list[Adapter], weights: list[Weight] | None, exact: bool
+) -> tuple[list[Adapter], list[Weight], list[Merged]]:
     """The adapters in the order of merging, with the parts that were merged, their weights by the
     record, and those that stay."""
     held = merged_into(merged.directory)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, listed
@@ -58,7 +59,7 @@ class UnmergeReport(Answer):
 
     merged: str
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     output: str
     exact: bool
     dtype: str
@@ -99,7 +100,7 @@ class Request:
     merged: Checkpoint
     record: dict[str, Any]
     adapters: list[Adapter]
-    weights: list[float]
+    weights: list[Weight]
     remaining: list[Merged]
     target: Path
     run: Run
@@ -274,7 +275,7 @@ def _report(request: Request, plan: Plan, nbytes: int) -> UnmergeReport:
     return UnmergeReport(
         merged=request.merged.label,
         adapters=[a.label for a in request.adapters],
-        weights=request.weights,
+        weights=[weight.document for weight in request.weights],
         output=str(request.target),
         exact=False,
         dtype=plan.dtype,

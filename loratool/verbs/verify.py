@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.plan import Plan
@@ -47,7 +48,7 @@ class VerifyReport(Answer):
     merged: str
     base: str
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     verdict: str
     summary: list[str]
     modules: int
@@ -73,7 +74,7 @@ def verify(
     base: str | Path,
     adapters: Source | Sequence[Source],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
     include: str | Sequence[str] = (),
@@ -112,7 +113,8 @@ def verify(
     run = Run(threads, progress, cluster=ray)
     claim: dict[str, Any] = {
         "merged": merged, "base": base, "adapters": sources,
-        "weights": check_weights(weights, sources), "allow_unmatched": allow_unmatched,
+        "weights": [weight.document for weight in check_weights(weights, sources)],
+        "allow_unmatched": allow_unmatched,
         "components": as_texts(components), "include": as_texts(include),
         "exclude": as_texts(exclude), "told": told if isinstance(told, Told) else list(told),
         "expert_b_layout": expert_b_layout,
@@ -157,7 +159,7 @@ def _report(plan: Plan, merged: str | Path) -> VerifyReport:
         merged=str(merged),
         base=plan.base.label,
         adapters=[a.label for a in plan.adapters],
-        weights=plan.weights,
+        weights=[weight.document for weight in plan.weights],
         verdict="no",
         summary=[],
         modules=sum(job.is_adapted for job in plan.jobs),

@@ -26,7 +26,7 @@ from loratool.storage.filenames import PROVENANCE
 from loratool.streams.cluster import Cluster, ClusterCall
 from loratool.streams.run import Run
 from loratool.streams.shares import share
-from loratool.verbs.inputs import Source, told_before, told_of
+from loratool.verbs.inputs import Source, check_weights, told_before, told_of
 from loratool.verbs.making import as_place, recalled, recordable
 
 #: Tasks of a cluster: about so many bytes each, and so many of them at least and at most.
@@ -39,7 +39,7 @@ def claimed_plan(
     merged: Source,
     base: Source,
     adapters: Sequence[Source],
-    weights: list[float],
+    weights: list[float | str],
     allow_unmatched: bool,
     components: list[str],
     include: list[str],
@@ -65,7 +65,14 @@ def claimed_plan(
     if replicate_layers or recorded.get("replicate_layers"):
         original = replicated(original, loras)
     plan = plan_on(
-        original, loras, weights, "base", allow_unmatched, parts, before, AS_IT_WAS_TRAINED
+        original,
+        loras,
+        check_weights(weights, adapters),
+        "base",
+        allow_unmatched,
+        parts,
+        before,
+        AS_IT_WAS_TRAINED,
     )
     plan.notices += note_other_base(original, loras) + _note_other_choice(record, choice)
     return plan

@@ -284,7 +284,7 @@ def _report(
         base=plan.base.label,
         adapters=[a.label for a in plan.adapters],
         trained_on=[a.declared.base_name or "" for a in plan.adapters],
-        weights=plan.weights,
+        weights=[weight.document for weight in plan.weights],
         output=str(target) if options.keep else "",
         dtype=plan.dtype,
         dry_run=dry_run,

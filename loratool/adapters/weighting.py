@@ -17,8 +17,11 @@ from loratool.errors import UsageError
 
 _RANGE = re.compile(
     r"(?P<name>[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*)"
-    r"\.(?P<first>\d{1,6})(?P<to>-(?P<last>\d{1,6})?)?"
+    r"\.(?P<first>[0-9]{1,6})(?P<to>-(?P<last>[0-9]{1,6})?)?"
 )
+_NUMBER = re.compile("[0-9]{1,9}")
+#: No model has more layers that matter one by one.
+_MOST_RANGES = 1000
 _GRAMMAR = (
     "Write a number, or numbers for ranges of layers: 0.7@layers.0-11,0.3@layers.12-, and for all "
     "other modules a number alone: 1,0.5@layers.0-3."
@@ -35,9 +38,14 @@ class LayerRange:
     value: float
 
     def meets(self, path: str) -> bool:
-        for found in re.finditer(rf"(?:^|\.){re.escape(self.name)}\.(\d{{1,9}})(?=\.|$)", path):
-            if self.first <= int(found[1]) and (self.last is None or int(found[1]) <= self.last):
+        text, begin = f".{path}.", f".{self.name}."
+        at = text.find(begin)
+        while at >= 0:
+            number = text[at + len(begin) :].partition(".")[0]
+            layer = int(number) if _NUMBER.fullmatch(number) else -1
+            if self.first <= layer and (self.last is None or layer <= self.last):
                 return True
+            at = text.find(begin, at + 1)
         return False
 
     def __str__(self) -> str:
@@ -51,6 +59,14 @@ class Weight:
 
     value: float = 1.0
     ranges: tuple[LayerRange, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.ranges, key=lambda part: (part.name, part.first, part.value))
+        object.__setattr__(self, "ranges", tuple(ordered))
+        if not all(map(math.isfinite, self.values)):
+            raise UsageError(f"The weight {self} is not finite.", "Give plain numbers.")
+        if len(ordered) > _MOST_RANGES:
+            raise UsageError(f"A weight has {len(ordered)} ranges of layers.", "Give fewer.")
 
     def at(self, path: str) -> float:
         """The factor of the module or parameter at a path."""
@@ -114,7 +130,7 @@ def parse_weight(given: float | str | Weight) -> Weight:
     if isinstance(given, Weight):
         return given
     if not isinstance(given, str):
-        return Weight(_finite(float(given), given))
+        return Weight(float(given))
     usual: float | None = None
     ranges = []
     for part in given.split(","):
@@ -133,18 +149,11 @@ def parse_weight(given: float | str | Weight) -> Weight:
         if last is not None and last < first:
             raise UsageError(f"--weight {given!r}: {place} ends before it begins.", _GRAMMAR)
         ranges.append(LayerRange(found["name"], first, last, value))
-    ordered = sorted(ranges, key=lambda r: (r.name, r.first, r.value))
-    return Weight(1.0 if usual is None else usual, tuple(ordered))
+    return Weight(1.0 if usual is None else usual, tuple(ranges))
 
 
 def _parsed(number: str, given: str) -> float:
     try:
-        return _finite(float(number), given)
+        return float(number)
     except ValueError:
         raise UsageError(f"--weight {given!r}: {number!r} is no number.", _GRAMMAR) from None
-
-
-def _finite(value: float, given: object) -> float:
-    if not math.isfinite(value):
-        raise UsageError(f"The weight {given} is not finite.", "Give plain numbers.")
-    return value

@@ -14,7 +14,7 @@ from helpers.outcomes import refused, sha256s
 
 import loratool
 from loratool.adapters.weighting import LayerRange, Weight, parse_weight
-from loratool.errors import LoraToolError, RestoreError, UsageError
+from loratool.errors import FileError, LoraToolError, RestoreError, UsageError
 
 
 @pytest.fixture
@@ -166,3 +166,31 @@ def test_the_command_and_the_card_write_it_as_it_was_typed(
     assert wrong.exit_code == 2
     assert "no range of layers" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("weight", "x@layers.0"), ("weight", [1]), ("include", "q"), ("exclude", 3)],
+)
+def test_a_record_with_another_weight_or_choice_is_refused(
+    field: str, value: object, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """What somebody wrote into loratool.json is one error in words."""
+    out = tmp_path / "out"
+    loratool.merge(base, adapter, out, dtype="base")
+    record = json.loads((out / "loratool.json").read_text())
+    record["adapters"][0][field] = value
+    (out / "loratool.json").write_text(json.dumps(record))
+    with pytest.raises(FileError, match=r"loratool\.json"):
+        loratool.unmerge(out, adapter, tmp_path / "back")
+
+
+def test_a_value_made_by_hand_is_checked() -> None:
+    """loratool.Weight in Python has no other values than texts have."""
+    with pytest.raises(UsageError, match="not finite"):
+        Weight(float("nan"))
+    many = tuple(LayerRange("layers", n, n, 0.5) for n in range(1001))
+    with pytest.raises(UsageError, match="1001 ranges"):
+        Weight(1.0, many)
+    turned = Weight(1.0, (LayerRange("layers", 2, 2, 0.1), LayerRange("layers", 0, 1, 0.2)))
+    assert turned == parse_weight("0.2@layers.0-1,0.1@layers.2")

@@ -43,7 +43,7 @@ _AVOIDED = 0.25
 def plan_on(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    weights: Sequence[Weight],
+    weights: Sequence[float | str | Weight],
     dtype: str = "float16",
     allow_unmatched: bool = False,
     components: Sequence[str] = (),
@@ -62,7 +62,7 @@ def plan_on(
     if is_residual:
         _refuse_leaving_out(base, adapters)
     if is_residual and initial is None:
-        changing_adapter(adapters, weights, initial)
+        changing_adapter(adapters, plainly.weights, initial)
         plainly.notices.append(_note(base))
         return plainly
     if is_residual:

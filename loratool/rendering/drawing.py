@@ -37,7 +37,7 @@ def draw(sheet: Sheet) -> None:
     for piece in sheet.pieces:
         is_block = isinstance(piece, Facts | SheetTable)
         after_block = isinstance(before, Facts | SheetTable)
-        after_text = isinstance(before, Sentence) and before is not sheet.pieces[0]
+        after_text = isinstance(before, Sentence | Line) and before is not sheet.pieces[0]
         apart = isinstance(piece, Sentence) and (piece.apart or after_block)
         if before is not None and (apart or (is_block and (after_block or after_text))):
             out.print()

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.choosing import share_parts
 from loratool.adapters.effect import idle_modules
+from loratool.adapters.picking import share_parts
 from loratool.adapters.weighting import Weight
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256

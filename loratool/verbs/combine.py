@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from loratool.adapters.choosing import chosen, refuse_half_companions
 from loratool.adapters.effect import note_slips
+from loratool.adapters.picking import picked, refuse_half_companions
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.adapters.weighting import Weight
@@ -164,7 +164,7 @@ def combine(
     model = model_at(base)
     whole = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
     choice = Choice(tuple(as_texts(include)), tuple(as_texts(exclude)))
-    loras = chosen(whole, choice)
+    loras = picked(whole, choice)
     refuse_half_companions(whole, loras)
     check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
     refuse_company(target, (), overwrite)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.choosing import chosen
 from loratool.adapters.dialects import TARGETS, WRITTEN
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.picking import picked
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.answers import Answer
@@ -139,7 +139,7 @@ def convert(
     (said,) = told_of(told, [adapter])
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
-    (source,) = chosen([read_lora(adapter, said, asked.base)], choice)
+    (source,) = picked([read_lora(adapter, said, asked.base)], choice)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
     draft = _drafted(source, to, asked, dict(set_metadata or {}))

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from loratool.adapters.choosing import chosen, with_only
+from loratool.adapters.picking import picked, with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.adapters.weighting import Weight
@@ -192,7 +192,7 @@ def _planned(
     loras = [
         read_lora(source, said, checkpoint) for source, said in zip(adapters, told, strict=True)
     ]
-    loras = chosen(loras, choice)
+    loras = picked(loras, choice)
     initial = None
     if options.initial is not None:
         initial = with_only(read_lora(options.initial, told[0], checkpoint), choice)

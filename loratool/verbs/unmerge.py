@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.choosing import with_only
 from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.picking import with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.adapters.weighting import PLAIN, Weight

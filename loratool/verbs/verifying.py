@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.choosing import chosen, with_only
+from loratool.adapters.picking import picked, with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.merging.identity import note_other_base
@@ -58,7 +58,7 @@ def claimed_plan(
     said = told_of(told or told_before(record, adapters) or (), adapters, expert_b_layout)
     loras = [read_lora(source, own, original) for source, own in zip(adapters, said, strict=True)]
     choice = Choice(tuple(include), tuple(exclude))
-    loras = chosen(loras, choice)
+    loras = picked(loras, choice)
     before = None
     if initial is not None:
         before = with_only(read_lora(initial, said[0], original), choice)

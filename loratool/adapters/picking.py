@@ -29,7 +29,7 @@ def called(adapter: Adapter) -> dict[str, tuple[str, ...]]:
     return names | {path: (path,) for path in adapter.token_rows}
 
 
-def chosen(adapters: Sequence[Adapter], choice: Choice) -> list[Adapter]:
+def picked(adapters: Sequence[Adapter], choice: Choice) -> list[Adapter]:
     """The adapters with the parts that are wanted.
 
     Raises UsageError for a glob that fits no part of any of them, and where nothing of one is left.

@@ -14,6 +14,7 @@ from loratool.version import __version__
 
 if TYPE_CHECKING:
     from loratool.adapters.told import Told
+    from loratool.adapters.weighting import Weight
     from loratool.errors import LoraToolError
     from loratool.extracting.report import ExtractReport
     from loratool.merging.report import MergeReport
@@ -60,6 +61,7 @@ __all__ = [
     "Told",
     "UnmergeReport",
     "VerifyReport",
+    "Weight",
     "__version__",
     "card",
     "catalog",
@@ -90,6 +92,8 @@ def __getattr__(name: str) -> Any:
         home = "errors"
     elif name == "Told":
         home = "adapters.told"
+    elif name == "Weight":
+        home = "adapters.weighting"
     elif verb and name in (function, f"{function.capitalize()}Report"):
         home = f"verbs.{verb}"
     else:

@@ -21,7 +21,7 @@ from loratool.rendering.sheet import (
     parts_of,
 )
 from loratool.rendering.terminal import fact_grid, out
-from loratool.text import printable
+from loratool.text import fitting, printable
 
 _STYLES: dict[Tone, str] = {
     "strong": "bold", "good": "green", "bad": "red", "warning": "yellow", "dim": "dim",
@@ -50,7 +50,7 @@ def draw(sheet: Sheet) -> None:
             # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
             out.print(text_of(piece.words), soft_wrap=not _has_width())
         elif isinstance(piece, Line):
-            out.print(Text(printable(piece.text)), soft_wrap=True)
+            out.print(Text(_shown(piece.text)), soft_wrap=True)
         else:
             continue
         before = piece
@@ -60,8 +60,13 @@ def text_of(words: Words) -> Text:
     """Words with their styles, their texts as they are but for what no terminal should get."""
     text = Text()
     for part in parts_of(words):
-        text.append(printable(part.text), _STYLES.get(part.tone))
+        text.append(_shown(part.text), _STYLES.get(part.tone))
     return text
+
+
+def _shown(text: str) -> str:
+    """A text from anywhere, as this stream can show it."""
+    return fitting(printable(text), out.encoding)
 
 
 def _has_width() -> bool:
@@ -85,7 +90,7 @@ def _print(table: Table) -> None:
 def _grid(facts: Facts) -> Table:
     grid = fact_grid()
     for what, words in facts.rows:
-        grid.add_row(Text(printable(what)), text_of(words))
+        grid.add_row(Text(_shown(what)), text_of(words))
     return grid
 
 
@@ -109,7 +114,12 @@ def _table(table: SheetTable) -> Table:
 def _width_of(headings: Sequence[str], lines: Sequence[dict[str, Text]]) -> int:
     """Cells of a line with these columns, two between two of them."""
     widths = [
-        max([cell_len(heading), *(line[heading].cell_len for line in lines if heading in line)])
+        max(
+            [
+                cell_len(_shown(heading)),
+                *(line[heading].cell_len for line in lines if heading in line),
+            ]
+        )
         for heading in headings
     ]
     return sum(widths) + 2 * (len(widths) - 1)
@@ -118,13 +128,13 @@ def _width_of(headings: Sequence[str], lines: Sequence[dict[str, Text]]) -> int:
 def _drawn(table: SheetTable, headings: Sequence[str], lines: Sequence[dict[str, Text]]) -> Table:
     drawn = Table(
         box=None, padding=(0, 1), pad_edge=False, header_style="bold",
-        title=Text(printable(table.caption)) if table.caption else None, title_justify="left",
+        title=Text(_shown(table.caption)) if table.caption else None, title_justify="left",
         title_style="",
     )  # fmt: skip
     for heading in headings:
         numeric = table.is_numeric(heading)
         drawn.add_column(
-            Text(printable(heading)), justify="right" if numeric else "left", no_wrap=numeric,
+            Text(_shown(heading)), justify="right" if numeric else "left", no_wrap=numeric,
             overflow="fold",
         )  # fmt: skip
     for line, texts in zip(table.lines, lines, strict=True):

@@ -48,7 +48,7 @@ def draw(sheet: Sheet) -> None:
             _print(_table(piece))
         elif isinstance(piece, Sentence):
             # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
-            out.print(text_of(piece.words), soft_wrap=not _has_width())
+            out.print(styled(piece.words), soft_wrap=not _has_width())
         elif isinstance(piece, Line):
             out.print(Text(_shown(piece.text)), soft_wrap=True)
         else:
@@ -56,7 +56,7 @@ def draw(sheet: Sheet) -> None:
         before = piece
 
 
-def text_of(words: Words) -> Text:
+def styled(words: Words) -> Text:
     """Words with their styles, their texts as they are but for what no terminal should get."""
     text = Text()
     for part in parts_of(words):
@@ -90,14 +90,14 @@ def _print(table: Table) -> None:
 def _grid(facts: Facts) -> Table:
     grid = fact_grid()
     for what, words in facts.rows:
-        grid.add_row(Text(_shown(what)), text_of(words))
+        grid.add_row(Text(_shown(what)), styled(words))
     return grid
 
 
 def _table(table: SheetTable) -> Table:
     """The table with the columns that there is room for."""
     lines = [
-        {heading: text_of(cell) for heading, cell in line.cells.items()} for line in table.lines
+        {heading: styled(cell) for heading, cell in line.cells.items()} for line in table.lines
     ]
     for headings in table.headings:
         left = list(headings)

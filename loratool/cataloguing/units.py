@@ -115,7 +115,3 @@ def _shard_sets(names: Collection[str], weights: set[str]) -> tuple[list[str], s
         index = f"{stem}.{suffix}.index.json"
         found.append(index if index in names else members[0])
     return found, left
-
-
-def is_index(name: str) -> bool:
-    return _INDEX.fullmatch(name) is not None

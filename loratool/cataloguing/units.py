@@ -24,7 +24,6 @@ from loratool.storage.filenames import (
     WEIGHTS_SUFFIXES,
 )
 
-_INDEX = re.compile(r"(?P<stem>.+)\.(?P<kind>safetensors|bin)\.index\.json")
 #: What MLX saves of an adapter while it trains, each an adapter with the config beside it.
 _OF_MLX = re.compile(r"\d{7}_adapters\.(safetensors|npz)")
 #: How the weights of a whole model are called, in one file or in shards.

@@ -79,7 +79,15 @@ def with_meaning(
             error.hint = _output_meant(command, arguments) or error.hint
         elif hint := _weights_meant(command, arguments):
             error.hint = hint
+        elif error.message.partition(": ")[2].startswith(("--alpha", "--scale")) and _has(
+            command, "weights"
+        ):  # elsewhere alpha is the strength of a merge
+            error.hint += " How much of an adapter goes in is --weight."
     return error
+
+
+def _has(command: click.Command, name: str) -> bool:
+    return any(param.name == name for param in command.params)
 
 
 def _ended(sentence: str) -> str:
@@ -123,7 +131,7 @@ def _did_you_mean(name: str, option: click.Option, context: click.Context) -> st
 
 def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     """The same call with an output: what was given last, if it can be meant as that."""
-    if not any(param.name == "output" for param in command.params):
+    if not _has(command, "output"):
         return ""
     given = _positional(command, arguments)
     if given is None:
@@ -160,7 +168,7 @@ def _can_be_made(path: str) -> bool:
 
 def _weights_meant(command: click.Command, arguments: Sequence[str]) -> str:
     """How to give several weights, where they were given as one list, or after one option."""
-    if not any(param.name == "weights" for param in command.params):
+    if not _has(command, "weights"):
         return ""
     for i, word in enumerate(arguments):
         option, equals, value = word.partition("=")

@@ -6,6 +6,7 @@ hint that says what to do next. The command line prints both and exits with the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -182,6 +183,31 @@ def listed(items: Iterable[str], shown: int = 5) -> str:
     if len(all_items) > shown:
         lines.append(f"  … and {len(all_items) - shown} more")
     return "\n".join(lines)
+
+
+def by_cause(reasons: Iterable[tuple[str, str]]) -> str:
+    """Names and what is wrong with each, as an indented list with one line for each cause.
+
+    What differs in names and numbers of layers only is one cause: its line has the first names,
+    how many more there are, and what is wrong with the first.
+    """
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for name, reason in reasons:
+        cause = _NAMES.sub("*", _NEAREST.sub("", reason))
+        causes.setdefault(cause, []).append((name, reason))
+    lines = []
+    for found in causes.values():
+        names = ", ".join(printable(name) for name, _ in found[:3])
+        names += f" and {len(found) - 3} more" if len(found) > 3 else ""
+        same = len({reason for _, reason in found}) == 1
+        reason = found[0][1] if same else f"of the first, {found[0][1]}"
+        lines.append(f"{names}: {reason}" if reason else names)
+    return listed(lines)
+
+
+#: Names of modules and tensors in a reason, and what is nearest to one.
+_NAMES = re.compile(r"\b[\w-]+(\.[\w-]+)+")
+_NEAREST = re.compile(r" \(nearest: [^)]*\)")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

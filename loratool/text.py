@@ -173,5 +173,16 @@ def json_text(document: Any, *, indent: int | None = None, encoding: str = "utf-
     return "\n".join(line if is_printable(line) else _json_line(line) for line in lines)
 
 
+#: What a spreadsheet takes a cell for a formula by, also the wide forms of East Asia.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+
+
+def csv_cell(text: str) -> str:
+    """`text` as a cell of CSV: as it is, but with an apostrophe before what a spreadsheet would
+    take for a formula, and with escapes for bytes that are no characters."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
 def _json_line(line: str) -> str:
     return "".join(c if is_printable(c) else json.dumps(c)[1:-1] for c in line)

@@ -9,12 +9,13 @@ from loratool.adapters.companions import read_companions
 from loratool.adapters.dialects import WRITTEN, claimed_by
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.files import Held, read_held
-from loratool.adapters.recognise import recognise
+from loratool.adapters.recognise import recognise, way_out
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, ADAPTER_INDICES, SHARD
+from loratool.storage.folder import Location
 from loratool.storage.hub.folder import locate
 
 
@@ -31,7 +32,13 @@ def read_adapter(
     where the file contradicts the user.
     """
     told.check()
-    place = locate(source)
+    return adapter_at(locate(source), source, told, base)
+
+
+def adapter_at(
+    place: Location, source: str | Path, told: Told = NOTHING_TOLD, base: Checkpoint | None = None
+) -> Adapter:
+    """The same of a place that is known already; `source` is what errors call it."""
     held = read_held(place.folder, place.file, source)
     folder = held.folder
     config = folder.json(ADAPTER_CONFIG) if folder.has(ADAPTER_CONFIG) else {}
@@ -50,6 +57,9 @@ def read_adapter(
     if held.names != (held.entry,):
         adapter.shards = tuple(folder.path / name for name in held.names)
     adapter.declared = dialect.declared(config)
+    if place.note:
+        adapter.notices.append(Notice("cache-folder", place.note, str(place.path)))
+    adapter.notices += held.notices
     if claim:
         adapter.is_read = True
         if not place.file or held.entry in (*ADAPTER_ENTRIES, *ADAPTER_INDICES):
@@ -89,8 +99,7 @@ def read_lora(
     if not adapter.is_read:
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
-            "docs/dialects.md lists what loratool reads. `loratool inspect` shows what is in the "
-            "file.",
+            way_out(adapter.format),
         )
     adapter.fetch()
     return adapter

@@ -20,6 +20,8 @@ from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.finish import finish_command
 from loratool.cli.inspect import inspect_command
+from loratool.cli.lint import lint_command
+from loratool.cli.list import list_command
 from loratool.cli.merge import merge_command
 from loratool.cli.mistakes import in_one_style, with_meaning
 from loratool.cli.options import CONTEXT, Commands
@@ -56,6 +58,7 @@ def cli() -> None:
     \b
     Examples:
       loratool inspect adapter/
+      loratool list loras/
       loratool merge base/ adapter/ -o merged/ --reversible
       loratool verify merged/ --base base/ adapter/
       loratool unmerge merged/ adapter/ -o base-again/
@@ -64,12 +67,14 @@ def cli() -> None:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool extract base/ tuned/ --rank 16 -o adapter/
       loratool dequantise llama-bnb-4bit/ -o plain/
+      loratool lint adapter/ --for vllm,llamacpp
       loratool push adapter/ org/adapter
     """
 
 
 for command in (
     inspect_command,
+    list_command,
     merge_command,
     verify_command,
     unmerge_command,
@@ -79,6 +84,7 @@ for command in (
     convert_command,
     extract_command,
     dequantise_command,
+    lint_command,
     finish_command,
     push_command,
     card_command,

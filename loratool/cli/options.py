@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loratool.adapters.weighting import Weight, parse_weight
 from loratool.cli.completing import offer_values
 from loratool.errors import UsageError, nearest
 from loratool.storage.destination import plan_first
@@ -88,6 +89,20 @@ class ClusterAddress(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class WeightText(click.ParamType):  # type: ignore[type-arg]
+    """A factor, or several of them for ranges of layers."""
+
+    name = "weight"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Weight:
+        try:
+            return parse_weight(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message} {error.hint}", param, ctx)
+
+
 Decorator = Callable[[Any], Any]
 
 
@@ -101,8 +116,9 @@ def _shared(*names: str, help: str, **settings: Any) -> Callable[..., Decorator]
 
 
 weight_option = _shared(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
+    "--weight", "weights", multiple=True, type=WeightText(), metavar="W",
+    help="Factor of an adapter, once for each, in their order; may be negative, and another one "
+         "for some layers: 1,0.5@layers.0-3. [default: 1.0]",
 )  # fmt: skip
 model_dtype_option = _shared(
     "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
@@ -148,6 +164,17 @@ include_option = _shared(
 exclude_option = _shared(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
 )
+
+
+def choice_options() -> Decorator:
+    """--include and --exclude, of commands that take parts of adapters."""
+
+    def option(command: Any) -> Any:
+        return include_option()(exclude_option()(command))
+
+    return option
+
+
 rank_option = _shared("--rank", type=int, metavar="K", help="This rank for every module.")
 energy_option = _shared(
     "--energy", type=float, metavar="SHARE",
@@ -171,6 +198,10 @@ seed_option = _shared(
 spectrum_option = _shared(
     "--spectrum", is_flag=True, help="Show the singular values of every module."
 )
+shard_size_option = _shared(
+    "--max-shard-size", metavar="SIZE",
+    help="Write files of at most SIZE, such as 5GB. [default: the base's own files]",
+)  # fmt: skip
 private_option = _shared("--private", is_flag=True, help="Create the repository private.")
 shard_push_option = _shared(
     "--push", metavar="REPO",

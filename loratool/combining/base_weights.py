@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import MatchError, listed
+from loratool.errors import MatchError, by_cause
 from loratool.linalg.intruders import BaseDirections
 from loratool.linalg.lowrank import Decomposition
 from loratool.merging.coverage import note_broken_base
@@ -39,17 +39,17 @@ class BaseWeights:
         self._notices: list[Notice] = []
         #: Tensors that are not all numbers; threads add to it.
         self._broken: set[str] = set()
-        lost = []
+        lost: list[tuple[str, str]] = []
         for adapter in adapters:
             placed = match(adapter, layout)
-            lost += [f"{what}: {reason}" for what, reason in placed.unmatched]
+            lost += placed.unmatched
             self._deltas |= {d.factors.path: d for d in placed.deltas}
         self._notices += [*self._base.notices, *layout.notices]
         if not isinstance(self._base, Dequantised) and leftover(self._base):
             self._notices.append(note_leftover(self._base))
         if not self._deltas:
             raise MatchError(
-                f"No module of the adapters is in the base {base.label}:\n{listed(lost)}",
+                f"No module of the adapters is in the base {base.label}:\n{by_cause(lost)}",
                 "Give the base model they were trained on.",
             )
         wanted = {d.tensor for d in self._deltas.values()} | {str(self._tied)}
@@ -57,7 +57,7 @@ class BaseWeights:
         if lost:
             does = agreeing(len(lost), "does")
             text = f"{counted(len(lost), 'part')} of the adapters {does} not fit this base:\n"
-            text += listed(lost)
+            text += by_cause(lost)
             self._notices.append(Notice("unmatched", text, base.label))
 
     def intruders(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import listed
+from loratool.errors import by_cause, listed
 from loratool.merging.identity import note_other_base
 from loratool.merging.match import Delta
 from loratool.merging.matching import match
@@ -84,11 +84,13 @@ def cover(
     notices += _ids_without_rows(checkpoint, adapter)
     if broken:
         notices.append(note_broken_base(checkpoint, broken))
-    if found.unmatched:
-        lost = [f"{what}: {reason}" for what, reason in found.unmatched]
+    # Of factors without values it is said already that they are empty.
+    empty = {path for path, module in adapter.modules.items() if 0 in module.shape}
+    lost = [(what, reason) for what, reason in found.unmatched if what not in empty]
+    if lost:
         does = agreeing(len(lost), "does")
         text = f"{counted(len(lost), 'part')} of the adapter {does} not fit this base:\n"
-        notices.append(Notice("unmatched", text + listed(lost), checkpoint.label))
+        notices.append(Notice("unmatched", text + by_cause(lost), checkpoint.label))
     adapted = {d.tensor for d in found.deltas} | found.replaced.keys()
     adapted |= {name for name, _ in found.rows}
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -17,7 +17,9 @@ from loratool.storage.filenames import (
 from loratool.storage.folder import Folder
 
 #: What a file is that is no adapter, by its names: a model, or nothing that is known.
-_NO_ADAPTER = ("base-checkpoint", "unknown")
+_NO_ADAPTER = (
+    "base-checkpoint", "diffusion-model", "nunchaku", "controlnet", "t2i-adapter", "unknown",
+)  # fmt: skip
 
 
 def adapter_in(path: Path, told: Told = NOTHING_TOLD) -> Adapter | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from loratool.errors import FileError, listed
 from loratool.storage.bounded import open_regular
 from loratool.storage.jsonfile import read_json
 from loratool.storage.stamps import Stamp, changed_file, stamp_of
@@ -53,6 +54,41 @@ def origin_of(path: Path) -> Origin | None:
     revision, *inside = path.absolute().relative_to(repository / "snapshots").parts
     repo = repository.name.removeprefix("models--").replace("--", "/")
     return Origin(repo, revision, "/".join(inside))
+
+
+def snapshot_of(path: Path) -> tuple[Path, str]:
+    """The snapshot that the folder of a repository in a download cache stands for, and why it is
+    that one: the commit of `main`, else the only one there; `path` and "" for any other folder.
+
+    Raises FileError where several could be meant, or none is there.
+    """
+    named = path.absolute()
+    repository = named.parent if named.name == "snapshots" else named
+    if not repository.name.startswith("models--") or not (repository / "snapshots").is_dir():
+        return path, ""
+    there = {p.name: p for p in (repository / "snapshots").iterdir() if p.is_dir()}
+    main = ""
+    with suppress(OSError, UnicodeError):
+        main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    if main in there:
+        why = f"{main}, the commit of main"
+    elif len(there) == 1:
+        main = next(iter(there))
+        why = f"{main}, the only one"
+    else:
+        repo = repository.name.removeprefix("models--").replace("--", "/")
+        if not there:
+            raise FileError(
+                f"{path}: a folder of the download cache without a snapshot.",
+                f"Fetch it: hf download {repo}, or give {repo} itself.",
+            )
+        raise FileError(
+            f"{path}: a folder of the download cache with {len(there)} snapshots, and which one is "
+            f"main is not known:\n{listed(sorted(there), shown=8)}",
+            f"Name one of them, for instance {there[max(there)]}.",
+        )
+    text = f"{path.name} is a folder of the download cache; its snapshot {why}, was taken."
+    return there[main], text
 
 
 #: What is said of a name that leads to no file; everything else is a fault of the disk.
@@ -203,10 +239,12 @@ class CachedFolder(Folder):
 
 
 class Location(NamedTuple):
-    """What somebody pointed at: a folder, or with `file` one file in it."""
+    """What somebody pointed at: a folder, or with `file` one file in it; `note` says how it was
+    found, where that is not plain."""
 
     folder: Folder
     file: str = ""
+    note: str = ""
 
     @property
     def path(self) -> Path:

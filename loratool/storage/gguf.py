@@ -17,13 +17,12 @@ from typing import Any, BinaryIO, NamedTuple
 from loratool.errors import FileError, TruncatedError
 from loratool.storage.bounded import LONGEST_LIST, LONGEST_NAME, MOST_AXES, Cursor, Malformed
 from loratool.storage.ggml import BLOCKS, PLAIN, in_blocks
-from loratool.storage.header import refuse_known_impostors
+from loratool.storage.kinds import GGUF_MAGIC, LOOKED_AT, refuse_known_impostors
 from loratool.storage.stamps import Stamp
 from loratool.storage.tensors import TensorInfo
 from loratool.words import counted, format_bytes
 
 #: What a file begins with that is one.
-GGUF_MAGIC = b"GGUF"
 
 #: Where the alignment of the data stands among the values, and what it is without one.
 ALIGNMENT = "general.alignment"
@@ -67,7 +66,7 @@ def parse_gguf(path: Path, stream: BinaryIO, size: int, stamp: Stamp | None = No
     errors call it; `stamp` is what it was when it was opened, None for a stream over the network.
     Raises FileError for what is damaged, not complete, or of a form that is not read.
     """
-    start = stream.read(64)
+    start = stream.read(LOOKED_AT)
     refuse_known_impostors(path, start, size)
     if not start.startswith(GGUF_MAGIC):
         raise FileError(

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from loratool.errors import FileError
 from loratool.storage.ggml import PLAIN
-from loratool.storage.gguf import ALIGNMENT, GGUF_MAGIC, GGUF_TYPES, USUAL_ALIGNMENT
+from loratool.storage.gguf import ALIGNMENT, GGUF_TYPES, USUAL_ALIGNMENT
+from loratool.storage.kinds import GGUF_MAGIC
 from loratool.storage.outgoing import Outgoing
 from loratool.storage.shardfile import ShardWriter
 

@@ -18,7 +18,7 @@ from loratool.dtypes import DTYPE_BITS
 from loratool.errors import FileError
 from loratool.storage.archive import Archive
 from loratool.storage.bounded import LONGEST_NAME, MOST_AXES, Cursor, Malformed
-from loratool.storage.header import refuse_known_impostors
+from loratool.storage.kinds import LOOKED_AT, refuse_known_impostors
 from loratool.storage.stamps import Stamp
 from loratool.storage.tensors import TensorInfo, odd_strides
 
@@ -53,7 +53,7 @@ def parse_npz(path: Path, stream: BinaryIO, stamp: Stamp) -> dict[str, TensorInf
     `stamp` is what the file was when it was opened. Raises FileError for a file that is damaged or
     compressed, and for arrays that are no plain numbers.
     """
-    refuse_known_impostors(path, stream.read(64), stamp.nbytes)
+    refuse_known_impostors(path, stream.read(LOOKED_AT), stamp.nbytes)
     try:
         archive = Archive(stream, stamp.nbytes)
         found = [_array(path, archive, entry, stamp) for entry in archive.entries]

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from loratool.errors import FileError
-from loratool.storage.archive import LOCAL, Archive
+from loratool.storage.archive import Archive
 from loratool.storage.bounded import LONGEST_LIST, Cursor, Malformed
-from loratool.storage.header import refuse_known_impostors
+from loratool.storage.filenames import WEIGHTS_SUFFIXES
+from loratool.storage.kinds import LOOKED_AT, ZIP, refuse_known_impostors
 from loratool.storage.pickles import Ordered, Refused, load
 from loratool.storage.stamps import Stamp
 from loratool.storage.statedict import Descriptions, Storage, Tensor, named_tensors
@@ -61,10 +62,10 @@ def parse_pickled(path: Path, stream: BinaryIO, stamp: Stamp) -> tuple[dict[str,
     was opened. Raises FileError for a file that is damaged, compressed, or needs code to be read.
     """
     size = stamp.nbytes
-    start = stream.read(64)
+    start = stream.read(LOOKED_AT)
     refuse_known_impostors(path, start, size)
     try:
-        is_zip = start.startswith(LOCAL)
+        is_zip = start.startswith(ZIP)
         contents = (_read_zip if is_zip else _read_legacy)(path, stream, size)
         found = named_tensors(contents.top, contents.length)
         tensors = {name: _info(path, name, item, contents, stamp) for name, item in found.items()}
@@ -73,7 +74,8 @@ def parse_pickled(path: Path, stream: BinaryIO, stamp: Stamp) -> tuple[dict[str,
     except Refused as error:
         raise FileError(
             f"{path}: not read, because {error}, which is more than plain tensors need.",
-            "loratool never runs code from a file. Save the weights as safetensors.",
+            "loratool never runs code from a file. Save the weights as safetensors, where the file "
+            "was made: save_file of safetensors.",
         ) from None
     except Malformed as error:
         raise FileError(f"{path}: a damaged torch file ({error}).", _REFETCH) from None
@@ -89,7 +91,10 @@ def _read_legacy(path: Path, stream: BinaryIO, size: int) -> _Contents:
     first, described = Descriptions(), Descriptions()
     cursor = Cursor(stream, 0, min(size, LONGEST_LIST))
     if plain() != _LEGACY_MAGIC:
-        raise FileError(f"{path}: not a torch file.", "Check what the file really is.")
+        raise FileError(
+            f"{path}: a Python pickle, but not a torch file.",
+            "Save the tensors by name with safetensors, where the file was made (save_file).",
+        )
     protocol, system = plain(), plain()
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
         raise Malformed("its version is unknown")
@@ -124,7 +129,7 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> _Contents:
     entries = archive.entries
     pickles = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
-        raise FileError(f"{path}: a zip archive, but not a torch file.", "Check what it is.")
+        raise _other_archive(path, list(entries))
     folder = pickles[0].removesuffix("data.pkl")
 
     def opened(name: str, longest: int) -> Cursor:
@@ -158,6 +163,24 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> _Contents:
                     f"{storage.nbytes:,}"
                 )
     return _Contents(top, entries[pickles[0]].size, described.storages, starts)
+
+
+def _other_archive(path: Path, names: list[str]) -> FileError:
+    """The error for a zip archive that is no torch file, by what is in it."""
+    inside = [name for name in names if Path(name).suffix in WEIGHTS_SUFFIXES]
+    out = path.stem if path.suffix else f"{path.name}-unpacked"
+    unpack = f"Unpack it: unzip {path.name} -d {out}"
+    if not inside:
+        held = f" It holds {', '.join(names[:5])}." if names else ""
+        return FileError(
+            f"{path}: a zip archive, but not a torch file.{held}", f"{unpack}, and give what it is."
+        )
+    folders = {str(Path(name).parent) for name in inside}
+    where = str(Path(out, *Path(inside[0]).parts[:-1])) if len(folders) == 1 else out
+    return FileError(
+        f"{path}: a zip archive with weights in it ({inside[0]}), not a torch file.",
+        f"{unpack}, and give the folder {where}.",
+    )
 
 
 def _check_sum(cursor: Cursor, wanted: int) -> None:

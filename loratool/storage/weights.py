@@ -4,30 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loratool.errors import BaseError, FileError, listed
+from loratool.storage.archive import Archive
+from loratool.storage.bounded import Malformed
 from loratool.storage.filenames import (
-    GGUF_SUFFIX,
     INDEX,
     MODEL,
     MODEL_ENTRIES,
     NATIVE,
     NATIVE_ENTRIES,
     NATIVE_PART,
-    NPZ_SUFFIX,
     SHARD,
     TORCH_SUFFIXES,
 )
 from loratool.storage.folder import CachedFolder, Folder
-from loratool.storage.gguf import GGUF_MAGIC, parse_gguf
+from loratool.storage.gguf import parse_gguf
 from loratool.storage.header import parse_header
+from loratool.storage.kinds import (
+    CONTAINERS,
+    LOOKED_AT,
+    ZIP,
+    container_by_name,
+    container_of,
+    refuse_known_impostors,
+)
 from loratool.storage.npz import parse_npz
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import parse_pickled
-from loratool.words import agreeing, counted
+from loratool.words import agreeing, counted, enumerated
+
+#: Containers that say at their end what is in them, or in all of them.
+_WHOLE = ("torch", "npz")
 
 
 @dataclass
@@ -50,36 +61,70 @@ class Contents:
     """What the header of one file says.
 
     `top` is the kind of its outermost object: anything for torch files, "dict" for all others.
-    `values` are what a GGUF file says beside its tensors, as plain Python has them.
+    `values` are what a GGUF file says beside its tensors, as plain Python has them. `note` says
+    that its name is that of another container, where it is.
     """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     top: str = "dict"
     values: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def read_contents(folder: Folder, name: str) -> Contents:
-    """The header of a file of any kind, by its ending; GGUF files also by how they begin.
+    """The header of a file of any kind, by how it begins; where that does not tell, by its ending.
 
-    Raises FileError for what is damaged.
+    Raises FileError for what is damaged, and for what holds no weights.
     """
-    path = folder.path / name
-    pickled, arrays = path.suffix in TORCH_SUFFIXES, path.suffix == NPZ_SUFFIX
-    if pickled or arrays:
+    wanted = container_by_name(name)
+    if wanted in _WHOLE:
         folder.fetch([name])  # what these hold cannot be told from their beginning
+    kind, found = _opened(folder, name)
+    if found is None:
+        folder.fetch([name])
+        kind, found = _opened(folder, name)
+    assert found is not None
+    if kind == wanted:
+        return found
+    note = (
+        f"{name} is {CONTAINERS[kind]} by what is in it, and was read as one. Other programs go by "
+        f"its name and expect {CONTAINERS[wanted]}."
+    )
+    return replace(found, note=note)
+
+
+def _opened(folder: Folder, name: str) -> tuple[str, Contents | None]:
+    """The container that a file is, and what is in it; None where it must be on the disk for it."""
+    path = folder.path / name
     with folder.reading(name) as (stream, size, stamp):
-        begins_so = stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+        start = stream.read(LOOKED_AT)
+        refuse_known_impostors(path, start, size)
+        kind = container_of(start) or container_by_name(name)
+        if start.startswith(ZIP) and stamp is not None:
+            kind = _zipped(stream, size) or kind
         stream.seek(0)
-        if begins_so or path.suffix == GGUF_SUFFIX:
+        if kind == "gguf":
             found = parse_gguf(path, stream, size, stamp)
-            return Contents(found.tensors, values=found.values)
-        if arrays and stamp is not None:
-            return Contents(parse_npz(path, stream, stamp))
-        if pickled and stamp is not None:
-            tensors, top = parse_pickled(path, stream, stamp)
-            return Contents(tensors, top=top)
-        return Contents(*parse_header(path, stream, size, stamp))
+            return kind, Contents(found.tensors, values=found.values)
+        if kind not in _WHOLE:
+            return kind, Contents(*parse_header(path, stream, size, stamp))
+        if stamp is None:
+            return kind, None
+        if kind == "npz":
+            return kind, Contents(parse_npz(path, stream, stamp))
+        tensors, top = parse_pickled(path, stream, stamp)
+        return kind, Contents(tensors, top=top)
+
+
+def _zipped(stream: BinaryIO, size: int) -> str:
+    """Which of the containers that are zip archives a file is; "" where it is damaged."""
+    try:
+        names = Archive(stream, size).entries
+    except Malformed:
+        return ""
+    ends = {name.rpartition("/")[2].rpartition(".")[2] for name in names}
+    return "npz" if "npy" in ends and "pkl" not in ends else "torch"
 
 
 def entry_of(folder: Folder) -> str | None:
@@ -111,9 +156,10 @@ def read_entry(folder: Folder, entry: str, partial: bool = False) -> Weights:
 
 def read_one(folder: Folder, name: str) -> Weights:
     """The weights in one file."""
-    tensors, metadata = _named_weights(folder, name)
+    contents = _named_weights(folder, name)
     whole = NATIVE if name == NATIVE or NATIVE_PART.fullmatch(name) else MODEL
-    return Weights(tensors, {whole: list(tensors)}, metadata)
+    notes = [contents.note] * bool(contents.note)
+    return Weights(contents.tensors, {whole: list(contents.tensors)}, contents.metadata, notes)
 
 
 def _refuse_parallel(folder: Folder, name: str) -> None:
@@ -190,6 +236,10 @@ def _only_weights_file(folder: Folder) -> str:
             "Fetch the index too; it says which tensor lies in which file.",
         )
     wanted = "Expected model.safetensors, or shards with model.safetensors.index.json."
+    inner = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
+    models = [name for name in sorted(inner) if entry_of(folder.inside(name)) is not None]
+    if models:
+        wanted = f"In {enumerated(models)} there is a model: give {folder.path / models[-1]}."
     raise FileError(
         f"{folder.path}: no model weights in this directory.",
         folder.remedy if isinstance(folder, CachedFolder) else wanted,
@@ -224,8 +274,10 @@ def read_index(folder: Folder, entry: str, partial: bool = False) -> Weights:
     shards: dict[str, list[str]] = {}
     metadata: dict[str, str] = {}
     notes = []
-    for name, (found, own_metadata) in _read_files(folder, sorted(names)):
-        metadata = {**own_metadata, **metadata}
+    for name, contents in _read_files(folder, sorted(names)):
+        found = contents.tensors
+        metadata = {**contents.metadata, **metadata}
+        notes += [contents.note] * bool(contents.note)
         # The index decides; a tensor it does not know is kept, one it places elsewhere is not.
         here = {t: info for t, info in found.items() if weight_map.get(t, name) == name}
         unmapped = [t for t in here if t not in weight_map]
@@ -256,10 +308,7 @@ def read_index(folder: Folder, entry: str, partial: bool = False) -> Weights:
     return Weights(tensors, shards, metadata, notes)
 
 
-_Header = tuple[dict[str, TensorInfo], dict[str, str]]
-
-
-def _read_files(folder: Folder, names: Sequence[str]) -> Iterator[tuple[str, _Header]]:
+def _read_files(folder: Folder, names: Sequence[str]) -> Iterator[tuple[str, Contents]]:
     """The headers of shards in this order; several at a time, for the Hub is slow to answer."""
     first, *others = names
     yield first, _named_weights(folder, first)
@@ -269,14 +318,14 @@ def _read_files(folder: Folder, names: Sequence[str]) -> Iterator[tuple[str, _He
         )
 
 
-def _named_weights(folder: Folder, name: str) -> _Header:
+def _named_weights(folder: Folder, name: str) -> Contents:
     contents = read_contents(folder, name)
     if contents.top != "dict":
         raise BaseError(
             f"{folder.path / name}: its top object is a {contents.top}, not named weights.",
             "Check the file.",
         )
-    return contents.tensors, contents.metadata
+    return contents
 
 
 def _output_name(shard: str) -> str:

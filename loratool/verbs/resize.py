@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN
 from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.extras import settle
@@ -134,7 +135,7 @@ def resize(
     lora = read_lora(adapter, said, model)
     check_output(target, [path.resolve() for path in lora.files], overwrite)
     refuse_company(target, (), overwrite)
-    joined = join([lora], [1.0], "resized", with_dora=True)
+    joined = join([lora], [PLAIN], "resized", with_dora=True)
     settle(joined, "refuse")
     code = output_dtype(joined, dtype)
     shapes = {m.path: m.shape for m in lora.modules.values()}

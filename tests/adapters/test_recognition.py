@@ -12,6 +12,7 @@ from helpers.places import FIXTURES
 from safetensors.numpy import save_file
 
 import loratool
+from loratool.adapters.recognise import way_out
 from loratool.errors import FileError
 
 OTHERS: dict[str, tuple[list[str], str]] = {
@@ -34,13 +35,35 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "optimizer": (["q.lora_A.default.weight.exp_avg", "q.lora_A.default.weight.step"],
                   "optimizer-state"),
     "base": (["model.embed_tokens.weight", "model.norm.weight"], "base-checkpoint"),
+    "LLaMA-Adapter": (["base_model.model.model.layers.2.self_attn.adaption_gate"],
+                      "llama-adapter"),
+    "LLaMA-Adapter of its authors": (["adapter_query.weight", "layers.2.attention.gate"],
+                                     "llama-adapter"),
+    "IP-Adapter": (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "ip-adapter"),
+    "Control-LoRA": (["input_blocks.1.0.in_layers.2.up", "lora_controlnet"], "control-lora"),
+    "ControlNet": (["control_model.input_blocks.0.0.weight"], "controlnet"),
+    "T2I-Adapter": (["adapter.body.0.block1.weight"], "t2i-adapter"),
+    "Custom Diffusion": (["unet.a.to_k_custom_diffusion.weight"], "custom-diffusion"),
+    "Nunchaku": (["blocks.0.q.qweight", "blocks.0.q.proj_down"], "nunchaku"),
+    "hypernetwork": (["768.0.linear1.weight"], "hypernetwork"),
+    "ComfyUI's differences": (["diffusion_model.blocks.0.q.diff"], "comfy"),
+    "diffusion model": (["model.diffusion_model.input_blocks.0.0.weight"], "diffusion-model"),
+    "bottlenecks": (["bert.layer.0.output.adapters.x.adapter_down.0.weight",
+                     "bert.layer.0.output.adapters.x.adapter_up.weight"], "bottleneck-adapter"),
+    "ReFT": (["layer.15.unit.0.rotate_layer.weight", "layer.15.learned_source.weight"], "reft"),
+    "textual inversion": (["emb_params"], "textual-inversion"),
+    "textual inversion of diffusers": (["<cat>"], "textual-inversion"),
+    "P-tuning": (["prompt_encoder.embedding.weight"], "prompt-tuning"),
+    "GGUF model": (["blk.0.attn_q.weight", "token_embd.weight"], "gguf-model"),
+    "control vector": (["direction.1", "direction.2"], "control-vector"),
     "unknown": (["alpha", "beta", "gamma"], "unknown"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_files_are_called_by_their_name(name: str, tmp_path: Path) -> None:
-    """A file that is no PEFT LoRA is named as what it is, and merge refuses it by that name."""
+    """A file that is no LoRA is named as what it is, merge refuses it by that name, and both say
+    what to do with it."""
     keys, code = OTHERS[name]
     path = tmp_path / "x.safetensors"
     save_file({key: np.ones((2, 2), np.float32) for key in keys}, path)
@@ -50,7 +73,18 @@ def test_other_files_are_called_by_their_name(name: str, tmp_path: Path) -> None
     with pytest.raises(loratool.LoraToolError) as error:
         loratool.merge(FIXTURES / "base", path, tmp_path / "out")
     assert report.description in error.value.message
+    assert [n.message for n in report.warnings if n.code == "not-an-adapter"] == [error.value.hint]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("kohya", "sd-scripts"), ("prompt-tuning", "PeftModel"), ("base-checkpoint", "extract"),
+     ("gguf-model", "Unsloth"), ("optimizer-state", "adapter_model"), ("unknown", "dialects.md")],
+)  # fmt: skip
+def test_each_kind_has_a_way_out(code: str, words: str) -> None:
+    """What is no adapter leads on: to its program, to the adapter beside it, to extract."""
+    assert words in way_out(code)
 
 
 @pytest.mark.parametrize(
@@ -78,4 +112,5 @@ def test_find_the_weights_of_a_directory(tmp_path: Path, adapter: Path) -> None:
         )
     with pytest.raises(FileError) as error:
         loratool.inspect(tmp_path)
-    assert "one.safetensors" in error.value.hint
+    assert "one.safetensors" in error.value.message
+    assert "two.safetensors" in error.value.hint

@@ -80,4 +80,4 @@ def test_half_a_pair_is_one_warning_with_the_right_number(tmp_path: Path) -> Non
     (notice,) = report.warnings
     assert notice.code == "half-a-pair"
     assert notice.message.startswith("2 modules have only one of lora_A and lora_B")
-    assert "k_proj: only lora_A.weight" in notice.message
+    assert "k_proj, model.layers.0.self_attn.v_proj: only lora_A.weight" in notice.message

@@ -201,12 +201,13 @@ def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_files_of_that_name_are_refused(tmp_path: Path) -> None:
-    """Other entries, no zip archive, an empty file: one clear error each."""
+    """Other entries, no zip archive, an empty file: one clear error each, by what it is."""
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", b"x")
     file_error(read_npz, path, "readme.txt")
-    for content, words in ((b"", "empty"), (b"\x93NUMPY", "damaged"), (b"x" * 99, "damaged")):
+    for content, words in ((b"", "empty"), (b"\x93NUMPY", "single NumPy"), (b"x" * 99, "a text"),
+                           (b"\1" * 99, "damaged")):  # fmt: skip
         path.write_bytes(content)
         file_error(read_npz, path, words)
 

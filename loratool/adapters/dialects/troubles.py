@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loratool.adapters.adapter import Adapter
-from loratool.errors import listed
+from loratool.errors import by_cause, listed
 from loratool.notices import Notice
 from loratool.words import counted
 
@@ -31,22 +31,26 @@ _OF_SHAPES = {
     "PEFT 0.2",
     "target-parameters": "adapts a bare parameter (a stack of experts), and which one is not known",
     "quantised-factors": INTEGERS,
-    "pair-mismatch": "has factors of different ranks",
+    "pair-mismatch": "has factors of different ranks, so they make no product; fetch or save the "
+    "adapter again",
 }
 
 
 def refuse_modules(adapter: Adapter, code: str, what: str, modules: Sequence[str]) -> None:
-    """One notice for all modules with the same trouble; `what` begins with a verb."""
+    """One notice for all modules with the same trouble; `what` begins with a verb. Each is a path,
+    or with what is wrong with it behind a colon."""
     if modules:
         verb, _, rest = what.partition(" ")
-        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{listed(modules)}"
+        reasons = [(path, reason) for path, _, reason in (m.partition(": ") for m in modules)]
+        text = f"{counted(len(modules), 'module', verb)} {rest}:\n{by_cause(reasons)}"
         adapter.notices.append(Notice(code, text, modules[0].partition(":")[0], refused=True))
 
 
 def refuse_halves(adapter: Adapter, halves: Mapping[str, Sequence[str]], pair: str) -> None:
     """Refuse modules of which there is only a part, by path; `pair` are the names of both."""
     refuse_modules(
-        adapter, "half-a-pair", f"has only one of {pair}, so nothing can be computed",
+        adapter, "half-a-pair",
+        f"has only one of {pair}, so nothing can be computed; fetch or save the adapter again",
         [f"{path}: only {', '.join(names)}" for path, names in halves.items()],
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from loratool.errors import FileError, HubError, OutputError, nearest, show_as
-from loratool.storage.folder import CachedFolder, Folder, Location
+from loratool.storage.folder import CachedFolder, Folder, Location, snapshot_of
 from loratool.storage.hub.address import Address, other_reading, parse
 from loratool.storage.hub.answers import commit_of, files_of
 from loratool.storage.hub.errors import explained, progress_bars
@@ -40,9 +40,10 @@ def locate(source: str | Path) -> Location:
     path = Path(source)
     address = parse(str(source)) if isinstance(source, str) else None
     if address is None or os.path.lexists(path):
-        return (
-            Location(Folder(path.parent), path.name) if path.is_file() else Location(Folder(path))
-        )
+        if path.is_file():
+            return Location(Folder(path.parent), path.name)
+        snapshot, note = snapshot_of(path)
+        return Location(Folder(snapshot), note=note)
     try:
         return _open(address)
     except HubError as error:
@@ -183,6 +184,8 @@ class HubFolder(Folder):
             for name, size in sizes.items()
             if name.startswith(prefix)
         }
+        #: Bytes that one fetch may download; who only looks at headers sets a limit.
+        self.most: int | None = None
         self._brought: set[str] = set()
         self._unfinished = set(self._halves())
         self._files: Any = None
@@ -193,6 +196,7 @@ class HubFolder(Folder):
         prefix = f"{self._prefix}{name}/"
         folder = HubFolder(address, self.commit, self._root, prefix, sizes, self.private)
         folder._seen = self._seen
+        folder.most = self.most
         return folder
 
     def is_there(self) -> bool:
@@ -236,6 +240,12 @@ class HubFolder(Folder):
     def fetch(self, names: Iterable[str]) -> None:
         names = list(names)
         wanted = self.missing(names)
+        if self.most is not None and sum(wanted.values()) > self.most:
+            raise HubError(
+                f"{self.repo}: {next(iter(wanted))} tells nothing before it is downloaded "
+                f"({format_bytes(sum(wanted.values()))}).",
+                f"loratool inspect {self.repo} downloads it.",
+            )
         if wanted:
             self._download(wanted)
         self.note(names)

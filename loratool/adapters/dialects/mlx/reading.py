@@ -201,8 +201,7 @@ def _refuse_unlike_config(adapter: Adapter) -> None:
     other = [f"{p}: rank {m.rank}, not {rank}" for p, m in modules if rank not in (None, m.rank)]
     refuse_modules(
         adapter, "rank-mismatch",
-        "has another rank than the config gives; MLX would not load this. Put the config of this "
-        "adapter beside it", other,
+        "has another rank than the config gives. Put the config of this adapter beside it", other,
     )  # fmt: skip
     if kind_of_training(adapter.config) == "dora":
         refuse_modules(

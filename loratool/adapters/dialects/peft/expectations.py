@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.peft.names import plain_path
 from loratool.adapters.dialects.troubles import refuse_unknown
-from loratool.errors import listed
+from loratool.errors import by_cause, listed
 from loratool.models.layouts.names import CLASSIFIERS, is_value_head, is_vocabulary
 from loratool.notices import Notice
 from loratool.paths import dotted_ends
@@ -81,7 +81,8 @@ def _absent_magnitudes(adapter: Adapter) -> Iterator[Notice]:
     missing = [path for path, m in adapter.modules.items() if m.magnitude is None]
     if adapter.config.get("use_dora") and missing:
         text = f"use_dora is set, but {counted(len(missing), 'module', 'has')} no magnitude vector:"
-        yield Notice("magnitude-absent", f"{text}\n{listed(missing)}", refused=True)
+        lines = by_cause((path, "") for path in missing)
+        yield Notice("magnitude-absent", f"{text}\n{lines}", refused=True)
 
 
 def _undeclared_magnitudes(adapter: Adapter) -> Iterator[Notice]:

@@ -149,7 +149,8 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
         scaled = Scaling()
         if resolve is not None:
             rank, scaled = resolve(owner)
-            if len(a.shape) > 1 and a.shape[0] not in (0, rank):
+            one_rank = len(b.shape) < 2 or a.shape[:1] == b.shape[1:2]  # else they make no product
+            if len(a.shape) > 1 and a.shape[0] not in (0, rank) and one_rank:
                 wrong_ranks.append(f"{plain}: the config gives {rank}, lora_A has {a.shape[0]}")
         elif not adapter.config and a.shape and a.shape[0]:
             scaled = scaling(adapter.told, a.shape[0], where=plain)
@@ -169,8 +170,7 @@ def _build_modules(adapter: Adapter, parts: dict[str, _Parts]) -> set[str]:
     refuse_halves(adapter, halves, "lora_A and lora_B")
     refuse_modules(
         adapter, "rank-mismatch",
-        "has another rank than the config gives; PEFT would not load this. Correct r or "
-        "rank_pattern", wrong_ranks,
+        "has another rank than the config gives; correct r or rank_pattern in it", wrong_ranks,
     )  # fmt: skip
     if not fused:  # which is refused by its config already
         refuse_shapes(adapter, bare.troubles)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from loratool.adapters.dialects.prefixes import unwrapped
+from loratool.adapters.dialects.prefixes import unwrapped, without_peft, wrappers_in
 from loratool.adapters.factors import ModuleShape
+from loratool.notices import Notice
+from loratool.words import counted, enumerated
 
 _PREFIX = "base_model.model."
 
@@ -73,5 +76,17 @@ def rows_key(key: str) -> str:
 
 
 def plain_path(key: str) -> str:
-    """A key without the prefixes of PEFT and of training frameworks."""
-    return unwrapped(unwrapped(key).removeprefix("base_model.model."))
+    """A key without the prefixes of PEFT, of training frameworks and of scripts."""
+    return unwrapped(without_peft(unwrapped(key)))
+
+
+def note_wrappers(keys: Iterable[str]) -> list[Notice]:
+    """One notice of what was taken off the keys; none where they are as PEFT writes them."""
+    counts: Counter[str] = Counter(wrapper for key in keys for wrapper in wrappers_in(key))
+    if not counts:
+        return []
+    text = (
+        f"{counted(max(counts.values()), 'name', 'holds')} {enumerated(list(counts))}, which "
+        "training puts around a model; it was taken off."
+    )
+    return [Notice("names-unwrapped", text)]

@@ -41,8 +41,7 @@ _SHARED = "base_model"
 #: By code, what is wrong with modules, to follow "1 module".
 _TROUBLES = {
     "half-a-pair": "lacks a tensor, so nothing can be computed",
-    "rank-mismatch": "has another rank than the config gives; PEFT would not load this. Correct "
-    "the config",
+    "rank-mismatch": "has another rank than the config gives; correct it there",
     "pair-mismatch": "has tensors whose shapes do not belong together",
     "needs-base": "has factors that depend on the base, which is not given. Give it: --base",
     "peft-options": "has no merged form that is known",

@@ -60,7 +60,8 @@ def in_one_style(error: click.ClickException, arguments: Sequence[str]) -> Usage
         return UsageError(f"No such option {error.option_name}.", f"{hint} {more}".strip())
     said = _ended(error.format_message())
     if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter):
-        return UsageError(said, _weights_meant(context.command, arguments) or more)
+        hint = _weights_meant(context.command, arguments) or f"{_choice_meant(said)} {more}".strip()
+        return UsageError(said, hint)
     meant = ""
     if isinstance(error, click.MissingParameter):
         if error.param is not None and error.param.name == "output":
@@ -127,6 +128,15 @@ def _option_meant(name: str, context: click.Context) -> str:
 def _did_you_mean(name: str, option: click.Option, context: click.Context) -> str:
     value = "" if option.is_flag else f" {option.make_metavar(context)}"
     return f"Did you mean {name}{value}?"
+
+
+def _choice_meant(said: str) -> str:
+    """The nearest of the choices that click names when a value is none of them."""
+    before, told, after = said.partition("' is not one of '")
+    if not told:
+        return ""
+    near = nearest(before.rpartition("'")[2], after.split("'")[::2])
+    return f"Did you mean {near}?" if near else ""
 
 
 def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ def hint_of(done: Result) -> str:
         ("verify B A", "Usage: loratool verify MERGED ADAPTER... --base BASE."),
         ("push A org/a more", "Usage: loratool push PATH REPO_ID."),
         ("resize A --rank many -o x", "See loratool resize --help."),
+        ("merge B A -o x --quantised plane", "Did you mean plain? See loratool merge --help."),
+        ("inspect A --kind addtive", "Did you mean additive?"),
         ("merg B A -o x", "Did you mean 'merge'?"),
         ("--versoin", "Did you mean --version?"),
         ("", "See loratool --help."),

@@ -36,11 +36,18 @@ def _targets() -> Iterable[str]:
     return TARGETS
 
 
+def _programs() -> Iterable[str]:
+    from loratool.serving.programs import PROGRAMS
+
+    return PROGRAMS
+
+
 #: Options whose values have names that a verb knows, asked for only when a shell wants them.
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "--method": _methods,
     "--from": _dialects,
     "--to": _targets,
+    "--for": _programs,
 }
 
 

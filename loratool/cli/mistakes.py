@@ -60,7 +60,8 @@ def in_one_style(error: click.ClickException, arguments: Sequence[str]) -> Usage
         return UsageError(f"No such option {error.option_name}.", f"{hint} {more}".strip())
     said = _ended(error.format_message())
     if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter):
-        return UsageError(said, _weights_meant(context.command, arguments) or more)
+        hint = _weights_meant(context.command, arguments) or f"{_choice_meant(said)} {more}".strip()
+        return UsageError(said, hint)
     meant = ""
     if isinstance(error, click.MissingParameter):
         if error.param is not None and error.param.name == "output":
@@ -79,7 +80,15 @@ def with_meaning(
             error.hint = _output_meant(command, arguments) or error.hint
         elif hint := _weights_meant(command, arguments):
             error.hint = hint
+        elif error.message.partition(": ")[2].startswith(("--alpha", "--scale")) and _has(
+            command, "weights"
+        ):  # elsewhere alpha is the strength of a merge
+            error.hint += " How much of an adapter goes in is --weight."
     return error
+
+
+def _has(command: click.Command, name: str) -> bool:
+    return any(param.name == name for param in command.params)
 
 
 def _ended(sentence: str) -> str:
@@ -121,9 +130,18 @@ def _did_you_mean(name: str, option: click.Option, context: click.Context) -> st
     return f"Did you mean {name}{value}?"
 
 
+def _choice_meant(said: str) -> str:
+    """The nearest of the choices that click names when a value is none of them."""
+    before, told, after = said.partition("' is not one of '")
+    if not told:
+        return ""
+    near = nearest(before.rpartition("'")[2], after.split("'")[::2])
+    return f"Did you mean {near}?" if near else ""
+
+
 def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     """The same call with an output: what was given last, if it can be meant as that."""
-    if not any(param.name == "output" for param in command.params):
+    if not _has(command, "output"):
         return ""
     given = _positional(command, arguments)
     if given is None:
@@ -160,7 +178,7 @@ def _can_be_made(path: str) -> bool:
 
 def _weights_meant(command: click.Command, arguments: Sequence[str]) -> str:
     """How to give several weights, where they were given as one list, or after one option."""
-    if not any(param.name == "weights" for param in command.params):
+    if not _has(command, "weights"):
         return ""
     for i, word in enumerate(arguments):
         option, equals, value = word.partition("=")

@@ -45,6 +45,8 @@ def offered(line: str) -> list[str]:
         ("loratool combine a b --method ", list(METHODS)),
         ("loratool combine a b --method ties_", [m for m in METHODS if m.startswith("ties_")]),
         ("loratool convert a --to ", list(TARGETS)),
+        ("loratool lint a --for v", ["vllm"]),
+        ("loratool list --sort d", ["dialect", "date"]),
         ("loratool inspect a --from m", [d.name for d in DIALECTS if d.name.startswith("m")]),
         ("loratool inspect a --product ", ["BA", "AB", "ABt"]),
         ("loratool merge --quantised ", ["plain", "keep", "requantise"]),

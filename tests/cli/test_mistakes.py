@@ -48,6 +48,8 @@ def hint_of(done: Result) -> str:
         ("verify B A", "Usage: loratool verify MERGED ADAPTER... --base BASE."),
         ("push A org/a more", "Usage: loratool push PATH REPO_ID."),
         ("resize A --rank many -o x", "See loratool resize --help."),
+        ("merge B A -o x --quantised plane", "Did you mean plain? See loratool merge --help."),
+        ("inspect A --kind addtive", "Did you mean additive?"),
         ("merg B A -o x", "Did you mean 'merge'?"),
         ("--versoin", "Did you mean --version?"),
         ("", "See loratool --help."),
@@ -69,7 +71,8 @@ def test_a_wrong_call_is_told_what_was_meant(call: str, hint: str) -> None:
 @pytest.mark.parametrize(
     "call",
     ["merge B A OUT", "merge B A A OUT --weight 1 --weight 2", "resize A OUT --rank 4",
-     "combine A A OUT", "convert A OUT --to mlx", "extract B B OUT --rank 2", "unmerge B A OUT"],
+     "combine A A OUT", "dequantise B OUT", "convert A OUT --to mlx", "extract B B OUT --rank 2",
+     "unmerge B A OUT"],
 )  # fmt: skip
 def test_an_output_that_is_taken_for_an_input_is_noticed(call: str, tmp_path: Path) -> None:
     """The last path of a call without -o that is not there, or an empty folder, leads to the same
@@ -107,6 +110,13 @@ def test_weights_are_given_one_by_one(given: list[str], meant: str, tmp_path: Pa
     """A list of weights, by commas or by spaces, leads to one --weight for each."""
     hint = hint_of(run_cli("merge", BASE, LORA, LORA, "-o", tmp_path / "x", *given))
     assert hint == f"Give --weight once per adapter, in their order: {meant}."
+
+
+def test_alpha_as_the_strength_of_a_merge_leads_to_weight(tmp_path: Path) -> None:
+    """Where --alpha contradicts the adapter, the option that was meant by it is named too."""
+    done = run_cli("merge", BASE, LORA, "-o", tmp_path / "x", "--alpha", "0.5")
+    assert done.exit_code == 1
+    assert done.stderr.endswith("How much of an adapter goes in is --weight.\n")
 
 
 def test_arguments_in_an_error_are_shown_fit_for_a_terminal() -> None:

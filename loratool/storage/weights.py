@@ -35,7 +35,7 @@ from loratool.storage.kinds import (
 from loratool.storage.npz import parse_npz
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import parse_pickled
-from loratool.words import agreeing, counted, enumerated
+from loratool.words import agreeing, by_number, counted, enumerated
 
 #: Containers that say at their end what is in them, or in all of them.
 _WHOLE = ("torch", "npz")
@@ -237,8 +237,11 @@ def _only_weights_file(folder: Folder) -> str:
         )
     wanted = "Expected model.safetensors, or shards with model.safetensors.index.json."
     inner = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
-    models = [name for name in sorted(inner) if entry_of(folder.inside(name)) is not None]
+    models = [
+        name for name in sorted(inner, key=by_number) if entry_of(folder.inside(name)) is not None
+    ]
     if models:
+        models.sort(key=by_number)
         wanted = f"In {enumerated(models)} there is a model: give {folder.path / models[-1]}."
     raise FileError(
         f"{folder.path}: no model weights in this directory.",

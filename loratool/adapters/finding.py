@@ -133,13 +133,15 @@ def _folders(folder: Folder, depth: int) -> list[str]:
 
 
 def _below(folder: Folder) -> list[str]:
-    """The entries of adapters in the folders below, of the first depth where there are any."""
+    """The entries of adapters in the folders below; what lies in the folder of one is its own."""
+    found: dict[str, str] = {}
     for depth in range(1, _DEEPEST + 1):
-        entries = ((inner, usual_entry(folder.inside(inner))) for inner in _folders(folder, depth))
-        found = [f"{inner}/{name}" for inner, name in entries if name is not None]
-        if found:
-            return found
-    return []
+        for inner in _folders(folder, depth):
+            parents = (inner[:at] for at, letter in enumerate(inner) if letter == "/")
+            entry = None if any(p in found for p in parents) else usual_entry(folder.inside(inner))
+            if entry is not None:
+                found[inner] = f"{inner}/{entry}"
+    return list(found.values())
 
 
 def _may_be_adapter(folder: Folder, name: str) -> bool:

@@ -82,6 +82,15 @@ def test_its_own_adapter_comes_before_those_below(tmp_path: Path) -> None:
     assert report.modules[0].rank == 4
 
 
+def test_adapters_at_different_depths_are_all_candidates(tmp_path: Path) -> None:
+    """One above others is not taken for the only one; checkpoints in its own folder are its own."""
+    lora(tmp_path / "final")
+    lora(tmp_path / "final" / "checkpoint-9")
+    assert codes(loratool.inspect(tmp_path)) == ["adapter-below"]
+    lora(tmp_path / "runs" / "one" / "checkpoint-9")
+    _refused(tmp_path, "2 adapters could be meant:\n  - final\n  - runs/one/checkpoint-9")
+
+
 def test_what_is_there_instead_is_named(tmp_path: Path) -> None:
     """Whole models, a config alone, parts of a training run: each with what to do about it."""
     write_base(tmp_path / "tuned" / "checkpoint-9", small_state())

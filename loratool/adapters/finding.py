@@ -150,7 +150,10 @@ def _may_be_adapter(folder: Folder, name: str) -> bool:
         return True  # found by its usual name; and nothing is downloaded to choose
     try:
         held = read_contents(folder, name)
-        evidence = Evidence(held.tensors, {}, folder, name, held.top, held.metadata, held.values)
+        evidence = Evidence(
+            held.tensors, {}, folder, name, held.top, held.metadata, held.values,
+            held.container == "torch",
+        )  # fmt: skip
         claim = claimed_by(evidence)
     except LoraToolError:
         return True

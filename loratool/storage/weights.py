@@ -62,7 +62,7 @@ class Contents:
 
     `top` is the kind of its outermost object: anything for torch files, "dict" for all others.
     `values` are what a GGUF file says beside its tensors, as plain Python has them. `note` says
-    that its name is that of another container, where it is.
+    that its name is that of another `container` than it is, where that is so.
     """
 
     tensors: dict[str, TensorInfo]
@@ -70,6 +70,7 @@ class Contents:
     top: str = "dict"
     values: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    container: str = "safetensors"
 
 
 def read_contents(folder: Folder, name: str) -> Contents:
@@ -86,12 +87,12 @@ def read_contents(folder: Folder, name: str) -> Contents:
         kind, found = _opened(folder, name)
     assert found is not None
     if kind == wanted:
-        return found
+        return replace(found, container=kind)
     note = (
         f"{name} is {CONTAINERS[kind]} by what is in it, and was read as one. Other programs go by "
         f"its name and expect {CONTAINERS[wanted]}."
     )
-    return replace(found, note=note)
+    return replace(found, note=note, container=kind)
 
 
 def _opened(folder: Folder, name: str) -> tuple[str, Contents | None]:

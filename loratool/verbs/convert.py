@@ -188,7 +188,7 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
     source, cuts = within_rank(source, asked)
     in_safetensors = all(path.suffix == ".safetensors" for path in source.files)
     if to is None or (to == source.format and source.is_plain and in_safetensors and not cuts):
-        draft = unchanged(source, asked, metadata)
+        draft = unchanged(source, asked, metadata, tidy=to is not None)
     else:
         draft = TARGETS[to].draft(source, asked)
         if to != WRITTEN.name:

@@ -27,7 +27,7 @@ def cli_reference() -> str:
         "| 0 | done; `verify`: yes |\n"
         "| 1 | failed: the error says what, where and what to do; `verify`: undecided |\n"
         "| 2 | wrong usage |\n"
-        "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal` |\n"
+        "| 3 | the check said no: `verify`, `merge --verify`, `compare --equal`, `lint --for` |\n"
         "| 4 | the Hub wants a login, or another one: `hf auth login` |\n"
         "| 130 | interrupted; finished files may wait for the same command |\n\n"
         "An error is told in words, as JSON with `--json`, and never as a traceback.\n"

@@ -14,6 +14,7 @@ from loratool.version import __version__
 
 if TYPE_CHECKING:
     from loratool.adapters.told import Told
+    from loratool.adapters.weighting import Weight
     from loratool.errors import LoraToolError
     from loratool.extracting.report import ExtractReport
     from loratool.merging.report import MergeReport
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from loratool.verbs.extract import extract
     from loratool.verbs.finish import finish
     from loratool.verbs.inspect import InspectReport, inspect
+    from loratool.verbs.lint import LintReport, lint
+    from loratool.verbs.list import CatalogReport, catalog
     from loratool.verbs.merge import merge
     from loratool.verbs.push import PushReport, push
     from loratool.verbs.resize import ResizeReport, resize
@@ -34,18 +37,23 @@ if TYPE_CHECKING:
 
 #: Each is a function here, a module in `verbs/`, `cli/` and `rendering/`, and a command.
 VERBS = (
-    "inspect", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert", "extract",
-    "dequantise", "finish", "push", "card",
+    "inspect", "list", "merge", "verify", "unmerge", "combine", "resize", "compare", "convert",
+    "extract", "dequantise", "lint", "finish", "push", "card",
 )  # fmt: skip
+
+#: Verbs whose function is called otherwise, because Python itself has a function of their name.
+NAMED_OTHERWISE = {"list": "catalog"}
 
 __all__ = [
     "CardReport",
+    "CatalogReport",
     "CombineReport",
     "CompareReport",
     "ConvertReport",
     "DequantiseReport",
     "ExtractReport",
     "InspectReport",
+    "LintReport",
     "LoraToolError",
     "MergeReport",
     "PushReport",
@@ -53,8 +61,10 @@ __all__ = [
     "Told",
     "UnmergeReport",
     "VerifyReport",
+    "Weight",
     "__version__",
     "card",
+    "catalog",
     "combine",
     "compare",
     "convert",
@@ -62,6 +72,7 @@ __all__ = [
     "extract",
     "finish",
     "inspect",
+    "lint",
     "merge",
     "push",
     "resize",
@@ -75,12 +86,15 @@ show_with(lambda: import_module("loratool.rendering.notebook"))
 
 
 def __getattr__(name: str) -> Any:
-    verb = name.removesuffix("Report").lower()
+    function = name.removesuffix("Report").lower()
+    verb = next((v for v in VERBS if NAMED_OTHERWISE.get(v, v) == function), "")
     if name == "LoraToolError":
         home = "errors"
     elif name == "Told":
         home = "adapters.told"
-    elif verb in VERBS and name in (verb, f"{verb.capitalize()}Report"):
+    elif name == "Weight":
+        home = "adapters.weighting"
+    elif verb and name in (function, f"{function.capitalize()}Report"):
         home = f"verbs.{verb}"
     else:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from loratool.errors import UsageError
 
@@ -115,6 +116,31 @@ def matches(path: str, globs: Sequence[str]) -> bool:
         fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"*.{glob}") for glob in globs
     )
 
+
+@dataclass(frozen=True)
+class Choice:
+    """Which parts of an adapter a user wants, by globs: those that `include` names, or all without
+    it, less those that `exclude` names."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.include or self.exclude)
+
+    def takes(self, *names: str) -> bool:
+        """Whether a part is wanted that goes by these names."""
+        wanted = not self.include or any(matches(name, self.include) for name in names)
+        return wanted and not any(matches(name, self.exclude) for name in names)
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """The globs by option, of those that are given."""
+        given = {"include": list(self.include), "exclude": list(self.exclude)}
+        return {option: globs for option, globs in given.items() if globs}
+
+
+#: All of an adapter.
+EVERYTHING = Choice()
 
 #: Kinds of tensors that can be left out as a whole: what `extract --skip` may be.
 GROUPS = ("norms", "biases", "embeddings", "convs", "heads", "others")

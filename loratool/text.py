@@ -7,8 +7,10 @@ what is too long to be read. Each way of showing such text (a terminal, JSON, Ma
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 #: Characters that Python calls printable and that show nothing: joiners, fillers, selectors.
@@ -111,6 +113,54 @@ def _joined(head: str, left_out: int, tail: str) -> str:
     return f"{head}… ({left_out:,} characters left out) …{tail}"
 
 
+#: What stands for our own signs where a terminal or a file has no letters but a few, ASCII above
+#: all. Where it can be, it is as long as the sign, so that tables stay as narrow.
+STAND_INS = {
+    "‖": "|", "·": "*", "×": "x", "⊗": "x", "∘": "o", "–": "-", "−": "-", "…": "...", "•": "*",
+    "→": "->", "≤": "<=", "≥": ">=", "±": "+-", "√": "sqrt ", "½": "1/2", "′": "'", "″": "''",
+    "⟨": "<", "⟩": ">", "ᵀ": "^T", "ᵉ": "^e", "ᵐ": "^m", "⁺": "^+", "⁻": "^-",
+    **dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True)),
+    **dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ᵢⱼₖₙₚᵣ", "0123456789+-ijknpr", strict=True)),
+    **{power: f"^{digit}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    "Δ": "d", "δ": "d", "Σ": "sum ", "σ": "s", "α": "alpha", "γ": "gamma", "θ": "theta",
+    "Λ": "Lambda", "λ": "lambda", "μ": "u", "π": "pi", "τ": "tau", "χ": "chi", "ᵩ": "phi",
+}  # fmt: skip
+
+#: The name of the way in which streams show what their encoding lacks; see `codecs`.
+FITTING = "loratool-fitting"
+
+
+def fitting(text: str, encoding: str, keep: str = "") -> str:
+    """`text` in characters that an encoding has, or that are in `keep`: signs of ours get their
+    stand-ins (ΔW: dW), all others escapes."""
+    if text.isascii() or encoding.lower().startswith("utf"):
+        return text
+    return "".join(c if c in keep or _has(encoding, c) else _stand_in(c) for c in text)
+
+
+@lru_cache(maxsize=4096)
+def _has(encoding: str, character: str) -> bool:
+    try:
+        character.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _stand_in(character: str) -> str:
+    return STAND_INS.get(character) or _escape(character)
+
+
+def _fit(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(map(_stand_in, lacking)), error.end
+
+
+codecs.register_error(FITTING, _fit)
+
+
 def json_text(document: Any, *, indent: int | None = None, encoding: str = "utf-8") -> str:
     """`document` as strict JSON: exactly its data, in characters that a terminal shows.
 
@@ -121,6 +171,17 @@ def json_text(document: Any, *, indent: int | None = None, encoding: str = "utf-
     text = json.dumps(document, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     lines = text.split("\n")  # only between values: within strings it is escaped already
     return "\n".join(line if is_printable(line) else _json_line(line) for line in lines)
+
+
+#: What a spreadsheet takes a cell for a formula by, also the wide forms of East Asia.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
+
+
+def csv_cell(text: str) -> str:
+    """`text` as a cell of CSV: as it is, but with an apostrophe before what a spreadsheet would
+    take for a formula, and with escapes for bytes that are no characters."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _json_line(line: str) -> str:

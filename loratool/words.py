@@ -17,6 +17,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def format_seconds(seconds: float) -> str:
+    """40 -> "40 s", 200 -> "3 min", 9000 -> "2.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def number_text(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 

@@ -17,6 +17,7 @@ from loratool.adapters.functions import Function
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import shown
 from loratool.notices import Notice
+from loratool.paths import EVERYTHING, Choice
 from loratool.storage.folder import Folder, origin_of
 from loratool.storage.tensors import TensorInfo
 
@@ -104,6 +105,9 @@ class Adapter:
     producer: str = ""
     #: All shards, where there are several; `weights` is then their index, or the first.
     shards: tuple[Path, ...] = ()
+    #: Which of its parts the user wants, and the names of those that are not here for it.
+    choice: Choice = EVERYTHING
+    left_out: tuple[str, ...] = ()
     #: Files beside the factors whose tensors are parts of the adapter.
     companions: tuple[Path, ...] = ()
 
@@ -127,6 +131,12 @@ class Adapter:
     def files(self) -> tuple[Path, ...]:
         """All files that hold its tensors."""
         return (*(self.shards or (self.weights,)), *self.companions)
+
+    @property
+    def wanted_companions(self) -> list[Path]:
+        """The companions, but for those of which nothing is wanted."""
+        held = {info.file for info in self.tensors.values()}
+        return [path for path in self.companions if not self.choice or path in held]
 
     @property
     def is_here(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Factors
+from loratool.adapters.weighting import PLAIN, Weight
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import ValueRangeError, listed
 from loratool.notices import Notice
@@ -30,7 +31,14 @@ def same_adapter(one: Adapter, other: Adapter) -> bool:
     )
 
 
-def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+def check_ranges(adapter: Adapter, weight: Weight) -> None:
+    """Raise UsageError for a range of layers in which an adapter has no module."""
+    names = [module.weight_name for module in adapter.modules.values()]
+    names += [function.weight_name for function in adapter.functions.values()]
+    weight.check(names, adapter.label)
+
+
+def note_slips(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[Notice]:
     """What may be meant, and may be a slip: one adapter twice, weights beyond 100 (70 for 0.70)."""
     notices = []
     used = [(a, w) for a, w in zip(adapters, weights, strict=True) if w]
@@ -39,19 +47,19 @@ def note_slips(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[No
         if twin is not None:
             text = f"{adapter.label} is the same adapter as {twin.label}."
             notices.append(Notice("same-adapter", text, adapter.label))
-        if abs(weight) > _LARGE:
-            text = f"{adapter.label} has weight {weight:g}; weights are mostly between -2 and 2."
+        if max(map(abs, weight.values)) > _LARGE:
+            text = f"{adapter.label} has weight {weight}; weights are mostly between -2 and 2."
             notices.append(Notice("large-weight", text, adapter.label))
     return notices
 
 
-def note_scales(adapter: Adapter, weight: float = 1.0) -> list[Notice]:
+def note_scales(adapter: Adapter, weight: Weight = PLAIN) -> list[Notice]:
     """A warning for modules whose weight × scale nobody means: what an alpha with a slip makes.
 
     Raises ValueRangeError where float32 does not hold it.
     """
     modules = [m for m in adapter.modules.values() if m.scale is not None]
-    scales = {m.weight_name: weight * (m.scale or 0.0) for m in modules}
+    scales = {m.weight_name: weight.at(m.weight_name) * (m.scale or 0.0) for m in modules}
     largest = FLOAT_FORMATS["F32"].overflow
     beyond = [f"{name}: {scale:.3g}" for name, scale in scales.items() if not abs(scale) < largest]
     if beyond:

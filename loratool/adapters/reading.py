@@ -15,6 +15,7 @@ from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_ENTRIES, ADAPTER_INDICES, SHARD
+from loratool.storage.folder import Location
 from loratool.storage.hub.folder import locate
 
 
@@ -31,7 +32,13 @@ def read_adapter(
     where the file contradicts the user.
     """
     told.check()
-    place = locate(source)
+    return adapter_at(locate(source), source, told, base)
+
+
+def adapter_at(
+    place: Location, source: str | Path, told: Told = NOTHING_TOLD, base: Checkpoint | None = None
+) -> Adapter:
+    """The same of a place that is known already; `source` is what errors call it."""
     held = read_held(place.folder, place.file, source)
     folder = held.folder
     config = folder.json(ADAPTER_CONFIG) if folder.has(ADAPTER_CONFIG) else {}

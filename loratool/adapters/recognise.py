@@ -35,12 +35,12 @@ PEFT_TYPES = {
     ),
 }  # fmt: skip
 
-_KOHYA = re.compile(r"(lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_")
+_KOHYA = r"^((lora|lycoris|oft)_(unet|te\d?|prior_unet|transformer)_|lycoris_)"
 #: Language models of GPT-2's kind call their body `transformer` too, and its layers `h`.
 _DIFFUSERS = re.compile(
     r"(unet|transformer(?!\.(h\.\d|wte\.|word_embeddings\.))(_\d)?|text_encoder(_\d)?|prior)\."
 )
-_OPTIMIZER = re.compile(r"(^|.*\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$")
+_OPTIMIZER = r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$"
 
 _INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
 
@@ -81,8 +81,16 @@ Test = Callable[[Collection[str]], bool]
 
 
 def _any(pattern: str) -> Test:
-    compiled = re.compile(pattern)
-    return lambda names: any(compiled.search(name) for name in names)
+    """Whether the pattern, in which nothing matches a line break, is found in a name."""
+    compiled = re.compile(pattern, re.MULTILINE)
+
+    def test(names: Collection[str]) -> bool:
+        text = "\n".join(names)  # one search in all of them takes a fifth of the time
+        if text.count("\n") < len(names):
+            return bool(names) and compiled.search(text) is not None
+        return any(compiled.search(name) for name in names)
+
+    return test
 
 
 Rule = tuple[str, str, Test]
@@ -91,7 +99,7 @@ Rule = tuple[str, str, Test]
 _FOREIGN: list[Rule] = [
     ("empty", "a safetensors file without tensors", lambda names: not names),
     ("optimizer-state", "optimizer state of a training run, not an adapter",
-     lambda names: any(_OPTIMIZER.match(n) for n in names)),
+     _any(_OPTIMIZER)),
     ("prompt-tuning", "prompt tuning (trained prompt embeddings), not a LoRA adapter",
      _any(r"(^|\.)prompt_embeddings$|^prompt_encoder\.")),
     ("lllite", "a ControlNet-LLLite file for a diffusion model, which is no change of weights",
@@ -99,7 +107,7 @@ _FOREIGN: list[Rule] = [
     ("t-lora", "a T-LoRA for a diffusion model, whose change depends on the timestep",
      _any(r"\.lambda_layer$")),
     ("kohya", "a kohya-style LoRA for a diffusion model",
-     lambda names: any(_KOHYA.match(n) for n in names)),
+     _any(_KOHYA)),
     ("cloneofsimo", "a cloneofsimo/lora file for a diffusion model",
      _any(r"^(unet|text_encoder):\d+:(up|down)$")),
     ("adalora", "an AdaLoRA adapter, not plain LoRA", _any(r"\.lora_E(\.|$)")),

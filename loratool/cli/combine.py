@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     answer_options,
     base_option,
+    choice_options,
     dry_run_option,
     energy_option,
     factor_dtype_option,
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     "--patterns", "--keep-patterns", "keep_patterns", is_flag=True,
     help="Each module with its own rank (rank_pattern), not all with the largest.",
 )  # fmt: skip
+@choice_options()
 @told_options
 @base_option("The base model, where the adapters' row orders or products depend on it.")
 @factor_dtype_option()
@@ -67,7 +70,7 @@ if TYPE_CHECKING:
 def combine_command(
     adapters: tuple[str, ...],
     output: str,
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     method: str,
     rank: int | None,
     energy: float | None,
@@ -76,6 +79,8 @@ def combine_command(
     seed: int,
     saved: str,
     keep_patterns: bool,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     base: str | None,
     dtype: str | None,
@@ -114,6 +119,7 @@ def combine_command(
     Examples:
       loratool combine style/ task/ -o both/
       loratool combine style/ task/ --weight 0.7 --weight -0.4 --rank 16 -o both/
+      loratool combine style/ task/ --include 'self_attn.*' -o attention/
       loratool combine a/ b/ c/ --method ties_core --density 0.5 -o abc/
     """
     from loratool.rendering import terminal as common
@@ -125,6 +131,7 @@ def combine_command(
             adapters, output, weights=weights or None, method=method, rank=rank, energy=energy,
             density=density, majority_sign_method=majority_sign_method, seed=seed, saved=saved,
             keep_patterns=keep_patterns, told=told, base=base, dtype=dtype,
+            include=include, exclude=exclude,
             overwrite=overwrite, dry_run=dry_run,
             threads=threads, progress=progress,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     answer_options,
     base_option,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 def compare_command(
     context: click.Context,
     adapters: tuple[str, ...],
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     equal: bool,
     tolerance: float,
     base: str | None,

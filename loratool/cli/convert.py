@@ -11,6 +11,7 @@ from loratool.adapters.told import Told
 from loratool.cli.options import (
     answer_options,
     base_option,
+    choice_options,
     dry_run_option,
     factor_dtype_option,
     full_option,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     "--set-metadata", multiple=True, type=_Entry(), metavar="KEY=VALUE",
     help="Put this into the header of the new file; repeatable. Alone it changes nothing else.",
 )  # fmt: skip
+@choice_options()
 @told_options
 @overwrite_option()
 @restart_option()
@@ -73,6 +75,8 @@ def convert_command(
     max_rank: int | None,
     allow_lossy: bool,
     set_metadata: tuple[tuple[str, str], ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     overwrite: Overwrite,
     restart: bool,
@@ -94,6 +98,7 @@ def convert_command(
       loratool convert adapter/ --to gguf --base base/ -o gguf/
       loratool convert lora.pth --alpha 16 --base base/ --to peft -o adapter/
       loratool convert adapter/ --to mlx --dry-run -o mlx/
+      loratool convert adapter/ --exclude lm_head -o without-head/
       loratool convert adapter/ --set-metadata license=apache-2.0 -o labelled/
     """
     from loratool.rendering import terminal as common
@@ -104,6 +109,7 @@ def convert_command(
         report = run(
             adapter, output, to=to, base=base, dtype=dtype, max_rank=max_rank,
             allow_lossy=allow_lossy, set_metadata=dict(set_metadata),
+            include=include, exclude=exclude,
             told=one_told(told), overwrite=overwrite, dry_run=dry_run, restart=restart,
             threads=threads, progress=progress,
         )  # fmt: skip

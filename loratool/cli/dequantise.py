@@ -15,6 +15,7 @@ from loratool.cli.options import (
     overwrite_option,
     private_option,
     shard_push_option,
+    shard_size_option,
     split_options,
     threads_option,
 )
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "float16; bfloat16 for architectures that exceed it]"
 )
 @overwrite_option("Replace OUT, or the weights in REPO, if there.")
+@shard_size_option()
 @click.option("--verify", is_flag=True, help="Read the output again and check every value.")
 @shard_push_option()
 @no_keep_option()
@@ -45,6 +47,7 @@ def dequantise_command(
     output: str | None,
     dtype: str | None,
     overwrite: Overwrite,
+    max_shard_size: str | None,
     verify: bool,
     push: str | None,
     no_keep: bool,
@@ -65,7 +68,7 @@ def dequantise_command(
     \b
     Examples:
       loratool dequantise llama-bnb-4bit/ -o plain/
-      loratool dequantise org/model-FP8 -o plain/ --dtype bfloat16
+      loratool dequantise org/model-FP8 -o plain/ --dtype bfloat16 --max-shard-size 5GB
       loratool dequantise gpt-oss/ -o plain/ --dtype base --dry-run
       loratool dequantise org/model-FP8 --push org/model --no-keep
     """
@@ -76,7 +79,7 @@ def dequantise_command(
     with common.progress_bar(forms.talk and not dry_run, "dequantising") as progress:
         report = run(
             base, output, dtype=dtype, overwrite=overwrite, dry_run=dry_run, restart=restart,
-            worker=worker, ray=ray, verify=verify,
+            worker=worker, ray=ray, verify=verify, max_shard_size=max_shard_size,
             push=push, keep=not no_keep, private=private, threads=threads, progress=progress,
         )  # fmt: skip
     forms.show(report, dequantise_sheet(report))

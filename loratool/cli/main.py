@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import warnings
-from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -14,27 +13,42 @@ import click
 from loratool.cli.card import card_command
 from loratool.cli.combine import combine_command
 from loratool.cli.compare import compare_command
+from loratool.cli.completion import VARIABLE, completion_command
 from loratool.cli.convert import convert_command
 from loratool.cli.dequantise import dequantise_command
 from loratool.cli.extract import extract_command
 from loratool.cli.failures import show_traceback, unexpected
 from loratool.cli.finish import finish_command
 from loratool.cli.inspect import inspect_command
+from loratool.cli.lint import lint_command
+from loratool.cli.list import list_command
 from loratool.cli.merge import merge_command
+from loratool.cli.mistakes import in_one_style, with_meaning
 from loratool.cli.options import CONTEXT, Commands
 from loratool.cli.process import INTERRUPTED, leave, prepare, say, was_interrupted
 from loratool.cli.push import push_command
 from loratool.cli.resize import resize_command
 from loratool.cli.unmerge import unmerge_command
 from loratool.cli.verify import verify_command
-from loratool.errors import AnswerLost, LoraToolError, ReaderGone, UsageError
-from loratool.text import json_text, printable, printable_message
-from loratool.version import __version__
+from loratool.cli.versions import versions_text
+from loratool.errors import AnswerLost, LoraToolError, ReaderGone
+from loratool.text import json_text, printable
 from loratool.words import counted
 
 
+def _show_versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from loratool.rendering.terminal import print_file
+
+        print_file(versions_text("--json" in sys.argv) + "\n")
+        context.exit()
+
+
 @click.group(cls=Commands, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="loratool")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_versions,
+    help="Show the versions of loratool and of what it works with, also with --json.",
+)  # fmt: skip
 def cli() -> None:
     """Inspect, merge, combine, resize, compare, extract and publish LoRA adapters.
 
@@ -44,6 +58,7 @@ def cli() -> None:
     \b
     Examples:
       loratool inspect adapter/
+      loratool list loras/
       loratool merge base/ adapter/ -o merged/ --reversible
       loratool verify merged/ --base base/ adapter/
       loratool unmerge merged/ adapter/ -o base-again/
@@ -52,12 +67,14 @@ def cli() -> None:
       loratool resize adapter/ --rank 8 -o smaller/
       loratool extract base/ tuned/ --rank 16 -o adapter/
       loratool dequantise llama-bnb-4bit/ -o plain/
+      loratool lint adapter/ --for vllm,llamacpp
       loratool push adapter/ org/adapter
     """
 
 
 for command in (
     inspect_command,
+    list_command,
     merge_command,
     verify_command,
     unmerge_command,
@@ -67,9 +84,11 @@ for command in (
     convert_command,
     extract_command,
     dequantise_command,
+    lint_command,
     finish_command,
     push_command,
     card_command,
+    completion_command,
 ):
     cli.add_command(command)
 
@@ -103,7 +122,9 @@ def _answer(arguments: list[str]) -> int:
     failure: LoraToolError
     try:
         # A command that says no exits with a code; click hands it over as the result.
-        code: int = cli.main(arguments, prog_name="loratool", standalone_mode=False) or 0
+        code: int = (
+            cli.main(arguments or ["--help"], prog_name="loratool", standalone_mode=False) or 0
+        )
         sys.stdout.flush()
         return code
     except click.exceptions.Exit as stop:
@@ -112,7 +133,9 @@ def _answer(arguments: list[str]) -> int:
         return 0
     except (KeyboardInterrupt, click.Abort):
         raise
-    except SystemExit:  # so click ends where a pipe is closed: its own, if it printed help
+    except SystemExit as stop:  # so click ends where a pipe is closed: its own, if it printed help
+        if VARIABLE in os.environ:  # and so after it answered a shell
+            return int(stop.code or 0)
         if {"-h", "--help", "--version"} & set(arguments):
             return 0
         failure = _in_words(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)), arguments)
@@ -120,8 +143,6 @@ def _answer(arguments: list[str]) -> int:
         if was_interrupted():
             raise KeyboardInterrupt from error
         show_traceback(error)
-        if isinstance(error, click.ClickException) and not as_json:
-            return _show_usage(error)
         if isinstance(error, OSError) and (lost := _stdout_refuses()):
             if isinstance(lost, BrokenPipeError):
                 return 0
@@ -133,11 +154,12 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _in_words(error: BaseException, arguments: list[str]) -> LoraToolError:
+    name = next((a for a in arguments if a in cli.commands), "loratool")
     if isinstance(error, LoraToolError):
-        return error
+        return with_meaning(error, cli.commands.get(name), arguments)
     if isinstance(error, click.ClickException):
-        return UsageError(error.format_message(), "See loratool --help.")
-    return unexpected(error, next((a for a in arguments if a in cli.commands), "loratool"))
+        return in_one_style(error, arguments)
+    return unexpected(error, name)
 
 
 def _stdout_refuses() -> OSError | None:
@@ -147,14 +169,6 @@ def _stdout_refuses() -> OSError | None:
     except OSError as error:
         return error
     return None
-
-
-def _show_usage(error: click.ClickException) -> int:
-    """Show what click says of a wrong call; it quotes arguments as they were given."""
-    text = printable_message(error.format_message())
-    with suppress(OSError):
-        click.UsageError(text, getattr(error, "ctx", None)).show()
-    return error.exit_code
 
 
 def _interrupted(arguments: list[str]) -> str:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
+    choice_options,
     components_option,
     dry_run_option,
     expert_b_layout_option,
@@ -22,6 +24,7 @@ from loratool.cli.options import (
     private_option,
     replicate_layers_option,
     shard_push_option,
+    shard_size_option,
     split_options,
     threads_option,
     weight_option,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 )
 @allow_unmatched_option()
 @components_option()
+@choice_options()
 @told_options
 @expert_b_layout_option()
 @initial_option()
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
     "--reversible", is_flag=True,
     help="Also write what `loratool unmerge` needs to give the base back bit for bit.",
 )  # fmt: skip
+@shard_size_option()
 @click.option("--verify", is_flag=True, help="Read the output again and check every value.")
 @shard_push_option()
 @no_keep_option()
@@ -85,10 +90,12 @@ def merge_command(
     base: str,
     adapters: tuple[str, ...],
     output: str | None,
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     dtype: str | None,
     allow_unmatched: bool,
     components: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
@@ -100,6 +107,7 @@ def merge_command(
     again: bool,
     overwrite: Overwrite,
     reversible: bool,
+    max_shard_size: str | None,
     verify: bool,
     push: str | None,
     no_keep: bool,
@@ -126,8 +134,11 @@ def merge_command(
     Examples:
       loratool merge base/ adapter/ -o merged/
       loratool merge base/ style/ task/ --weight 0.7 --weight 0.4 -o merged/
+      loratool merge base/ adapter/ --weight 1,0.5@layers.0-3 -o merged/
       loratool merge base/ adapter/ -o merged/ --dtype base --dry-run
       loratool merge base/ adapter/ -o merged/ --reversible --verify
+      loratool merge base/ adapter/ -o merged/ --include 'self_attn.*'
+      loratool merge base/ adapter/ -o merged/ --max-shard-size 5GB
       loratool merge llama-bnb-4bit/ qlora/ -o merged/ --dtype bfloat16
       loratool merge clip/ text-adapter/ -o merged/ --components text_model
       loratool merge org/base org/adapter -o merged/ --push org/merged
@@ -141,11 +152,12 @@ def merge_command(
         report = run(
             base, adapters, output, weights=weights or None, dtype=dtype,
             allow_unmatched=allow_unmatched, components=components,
+            include=include, exclude=exclude,
             told=told, expert_b_layout=expert_b_layout,
             initial=initial, replicate_layers=replicate_layers,
             quantised=quantised, trained_here=trained_here, force=force, tokenizer=tokenizer,
             again=again, overwrite=overwrite, dry_run=dry_run, restart=restart, worker=worker,
-            ray=ray, reversible=reversible,
+            ray=ray, reversible=reversible, max_shard_size=max_shard_size,
             verify=verify, push=push, keep=not no_keep, private=private, threads=threads,
             progress=progress,
         )  # fmt: skip

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
+from loratool.adapters.weighting import Weight, parse_weight
+from loratool.cli.completing import offer_values
 from loratool.errors import UsageError, nearest
+from loratool.storage.destination import plan_first
+from loratool.text import fitting
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 90}
 
 
+class _Help(click.HelpFormatter):
+    """Help in signs that stdout has; click writes UTF-8 where stdout is said to be ASCII."""
+
+    def getvalue(self) -> str:
+        return fitting(super().getvalue(), sys.stdout.encoding or "utf-8")
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
 class Commands(click.Group):
-    """A group that suggests the command somebody may have meant."""
+    """A group that suggests the command somebody may have meant, and values to shells."""
+
+    context_class = _Context
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(cmd, name)
+        cmd.context_class = _Context
+        offer_values(cmd)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        unknown = args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-")
+        if unknown and not ctx.resilient_parsing:  # a shell that completes wants no error
             near = nearest(args[0], self.list_commands(ctx))
-            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near!r}?" if near else ""))
+            hint = f"Did you mean {near!r}? " if near else ""
+            raise UsageError(f"No such command {args[0]!r}.", f"{hint}See loratool --help.")
         return super().resolve_command(ctx, args)
 
 
@@ -63,6 +89,20 @@ class ClusterAddress(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
+class WeightText(click.ParamType):  # type: ignore[type-arg]
+    """A factor, or several of them for ranges of layers."""
+
+    name = "weight"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Weight:
+        try:
+            return parse_weight(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message} {error.hint}", param, ctx)
+
+
 Decorator = Callable[[Any], Any]
 
 
@@ -76,8 +116,9 @@ def _shared(*names: str, help: str, **settings: Any) -> Callable[..., Decorator]
 
 
 weight_option = _shared(
-    "--weight", "weights", multiple=True, type=float, metavar="W",
-    help="Factor of an adapter, once for each, in their order; may be negative. [default: 1.0]",
+    "--weight", "weights", multiple=True, type=WeightText(), metavar="W",
+    help="Factor of an adapter, once for each, in their order; may be negative, and another one "
+         "for some layers: 1,0.5@layers.0-3. [default: 1.0]",
 )  # fmt: skip
 model_dtype_option = _shared(
     "--dtype", type=Dtype(), metavar="float16|bfloat16|float32|base",
@@ -123,6 +164,17 @@ include_option = _shared(
 exclude_option = _shared(
     "--exclude", multiple=True, metavar="GLOB", help="Leave these modules out; may be repeated."
 )
+
+
+def choice_options() -> Decorator:
+    """--include and --exclude, of commands that take parts of adapters."""
+
+    def option(command: Any) -> Any:
+        return include_option()(exclude_option()(command))
+
+    return option
+
+
 rank_option = _shared("--rank", type=int, metavar="K", help="This rank for every module.")
 energy_option = _shared(
     "--energy", type=float, metavar="SHARE",
@@ -146,6 +198,10 @@ seed_option = _shared(
 spectrum_option = _shared(
     "--spectrum", is_flag=True, help="Show the singular values of every module."
 )
+shard_size_option = _shared(
+    "--max-shard-size", metavar="SIZE",
+    help="Write files of at most SIZE, such as 5GB. [default: the base's own files]",
+)  # fmt: skip
 private_option = _shared("--private", is_flag=True, help="Create the repository private.")
 shard_push_option = _shared(
     "--push", metavar="REPO",
@@ -214,11 +270,18 @@ html_option = _shared(
 plot_option = _shared(
     "--plot", metavar="FILE", help="Also draw its charts: FILE.png, FILE.svg or FILE.pdf."
 )
+pager_option = _shared(
+    "--pager", is_flag=True, help="Show the answer through $PAGER, on a terminal."
+)
 quiet_option = _shared("-q", "--quiet", is_flag=True, help="No progress and no warnings on stderr.")
 
 
 def answer_options(pages: bool = False) -> Decorator:
-    """--json and --quiet, and with `pages` --html and --plot; the command gets them as `forms`."""
+    """--json and --quiet, and with `pages`, for answers that are looked at for long, --html, --plot
+    and --pager; the command gets them as `forms`.
+
+    A dry run shows its answer, and then what the real run would end with.
+    """
 
     def option(command: Any) -> Any:
         @functools.wraps(command)
@@ -227,17 +290,20 @@ def answer_options(pages: bool = False) -> Decorator:
             quiet: bool,
             html: str | None = None,
             plot: str | None = None,
+            pager: bool = False,
             **others: Any,
         ) -> Any:
             from loratool.rendering.answering import Forms
+            from loratool.rendering.terminal import paged
 
             forms = Forms(as_json, quiet, html, plot)
             forms.check()
-            return command(forms=forms, **others)
+            with plan_first() if others.get("dry_run") else nullcontext(), paged(pager):
+                return command(forms=forms, **others)
 
         found = json_option()(quiet_option()(with_forms))
         if pages:
-            found = html_option()(plot_option()(found))
+            found = html_option()(plot_option()(pager_option()(found)))
         return found
 
     return option

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, NoReturn
 
+from loratool.text import FITTING
+
 #: The exit code after Ctrl-C and polite kills.
 INTERRUPTED = 130
 
@@ -40,6 +42,7 @@ def prepare() -> None:
     cleaning up after the first.
     """
     _open_streams()
+    _fit_streams()
     _hear_signals(_interrupt)
     # What goes wrong in a thread is told by who waits for it; in a destructor, by nobody.
     threading.excepthook = lambda _: None
@@ -102,6 +105,27 @@ def _open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+def _fit_streams() -> None:
+    """Let streams show signs that their encoding lacks by others, as ASCII where that is asked for.
+
+    In the locale C Python writes UTF-8 all the same, which who asks for C does not expect; a
+    container that says nothing of a locale is another matter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            encoding = "ascii" if _asks_for_ascii() else stream.encoding
+            stream.reconfigure(encoding=encoding, errors=FITTING)
+
+
+def _asks_for_ascii() -> bool:
+    if os.environ.get("PYTHONIOENCODING") or os.environ.get("PYTHONUTF8"):
+        return False
+    names = [os.environ.get(name, "") for name in ("LC_ALL", "LC_CTYPE", "LANG")]
+    if names[1] in ("C.UTF-8", "C.utf8", "UTF-8"):  # Python sets it so, for C
+        names[1] = ""
+    return next(filter(None, names), "") in ("C", "POSIX")
+
+
 def _stream(number: int) -> IO[str]:
     return open(number, "w", closefd=False)
 
@@ -111,6 +135,16 @@ def say(text: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def print_answer(text: str) -> OSError | None:
+    """Print lines on stdout, before Rich is imported; the reason where it does not take them."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
 
 
 def leave(code: int) -> NoReturn:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     answer_options,
     base_option,
@@ -48,7 +49,7 @@ def unmerge_command(
     merged: str,
     adapters: tuple[str, ...],
     output: str,
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     base: str | None,
     subtract: bool,
     dtype: str | None,

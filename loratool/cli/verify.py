@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.cli.options import (
     allow_unmatched_option,
     answer_options,
     base_option,
+    choice_options,
     components_option,
     expert_b_layout_option,
     full_option,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 @weight_option("Factor of an adapter, once for each, in their order. [default: 1.0]")
 @allow_unmatched_option("Check what fits when parts of an adapter do not.")
 @components_option()
+@choice_options()
 @told_options
 @expert_b_layout_option()
 @initial_option()
@@ -50,9 +53,11 @@ def verify_command(
     merged: str,
     base: str,
     adapters: tuple[str, ...],
-    weights: tuple[float, ...],
+    weights: tuple[Weight, ...],
     allow_unmatched: bool,
     components: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     told: Sequence[Told],
     expert_b_layout: str | None,
     initial: str | None,
@@ -73,6 +78,7 @@ def verify_command(
     Examples:
       loratool verify merged/ --base base/ adapter/
       loratool verify merged/ --base base/ style/ task/ --weight 0.7 --weight 0.4
+      loratool verify merged/ --base base/ adapter/ --include 'self_attn.*'
     """
     from loratool.rendering import terminal as common
     from loratool.rendering.verify import verify_sheet
@@ -81,7 +87,8 @@ def verify_command(
     with common.progress_bar(forms.talk, "verifying") as progress:
         report = run(
             merged, base, adapters, weights=weights or None, allow_unmatched=allow_unmatched,
-            components=components, told=told, expert_b_layout=expert_b_layout, initial=initial,
+            components=components, include=include, exclude=exclude, told=told,
+            expert_b_layout=expert_b_layout, initial=initial,
             replicate_layers=replicate_layers,
             ray=ray, threads=threads, progress=progress,
         )  # fmt: skip

@@ -14,8 +14,9 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from loratool.adapters.adapter import Adapter, TokenRows
-from loratool.adapters.effect import note_scales
+from loratool.adapters.effect import check_ranges, note_scales
 from loratool.adapters.factors import Factors
+from loratool.adapters.weighting import Weight
 from loratool.combining.stacks import Unstacked, refuse_stacks
 from loratool.dtypes import FLOAT_FORMATS
 from loratool.errors import AdapterError, MatchError, ValueRangeError, listed
@@ -97,7 +98,7 @@ class Joined:
     """Adapters by module path. `saved` and `token_rows` are what the result replaces whole."""
 
     adapters: list[Adapter]
-    weights: list[float]
+    weights: list[Weight]
     modules: dict[str, list[Contribution]] = field(default_factory=dict)
     saved: dict[str, Saved] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
@@ -151,7 +152,7 @@ def refuse_unusable(adapter: Adapter, verb: str) -> None:
 
 def join(
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     verb: str,
     with_dora: bool = False,
     with_stacks: bool = False,
@@ -166,7 +167,7 @@ def join(
     unstacked = Unstacked()
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         refuse_unusable(adapter, verb)
-        if weight == 0:
+        if not weight:
             text = f"{adapter.label} has weight 0 and is left out, with all it holds."
             joined.notices.append(Notice("zero-weight", text, adapter.label))
             continue
@@ -176,9 +177,10 @@ def join(
             refuse_stacks(adapter, verb)
         # Whether square weights are stored [in, out] does not matter among adapters.
         joined.notices += [n for n in adapter.notices if n.code != "square-conv1d"]
+        check_ranges(adapter, weight)
         joined.notices += note_scales(adapter, weight)
         for path, module in unstacked.modules(adapter):
-            joined.modules.setdefault(path, []).append(Contribution(index, weight, module))
+            joined.modules.setdefault(path, []).append(Contribution(index, weight.at(path), module))
     _refuse_unlike_modules(joined)
     _compare_names(joined)
     return joined

@@ -65,7 +65,7 @@ def _collect_companions(joined: Joined, clash: str) -> None:
     them by name. Each sort comes whole from one adapter; where they differ somebody has to say
     from which."""
     sorts: tuple[Callable[[Adapter], dict[str, Path]], ...] = (
-        lambda adapter: {path.name: path for path in adapter.companions},
+        lambda adapter: {path.name: path for path in adapter.wanted_companions},
         lambda adapter: value_heads(adapter.folder),
         lambda adapter: sentence_modules(adapter.folder),
     )
@@ -90,7 +90,7 @@ def _collect_saved(joined: Joined, clash: str) -> None:
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
         for name, info in adapter.replaced.items() if weight else ():
             if info.file not in adapter.companions:
-                held.setdefault(name, []).append((weight, info))
+                held.setdefault(name, []).append((weight.at(name), info))
     clashing = []
     for name, sources in held.items():
         first = sources[0][1]
@@ -184,9 +184,9 @@ def _refuse_adapted_inside(joined: Joined) -> None:
 
 def _note_weights(joined: Joined) -> None:
     for adapter, weight in zip(joined.adapters, joined.weights, strict=True):
-        if weight not in (0, 1) and (adapter.replaced or adapter.token_rows):
+        if weight and not weight.is_one and (adapter.replaced or adapter.token_rows):
             text = (
-                f"The weight {weight:g} does not apply to the tensors that {adapter.label} holds "
+                f"The weight {weight} does not apply to the tensors that {adapter.label} holds "
                 "whole."
             )
             joined.notices.append(Notice("weight-not-applied", text, adapter.label))

@@ -37,6 +37,7 @@ from loratool.errors import explained_os_errors, unknown
 from loratool.merging.provenance import describe_adapter, versions
 from loratool.models.tokenizers import common_files, tokenizer_files
 from loratool.notices import Notice
+from loratool.storage.destination import refuse_full_disk
 from loratool.storage.links import refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.tensors import Bytes
@@ -96,7 +97,9 @@ def write_adapter(
         return changes, file_size(tensors_of(outlines, ranks, dtype, extras), metadata)
 
     if run.dry_run:
-        return compute(None)
+        changes, nbytes = compute(None)
+        refuse_full_disk(nbytes, output)
+        return changes, nbytes
     with adapter_directory(output, dtype, metadata, run.overwrite) as folder:
         changes, nbytes = compute(folder.writer)
         folder.finish(outlines, [m.rank for m in changes.modules], extras, run.threads)

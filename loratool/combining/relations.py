@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from loratool.adapters.weighting import Weight
 from loratool.linalg.angles import angles_and_product
 from loratool.linalg.lowrank import Decomposition, Float64
 
@@ -156,13 +157,15 @@ def shares(gram: Float64, weights: Float64) -> list[float | None]:
 
 
 def survival(
-    modules: Sequence[Measured], weights: Sequence[float]
+    modules: Sequence[Measured], weights: Sequence[Weight]
 ) -> tuple[list[float | None], float | None]:
-    """The shares over all modules, and ‖Σ‖²/Σ‖wᵢΔᵢ‖²."""
-    total = np.sum([m.gram for m in modules], axis=0)
-    w = np.asarray(weights)
-    apart = float(np.sum(w**2 * np.diagonal(total)))
-    return shares(total, w), max(0.0, float(w @ total @ w)) / apart if apart else None
+    """The shares over all modules, and ‖Σ‖²/Σ‖wᵢΔᵢ‖²; weights may differ by module."""
+    factors = [np.asarray([w.at(m.module.path) for w in weights]) for m in modules]
+    grams = [np.outer(w, w) * m.gram for w, m in zip(factors, modules, strict=True)]
+    total = np.sum(grams, axis=0)
+    apart = float(np.trace(total))
+    share = max(0.0, float(total.sum())) / apart if apart else None
+    return shares(total, np.ones(len(weights))), share
 
 
 def verdict(

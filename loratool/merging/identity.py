@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import idle_modules
+from loratool.adapters.picking import share_parts
+from loratool.adapters.weighting import Weight
 from loratool.errors import MatchError, listed
 from loratool.merging.provenance import Merged, merged_into, read_record, weights_sha256
 from loratool.merging.replication import original
@@ -160,10 +162,11 @@ def plain_name(name: str) -> str:
 def refuse_held(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
     """Raise MatchError where the record of the base says that it holds one of these already."""
     held = held_by(base)
-    digests = {entry.weights_sha256: entry for entry in held}
     for adapter in adapters:
-        entry = digests.get(weights_sha256(adapter)) if held else None
-        if entry is not None:
+        digest = weights_sha256(adapter) if held else ""
+        for entry in held:
+            if entry.weights_sha256 != digest or not share_parts(adapter, entry.choice):
+                continue
             raise MatchError(
                 f"{base.label} holds {adapter.label} already, by its {PROVENANCE}: {entry}.",
                 "--again merges it all the same; `loratool unmerge` takes it out.",
@@ -182,11 +185,11 @@ def held_by(base: Checkpoint) -> list[Merged]:
     return [*merged_into(base.directory, of_base=True), *merged_into(base.directory)]
 
 
-def note_doing_nothing(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Notice]:
+def note_doing_nothing(adapters: Sequence[Adapter], weights: Sequence[Weight]) -> list[Notice]:
     """Adapters that change nothing, in whole or in part: a weight of 0, alpha or a factor zero."""
     notices = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        if weight == 0:
+        if not weight:
             text = f"{adapter.label} has weight 0: its delta is not added."
             notices.append(Notice("zero-weight", text, adapter.label))
         notices += _note_idle(adapter)

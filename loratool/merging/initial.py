@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.effect import same_adapter
+from loratool.adapters.weighting import Weight
 from loratool.errors import AdapterError, MatchError, listed
 from loratool.merging.match import Delta, Match
 from loratool.merging.matching import match
@@ -93,7 +94,7 @@ def takings(
 
 
 def changing_adapter(
-    adapters: Sequence[Adapter], weights: Sequence[float], initial: Adapter | None
+    adapters: Sequence[Adapter], weights: Sequence[Weight], initial: Adapter | None
 ) -> int | None:
     """Which adapter's initialisation changed the base; None where none did.
 
@@ -119,9 +120,9 @@ def changing_adapter(
             f"Merge one of them alone. {_CONVERT}",
         )
     index = changing[0]
-    if weights[index] != 1:
+    if not weights[index].is_one:
         raise AdapterError(
-            f"{adapters[index].label}: weight {weights[index]:g} has no meaning for an adapter "
+            f"{adapters[index].label}: weight {weights[index]} has no meaning for an adapter "
             "whose initialisation changed the base: its factors hold a part of the base too.",
             _CONVERT,
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, TokenRows
 from loratool.adapters.changed import ChangedTensor
+from loratool.adapters.weighting import Weight
 from loratool.dtypes import DTYPE_BITS, MODEL_DTYPES
 from loratool.merging.match import Delta
 from loratool.merging.replication import original
@@ -22,6 +23,7 @@ from loratool.models.layouts.names import is_legacy_buffer
 from loratool.models.quantised.base import as_stored
 from loratool.models.quantised.treatment import Treatment, leftover
 from loratool.notices import Notice
+from loratool.paths import EVERYTHING, Choice
 from loratool.storage.header import build_header
 from loratool.storage.tensors import TensorInfo
 
@@ -147,10 +149,12 @@ class Plan:
 
     base: Checkpoint
     adapters: list[Adapter]
-    weights: list[float]
+    weights: list[Weight]
     dtype: str
     allow_unmatched: bool = False
     components: tuple[str, ...] = ()
+    #: Which of the adapters' parts the user wants; the others are not in `adapters`.
+    choice: Choice = EVERYTHING
     #: The adapter before training, where it says what was taken off the base.
     initial: Adapter | None = None
     shards: dict[str, list[Job]] = field(default_factory=dict)
@@ -159,6 +163,8 @@ class Plan:
     treatment: Treatment | None = None
     notices: list[Notice] = field(default_factory=list)
     modules: int = 0
+    #: The most bytes of tensors in a file, where other files than the base's are written.
+    max_shard_size: int | None = None
 
     @property
     def rewriting(self) -> Rewriting | None:

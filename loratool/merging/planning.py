@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.effect import note_scales
+from loratool.adapters.effect import check_ranges, note_scales
 from loratool.adapters.factors import Factors
+from loratool.adapters.weighting import Weight, parse_weight
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import AdapterError, MatchError, UsageError, by_cause
 from loratool.merging.frozen import refuse_other_frozen
@@ -41,7 +42,7 @@ from loratool.words import agreeing, counted
 def build_plan(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float | str | Weight],
     dtype: str = "float16",
     allow_unmatched: bool = False,
     components: Sequence[str] = (),
@@ -59,12 +60,14 @@ def build_plan(
     (unless `allow_unmatched`).
     """
     refuse_placeholders(base)
-    plan = Plan(base, list(adapters), list(weights), dtype, allow_unmatched, tuple(components))
+    given = [parse_weight(weight) for weight in weights]
+    plan = Plan(base, list(adapters), given, dtype, allow_unmatched, tuple(components))
     plan.initial = initial
     plan.notices += base.notices
     layout = Layout(base, components)
     matches = []
-    for adapter, weight in zip(adapters, weights, strict=True):
+    for adapter, weight in zip(adapters, given, strict=True):
+        check_ranges(adapter, weight)
         _refuse_unmergeable(plan, adapter, as_it_is)
         plan.notices += note_scales(adapter, weight)
         matches.append(match(adapter, layout))
@@ -147,12 +150,13 @@ def _refuse_chained(plan: Plan, matches: list[Match]) -> None:
     of it: the result would depend on an order that nobody gave."""
     for number, (found, weight) in enumerate(zip(matches, plan.weights, strict=True)):
         words = sorted({f.algorithm for f in found.adapter.functions.values()})
-        if found.computed and weight != 1:
+        unlike = [p for p in found.adapter.functions if weight.at(p) != 1] if found.computed else []
+        if unlike:
             raise MatchError(
-                f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight {weight:g} has "
-                "no meaning.",
+                f"{found.adapter.label}: {' and '.join(words)} is no sum, so weight "
+                f"{weight.at(unlike[0]):g} has no meaning.",
                 "Merge it with weight 1."
-                if weight > 0
+                if weight.at(unlike[0]) > 0
                 else "The undo file that `loratool merge --reversible` writes takes it back.",
             )
         for other in (*matches[:number], *matches[number + 1 :]):
@@ -173,10 +177,10 @@ def _collect(
     added: dict[str, TensorInfo] = {}
     for found, weight in zip(matches, plan.weights, strict=True):
         for delta in found.deltas:
-            placed = Delta(delta.place, delta.factors, weight, delta.rows)
+            placed = Delta(delta.place, delta.factors, weight.at(delta.module), delta.rows)
             edits[delta.tensor].deltas.append(placed)
         for name, module in found.biases:
-            edits[name].biases.append(_bias_term(module, weight))
+            edits[name].biases.append(_bias_term(module, weight.at(module.path)))
         for name, rows in found.rows:
             taken = {i for other in edits[name].rows for i in other.indices}
             if taken & set(rows.indices):
@@ -200,12 +204,12 @@ def _collect(
                     "Merge one of them alone.",
                 )
             added.setdefault(name, info)
-        if weight != 1 and (found.replaced or found.added or found.rows):
+        if not weight.is_one and (found.replaced or found.added or found.rows):
             plan.notices.append(
                 Notice(
                     "weight-not-applied",
                     f"{found.adapter.name} also replaces whole tensors or token rows; its weight "
-                    f"{weight:g} applies to its low-rank part only.",
+                    f"{weight} applies to its low-rank part only.",
                 )
             )
     for name in edits:

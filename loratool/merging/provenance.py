@@ -1,4 +1,4 @@
-"""`loratool.json`: how an output came about, and whether given adapters are those it was made from.
+"""`loratool.json`: how an output came about, and what was merged into it.
 
 It holds no date and no path, so that equal inputs give equal files.
 """
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.weighting import PLAIN, Weight, parse_weight
 from loratool.dtypes import MODEL_DTYPES
-from loratool.errors import FileError, RestoreError, listed
+from loratool.errors import FileError, UsageError
 from loratool.merging.plan import Plan
 from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import Dequantised, as_stored
 from loratool.models.quantised.treatment import TREATMENTS
-from loratool.paths import pattern, ranged
+from loratool.paths import EVERYTHING, Choice, pattern, ranged, ranged_names
 from loratool.storage.fields import (
     ABSENT,
     COUNT,
@@ -76,10 +77,12 @@ def describe(
 def describe_options(plan: Plan) -> dict[str, Any]:
     """What a merge was told beside base, adapters and output."""
     options: dict[str, Any] = {
-        "dtype": plan.dtype, "weights": plan.weights, "allow_unmatched": plan.allow_unmatched,
+        "dtype": plan.dtype, "weights": [weight.document for weight in plan.weights],
+        "allow_unmatched": plan.allow_unmatched,
     }  # fmt: skip
     if plan.components:
         options["components"] = list(plan.components)
+    options |= plan.choice.to_dict()
     layout = next(filter(None, (a.told.expert_b_layout for a in plan.adapters)), None)
     if layout is not None:
         options["expert_b_layout"] = layout
@@ -87,9 +90,11 @@ def describe_options(plan: Plan) -> dict[str, Any]:
         options["quantised"] = plan.treatment.how
         options["trained_here"] = plan.treatment.trained_here
     if plan.initial is not None:
-        options["initial"] = describe_adapter(plan.initial, 1.0)
+        options["initial"] = describe_adapter(plan.initial)
     if isinstance(plan.base, Replicated):
         options["replicate_layers"] = True
+    if plan.max_shard_size is not None:
+        options["max_shard_size"] = plan.max_shard_size
     return options
 
 
@@ -131,13 +136,15 @@ def versions(*libraries: str) -> dict[str, str]:
     return {"loratool": __version__, **{name: version(name) for name in libraries}}
 
 
-def describe_adapter(adapter: Adapter, weight: float) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter, weight: Weight = PLAIN) -> dict[str, Any]:
     return {
         "name": adapter.name,
         **_published(adapter.source),
         "base_model_name_or_path": adapter.declared.base_name,
-        "weight": weight,
+        "weight": weight.document,
         **({"told": said} if (said := adapter.told.to_dict()) else {}),
+        **adapter.choice.to_dict(),
+        **({"left_out": ranged_names(adapter.left_out)} if adapter.left_out else {}),
         "modules": _modules_of(adapter),
         "files": adapter_files(adapter),
     }
@@ -171,11 +178,11 @@ def adapter_files(adapter: Adapter) -> dict[str, str]:
 
 def weights_sha256(adapter: Adapter) -> str:
     """One hash for all files that hold the weights of an adapter."""
-    return _hashes(adapter)[0]
+    return adapter_hashes(adapter)[0]
 
 
-def _hashes(adapter: Adapter) -> tuple[str, str]:
-    """sha256 of the adapter's weights and of its config ("" without one)."""
+def adapter_hashes(adapter: Adapter) -> tuple[str, str]:
+    """sha256 of an adapter's weights and of its config ("" without one)."""
     return _split(adapter_files(adapter))
 
 
@@ -196,14 +203,18 @@ class Merged:
     """An adapter that a model holds, by its record."""
 
     name: str
-    weight: float
+    weight: Weight
     #: sha256 of the weights and of adapter_config.json ("" if there was none).
     weights_sha256: str
     config_sha256: str
     document: dict[str, Any]
+    #: Which of its parts were merged.
+    choice: Choice = EVERYTHING
 
     def __str__(self) -> str:
-        return f"{self.name} (weight {self.weight:g}, sha256 {self.weights_sha256[:12]}…)"
+        given = self.choice.to_dict().items()
+        said = "".join(f", --{option} {glob}" for option, globs in given for glob in globs)
+        return f"{self.name} (weight {self.weight}{said}, sha256 {self.weights_sha256[:12]}…)"
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -229,8 +240,9 @@ _TEXT = TEXT | ABSENT
 _TABLES = list_of(TABLE, "a list of tables")
 _PLACE = {"name": TEXT, "repo": _TEXT, "revision": _TEXT, "path": _TEXT}
 _ADAPTER = {
-    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE, "files": HASHES, "taken": _TEXT,
-    "modules": _TABLES, "told": TABLE | ABSENT,
+    **_PLACE, "base_model_name_or_path": _TEXT, "weight": FINITE | TEXT, "files": HASHES,
+    "taken": _TEXT, "modules": _TABLES, "told": TABLE | ABSENT, "include": NAMES | ABSENT,
+    "exclude": NAMES | ABSENT,
 }  # fmt: skip
 #: What is read of a record, by the part of it that it is in ("" for the record itself).
 _RECORD = {
@@ -239,7 +251,8 @@ _RECORD = {
         "schema_version": SCHEMA, "undo": TABLE | ABSENT,
     },
     "options": {
-        "dtype": TEXT, "components": NAMES | ABSENT, "expert_b_layout": _TEXT,
+        "dtype": TEXT, "components": NAMES | ABSENT, "include": NAMES | ABSENT,
+        "exclude": NAMES | ABSENT, "expert_b_layout": _TEXT,
         "allow_unmatched": FLAG | ABSENT, "replicate_layers": FLAG | ABSENT, "quantised": _TEXT,
     },
     "base": {**_PLACE, "dtypes": NAMES, "adapters": _TABLES},
@@ -269,7 +282,7 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
     try:
         entries = record["base"].get("adapters", []) if of_base else record["adapters"]
         return [_merged(entry) for entry in entries]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, UsageError) as error:
         raise FileError(
             f"{directory / PROVENANCE}: its list of adapters is damaged ({error!r}).",
             "Fetch it again, or remove it.",
@@ -278,58 +291,5 @@ def merged_into(directory: Path, of_base: bool = False) -> list[Merged]:
 
 def _merged(entry: dict[str, Any]) -> Merged:
     weights, config = _split(entry["files"])
-    return Merged(entry["name"], float(entry["weight"]), weights, config, entry)
-
-
-def identify(
-    adapters: Sequence[Adapter],
-    held: Sequence[Merged],
-    weights: Sequence[float] | None,
-    beneath: Sequence[Merged] = (),
-) -> list[int]:
-    """Which of the recorded adapters the given ones are, as indices into `held`.
-
-    `beneath` are those merged before, which cannot be taken off yet.
-
-    Raises RestoreError for an adapter that is none of them, by the hash of its files, and for a
-    weight that is not the one it was merged with.
-    """
-    found: list[int] = []
-    given = [_hashes(adapter) for adapter in adapters]
-    for position, adapter in enumerate(adapters):
-        digest, config = given[position]
-        same = [
-            i for i, entry in enumerate(held) if entry.weights_sha256 == digest and i not in found
-        ]
-        exact = [i for i in same if held[i].config_sha256 == config]
-        if weights is not None:
-            exact.sort(key=lambda i: held[i].weight != weights[position])
-        if not exact:
-            what = (
-                f"its {ADAPTER_CONFIG} is not the one it was merged with"
-                if same
-                else "it is not among the adapters merged into the model, by the hash of its files"
-            )
-            hint = "Give the adapters as they were when they were merged."
-            if any(entry.weights_sha256 == digest for entry in beneath):
-                what = "it was merged earlier, before those that came last"
-                hint = "Take the last ones off first; what comes out knows how to go on."
-            raise RestoreError(
-                f"{adapter.label}: {what}. Merged last:\n{listed(map(str, held))}", hint
-            )
-        copies = given[position:].count(given[position])
-        if weights is None and len(exact) > copies and len({held[i].weight for i in exact}) > 1:
-            raise RestoreError(
-                f"{adapter.label} was merged more than once, with different weights:\n"
-                f"{listed(str(held[i]) for i in exact)}",
-                "Say which with --weight, or give the adapter once for each.",
-            )
-        index = exact[0]
-        if weights is not None and held[index].weight != weights[position]:
-            raise RestoreError(
-                f"{adapter.label} was merged with weight {held[index].weight:g}, "
-                f"not {weights[position]:g}.",
-                "Omit --weight; loratool.json has the weights.",
-            )
-        found.append(index)
-    return found
+    choice = Choice(tuple(entry.get("include", ())), tuple(entry.get("exclude", ())))
+    return Merged(entry["name"], parse_weight(entry["weight"]), weights, config, entry, choice)

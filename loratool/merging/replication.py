@@ -16,6 +16,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.errors import MatchError, UsageError, listed
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.config import layer_count, lists_by_layer, settings_by_layer
+from loratool.storage.filenames import shard_names
 from loratool.storage.tensors import TensorInfo
 
 #: Where PEFT finds layers: `[model.]…layers`, `[bert.]encoder.layer` or `h`.
@@ -147,4 +148,4 @@ def _copied(base: Checkpoint, order: tuple[int, ...]) -> Replicated:
 def _file_names(base: Checkpoint, count: int) -> list[str]:
     if count == len(base.shards):
         return list(base.shards)
-    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return shard_names(count)

@@ -24,7 +24,7 @@ class MergeReport(Answer):
     adapters: list[str]
     #: What each adapter says it was trained on; "" where it does not.
     trained_on: list[str]
-    weights: list[float]
+    weights: list[float | str]
     output: str
     dtype: str
     dry_run: bool
@@ -44,6 +44,8 @@ class MergeReport(Answer):
     left_out: list[str]
     #: Whose tokenizer goes along, in words; "" if there is none.
     tokenizer: str
+    #: What --include and --exclude left out of each adapter, in their order.
+    excluded: list[list[str]] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
     subnormal: int = 0
     zeroed: int = 0

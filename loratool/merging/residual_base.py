@@ -16,6 +16,7 @@ import numpy as np
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Matrix
+from loratool.adapters.weighting import Weight
 from loratool.errors import MatchError
 from loratool.merging.initial import DERIVED, changing_adapter
 from loratool.merging.match import Delta
@@ -26,6 +27,7 @@ from loratool.models.quantised.treatment import AS_USUAL, Quantised
 from loratool.notices import Notice
 from loratool.storage.tensors import FilePool
 from loratool.storage.values import read_float32
+from loratool.words import counted
 
 #: Modules that are looked at.
 _SAMPLED = 6
@@ -41,7 +43,7 @@ _AVOIDED = 0.25
 def plan_on(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[float | str | Weight],
     dtype: str = "float16",
     allow_unmatched: bool = False,
     components: Sequence[str] = (),
@@ -57,8 +59,10 @@ def plan_on(
         return build_plan(*given, initial, quantised=quantised)
     plainly = build_plan(*given, as_it_is=True, quantised=quantised)
     is_residual = _is_residual(plainly)
+    if is_residual:
+        _refuse_leaving_out(base, adapters)
     if is_residual and initial is None:
-        changing_adapter(adapters, weights, initial)
+        changing_adapter(adapters, plainly.weights, initial)
         plainly.notices.append(_note(base))
         return plainly
     if is_residual:
@@ -78,6 +82,18 @@ def plan_on(
             "adapter_config.json.",
         )
     return plan
+
+
+def _refuse_leaving_out(base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Raise MatchError where modules would stay without what the initialisation took off them."""
+    for adapter in adapters:
+        if _tells(adapter) and adapter.left_out:
+            raise MatchError(
+                f"{base.label} is what the initialisation of {adapter.label} left of its base, so "
+                f"without the adapter {counted(len(adapter.left_out), 'part')} would lack what was "
+                "taken.",
+                "Merge the whole adapter, or into the base as published.",
+            )
 
 
 def _tells(adapter: Adapter) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.timesweight import is_of_weight
+from loratool.adapters.weighting import Weight
 from loratool.dtypes import DTYPE_BITS
 from loratool.errors import RestoreError, listed
 from loratool.merging.plan import Edits, Job, Plan, make_job
@@ -46,7 +47,7 @@ class Subtraction:
 def plan_subtraction(
     merged: Checkpoint,
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     dtype: str,
     base: str | Path | None,
     record: dict[str, Any],

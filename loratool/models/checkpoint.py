@@ -15,7 +15,7 @@ from loratool.models.layouts.native import NATIVE_TYPES, is_native, native_confi
 from loratool.models.rivals import rival_notes
 from loratool.notices import Notice
 from loratool.storage.filenames import ADAPTER_CONFIG, CONFIG, PARAMS
-from loratool.storage.folder import Folder, origin_of
+from loratool.storage.folder import Folder, Location, origin_of
 from loratool.storage.hub.folder import locate, not_there
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import entry_of, read_folder, read_one, refuse_part
@@ -109,7 +109,11 @@ def open_checkpoint(source: str | Path, partial: bool = False) -> Checkpoint:
 
     Raises FileError for what is missing or damaged, BaseError for what is no base model.
     """
-    place = locate(source)
+    return checkpoint_at(locate(source), source, partial)
+
+
+def checkpoint_at(place: Location, source: str | Path, partial: bool = False) -> Checkpoint:
+    """The same of a place that is known already; `source` is what errors call it."""
     folder = place.folder
     if place.file:
         if place.file.endswith(".json"):

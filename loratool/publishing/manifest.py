@@ -28,6 +28,7 @@ from loratool.models.tokenizers import (
 from loratool.notices import Notice
 from loratool.publishing.contents import adapter_in
 from loratool.publishing.secrets import why_secret
+from loratool.serving.programs import serving_words
 from loratool.storage.fields import check_fields
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -69,6 +70,8 @@ class Manifest:
     #: Files without which it cannot be loaded.
     needed: set[str] = field(default_factory=set)
     notices: list[Notice] = field(default_factory=list)
+    #: Of an adapter: how it fares in each program, in a few words.
+    serving: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def recorded(self) -> dict[str, str]:
@@ -114,6 +117,7 @@ def pack(
     manifest = Manifest(folder, "adapter" if adapter else "model", files, left_out)
     _refuse_broken(manifest)
     _refuse_incomplete(manifest, adapter)
+    manifest.serving = serving_words(adapter) if adapter else {}
     _leave_links(manifest, out)
     _refuse_left_behind(manifest)
     asked = [name for name in files if not _matches(name, include)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.rendering.ranks import change_charts, change_table, cut_text, rank_text
-from loratool.rendering.saying import first_of, sheet_of, weighted
+from loratool.rendering.saying import excluded_facts, first_of, sheet_of, weighted
 from loratool.rendering.sheet import Facts, Sheet
 from loratool.verbs.combine import CombineReport
 from loratool.words import format_bytes, percent
@@ -14,6 +14,7 @@ def combine_sheet(report: CombineReport, full: bool = False) -> Sheet:
     facts = Facts()
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
         facts.add("adapter", weighted(adapter, weight))
+    excluded_facts(facts, report.adapters, report.excluded)
     facts.add("method", _method_text(report))
     ranks = rank_text([m.rank for m in report.modules])
     facts.add("modules", f"{len(report.modules)}, rank {ranks}")

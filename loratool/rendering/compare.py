@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loratool.combining.relations import ModuleRelations, Relation
 from loratool.rendering.charts import by_layer
-from loratool.rendering.saying import weighted
+from loratool.rendering.saying import weight_text, weighted
 from loratool.rendering.sheet import (
     Facts,
     HeatMap,
@@ -221,7 +221,7 @@ def _sum_sentence(report: CompareReport, names: Sequence[str]) -> str:
     if report.sum_share < 1e-9:
         return "The weighted sum is nothing: its parts cancel."
     parts = ", ".join(
-        f"{100 * share:.0f}% of " + (name if weight == 1 else f"{weight:g}·{name}")
+        f"{100 * share:.0f}% of " + (name if weight == 1 else f"{weight_text(weight)}·{name}")
         for name, weight, share in zip(names, report.weights, report.survival, strict=True)
         if share is not None
     )

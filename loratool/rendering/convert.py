@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.adapters.dialects.writing import Fate
-from loratool.rendering.saying import sheet_of
+from loratool.rendering.saying import excluded_facts, sheet_of
 from loratool.rendering.sheet import Facts, Sheet, SheetTable, Toned, Words, folded_lines
 from loratool.verbs.convert import ConvertReport
 from loratool.words import counted, format_bytes, percent
@@ -15,6 +15,7 @@ def convert_sheet(report: ConvertReport, full: bool = False) -> Sheet:
     sheet = sheet_of("convert", report.dry_run)
     facts = Facts()
     facts.add("adapter", report.adapter)
+    excluded_facts(facts, [report.adapter], report.excluded)
     facts.add("dialect", f"{report.dialect} → {report.to}")
     counts = [(outcome, report.counts[outcome]) for outcome in _ORDER if outcome in report.counts]
     facts.add("parts", ", ".join(f"{count} {outcome}" for outcome, count in counts))

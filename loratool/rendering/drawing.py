@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from rich.measure import Measurement
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,8 @@ from loratool.rendering.sheet import (
     Words,
     parts_of,
 )
-from loratool.rendering.terminal import fact_grid, out, verbatim
+from loratool.rendering.terminal import fact_grid, out
+from loratool.text import fitting, printable
 
 _STYLES: dict[Tone, str] = {
     "strong": "bold", "good": "green", "bad": "red", "warning": "yellow", "dim": "dim",
@@ -37,7 +38,7 @@ def draw(sheet: Sheet) -> None:
     for piece in sheet.pieces:
         is_block = isinstance(piece, Facts | SheetTable)
         after_block = isinstance(before, Facts | SheetTable)
-        after_text = isinstance(before, Sentence) and before is not sheet.pieces[0]
+        after_text = isinstance(before, Sentence | Line) and before is not sheet.pieces[0]
         apart = isinstance(piece, Sentence) and (piece.apart or after_block)
         if before is not None and (apart or (is_block and (after_block or after_text))):
             out.print()
@@ -47,22 +48,25 @@ def draw(sheet: Sheet) -> None:
             _print(_table(piece))
         elif isinstance(piece, Sentence):
             # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
-            out.print(markup_of(piece.words), soft_wrap=not _has_width())
+            out.print(styled(piece.words), soft_wrap=not _has_width())
         elif isinstance(piece, Line):
-            out.print(verbatim(piece.text), soft_wrap=True)
+            out.print(Text(_shown(piece.text)), soft_wrap=True)
         else:
             continue
         before = piece
 
 
-def markup_of(words: Words) -> str:
-    """Words as a string with Rich's markup, their texts as they are."""
-    shown = ""
+def styled(words: Words) -> Text:
+    """Words with their styles, their texts as they are but for what no terminal should get."""
+    text = Text()
     for part in parts_of(words):
-        style = _STYLES.get(part.tone)
-        text = verbatim(part.text)
-        shown += f"[{style}]{text}[/]" if style else text
-    return shown
+        text.append(_shown(part.text), _STYLES.get(part.tone))
+    return text
+
+
+def _shown(text: str) -> str:
+    """A text from anywhere, as this stream can show it."""
+    return fitting(printable(text), out.encoding)
 
 
 def _has_width() -> bool:
@@ -86,46 +90,54 @@ def _print(table: Table) -> None:
 def _grid(facts: Facts) -> Table:
     grid = fact_grid()
     for what, words in facts.rows:
-        grid.add_row(verbatim(what), markup_of(words))
+        grid.add_row(Text(_shown(what)), styled(words))
     return grid
 
 
 def _table(table: SheetTable) -> Table:
     """The table with the columns that there is room for."""
+    lines = [
+        {heading: styled(cell) for heading, cell in line.cells.items()} for line in table.lines
+    ]
     for headings in table.headings:
-        drawn = _drawn(table, headings)
-        if _fits(drawn):
-            return drawn
-    left = list(headings)
+        left = list(headings)
+        if _width_of(left, lines) <= _width():
+            return _drawn(table, left, lines)
     for heading in table.spare:
         if heading in left:
             left.remove(heading)
-            drawn = _drawn(table, left)
-            if _fits(drawn):
+            if _width_of(left, lines) <= _width():
                 break
-    return drawn
+    return _drawn(table, left, lines)
 
 
-def _fits(table: Table) -> bool:
-    wanted = Measurement.get(out, out.options.update(width=_ANY_WIDTH), table).maximum
-    return wanted <= _width()
+def _width_of(headings: Sequence[str], lines: Sequence[dict[str, Text]]) -> int:
+    """Cells of a line with these columns, two between two of them."""
+    widths = [
+        max(
+            [
+                cell_len(_shown(heading)),
+                *(line[heading].cell_len for line in lines if heading in line),
+            ]
+        )
+        for heading in headings
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
-def _drawn(table: SheetTable, headings: Sequence[str]) -> Table:
+def _drawn(table: SheetTable, headings: Sequence[str], lines: Sequence[dict[str, Text]]) -> Table:
     drawn = Table(
         box=None, padding=(0, 1), pad_edge=False, header_style="bold",
-        title=verbatim(table.caption) or None, title_justify="left", title_style="",
+        title=Text(_shown(table.caption)) if table.caption else None, title_justify="left",
+        title_style="",
     )  # fmt: skip
     for heading in headings:
         numeric = table.is_numeric(heading)
         drawn.add_column(
-            verbatim(heading), justify="right" if numeric else "left", no_wrap=numeric,
+            Text(_shown(heading)), justify="right" if numeric else "left", no_wrap=numeric,
             overflow="fold",
         )  # fmt: skip
-    for line in table.lines:
-        if line.is_section:
-            drawn.add_row(f"[cyan]{verbatim(str(line.cells['module']))}[/]")
-        else:
-            cells = [markup_of(line.cells.get(heading, "")) for heading in headings]
-            drawn.add_row(*cells, style=_STYLES.get(line.tone, ""))
+    for line, texts in zip(table.lines, lines, strict=True):
+        style = _STYLES["section"] if line.is_section else _STYLES.get(line.tone, "")
+        drawn.add_row(*[texts.get(heading, "") for heading in headings], style=style)
     return drawn

@@ -20,6 +20,7 @@ from loratool.rendering.sheet import (
     folded_lines,
     table_of,
 )
+from loratool.serving.programs import serving_line
 from loratool.verbs.inspect import InspectReport
 from loratool.verbs.measuring import ModuleReport
 from loratool.words import counted, format_bytes, number_text, shape_text, span_text
@@ -82,6 +83,8 @@ def _facts(report: InspectReport) -> Facts:
         facts.add("metadata", f"{key} = {shown}")
     if len(report.metadata) > 5:
         facts.add("", f"and {len(report.metadata) - 5} more entries (--json shows all)")
+    if report.serving:
+        facts.add("serving", f"{serving_line(report.serving)} (loratool lint)")
     return facts
 
 

@@ -6,6 +6,7 @@ from loratool.merging.initial import Derivation
 from loratool.merging.range_loss import RangeLoss
 from loratool.merging.report import MergeReport
 from loratool.rendering.saying import (
+    excluded_facts,
     first_of,
     is_part,
     push_facts,
@@ -36,6 +37,7 @@ def merge_sheet(report: MergeReport, verbose: bool = False) -> Sheet:
     facts.add("dtype", "each tensor's own" if report.dtype == "base" else report.dtype)
     if report.adapters:
         facts.add("modules", f"{report.modules} merged")
+    excluded_facts(facts, report.adapters, report.excluded)
     _tensors(facts, report, verbose)
     if report.derivation is not None:
         facts.add("initialisation", _derivation(report.derivation))

@@ -51,6 +51,7 @@ th, td { padding: 0.2rem 0.7rem; text-align: left; white-space: pre-wrap; vertic
 thead th { background: var(--panel); border-bottom: 1px solid var(--line); white-space: nowrap }
 tbody tr + tr { border-top: 1px solid var(--line) }
 th[scope=row] { font-weight: normal; overflow-wrap: anywhere; min-width: 9rem }
+.short { white-space: nowrap }
 th.inner { padding-left: 1.7rem }
 .number { text-align: right; white-space: nowrap }
 .section th { color: var(--section); background: var(--panel) }
@@ -72,6 +73,10 @@ footer { margin-top: 2rem; color: var(--soft); font-size: 0.85rem }
 @media print { body { max-width: none; padding: 0 } .wide { overflow: visible; border: 0 }
   figure, tr, .notices li { break-inside: avoid } }
 """
+
+#: Cells up to so many characters are not broken into lines.
+_ONE_LINE = 24
+_SHORT = ' class="short"'
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -167,7 +172,10 @@ def _row(line: SheetLine, headings: Sequence[str], kinds: Sequence[str]) -> str:
         return f'<tr class="section"><th scope="rowgroup" colspan="{across}">{name}</th></tr>\n'
     first, *others = (_words(line.cells.get(heading, "")) for heading in headings)
     kind = ' class="inner"' if first.startswith("  ") else kinds[0]
-    cells = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(others, kinds[1:], strict=True))
+    cells = "".join(
+        f"<td{kind or _SHORT * (len(cell) <= _ONE_LINE)}>{cell}</td>"
+        for cell, kind in zip(others, kinds[1:], strict=True)
+    )
     tone = "" if line.tone == "plain" else f' class="{line.tone}"'
     return f'<tr{tone}><th scope="row"{kind}>{first.strip()}</th>{cells}</tr>\n'
 

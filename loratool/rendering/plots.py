@@ -208,6 +208,7 @@ def _curves(axes: Axes, chart: Curves) -> None:
     axes.set_ylabel(_shown(chart.y))
     if chart.log_y:
         axes.set_yscale("log")
+        _plain_numbers(axes)
     else:
         axes.set_ylim(bottom=0)
     if len(chart.series) > 1:
@@ -229,8 +230,21 @@ def _bars(axes: Axes, chart: Bars) -> None:
     axes.set_ylabel(_shown(chart.y))
     if chart.log_y:
         axes.set_yscale("symlog", linthresh=1)
+        _plain_numbers(axes)
     if count > 1:
         axes.legend(frameon=False, fontsize=8)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Numbers of a logarithmic axis as words, not as formulas, which are switched off."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
+    low, high = axes.get_ylim()
+    if low <= 0 or high / low > 20:
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:  # hardly a power of ten among them
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: number_text(value)))
 
 
 def _shown(text: str, most: int = 100) -> str:

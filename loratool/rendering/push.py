@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loratool.rendering.saying import first_of, sheet_of
 from loratool.rendering.sheet import Facts, Line, Sheet, Toned, Words, table_of
+from loratool.serving.programs import serving_line
 from loratool.verbs.push import PushReport
 from loratool.words import counted, format_bytes
 
@@ -52,6 +53,8 @@ def _facts(report: PushReport) -> Facts:
     files = counted(len(sent), "file")
     facts.add(word, f"{files}, {format_bytes(report.bytes_to_upload)}{there}")
     facts.add("model card", _CARDS[report.card])
+    if report.serving:
+        facts.add("serving", serving_line(report.serving))
     if report.left_out:
         facts.add("left out", first_of(report.left_out, 5))
     if not report.dry_run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from loratool.paths import ranged_names
 from loratool.rendering.sheet import Facts, Sheet, SheetTable, Toned, Words, strong, table_of
 from loratool.streams.shares import SharedOut
 from loratool.words import counted, format_bytes, number_text
@@ -20,15 +21,30 @@ def sheet_of(command: str, dry_run: bool = False, undone: str = "written") -> Sh
     return sheet
 
 
-def weighted(name: str, weight: float) -> str:
+def weighted(name: str, weight: float | str) -> str:
     """A name, and what it was multiplied with."""
-    return name + (f"  × {weight:g}" if weight != 1 else "")
+    return name + (f"  × {weight_text(weight)}" if weight != 1 else "")
+
+
+def weight_text(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
 
 
 def first_of(names: Sequence[str], count: int) -> str:
     """The first names of many, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def excluded_facts(
+    facts: Facts, adapters: Sequence[str], excluded: Sequence[Sequence[str]]
+) -> None:
+    """What was left out of each adapter, because nobody wanted it."""
+    for adapter, parts in zip(adapters, excluded, strict=True):
+        if parts:
+            of = f" of {adapter}" if len(adapters) > 1 else ""
+            named = first_of(ranged_names(parts), _NAMED)
+            facts.add("excluded", f"{counted(len(parts), 'part')}{of}: {named}")
 
 
 def written_text(nbytes: int, files: int, seconds: float) -> str:

@@ -15,6 +15,8 @@ from loratool.rendering.dequantise import dequantise_sheet
 from loratool.rendering.extract import extract_sheet
 from loratool.rendering.finish import finish_sheet
 from loratool.rendering.inspect import inspect_sheet
+from loratool.rendering.lint import lint_sheet
+from loratool.rendering.list import list_sheet
 from loratool.rendering.merge import merge_sheet
 from loratool.rendering.push import push_sheet
 from loratool.rendering.resize import resize_sheet
@@ -28,6 +30,8 @@ from loratool.verbs.convert import ConvertReport
 from loratool.verbs.dequantise import DequantiseReport
 from loratool.verbs.finish import FinishReport
 from loratool.verbs.inspect import InspectReport
+from loratool.verbs.lint import LintReport
+from loratool.verbs.list import CatalogReport
 from loratool.verbs.push import PushReport
 from loratool.verbs.resize import ResizeReport
 from loratool.verbs.unmerging import UnmergeReport
@@ -35,6 +39,7 @@ from loratool.verbs.verify import VerifyReport
 
 _SHEETS: dict[type, Callable[[Any], Sheet]] = {
     CardReport: card_sheet,
+    CatalogReport: list_sheet,
     CombineReport: combine_sheet,
     CompareReport: compare_sheet,
     ConvertReport: convert_sheet,
@@ -42,6 +47,7 @@ _SHEETS: dict[type, Callable[[Any], Sheet]] = {
     ExtractReport: extract_sheet,
     FinishReport: finish_sheet,
     InspectReport: inspect_sheet,
+    LintReport: lint_sheet,
     MergeReport: merge_sheet,
     PushReport: push_sheet,
     ResizeReport: resize_sheet,

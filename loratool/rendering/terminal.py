@@ -5,8 +5,10 @@ stdout carries the answer, stderr the conversation: progress, warnings, errors, 
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +28,8 @@ from rich.text import Text
 
 from loratool.errors import AnswerLost, LoraToolError, ReaderGone
 from loratool.notices import Notice
-from loratool.text import escaped, json_text, printable, printable_message
+from loratool.text import escaped, fitting, json_text, printable, printable_message
+from loratool.words import format_bytes, format_seconds
 
 #: What stands for "[" and "\\" of a name until Rich has read its markup. They are of Unicode's
 #: private use, so no text that was made printable holds them.
@@ -55,7 +58,8 @@ class _Console(Console):
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        plain = escaped(text, keep=f"\n{_BRACKET}{_BACKSLASH}")
+        hidden = f"\n{_BRACKET}{_BACKSLASH}"
+        plain = fitting(escaped(text, keep=hidden), self.encoding, keep=hidden)
         rich_text = super().render_str(plain, **options)
         rich_text.plain = rich_text.plain.translate(_SHOW)
         return rich_text
@@ -89,6 +93,8 @@ def print_file(text: str) -> None:
         lines = escaped(text.replace("\r\n", "\n").expandtabs(4), keep="\n")
         out.print(lines, markup=False, soft_wrap=True, end="")
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # files are UTF-8, whatever a terminal shows
+            sys.stdout.reconfigure(encoding="utf-8")
         _print_exactly(text)
 
 
@@ -122,13 +128,43 @@ def print_warnings(notices: Iterable[Notice]) -> None:
 
 
 @contextmanager
+def paged(wanted: bool) -> Iterator[None]:
+    """Show what the block prints through the user's pager, if that is wanted and somebody sits at
+    a terminal; also where the block ends with an exit code or an error."""
+    if not (wanted and out.is_terminal and sys.stdin.isatty()):
+        yield
+        return
+    out.begin_capture()
+    try:
+        yield
+    except KeyboardInterrupt:
+        out.end_capture()
+        raise
+    except BaseException:
+        _page(out.end_capture())
+        raise
+    _page(out.end_capture())
+
+
+def _page(shown: str) -> None:
+    if shown:
+        from click import echo_via_pager
+
+        echo_via_pager(shown, color=not out.no_color)
+
+
+#: Seconds between two lines about how far the work is, where no terminal shows a bar.
+LINE_EVERY = 30.0
+
+
+@contextmanager
 def progress_bar(
     enabled: bool, verb: str, counted: bool = False
 ) -> Iterator[Callable[[int, int, str], None] | None]:
     """A bar with bytes and rate, or with modules if `counted`, and the time left, on a terminal;
-    nothing elsewhere."""
+    elsewhere, in a log, the same as a line from time to time."""
     if not enabled or not err.is_terminal:
-        yield None
+        yield _lines(verb, counted) if enabled else None
         return
     amounts = (MofNCompleteColumn(),) if counted else (DownloadColumn(), TransferSpeedColumn())
     columns = (
@@ -147,6 +183,28 @@ def progress_bar(
         yield advance
     finally:
         bar.stop()
+
+
+def _lines(verb: str, counted: bool) -> Callable[[int, int, str], None]:
+    """Says how far the work is each time when LINE_EVERY seconds have passed."""
+    began = last = time.monotonic()
+    first: int | None = None
+
+    def advance(done: int, total: int, label: str) -> None:
+        nonlocal last, first
+        first = done if first is None else first  # what an earlier run had finished took no time
+        now = time.monotonic()
+        if now - last < LINE_EVERY:
+            return
+        last = now
+        rate = (done - first) / max(now - began, 1e-9)
+        shown = str if counted else format_bytes
+        pace = f"{rate:.3g}" if counted else format_bytes(rate)
+        left = f", about {format_seconds((total - done) / rate)} left" if rate > 0 else ""
+        what = verb if counted else f"{verb} {label}"
+        say_aside(f"{what}: {shown(done)} of {shown(total)}, {pace}/s{left}")
+
+    return advance
 
 
 def fact_grid() -> Table:

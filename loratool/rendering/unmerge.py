@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from loratool.rendering.saying import is_part, share_facts, sheet_of, weighted, written_text
+from loratool.rendering.saying import (
+    excluded_facts,
+    is_part,
+    share_facts,
+    sheet_of,
+    weighted,
+    written_text,
+)
 from loratool.rendering.sheet import Facts, Sheet, Toned
 from loratool.verbs.unmerging import UnmergeReport
 from loratool.words import counted, format_bytes
@@ -17,6 +24,7 @@ def unmerge_sheet(report: UnmergeReport) -> Sheet:
     for name in report.remaining:
         facts.add("stays", name)
     facts.add("modules", f"{report.modules} taken back")
+    excluded_facts(facts, report.adapters, report.excluded)
     _exactness(facts, report)
     if report.copied_from_base:
         facts.add("copied", f"{counted(report.copied_from_base, 'tensor')} from the base")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged, split
 from loratool.rendering.charts import by_layer
-from loratool.rendering.saying import weighted
+from loratool.rendering.saying import excluded_facts, weighted
 from loratool.rendering.sheet import (
     Bars,
     Chart,
@@ -33,6 +33,7 @@ def verify_sheet(report: VerifyReport, full: bool = False) -> Sheet:
     facts.add("base", report.base)
     for adapter, weight in zip(report.adapters, report.weights, strict=True):
         facts.add("adapter", weighted(adapter, weight))
+    excluded_facts(facts, report.adapters, report.excluded)
     if report.findings:
         equal = f"{percent(report.equal)} of the adapted weights have the once-rounded value"
         facts.add("equal", equal)

@@ -119,6 +119,13 @@ def needs_index(shards: Iterable[str]) -> bool:
     return list(shards) not in ([MODEL], [NATIVE])
 
 
+def shard_names(count: int) -> list[str]:
+    """What the files of a model are called that is written in so many."""
+    if count == 1:
+        return [MODEL]
+    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
 def is_of_a_model(name: str) -> bool:
     """Whether a file by this relative path is a usual part of a model or of an adapter."""
     named = {CONFIG, PARAMS, ADAPTER_CONFIG, PROVENANCE, *SENTENCE_FILES, *QUANTISATION, *_LITTER}

@@ -27,6 +27,12 @@ _LONGEST_ENTRY = 4096
 
 _METADATA = "__metadata__"
 
+#: What the description of a tensor has, and the characters of a header up to which no more memory
+#: is taken by parsing it at once than anybody has.
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_SHORT = 1_000_000
+_LARGEST = 1 << 62
+
 _REFETCH = "Fetch the file again; it is not a complete safetensors file."
 
 
@@ -111,6 +117,55 @@ def _parse(
 def _parse_text(
     path: Path, text: str, data_start: int, stamp: Stamp | None
 ) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    known = _plain(text)
+    if known is not None:
+        metadata = known.pop(_METADATA, {})
+        return {
+            n: _tensor(path, n, entry, data_start, stamp) for n, entry in known.items()
+        }, metadata
+    return _scanned(path, text, data_start, stamp)
+
+
+def _plain(text: str) -> dict[str, Any] | None:
+    """The entries of a header of usual length that has nothing odd, parsed at once, which takes a
+    third of the time; None for one that must be scanned to say what is wrong with it."""
+    if len(text) > _SHORT or not text.startswith("{") or not text.isascii() or "\\u" in text:
+        return None
+    # Of more small values in so little text no header is made; parsed, they would fill memory.
+    if 15 * (text.count("[") + text.count("{")) > len(text) or 12 * text.count(":") > len(text):
+        return None
+    try:
+        found: dict[str, Any] = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    for name, entry in found.items():
+        if len(name) > LONGEST_NAME or type(entry) is not dict:
+            return None
+        if name == _METADATA:
+            if not all(type(value) is str for value in entry.values()):
+                return None
+        elif entry.keys() != _FIELDS or type(entry["shape"]) is not list:
+            return None
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _scanned(
+    path: Path, text: str, data_start: int, stamp: Stamp | None
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     scanner = Scanner(text)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] | None = None
@@ -174,12 +229,20 @@ def _tensor(
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+    if not isinstance(value, list):
+        return False
+    for n in value:  # noqa: SIM110  # a generator takes twice as long, and there are very many
+        if type(n) is not int or not 0 <= n < _LARGEST:
+            return False
+    return True
 
 
 def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:
     position = data_start
-    for info in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
+    infos = list(tensors.values())
+    placed = sorted((info.start, info.nbytes, number) for number, info in enumerate(infos))
+    for _, nbytes, number in placed:
+        info = infos[number]
         if info.start < position:
             raise FileError(f"{path}: tensor {info.name!r} overlaps another one.", _REFETCH)
         if info.start > position:
@@ -188,7 +251,7 @@ def _check_tiling(path: Path, tensors: dict[str, TensorInfo], data_start: int, s
                 f"{agreeing(info.start - position, 'belongs')} to no tensor.",
                 _REFETCH,
             )
-        position += info.nbytes
+        position += nbytes
     if position > size:
         raise TruncatedError(
             f"{path}: truncated: the header describes {format_bytes(position)}, "

@@ -141,7 +141,8 @@ def prefix(output: Path, what: str) -> str:
     return f".{output.name}.loratool-{what}-"
 
 
-def _beside(output: Path, what: str) -> list[Path]:
+def beside(output: Path, what: str) -> list[Path]:
+    """The hidden folders beside an output that runs left or make for `what`."""
     return [p for p in output.parent.iterdir() if p.name.startswith(prefix(output, what))]
 
 
@@ -174,7 +175,7 @@ def clear(output: Path) -> None:
 
     Raises OutputError where one of them is running.
     """
-    for partial in _beside(output, "partial"):
+    for partial in beside(output, "partial"):
         try:
             lock = lock_folder(partial)
         except BlockingIOError:
@@ -184,7 +185,7 @@ def clear(output: Path) -> None:
         if lock is not None:
             remove(partial)
             os.close(lock)
-    for old in _beside(output, "replaced"):
+    for old in beside(output, "replaced"):
         if os.path.lexists(output):
             remove(old)
         else:
@@ -200,6 +201,6 @@ def recover(output: Path) -> None:
     if os.path.lexists(output) or not output.parent.is_dir():
         return
     with suppress(OSError, OutputError):
-        if _beside(output, "replaced"):
+        if beside(output, "replaced"):
             with alone_in(output.parent):
                 clear(output)

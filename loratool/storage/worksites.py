@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from loratool.errors import OutputError
+from loratool.storage.destination import refuse
 from loratool.storage.journal import WorkOrder, read_order
-from loratool.storage.placing import another_run, place_of, prefix, remove
+from loratool.storage.placing import alone_in, another_run, beside, place_of, prefix, remove
 from loratool.storage.system import lock_folder
 
 #: What there is in a work folder; `workfolder` says what it is for.
@@ -38,6 +39,25 @@ def finished_bytes(output: Path) -> int:
         with suppress(OSError):
             found += sum(entry.stat().st_size for entry in place.iterdir())
     return found
+
+
+def refuse_other_run(output: Path) -> None:
+    """Refuse an output that another run makes, before this one has done any work for it."""
+    output = place_of(output)
+    if not output.parent.is_dir():
+        return
+    # No run takes its folder meanwhile, which would find it locked by this look.
+    with suppress(OSError), alone_in(output.parent):
+        for folder in (work_of(output), *beside(output, "partial")):
+            try:
+                lock = lock_folder(folder)
+            except BlockingIOError:
+                refuse(another_run(output))
+                return
+            except OSError:  # it is not there
+                continue
+            if lock is not None:
+                os.close(lock)
 
 
 def clear_abandoned_work(output: Path) -> None:

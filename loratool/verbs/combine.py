@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from loratool.adapters.effect import note_slips
+from loratool.adapters.picking import picked, refuse_half_companions
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, Joined, explained_overflow, join
 from loratool.combining.extras import settle
@@ -28,13 +30,16 @@ from loratool.linalg.lowrank import Factor, Float64, crossed, decompose, inner, 
 from loratool.linalg.methods import Combined, Method, Settings, Term
 from loratool.linalg.ranks import Criterion
 from loratool.notices import Notice, document
+from loratool.paths import Choice
 from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.threads import few
 from loratool.verbs.inputs import (
     as_list,
+    as_texts,
     check_paths,
     check_sizes,
     check_weights,
@@ -61,7 +66,7 @@ class CombineReport(Answer):
     ROWS = "modules"
 
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     method: str
     options: dict[str, Any]
     output: str
@@ -76,6 +81,8 @@ class CombineReport(Answer):
     saved: list[str]
     bytes_written: int
     warnings: list[Notice] = field(default_factory=list)
+    #: What --include and --exclude left out of each adapter, in their order.
+    excluded: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def combine(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     method: str = "sum",
     rank: int | None = None,
     energy: float | None = None,
@@ -99,6 +106,8 @@ def combine(
     keep_patterns: bool = False,
     told: Told | Sequence[Told] = (),
     base: str | Path | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     dtype: str | None = None,
     overwrite: Overwrite = False,
     dry_run: bool = False,
@@ -112,8 +121,8 @@ def combine(
     adapters: PEFT adapter directories or files. Their ranks, scales, targets and dtypes may differ;
         a module that only some have is combined from those.
     output: directory to make; it appears complete or not at all.
-    weights: one factor per adapter, of any sign and size; 1.0 each if not given. An adapter with
-        weight 0 is left out.
+    weights: one factor per adapter, of any sign and size; 1.0 each if not given. A text gives
+        layers factors of their own, see `merge`. An adapter with weight 0 is left out.
     method: a name in `loratool.linalg.methods.METHODS`; "sum" is `Σ weight·scale·B·A` exactly.
     rank: cut every module to this rank, which is optimal. energy: cut to the smallest rank that
         keeps this share of ‖ΔW‖² in every module.
@@ -125,6 +134,8 @@ def combine(
     keep_patterns: write each module with its own rank; otherwise all have the largest.
     told: what the user says of each adapter, because its file does not; see `merge`. base: the base
         model, where row orders or products depend on it.
+    include, exclude: globs; combine only these parts of the adapters, or leave these out; see
+        `merge`.
     dtype: "float16", "bfloat16" or "float32"; the inputs' own if not given.
     threads: worker threads; the result does not depend on it.
     progress: called with (modules done, modules in all, module).
@@ -147,12 +158,16 @@ def combine(
         majority_sign_method=majority_sign_method, seed=seed, saved=saved,
         keep_patterns=keep_patterns, dtype=dtype,
     )  # fmt: skip
-    chosen, criterion = options.check(), options.criterion
+    how, criterion = options.check(), options.criterion
     target = Path(output)
     check_output(target, [Path(s) for s in sources], overwrite)
+    refuse_other_run(target)
     said = told_of(told, sources)
     model = model_at(base)
-    loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
+    whole = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
+    choice = Choice(tuple(as_texts(include)), tuple(as_texts(exclude)))
+    loras = picked(whole, choice)
+    refuse_half_companions(whole, loras)
     check_output(target, [path.resolve() for a in loras for path in a.files], overwrite)
     refuse_company(target, (), overwrite)
     if not any(factors):
@@ -162,21 +177,22 @@ def combine(
     joined.notices += note_slips(loras, factors)
     code = output_dtype(joined, dtype)
     options = replace(options, dtype=dtype_name(code))
-    if chosen.cuts and not criterion.given:
+    if how.cuts and not criterion.given:
         criterion = Criterion(rank=_largest_rank(joined))
     settings = Settings(
         "", criterion.rank or _ANY_RANK, density or 1.0, majority_sign_method, seed, criterion
     )
-    recipe = _Recipe(chosen, settings, criterion, uniform=not keep_patterns)
+    recipe = _Recipe(how, settings, criterion, uniform=not keep_patterns)
+    asked = {**options.to_dict(), **choice.to_dict()}
     with FilePool() as files:
         work = (
             partial(recipe.combine, path, parts, files) for path, parts in joined.modules.items()
         )
         done, nbytes = write_adapter(
             joined, work, target, code,
-            {"command": "combine", "options": options.to_dict()}, RankPolicy(recipe.uniform),
-            replace(run, threads=few(threads)) if chosen.is_dense else run,
-            _why_zero(chosen, settings.density),
+            {"command": "combine", "options": asked}, RankPolicy(recipe.uniform),
+            replace(run, threads=few(threads)) if how.is_dense else run,
+            _why_zero(how, settings.density),
         )  # fmt: skip
     notices = [*joined.notices, *done.notices]
     if rank is not None and done.rank < rank:
@@ -184,9 +200,9 @@ def combine(
         notices.append(Notice("rank-not-reached", text))
     return CombineReport(
         adapters=[a.label for a in loras],
-        weights=factors,
+        weights=[factor.document for factor in factors],
         method=method,
-        options=options.to_dict(),
+        options=asked,
         output=str(target),
         dtype=dtype_name(code),
         dry_run=dry_run,
@@ -199,6 +215,7 @@ def combine(
         saved=[*joined.saved, *joined.token_rows],
         bytes_written=nbytes,
         warnings=notices,
+        excluded=[list(adapter.left_out) for adapter in loras],
         seconds=time.perf_counter() - started,
     )
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.effect import note_scales
+from loratool.adapters.effect import check_ranges, note_scales
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN, Weight
 from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.base_weights import BaseWeights
@@ -71,7 +72,7 @@ class CompareReport(Answer):
     ROWS = "modules"
 
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     tolerance: float
     modules: list[ModuleRelations]
     pairs: list[Relation]
@@ -101,7 +102,7 @@ class CompareReport(Answer):
 def compare(
     adapters: Sequence[str | Path],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     tolerance: float = TOLERANCE,
     base: str | Path | None = None,
     components: str | Sequence[str] = (),
@@ -145,19 +146,28 @@ def compare(
     said = told_of(told, sources, expert_b_layout)
     model = model_at(base)
     loras = [read_lora(source, own, model) for source, own in zip(sources, said, strict=True)]
-    joined = join(loras, [1.0] * len(loras), "compared", with_dora=True, with_stacks=True)
+    joined = join(loras, [PLAIN] * len(loras), "compared", with_dora=True, with_stacks=True)
     joined.notices += [
         notice
         for lora, factor in zip(loras, factors, strict=True)
-        if factor != 1
+        if not factor.is_one
         for notice in note_scales(lora, factor)
     ]
+    for lora, factor in zip(loras, factors, strict=True):
+        check_ranges(lora, factor)
     paths = selected(list(joined.modules), layers, include)
     targets = BaseWeights(model, loras, as_texts(components)) if model is not None else None
     modules = []
     with FilePool() as files:
         work = (
-            partial(_compare_module, path, joined.modules[path], factors, files, targets)
+            partial(
+                _compare_module,
+                path,
+                joined.modules[path],
+                [w.at(path) for w in factors],
+                files,
+                targets,
+            )
             for path in paths
         )
         for found in computed(work, few(run.threads) if targets else run.threads):
@@ -181,7 +191,7 @@ def compare(
     held, share = survival(modules, factors)
     return CompareReport(
         adapters=[a.label for a in loras],
-        weights=factors,
+        weights=[factor.document for factor in factors],
         tolerance=tolerance,
         modules=[m.module for m in modules],
         pairs=pairs,

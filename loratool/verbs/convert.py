@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects import TARGETS, WRITTEN
 from loratool.adapters.dialects.writing import Asked, Draft, Fate
 from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.picking import picked
 from loratool.adapters.reading import read_adapter, read_lora
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.answers import Answer
@@ -25,7 +26,7 @@ from loratool.errors import AdapterError, UsageError, explained_os_errors, liste
 from loratool.merging.provenance import describe_adapter, describe_model, versions
 from loratool.models.tokenizers import tokenizer_files
 from loratool.notices import Notice, document
-from loratool.paths import matches
+from loratool.paths import Choice, matches
 from loratool.storage.destination import (
     Overwrite,
     check_output,
@@ -42,9 +43,10 @@ from loratool.storage.links import copy_own, refuse_leading_out
 from loratool.storage.record import SCHEMA_VERSION
 from loratool.storage.system import sync
 from loratool.storage.workfolder import WorkFolder
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
-from loratool.verbs.inputs import check_paths, model_at, told_of
+from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
 from loratool.words import counted
 
 #: Elements of a list that a record keeps.
@@ -69,6 +71,8 @@ class ConvertReport(Answer):
     error: float | None
     bytes: int
     warnings: list[Notice] = field(default_factory=list)
+    #: What --include and --exclude left out of the adapter, as its only entry.
+    excluded: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -92,6 +96,8 @@ def convert(
     max_rank: int | None = None,
     allow_lossy: bool = False,
     set_metadata: Mapping[str, str] | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     told: Told = NOTHING_TOLD,
     overwrite: Overwrite = False,
     dry_run: bool = False,
@@ -112,6 +118,7 @@ def convert(
     max_rank: the largest rank that a module may have in the new file; with `allow_lossy` it is cut
         to that, else refused.
     set_metadata: entries of the header of a safetensors file, which replace those of their name.
+    include, exclude: globs; write only these parts of the adapter, or leave these out; see `merge`.
     told: what the user says of the adapter, because its file does not; see `merge`.
     restart: write weights again that an earlier, killed run had finished.
     progress: called with (tensors done, tensors in all, key).
@@ -125,14 +132,16 @@ def convert(
     check_paths([adapter, output], [adapter], "loratool convert ADAPTER --to peft -o OUT")
     run = Run(threads, progress, overwrite, dry_run, restart=restart)
     asked = _asked(base, dtype, max_rank, allow_lossy)
-    if to is None and not set_metadata:
+    choice = Choice(tuple(as_texts(include)), tuple(as_texts(exclude)))
+    if to is None and not set_metadata and not choice:
         raise UsageError("Nothing to convert to.", f"Say --to {'|'.join(TARGETS)}.")
     if to is not None and to not in TARGETS:
         raise unknown("target", to, TARGETS)
     (said,) = told_of(told, [adapter])
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
-    source = read_lora(adapter, said, asked.base)
+    refuse_other_run(target)
+    (source,) = picked([read_lora(adapter, said, asked.base)], choice)
     check_output(target, [path.resolve() for path in source.files], overwrite)
     refuse_company(target, (), overwrite)
     draft = _drafted(source, to, asked, dict(set_metadata or {}))
@@ -148,15 +157,16 @@ def convert(
         fates=draft.fates,
         error=None,
         bytes=nbytes,
+        excluded=[list(source.left_out)],
         warnings=[*(n for n in source.notices if not n.refused), *draft.notices],
     )
+    refuse_full_disk(nbytes, target)
     if dry_run:
         refuse_not_finite(source)  # which the writing of a file notices by itself
     else:
-        refuse_full_disk(nbytes, target)
         options = {
             "to": report.to, "dtype": dtype, "max_rank": max_rank, "allow_lossy": allow_lossy,
-            "set_metadata": dict(set_metadata or {}),
+            "set_metadata": dict(set_metadata or {}), **choice.to_dict(),
         }  # fmt: skip
         report.warnings += _write(source, draft, asked, target, run, options)
         report.error = max((fate.error or 0.0 for fate in draft.fates), default=0.0)
@@ -185,9 +195,18 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
             + "\n".join(f"  [{n.code}] {n.message}" for n in reasons),
             "`loratool inspect` shows what is in it.",
         )
+    if source.left_out and to is None:
+        to = source.format
+        if to not in TARGETS:
+            raise UsageError(
+                f"{source.label}: files of {to} are not written, so parts of one are not either.",
+                f"Say what it is to become: --to {'|'.join(TARGETS)}.",
+            )
     source, cuts = within_rank(source, asked)
     in_safetensors = all(path.suffix == ".safetensors" for path in source.files)
-    if to is None or (to == source.format and source.is_plain and in_safetensors and not cuts):
+    # A config that speaks of modules that are not there would have them made anew, with values.
+    is_whole = not cuts and not source.left_out
+    if to is None or (to == source.format and source.is_plain and in_safetensors and is_whole):
         draft = unchanged(source, asked, metadata, tidy=to is not None)
     else:
         draft = TARGETS[to].draft(source, asked)
@@ -264,7 +283,7 @@ def _made_of(
     return {
         "versions": versions("numpy"),
         "options": options,
-        "adapter": describe_adapter(source, 1.0),
+        "adapter": describe_adapter(source),
         "base": describe_model(asked.base) if asked.base is not None else None,
         "tensors": digest_of(
             repr([(key, t.dtype, t.shape) for key, t in draft.tensors.items()]).encode()
@@ -283,7 +302,7 @@ def _record(source: Adapter, draft: Draft, options: dict[str, Any], folder: Path
         "options": options,
         "adapters": [
             {
-                **describe_adapter(source, 1.0),
+                **describe_adapter(source),
                 "format": source.format,
                 "metadata": source.metadata,
                 "config": source.config,

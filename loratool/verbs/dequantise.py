@@ -12,16 +12,18 @@ from loratool.errors import BaseError, explained_os_errors
 from loratool.merging.options import MergeOptions
 from loratool.merging.planning import build_plan
 from loratool.merging.range_loss import RangeLoss
+from loratool.merging.resharding import reshard
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import Dequantised, dequantised
 from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
 from loratool.notices import Notice, document
 from loratool.publishing.target import workplace
 from loratool.storage.destination import Overwrite, check_output
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import SharedOut, WorkShare, parse_share
-from loratool.verbs.inputs import check_paths
+from loratool.verbs.inputs import check_paths, shard_size
 from loratool.verbs.making import as_place, check_sharing
 from loratool.verbs.writing import write_planned
 
@@ -84,6 +86,7 @@ def dequantise(
     overwrite: Overwrite = False,
     dry_run: bool = False,
     verify: bool = False,
+    max_shard_size: int | str | None = None,
     push: str | None = None,
     keep: bool = True,
     private: bool = False,
@@ -101,15 +104,19 @@ def dequantise(
     dtype: "float16", "bfloat16" or "float32" for all floating tensors, or "base" for the model's
         own 16-bit dtype; float16 if not given, and bfloat16 for architectures whose activations
         exceed that.
-    output, overwrite, dry_run, verify, push, keep, private, restart, worker, ray, threads,
-        progress: as of `merge`.
+    output, overwrite, dry_run, verify, max_shard_size, push, keep, private, restart, worker, ray,
+        threads, progress: as of `merge`.
 
     Raises
     ------
     BaseError: the model is not quantised, or in a form that is not read. FileError,
     ValueRangeError, OutputError, VerifyError, LoginError, HubError: as of `merge`.
     """
-    arguments = {"base": as_place(base), "dtype": dtype, "verify": verify, "overwrite": overwrite}
+    most = shard_size(max_shard_size)
+    arguments = {
+        "base": as_place(base), "dtype": dtype, "verify": verify, "overwrite": overwrite,
+        "max_shard_size": most,
+    }  # fmt: skip
     started = time.perf_counter()
     run = Run(
         threads, progress, overwrite, dry_run, restart=restart, share=parse_share(worker),
@@ -122,6 +129,8 @@ def dequantise(
     check_paths([base, output], [base], "")
     target = Path(output)
     replaces = overwrite or run.share is not None  # what is there may be what workers made
+    if run.share is None:
+        refuse_other_run(target)
     check_output(target, [Path(base)], replaces)
     model = dequantised(open_checkpoint(base))
     if not isinstance(model, Dequantised):
@@ -135,6 +144,8 @@ def dequantise(
     dtype, notices = options.dtype_for(model)
     plan = build_plan(model, [], [], dtype, quantised=AS_IT_WAS_TRAINED)
     plan.notices += notices
+    if most is not None:
+        reshard(plan, most)
     made = write_planned(plan, target, options, run, arguments, dequantise)
     own = {field.name for field in fields(DequantiseReport)} & made.__dict__.keys()
     return DequantiseReport(

@@ -22,6 +22,7 @@ from loratool.storage.filenames import MODEL_ENTRIES
 from loratool.storage.folder import origin_of
 from loratool.storage.tensors import FilePool
 from loratool.storage.weights import entry_of
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import WorkShare, parse_share
@@ -116,6 +117,8 @@ def extract(
     target = Path(output) if output else None
     if target is not None:
         check_output(target, [Path(base), Path(tuned)], overwrite)
+        if run.share is None:
+            refuse_other_run(target)
     before = dequantised(open_checkpoint(base))
     after = dequantised(open_checkpoint(tuned))
     _refuse_same(before, after)

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from loratool.adapters.experts import flat_packing
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN, Weight, parse_weight
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import UsageError, unknown
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
@@ -96,31 +95,41 @@ def parse_bytes(size: int | str) -> int:
     return int(min(float(match[1]), _MOST) * (1024 if match[3] else 1000) ** power)
 
 
+def shard_size(size: int | str | None) -> int | None:
+    """The bytes of the largest shard that is asked for. Raises UsageError for none at all."""
+    found = None if size is None else parse_bytes(size)
+    if found == 0:
+        raise UsageError("Shards of 0 bytes hold nothing.", "Write 5GB, 500MB or the like.")
+    return found
+
+
 def check_dtype(dtype: str) -> None:
     if dtype not in MODEL_DTYPES:
         raise unknown("dtype", dtype, MODEL_DTYPES)
 
 
-def check_weights(weights: Sequence[float] | None, adapters: Sequence[Source]) -> list[float]:
-    """The weights as floats, 1.0 each if none were given. Raises UsageError."""
+def check_weights(
+    weights: Sequence[float | str | Weight] | None, adapters: Sequence[Source]
+) -> list[Weight]:
+    """The weights, 1 each if none were given. Raises UsageError."""
     try:
-        factors = [float(w) for w in weights] if weights else [1.0] * len(adapters)
+        given = [parse_weight(w) for w in weights] if weights else [PLAIN] * len(adapters)
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"The weights {weights!r} are not numbers.", "Give numbers.") from None
-    if len(factors) != len(adapters):
+    if len(given) != len(adapters):
+        layered = any(weight.ranges for weight in given)
         raise UsageError(
-            f"{counted(len(factors), 'weight', 'was')} given for "
+            f"{counted(len(given), 'weight', 'was')} given for "
             f"{counted(len(adapters), 'adapter')}.",
-            "Give --weight once per adapter, in their order.",
+            "Give --weight once per adapter, in their order"
+            + ("; ranges of layers of one adapter go into one, with commas." if layered else "."),
         )
-    if not all(np.isfinite(factors)):
-        raise UsageError(f"The weights {factors} are not all finite.", "Give plain numbers.")
-    return factors
+    return given
 
 
-def check_sizes(weights: Sequence[float]) -> None:
+def check_sizes(weights: Sequence[Weight]) -> None:
     """Raise UsageError for weights with which squares of norms leave the range of float64."""
-    for weight in weights:
+    for weight in (value for given in weights for value in given.values):
         if weight and not 1e-30 < abs(weight) < 1e30:
             raise UsageError(
                 f"Weight {weight:g} is out of range: its square "

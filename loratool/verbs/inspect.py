@@ -21,6 +21,7 @@ from loratool.errors import UsageError, explained_os_errors, shown
 from loratool.models.checkpoint import Checkpoint
 from loratool.notices import Notice
 from loratool.paths import selected
+from loratool.serving.programs import serving_words
 from loratool.storage.fields import strict
 from loratool.storage.tensors import TensorInfo
 from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
@@ -62,6 +63,8 @@ class InspectReport(Answer):
     functions: dict[str, str] = field(default_factory=dict)
     #: What it could be converted to: by target how, or why not.
     conversions: dict[str, str] = field(default_factory=dict)
+    #: Which programs load it, by their names as `lint` has them: "loads", or in a word why not.
+    serving: dict[str, str] = field(default_factory=dict)
     #: What the config says, in lines for people.
     settings: list[tuple[str, str]] = field(default_factory=list)
     #: What is dead, too large or stands out, where that was asked.
@@ -93,6 +96,7 @@ class InspectReport(Answer):
             "modules": modules,
             "functions": self.functions,
             "conversions": self.conversions,
+            "serving": self.serving,
             "saved": self.saved,
             "totals": {
                 "modules": self.total_modules,
@@ -190,6 +194,7 @@ def inspect(
         producer=adapter.producer,
         functions={path: f.algorithm for path, f in adapter.functions.items()},
         conversions=possible_targets(adapter, model),
+        serving=serving_words(adapter),
         modules=modules,
         saved={name: list(info.shape) for name, info in _saved(adapter).items()},
         tensors=list(adapter.tensors.values()),
@@ -222,16 +227,12 @@ def _saved(adapter: Adapter) -> dict[str, TensorInfo]:
 
 
 def _add_base(
-    report: InspectReport,
-    adapter: Adapter,
-    base: Checkpoint,
-    norms: bool,
-    components: Sequence[str],
+    report: InspectReport, adapter: Adapter, base: Checkpoint, norms: bool, parts: Sequence[str]
 ) -> None:
     """What the adapter covers of the base, and ‖ΔW‖/‖W‖ of its modules."""
     from loratool.merging.coverage import cover  # a tenth of a second that most do not need
 
-    found = cover(adapter, [m.path for m in report.modules], base, norms, components)
+    found = cover(adapter, [m.path for m in report.modules], base, norms, parts)
     report.base = found.report
     if found.report.model_type:
         # The base's config.json settles what the adapter alone leaves open.

@@ -60,6 +60,8 @@ class PushReport(Answer):
     url: str
     commit: str = ""
     pull_request: str = ""
+    #: Of an adapter: which programs load it, by their names as `lint` has them.
+    serving: dict[str, str] = field(default_factory=dict)
     warnings: list[Notice] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -143,6 +145,7 @@ def push(
         created=not target.exists,
         files=files,
         left_out=manifest.left_out,
+        serving=manifest.serving,
         card=made,
         url=target.url,
         warnings=[

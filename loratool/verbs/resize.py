@@ -12,6 +12,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN
 from loratool.answers import Answer
 from loratool.combining.alignment import Contribution, explained_overflow, join
 from loratool.combining.extras import settle
@@ -23,6 +24,7 @@ from loratool.linalg.ranks import Criterion, check_patterns, check_rank, note_to
 from loratool.notices import Notice, document
 from loratool.storage.destination import Overwrite, check_output, refuse_company
 from loratool.storage.tensors import FilePool
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.verbs.inputs import check_paths, model_at, told_of
@@ -127,12 +129,13 @@ def resize(
         )
     target = Path(output)
     check_output(target, [Path(adapter)], overwrite)
+    refuse_other_run(target)
     (said,) = told_of(told, [adapter])
     model = model_at(base)
     lora = read_lora(adapter, said, model)
     check_output(target, [path.resolve() for path in lora.files], overwrite)
     refuse_company(target, (), overwrite)
-    joined = join([lora], [1.0], "resized", with_dora=True)
+    joined = join([lora], [PLAIN], "resized", with_dora=True)
     settle(joined, "refuse")
     code = output_dtype(joined, dtype)
     shapes = {m.path: m.shape for m in lora.modules.values()}

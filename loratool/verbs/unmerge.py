@@ -13,10 +13,13 @@ from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.finite import refuse_not_finite
+from loratool.adapters.picking import with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import PLAIN, Weight
 from loratool.errors import RestoreError, explained_os_errors
-from loratool.merging.provenance import Merged, identify, merged_into, read_record
+from loratool.merging.provenance import Merged, merged_into, read_record
+from loratool.merging.recognising import identify
 from loratool.merging.undo.sidefiles import fetch_undo, open_undo
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised
@@ -25,6 +28,7 @@ from loratool.storage.destination import (
     check_output,
 )
 from loratool.storage.filenames import PROVENANCE
+from loratool.storage.worksites import refuse_other_run
 from loratool.streams.progress import Progress
 from loratool.streams.run import Run
 from loratool.streams.shares import WorkShare, parse_share
@@ -46,7 +50,7 @@ def unmerge(
     adapters: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     base: str | Path | None = None,
     dtype: str | None = None,
     told: Told | Sequence[Told] = (),
@@ -99,9 +103,12 @@ def unmerge(
     target = Path(output)
     originals = [Path(base)] if base is not None else []
     check_output(target, [Path(merged), *originals, *map(Path, sources)], overwrite)
+    if run.share is None:
+        refuse_other_run(target)
     arguments = {
         "merged": as_place(merged), "adapters": [as_place(source) for source in sources],
-        "weights": factors, "base": None if base is None else as_place(base), "dtype": dtype,
+        "weights": [factor.document for factor in factors] if factors else None,
+        "base": None if base is None else as_place(base), "dtype": dtype,
         "told": told if isinstance(told, Told) else list(told), "expert_b_layout": expert_b_layout,
         "subtract": subtract, "overwrite": overwrite,
     }  # fmt: skip
@@ -119,11 +126,11 @@ def unmerge(
         path.resolve() for path in (*checkpoint.files, *(path for a in loras for path in a.files))
     ]
     check_output(target, inputs, overwrite)
-    for lora in loras:
-        refuse_not_finite(lora)
-    known = loras, factors or [1.0] * len(loras), list[Merged]()
+    known = loras, factors or [PLAIN] * len(loras), list[Merged]()
     if record is not None:
         known = _recognised(checkpoint, loras, factors, undo is not None)
+    for lora in known[0]:
+        refuse_not_finite(lora)
     request = Request(checkpoint, record or {}, *known, target, run, unmerge, arguments)
     if undo is not None:
         report = restore_base(request, undo, base, dtype)
@@ -134,9 +141,10 @@ def unmerge(
 
 
 def _recognised(
-    merged: Checkpoint, adapters: list[Adapter], weights: list[float] | None, exact: bool
-) -> tuple[list[Adapter], list[float], list[Merged]]:
-    """The adapters in the order of merging, their weights by the record, and those that stay."""
+    merged: Checkpoint, adapters: list[Adapter], weights: list[Weight] | None, exact: bool
+) -> tuple[list[Adapter], list[Weight], list[Merged]]:
+    """The adapters in the order of merging, with the parts that were merged, their weights by the
+    record, and those that stay."""
     held = merged_into(merged.directory)
     # With the undo file, what the base held before stays where it was.
     earlier = merged_into(merged.directory, of_base=True)
@@ -150,4 +158,5 @@ def _recognised(
     order = sorted(range(len(found)), key=lambda i: found[i])
     remaining = [entry for i, entry in enumerate(everything) if i not in found]
     chosen = [everything[found[i]].weight for i in order]
-    return [adapters[i] for i in order], chosen, remaining
+    taken = [with_only(adapters[i], everything[found[i]].choice) for i in order]
+    return taken, chosen, remaining

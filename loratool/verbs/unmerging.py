@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.dtypes import MODEL_DTYPES, dtype_name
 from loratool.errors import RestoreError, UsageError, listed
@@ -58,7 +59,7 @@ class UnmergeReport(Answer):
 
     merged: str
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     output: str
     exact: bool
     dtype: str
@@ -71,6 +72,8 @@ class UnmergeReport(Answer):
     bytes_free: int
     undo_bytes: int
     remaining: list[str]
+    #: What of each adapter was never merged, by the model's record.
+    excluded: list[list[str]] = field(default_factory=list)
     expected_changed: float | None = None
     copied_from_base: int = 0
     side_files: list[str] = field(default_factory=list)
@@ -97,7 +100,7 @@ class Request:
     merged: Checkpoint
     record: dict[str, Any]
     adapters: list[Adapter]
-    weights: list[float]
+    weights: list[Weight]
     remaining: list[Merged]
     target: Path
     run: Run
@@ -153,9 +156,9 @@ def restore_base(
     merged.folder.fetch(undo.side_files.keys() - undo.files.keys())
     report.warnings += changed_since(merged.folder, undo)
     refuse_company(request.target, undo.side_files, run.overwrite)
+    refuse_full_disk(base.nbytes, request.target)
     if run.dry_run:
         return report
-    refuse_full_disk(base.nbytes, request.target)
     from loratool.merging.undo.restoring import restore  # torch: about two seconds to import
 
     def fill(folder: Path) -> list[Notice]:
@@ -229,9 +232,9 @@ def subtract_deltas(request: Request, base: str | Path | None, dtype: str | None
     report.side_files = sorted(files.copied)
     refuse_company(request.target, files.copied, run.overwrite)
     report.warnings += files.notices
+    refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     if run.dry_run:
         return report
-    refuse_full_disk(plan.bytes_to_write + files.nbytes, request.target)
     from loratool.merging.executor import execute
 
     originals = {} if base is None else {"originals": known_files(*_files_of(plan))}
@@ -272,7 +275,7 @@ def _report(request: Request, plan: Plan, nbytes: int) -> UnmergeReport:
     return UnmergeReport(
         merged=request.merged.label,
         adapters=[a.label for a in request.adapters],
-        weights=request.weights,
+        weights=[weight.document for weight in request.weights],
         output=str(request.target),
         exact=False,
         dtype=plan.dtype,
@@ -285,5 +288,6 @@ def _report(request: Request, plan: Plan, nbytes: int) -> UnmergeReport:
         bytes_free=free_bytes(request.target),
         undo_bytes=0,
         remaining=[str(entry) for entry in request.remaining],
+        excluded=[list(adapter.left_out) for adapter in request.adapters],
         warnings=list(plan.notices),
     )

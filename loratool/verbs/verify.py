@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.adapters.finite import refuse_not_finite
 from loratool.adapters.told import Told
+from loratool.adapters.weighting import Weight
 from loratool.answers import Answer
 from loratool.errors import TruncatedError, explained_os_errors
 from loratool.merging.plan import Plan
@@ -47,7 +48,7 @@ class VerifyReport(Answer):
     merged: str
     base: str
     adapters: list[str]
-    weights: list[float]
+    weights: list[float | str]
     verdict: str
     summary: list[str]
     modules: int
@@ -58,6 +59,8 @@ class VerifyReport(Answer):
     bytes_read: int
     findings: list[Finding] = field(default_factory=list)
     warnings: list[Notice] = field(default_factory=list)
+    #: What --include and --exclude left out of each adapter, in their order.
+    excluded: list[list[str]] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,9 +74,11 @@ def verify(
     base: str | Path,
     adapters: Source | Sequence[Source],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | str | Weight] | None = None,
     allow_unmatched: bool = False,
     components: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     told: Told | Sequence[Told] = (),
     expert_b_layout: str | None = None,
     initial: str | Path | None = None,
@@ -87,7 +92,8 @@ def verify(
     Parameters
     ----------
     merged: the model to check: directory or weights file, in any dtype and any split into shards.
-    base, adapters, weights, allow_unmatched, components: as for `merge`.
+    base, adapters, weights, allow_unmatched, components, include, exclude: as for `merge`. What is
+        left out has to be as in the base.
     told, expert_b_layout, initial, replicate_layers, ray: as for `merge`.
     threads: worker threads; the result does not depend on it.
     progress: called with (bytes done, bytes in all, tensor name).
@@ -107,8 +113,10 @@ def verify(
     run = Run(threads, progress, cluster=ray)
     claim: dict[str, Any] = {
         "merged": merged, "base": base, "adapters": sources,
-        "weights": check_weights(weights, sources), "allow_unmatched": allow_unmatched,
-        "components": as_texts(components), "told": told if isinstance(told, Told) else list(told),
+        "weights": [weight.document for weight in check_weights(weights, sources)],
+        "allow_unmatched": allow_unmatched,
+        "components": as_texts(components), "include": as_texts(include),
+        "exclude": as_texts(exclude), "told": told if isinstance(told, Told) else list(told),
         "expert_b_layout": expert_b_layout,
         "initial": initial, "replicate_layers": replicate_layers,
     }  # fmt: skip
@@ -151,7 +159,7 @@ def _report(plan: Plan, merged: str | Path) -> VerifyReport:
         merged=str(merged),
         base=plan.base.label,
         adapters=[a.label for a in plan.adapters],
-        weights=plan.weights,
+        weights=[weight.document for weight in plan.weights],
         verdict="no",
         summary=[],
         modules=sum(job.is_adapted for job in plan.jobs),
@@ -161,6 +169,7 @@ def _report(plan: Plan, merged: str | Path) -> VerifyReport:
         lost=None,
         bytes_read=0,
         warnings=list(plan.notices),
+        excluded=[list(adapter.left_out) for adapter in plan.adapters],
     )
 
 

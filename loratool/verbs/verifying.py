@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loratool.adapters.picking import picked, with_only
 from loratool.adapters.reading import read_lora
 from loratool.adapters.told import Told
 from loratool.merging.identity import note_other_base
@@ -19,10 +20,13 @@ from loratool.merging.residual_base import plan_on
 from loratool.models.checkpoint import open_checkpoint
 from loratool.models.quantised.base import dequantised
 from loratool.models.quantised.treatment import AS_IT_WAS_TRAINED
+from loratool.notices import Notice
+from loratool.paths import Choice
+from loratool.storage.filenames import PROVENANCE
 from loratool.streams.cluster import Cluster, ClusterCall
 from loratool.streams.run import Run
 from loratool.streams.shares import share
-from loratool.verbs.inputs import Source, told_before, told_of
+from loratool.verbs.inputs import Source, check_weights, told_before, told_of
 from loratool.verbs.making import as_place, recalled, recordable
 
 #: Tasks of a cluster: about so many bytes each, and so many of them at least and at most.
@@ -35,9 +39,11 @@ def claimed_plan(
     merged: Source,
     base: Source,
     adapters: Sequence[Source],
-    weights: list[float],
+    weights: list[float | str],
     allow_unmatched: bool,
     components: list[str],
+    include: list[str],
+    exclude: list[str],
     told: Told | Sequence[Told],
     expert_b_layout: str | None,
     initial: Source | None,
@@ -47,18 +53,45 @@ def claimed_plan(
     original = dequantised(open_checkpoint(base))
     record = read_record(Path(merged)) if Path(merged).is_dir() else None
     recorded = record["options"] if record else {}
-    chosen = components or recorded.get("components") or []
+    parts = components or recorded.get("components") or []
     expert_b_layout = expert_b_layout or recorded.get("expert_b_layout")
     said = told_of(told or told_before(record, adapters) or (), adapters, expert_b_layout)
     loras = [read_lora(source, own, original) for source, own in zip(adapters, said, strict=True)]
-    before = read_lora(initial, said[0], original) if initial is not None else None
+    choice = Choice(tuple(include), tuple(exclude))
+    loras = picked(loras, choice)
+    before = None
+    if initial is not None:
+        before = with_only(read_lora(initial, said[0], original), choice)
     if replicate_layers or recorded.get("replicate_layers"):
         original = replicated(original, loras)
     plan = plan_on(
-        original, loras, weights, "base", allow_unmatched, chosen, before, AS_IT_WAS_TRAINED
+        original,
+        loras,
+        check_weights(weights, adapters),
+        "base",
+        allow_unmatched,
+        parts,
+        before,
+        AS_IT_WAS_TRAINED,
     )
-    plan.notices += note_other_base(original, loras)
+    plan.notices += note_other_base(original, loras) + _note_other_choice(record, choice)
     return plan
+
+
+def _note_other_choice(record: dict[str, Any] | None, choice: Choice) -> list[Notice]:
+    """A warning where the model's record says that other parts were merged."""
+    recorded = record["options"] if record else {}
+    merged = Choice(tuple(recorded.get("include", ())), tuple(recorded.get("exclude", ())))
+    if record is None or merged == choice:
+        return []
+    options = [f"--{name} {glob!r}" for name, globs in merged.to_dict().items() for glob in globs]
+    text = (
+        f"By its {PROVENANCE} only some parts were merged ({' '.join(options)}); the check is of "
+        "what was asked for."
+        if merged
+        else f"By its {PROVENANCE} all parts were merged; the check is of what was asked for."
+    )
+    return [Notice("other-parts", text)]
 
 
 def measured_in_cluster(pairs: Sequence[Pair], run: Run, claim: dict[str, Any]) -> dict[str, Stats]:

@@ -104,6 +104,7 @@ def write_planned(
             plan.base.fetch()
             report.undo_bytes = undo_bytes(plan)
             report.warnings += note_large(report.undo_bytes, plan)
+        refuse_full_disk(report.bytes_needed - finished_bytes(target), target)
         return report
     # Who gives shares to tasks has decided already that what is there is to be replaced.
     if run.share is not None and run.share.completes and _is_made(plan, command, target):
@@ -284,7 +285,7 @@ def _report(
         base=plan.base.label,
         adapters=[a.label for a in plan.adapters],
         trained_on=[a.declared.base_name or "" for a in plan.adapters],
-        weights=plan.weights,
+        weights=[weight.document for weight in plan.weights],
         output=str(target) if options.keep else "",
         dtype=plan.dtype,
         dry_run=dry_run,
@@ -303,6 +304,7 @@ def _report(
         side_files=sorted(files.copied),
         left_out=[n for n in files.left_out if n.rstrip("/") not in carried],
         tokenizer=files.tokenizer.summary(),
+        excluded=[list(adapter.left_out) for adapter in plan.adapters],
         warnings=[*plan.notices, *files.notices, *rowless],
         kept=options.keep,
         derivation=derivation_of(plan),

@@ -14,7 +14,7 @@ from helpers.places import FIXTURES
     ("arguments", "code", "words"),
     [
         (["merg"], 2, "Did you mean 'merge'"),
-        (["merge", "{base}", "{adapter}"], 2, "--output"),
+        (["merge", "{base}", "{adapter}"], 2, "-o OUT"),
         (["merge", "{base}", "-o", "x"], 2, "ADAPTER"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--dtype", "flaot16"], 2, "float16?"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--wieght", "1"], 2, "--weight"),

@@ -106,6 +106,8 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("resize {}/one --rank 2 -o {}/less --full", 0, SHOWN),
         ("compare {}/one {}/two --base {}/base --full", 0, SHOWN),
         ("extract {}/base {}/tuned -o {}/taken --rank 2 --full --spectrum", 0, SHOWN),
+        ("lint {}/one --base {}/base", 0, ["q\\x1b"]),
+        ("lint {}/one {}/two --together --for vllm", 0, ["vLLM"]),
         ("card {}/one --dry-run", 0, SHOWN),
         ("card {}/merged --dry-run", 0, SHOWN),
         ("push {}/one org/name --dry-run", 1, ["org/name"]),

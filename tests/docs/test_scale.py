@@ -302,12 +302,11 @@ def test_the_ray_job_ends_with_its_command() -> None:
     assert str(context.params["output"]) == "/models/merged"
 
 
-@pytest.mark.long
+@pytest.mark.ray
 def test_the_entrypoint_of_the_ray_job_makes_the_output(
     tmp_path: Path, single: dict[str, bytes]
 ) -> None:
     """On a cluster of this machine, in place of the one that KubeRay would have begun."""
-    pytest.importorskip("ray")
     (job,), output = read_yaml("kuberay.yaml"), tmp_path / "merged"
     words = job["spec"]["entrypoint"].replace("--ray=auto", "--ray=local")
     for name, path in (("base", FIXTURES), ("adapter", FIXTURES), ("merged", tmp_path)):

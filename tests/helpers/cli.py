@@ -19,6 +19,9 @@ class Result:
 
 
 def run_cli(*arguments: object, cwd: Path | None = None, **settings: str) -> Result:
-    """Run a command as a user would, with these environment variables more."""
-    env = {**os.environ, **settings}
+    """Run a command as a user would, with these environment variables more.
+
+    Whatever locale the tests run in, it writes UTF-8.
+    """
+    env = {"PYTHONIOENCODING": "utf-8", **os.environ, **settings}
     return Result(*forked.run(list(map(str, arguments)), env, cwd or Path.cwd()))

@@ -100,6 +100,17 @@ def test_merge_and_unmerge_make_the_same_bytes(nodes: Any, calls: Calls, tmp_pat
     calls.assert_light(6)
 
 
+def test_tasks_know_what_a_merge_was_told(nodes: Any, tmp_path: Path) -> None:
+    """Parts, weights of layers and other shards, in a merge and in the proof of it."""
+    told: dict[str, Any] = {"exclude": "k_proj", "weights": ["0.5,2@layers.1"]}
+    outs = [tmp_path / "alone", tmp_path / "spread"]
+    loratool.merge(BASE, ADAPTER, outs[0], max_shard_size="200kB", **told)
+    loratool.merge(BASE, ADAPTER, outs[1], max_shard_size="200kB", ray=nodes.address, **told)
+    assert_same(*outs)
+    assert loratool.verify(outs[1], BASE, ADAPTER, ray=nodes.address, **told).verdict == "yes"
+    assert loratool.verify(outs[1], BASE, ADAPTER, ray=nodes.address).verdict == "no"
+
+
 def test_subtraction_makes_the_same_bytes(nodes: Any, calls: Calls, tmp_path: Path) -> None:
     """unmerge --subtract, each shard by a task."""
     held = tmp_path / "held"

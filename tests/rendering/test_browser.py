@@ -48,6 +48,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "compare": ["compare", adapter, half, both],
         "verify": ["verify", merged, "--base", base, adapter],
         "extract": ["extract", "--rank", "2", base, merged, "-o", folder / "taken"],
+        "audit": ["inspect", adapter, "--audit", "--base", base],
+        "lint": ["lint", adapter, half, "--together"],
+        "list": ["list", folder],
         "hostile": ["inspect", evil],
     }
     found = {}
@@ -58,7 +61,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-NAMES = ("resize", "combine", "inspect", "compare", "verify", "extract", "hostile")
+NAMES = ("resize", "combine", "inspect", "compare", "verify", "extract", "audit", "lint", "list",
+         "hostile")  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

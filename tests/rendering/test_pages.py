@@ -43,6 +43,8 @@ def commands(folder: Path) -> dict[str, list[object]]:
         "combine": ["combine", ADAPTER, half, "-o", folder / "both"],
         "verify": ["verify", folder / "merged", "--base", BASE, ADAPTER],
         "extract": ["extract", "--rank", "2", BASE, folder / "merged", "-o", folder / "taken"],
+        "lint": ["lint", ADAPTER, half, "--together", "--base", BASE],
+        "list": ["list", folder],
     }
 
 

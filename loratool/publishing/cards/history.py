@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from typing import Any
 
+from loratool.adapters.weighting import Weight, parse_weight
+from loratool.errors import UsageError
 from loratool.publishing.cards.facts import CardFacts, dicts, linked, number, part, reference, texts
 from loratool.publishing.cards.markdown import code, one_line, prose, table
 from loratool.words import counted, enumerated
@@ -49,11 +52,11 @@ def _rebuilt(facts: CardFacts) -> str:
         words.append(reference(part(record, "tuned")))
     adapters = dicts(record.get("removed" if removed else "adapters"))
     words += [reference(entry) for entry in adapters]
-    weights = [number(entry.get("weight")) for entry in adapters]
+    weights = [_weight(entry) for entry in adapters]
     known = [weight for weight in weights if weight is not None]
-    if name != "resize" and len(known) == len(weights) and any(w != 1 for w in known):
+    if name != "resize" and len(known) == len(weights) and not all(w.is_one for w in known):
         # What unmerge records is what it added: the weights of the merge with another sign.
-        words += [w for x in known for w in ("--weight", _value(-x if removed else x))]
+        words += [w for x in known for w in ("--weight", _weight_text(-x if removed else x))]
     for key, value in _chosen(record).items():
         if _DEFAULTS[name].get(key) == value:
             continue
@@ -67,6 +70,21 @@ def _rebuilt(facts: CardFacts) -> str:
     if removed:
         words.append("--subtract")
     return shlex.join([one_line(word) for word in [*words, "-o"]] + ["OUT"])
+
+
+def _weight(entry: dict[str, Any]) -> Weight | None:
+    """What an adapter was multiplied with; None where the record does not tell."""
+    said = entry.get("weight")
+    amount = number(said)
+    if amount is not None:
+        return Weight(float(amount))
+    with suppress(UsageError):
+        return parse_weight(said) if isinstance(said, str) else None
+    return None
+
+
+def _weight_text(weight: Weight) -> str:
+    return one_line(str(weight)) if weight.ranges else f"{weight.value:.12g}"
 
 
 def _chosen(record: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +139,9 @@ def _inputs(record: dict[str, Any]) -> str:
 def _adapter_row(entry: dict[str, Any], role: str) -> list[str]:
     files = part(entry, "files")
     name = next((key for key in files if not key.endswith(".json")), "")
-    weight = number(entry.get("weight"))
+    weight = _weight(entry)
     return [
-        linked(entry), role, "" if weight is None else f"{weight:.12g}",
+        linked(entry), role, "" if weight is None else _weight_text(weight),
         code(name) if name else "", _short(files.get(name)),
     ]  # fmt: skip
 
@@ -149,6 +167,10 @@ def _points(facts: CardFacts) -> list[str]:
         for key, value in _chosen(record).items()
     ]
     points = [f"Options: {', '.join(options)}." if options else ""]
+    for entry in dicts(record.get("adapters")):
+        if left := texts(entry.get("left_out")):
+            named = enumerated([code(one_line(text)) for text in left], 4)
+            points.append(f"Not taken of {linked(entry)}: {named}.")
     if name in ("merge", "unmerge"):
         points.append("All sums are taken in float32 and rounded once.")
         small = [int(number(result.get(key)) or 0) for key in ("subnormal", "zeroed")]

@@ -15,7 +15,8 @@ from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import CardFacts, address, part, texts
-from loratool.publishing.cards.markdown import code
+from loratool.publishing.cards.markdown import code, prose
+from loratool.serving.programs import serving_line, serving_words
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,16 @@ def how_to_use(facts: CardFacts, place: str) -> str:
     if facts.model is not None:
         return _model_usage(facts, place)
     assert facts.adapter is not None
-    parts = [_adapter_usage(facts, facts.adapter, place), _merge_line(facts, facts.adapter, place)]
+    parts = [_adapter_usage(facts, facts.adapter, place), _merge_line(facts, facts.adapter, place),
+             _served(facts.adapter)]  # fmt: skip
     return "\n\n".join(filter(None, parts))
+
+
+def _served(adapter: Adapter) -> str:
+    """Which programs load it as it is; "" for what is not read."""
+    words = serving_words(adapter)
+    said = prose(serving_line(words, everyone=True))
+    return f"As it is, by the rules of `loratool lint`: {said}." if words else ""
 
 
 def _model_usage(facts: CardFacts, place: str) -> str:

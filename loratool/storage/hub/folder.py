@@ -184,6 +184,8 @@ class HubFolder(Folder):
             for name, size in sizes.items()
             if name.startswith(prefix)
         }
+        #: Bytes that one fetch may download; who only looks at headers sets a limit.
+        self.most: int | None = None
         self._brought: set[str] = set()
         self._unfinished = set(self._halves())
         self._files: Any = None
@@ -194,6 +196,7 @@ class HubFolder(Folder):
         prefix = f"{self._prefix}{name}/"
         folder = HubFolder(address, self.commit, self._root, prefix, sizes, self.private)
         folder._seen = self._seen
+        folder.most = self.most
         return folder
 
     def is_there(self) -> bool:
@@ -237,6 +240,12 @@ class HubFolder(Folder):
     def fetch(self, names: Iterable[str]) -> None:
         names = list(names)
         wanted = self.missing(names)
+        if self.most is not None and sum(wanted.values()) > self.most:
+            raise HubError(
+                f"{self.repo}: {next(iter(wanted))} tells nothing before it is downloaded "
+                f"({format_bytes(sum(wanted.values()))}).",
+                f"loratool inspect {self.repo} downloads it.",
+            )
         if wanted:
             self._download(wanted)
         self.note(names)

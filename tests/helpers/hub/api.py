@@ -30,6 +30,7 @@ class HubHandler(Reading, Uploads):
         ("POST", rf"{API}/discussions", "open_discussion"),
         ("GET", rf"{API}/discussions/(?P<num>\d+)", "discussion"),
         ("GET", rf"{API}/auth-check(?P<write>/write)?", "auth_check"),
+        ("GET", r"/api/models", "models"),
         ("GET", API, "info"),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", "lfs_verify"),

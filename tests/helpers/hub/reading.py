@@ -60,6 +60,19 @@ class Reading(Access):
             headers={"X-Repo-Commit": commit.id},
         )
 
+    def models(self) -> None:
+        """The repositories of an author that the user may see."""
+        author, limit = self.query.get("author", ""), int(self.query.get("limit", 1000))
+        seen = [
+            {"id": name, "modelId": name, "private": repo.private, "gated": repo.gated,
+             "lastModified": repo.find("main").date, "createdAt": repo.created, "tags": [],
+             "downloads": 0, "likes": 0, "sha": repo.find("main").id}
+            for name, repo in sorted(self.hub.repos.items())
+            if name.partition("/")[0] == author
+            and (not repo.private or (self.user is not None and self.user.member_of(name)))
+        ]  # fmt: skip
+        self.page(seen[:limit])
+
     def refs(self, repo: str) -> None:
         found = self.access(repo)
         refs = [

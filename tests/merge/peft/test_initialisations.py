@@ -388,3 +388,28 @@ def test_command_line_takes_the_initial_adapter(tmp_path: Path) -> None:
             found.base, [found.adapter, found.residual.parent / "initial"], tmp_path / "p",
             initial=found.initial,
         )  # fmt: skip
+
+
+def test_parts_of_an_adapter_take_their_part_of_the_base(tmp_path: Path) -> None:
+    """On the published base what is not chosen stays whole, derived or given; on what was left of
+    it, it would lack what was taken, so the whole adapter is asked for."""
+    found = scene(tmp_path, llama, "pissa", torch.float32)
+    expected = found.expected()
+    for options in ({}, {"initial": found.initial}):
+        merged = found.merge(include="q_proj", reversible=True, **options)
+        back = tmp_path / f"back{len(options)}"
+        assert loratool.unmerge(tmp_path / "out", found.adapter, back).exact
+        assert read(back).keys() == found.before.keys()
+        assert all(torch.equal(value, found.before[n]) for n, value in read(back).items())
+        wanted = {n: (expected if "q_proj" in n else found.before)[n] for n in expected}
+        assert_peft(merged, wanted, found.before)
+        assert all(torch.equal(merged[n], found.before[n]) for n in expected if "q_proj" not in n)
+        check = loratool.verify(
+            tmp_path / "out", found.base, found.adapter, include="q_proj", **options
+        )
+        assert check.verdict == "yes"
+    text = "would lack what was taken"
+    refused(
+        MatchError, found.residual, found.adapter, tmp_path / "no", text, exclude="q_proj",
+        dtype="base",
+    )  # fmt: skip

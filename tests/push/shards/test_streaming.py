@@ -26,6 +26,8 @@ from helpers.shard_pushes import (
 )
 from huggingface_hub import ModelCard, ModelCardData
 
+import loratool
+
 
 def test_from_hub_to_hub_with_little_disk(
     hub: HubServer, home: Path, repo: str, local: dict[str, bytes], tmp_path: Path
@@ -77,6 +79,21 @@ def test_from_hub_to_hub_with_little_disk(
         assert commit in card
     for word in (f'"{repo}"', "39 tensors", f"{COUNT} files"):
         assert word in card
+
+
+def test_other_shards_than_the_base_read_each_of_its_files_once(
+    hub: HubServer, home: Path, repo: str, base: Path, tmp_path: Path
+) -> None:
+    """With --max-shard-size a base's file is needed by several shards, and is kept as long."""
+    through(hub, home, repo, "--max-shard-size", "50kB")
+    assert fetched(hub) == SHARDS
+    assert weights_in(home) == []
+    loratool.merge(base, FIXTURES / "adapter", tmp_path / "local", max_shard_size="50kB")
+    wanted = contents(tmp_path / "local")
+    shards = [name for name in wanted if name.endswith(".safetensors")]
+    assert len(shards) > COUNT
+    pushed = hub.files(repo)
+    assert {name: pushed[name] for name in shards} == {name: wanted[name] for name in shards}
 
 
 def test_what_was_cached_before_stays(hub: HubServer, home: Path, repo: str, base: Path) -> None:

@@ -82,6 +82,9 @@ class Disturbed:
             if output.is_dir():  # killed after the last step
                 assert sha256s(output) == self.wanted
                 shutil.rmtree(output)
+                for left in beside(output):  # what the next run for this output would clear away
+                    assert left.startswith(f".{output.name}.loratool-")
+                    shutil.rmtree(output.with_name(left))
                 return
             self._check_entries(output)
         else:

@@ -20,7 +20,9 @@ import loratool
 from loratool.errors import OutputError, UsageError
 from loratool.storage import placing, presence
 from loratool.storage.worksites import work_of
+from loratool.streams.shares import WorkShare
 from loratool.verbs import writing
+from loratool.verbs.making import make_share
 
 BASE, ADAPTER = FIXTURES / "base", FIXTURES / "adapter"
 SHARDS = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
@@ -321,3 +323,17 @@ def test_what_a_worker_shows(tmp_path: Path, wanted: dict[str, str]) -> None:
     }  # fmt: skip
     late = run_cli("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--worker", "2/2")
     assert "completed by another worker" in late.stdout
+
+
+def test_the_order_holds_what_a_merge_was_told(tmp_path: Path) -> None:
+    """Parts, weights of layers and sizes of shards reach whoever makes a share by the order alone,
+    as the tasks of a cluster do."""
+    told: dict[str, Any] = {
+        "include": "self_attn.*", "exclude": ["k_proj"], "weights": ["0.5,2@layers.1"],
+        "max_shard_size": "50kB",
+    }  # fmt: skip
+    loratool.merge(BASE, ADAPTER, tmp_path / "wanted", **told)
+    loratool.merge(BASE, ADAPTER, tmp_path / "out", worker="1/2", **told)
+    report = make_share(loratool.merge, tmp_path / "out", WorkShare(2, 2))
+    assert share_of(report).complete
+    assert sha256s(tmp_path / "out") == sha256s(tmp_path / "wanted")

@@ -6,6 +6,7 @@ Formulas: loralib/layers.py of 0.1.2, `MergedLinear.merge_AB` and `ConvLoRA.trai
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ def kernel_of(pair: HandPair, weight: Sequence[int] | None, rank: int | None) ->
     return kernel if kernel > 1 and a[1] % kernel == 0 and b[0] % kernel == 0 else None
 
 
+@lru_cache(maxsize=1)  # two dialects ask
 def is_of_loralib(evidence: Evidence) -> bool:
     """Whether a file holds a MergedLinear, which nobody else has."""
     if not is_hand_written(evidence):

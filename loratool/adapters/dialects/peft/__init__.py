@@ -56,10 +56,10 @@ class Peft(WritableDialect, Writer):
         if kind in METHODS:
             return f"a PEFT {METHODS[kind].words} adapter"
         lora = any(_FACTOR.match(name) or "trainable_tokens_delta" in name for name in tensors)
-        other = is_foreign(tensors) or names.is_of_tinker(tensors)
-        other = other or (is_native_adapter(tensors) and not evidence.config)
-        plain = kind == "LORA" and lora and not other
-        return "a PEFT LoRA adapter" if plain else None
+        if kind != "LORA" or not lora or is_foreign(tensors) or names.is_of_tinker(tensors):
+            return None
+        other = is_native_adapter(tensors) and not evidence.config
+        return None if other else "a PEFT LoRA adapter"
 
     def check(self, config: dict[str, Any], where: object) -> None:
         check_config(config, where)

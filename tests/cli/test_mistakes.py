@@ -1,0 +1,126 @@
+"""Wrong calls: one style of error, and the command that was meant as the hint."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers.cli import Result, run_cli
+from helpers.places import FIXTURES
+
+BASE, LORA = str(FIXTURES / "base"), str(FIXTURES / "adapter")
+
+
+def hint_of(done: Result) -> str:
+    """The hint of a wrong call, which is two lines on stderr and exit code 2."""
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
+    assert (done.exit_code, done.stdout) == (2, "")
+    return hint.removeprefix("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        ("merge B A -o x --wieght 1", "Did you mean --weight W? See loratool merge --help."),
+        ("merge B A --out x", "Did you mean --output OUT?"),
+        ("merge B A --output-dir x", "Did you mean --output OUT?"),
+        ("merge B A --output_dir x", "Did you mean --output OUT?"),
+        ("merge B A -o x --force-it", "Did you mean --force?"),
+        ("combine A A -o x --force", "Did you mean --overwrite?"),
+        ("resize A --max_rank 8 -o x", "Did you mean --max-rank K?"),
+        ("resize A -r 8 -o x", "Did you mean --rank K?"),
+        ("convert A --format mlx -o x", "Did you mean --to DIALECT?"),
+        ("compare A A --alpha-x 1", "Did you mean --alpha A?"),
+        ("extract B B --alpha 16 -o x", "alpha = rank"),
+        ("verify B A --base-model B", "Did you mean --base BASE?"),
+        ("merge --base B A -o x",
+         "BASE is given without an option: loratool merge BASE ADAPTER... -o OUT."),
+        ("extract --base B B -o x",
+         "BASE is given without an option: loratool extract BASE TUNED -o OUT."),
+        ("merge B --adapter A -o x", "ADAPTER... is given without an option: loratool merge"),
+        ("push A --repo org/a", "REPO_ID is given without an option: loratool push PATH REPO_ID."),
+        ("inspect A --frobnicate-everything", "See loratool inspect --help."),
+        ("inspect", "Usage: loratool inspect SOURCE... See loratool inspect --help."),
+        ("verify B A", "Usage: loratool verify MERGED ADAPTER... --base BASE."),
+        ("push A org/a more", "Usage: loratool push PATH REPO_ID."),
+        ("resize A --rank many -o x", "See loratool resize --help."),
+        ("merge B A -o x --quantised plane", "Did you mean plain? See loratool merge --help."),
+        ("inspect A --kind addtive", "Did you mean additive?"),
+        ("merg B A -o x", "Did you mean 'merge'?"),
+        ("--versoin", "Did you mean --version?"),
+        ("", "See loratool --help."),
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_told_what_was_meant(call: str, hint: str) -> None:
+    """Misspelt options, those of other tools, and what stands without one, lead to the right call;
+    as JSON the same texts."""
+    words = [{"A": LORA, "B": BASE}.get(word, word) for word in call.split()]
+    if not words:
+        words = ["nothing-like-a-command"]
+    done = run_cli(*words)
+    assert hint in hint_of(done)
+    as_json = json.loads(run_cli(*words, "--json").stderr)
+    assert as_json["error"] == "usage"
+    assert hint in as_json["hint"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["merge B A OUT", "merge B A A OUT --weight 1 --weight 2", "resize A OUT --rank 4",
+     "combine A A OUT", "dequantise B OUT", "convert A OUT --to mlx", "extract B B OUT --rank 2",
+     "unmerge B A OUT"],
+)  # fmt: skip
+def test_an_output_that_is_taken_for_an_input_is_noticed(call: str, tmp_path: Path) -> None:
+    """The last path of a call without -o that is not there, or an empty folder, leads to the same
+    call with -o, to be pasted."""
+    out = tmp_path / "out it is"
+    for made in (False, True):
+        if made:
+            out.mkdir()
+        words = [{"A": LORA, "B": BASE, "OUT": str(out)}.get(word, word) for word in call.split()]
+        hint = hint_of(run_cli(*words))
+        meant = shlex.split(hint.partition("meant as that: ")[2])
+        left = [word for word in words if word != str(out)]
+        assert meant == ["loratool", *left, "-o", str(out)]
+
+
+def test_a_missing_output_is_asked_for() -> None:
+    """Where no path can be the output, the hint is the same call with -o OUT."""
+    for words in (["merge", BASE, LORA], ["merge", BASE, LORA, LORA], ["resize", LORA]):
+        hint = hint_of(run_cli(*words, "--threads", "1"))
+        assert (
+            hint
+            == f"Say where to write: {shlex.join(['loratool', *words, '--threads', '1'])} -o OUT"
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--weight", "0.5,0.3"], "--weight 0.5 --weight 0.3"),
+        (["--weight=0.5, -0.3"], "--weight 0.5 --weight -0.3"),
+        (["--weight", "0.5", "0.3"], "--weight 0.5 --weight 0.3"),
+    ],
+)
+def test_weights_are_given_one_by_one(given: list[str], meant: str, tmp_path: Path) -> None:
+    """A list of weights, by commas or by spaces, leads to one --weight for each."""
+    hint = hint_of(run_cli("merge", BASE, LORA, LORA, "-o", tmp_path / "x", *given))
+    assert hint == f"Give --weight once per adapter, in their order: {meant}."
+
+
+def test_alpha_as_the_strength_of_a_merge_leads_to_weight(tmp_path: Path) -> None:
+    """Where --alpha contradicts the adapter, the option that was meant by it is named too."""
+    done = run_cli("merge", BASE, LORA, "-o", tmp_path / "x", "--alpha", "0.5")
+    assert done.exit_code == 1
+    assert done.stderr.endswith("How much of an adapter goes in is --weight.\n")
+
+
+def test_arguments_in_an_error_are_shown_fit_for_a_terminal() -> None:
+    """What was typed is repeated with escapes for what a terminal would obey."""
+    done = run_cli("merge", BASE, LORA, "gone\x1b[31m")
+    assert "\x1b" not in done.stderr
+    assert r"gone\x1b[31m" in done.stderr

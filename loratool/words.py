@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from loratool.text import printable
@@ -69,6 +70,11 @@ def _plural(noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{noun[:-1]}ies"
     return _NOUNS.get(noun, f"{noun}s")
+
+
+def by_number(name: str) -> list[str | int]:
+    """What names are sorted by, so that checkpoint-1000 comes behind checkpoint-200."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]{1,300})", name)]
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -99,6 +99,8 @@ class Adapter:
     values: dict[str, Any] = field(default_factory=dict)
     #: What the user says of it.
     told: Told = NOTHING_TOLD
+    #: What its dialect calls tensors whose keys hold what training put around the model.
+    proper_keys: dict[str, str] = field(default_factory=dict)
     #: The program that made it, where that is known.
     producer: str = ""
     #: All shards, where there are several; `weights` is then their index, or the first.

@@ -11,6 +11,7 @@ from loratool.errors import FileError, listed
 from loratool.notices import Notice
 from loratool.storage.filenames import SHARD
 from loratool.storage.folder import Folder
+from loratool.storage.kinds import container_by_name
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import read_contents, read_index
 from loratool.words import counted
@@ -21,7 +22,8 @@ class Held:
     """What the weights files of an adapter hold.
 
     `entry` is the name people know it by: the file, the index of its shards, or the first of shards
-    that have no index; `names` are all of the files, in `folder`. `notices` say how it was found.
+    that have no index; `names` are all of the files, in `folder`. `notices` say how it was found,
+    `in_torch` that torch wrote them, whatever their names.
     """
 
     folder: Folder
@@ -32,6 +34,7 @@ class Held:
     top: str = "dict"
     values: dict[str, Any] = field(default_factory=dict)
     notices: list[Notice] = field(default_factory=list)
+    in_torch: bool = False
 
 
 def read_held(folder: Folder, file: str, source: str | Path) -> Held:
@@ -52,14 +55,17 @@ def read_held(folder: Folder, file: str, source: str | Path) -> Held:
         notices.append(Notice("other-container", contents.note, entry))
     return Held(
         folder, entry, (entry,), contents.tensors, contents.metadata, contents.top,
-        contents.values, notices,
+        contents.values, notices, contents.container == "torch",
     )  # fmt: skip
 
 
 def _indexed(folder: Folder, entry: str, notices: list[Notice]) -> Held:
     found = read_index(folder, entry)
     names = sorted({info.file.name for info in found.tensors.values()})
-    return Held(folder, entry, tuple(names), found.tensors, found.metadata, notices=notices)
+    in_torch = container_by_name(names[0]) == "torch" if names else False
+    return Held(
+        folder, entry, tuple(names), found.tensors, found.metadata, "dict", {}, notices, in_torch
+    )
 
 
 def _numbered(folder: Folder, entry: str, notices: list[Notice]) -> Held:
@@ -84,7 +90,8 @@ def _numbered(folder: Folder, entry: str, notices: list[Notice]) -> Held:
             )
         tensors |= contents.tensors
         metadata = metadata or contents.metadata
-    return Held(folder, entry, tuple(names), tensors, metadata, notices=notices)
+    in_torch = container_by_name(entry) == "torch"
+    return Held(folder, entry, tuple(names), tensors, metadata, notices=notices, in_torch=in_torch)
 
 
 def _set_of(shard: str) -> list[str]:

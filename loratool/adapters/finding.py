@@ -13,7 +13,7 @@ from loratool.adapters.dialects import claimed_by
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.dialects.torchtune import is_original_of
 from loratool.adapters.recognise import EXTRACT, recognise
-from loratool.errors import FileError, LoraToolError, listed
+from loratool.errors import FileError, LoraToolError, listed, shown
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -27,10 +27,16 @@ from loratool.storage.filenames import (
 from loratool.storage.folder import CachedFolder, Folder
 from loratool.storage.hub.folder import not_there
 from loratool.storage.weights import entry_of, read_contents
-from loratool.words import agreeing, counted, enumerated
+from loratool.words import agreeing, by_number, counted, enumerated
 
 #: How many folders deep adapters are looked for: OUTPUT/RUN/checkpoint-100.
 _DEEPEST = 3
+
+#: Endings of what may hold an adapter, or tensors, and is read by nobody as it is.
+_PACKED = {
+    ".zip", ".tar", ".tgz", ".gz", ".xz", ".bz2", ".zst", ".7z", ".rar", ".h5", ".hdf5", ".npy",
+    ".pkl", ".pickle",
+}  # fmt: skip
 
 #: What a file is that is certainly no adapter, as `recognise` calls it.
 _NO_ADAPTERS = ("optimizer-state", "base-checkpoint", "gguf-model", "diffusion-model", "empty")
@@ -63,12 +69,15 @@ def find_entry(folder: Folder, source: str | Path) -> tuple[str, list[Notice]]:
     if len(found) > 1:
         found = [name for name in found if _may_be_adapter(folder, name)] or found
     found = found or weights  # an optimizer's state alone is at least called by its name
+    packed = [name for name in folder.names(depth=0) if Path(name).suffix.lower() in _PACKED]
+    if not found and len(packed) == 1 and not folder.missing(packed):
+        found = packed  # whoever reads it says what it is, and how to unpack it
     if len(found) > 1:
         raise _several(path, found)
     if not found:
         raise _none(folder)
     inner = found[0].rpartition("/")[0]
-    text = f"{inner} holds the only adapter in {path}, and was taken."
+    text = f"{inner} holds the only adapter in {shown(path)}, and was taken."
     return found[0], [Notice("adapter-below", text, inner)] if inner else []
 
 
@@ -124,13 +133,15 @@ def _folders(folder: Folder, depth: int) -> list[str]:
 
 
 def _below(folder: Folder) -> list[str]:
-    """The entries of adapters in the folders below, of the first depth where there are any."""
+    """The entries of adapters in the folders below; what lies in the folder of one is its own."""
+    found: dict[str, str] = {}
     for depth in range(1, _DEEPEST + 1):
-        entries = ((inner, usual_entry(folder.inside(inner))) for inner in _folders(folder, depth))
-        found = [f"{inner}/{name}" for inner, name in entries if name is not None]
-        if found:
-            return found
-    return []
+        for inner in _folders(folder, depth):
+            parents = (inner[:at] for at, letter in enumerate(inner) if letter == "/")
+            entry = None if any(p in found for p in parents) else usual_entry(folder.inside(inner))
+            if entry is not None:
+                found[inner] = f"{inner}/{entry}"
+    return list(found.values())
 
 
 def _may_be_adapter(folder: Folder, name: str) -> bool:
@@ -139,20 +150,18 @@ def _may_be_adapter(folder: Folder, name: str) -> bool:
         return True  # found by its usual name; and nothing is downloaded to choose
     try:
         held = read_contents(folder, name)
-        evidence = Evidence(held.tensors, {}, folder, name, held.top, held.metadata, held.values)
+        evidence = Evidence(
+            held.tensors, {}, folder, name, held.top, held.metadata, held.values,
+            held.container == "torch",
+        )  # fmt: skip
         claim = claimed_by(evidence)
     except LoraToolError:
         return True
     return claim is not None or recognise(held.tensors, {}, held.top)[0] not in _NO_ADAPTERS
 
 
-def _by_number(name: str) -> list[str | int]:
-    """What names are sorted by, so that checkpoint-1000 comes behind checkpoint-200."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,300})", name)]
-
-
 def _several(path: Path, entries: Sequence[str]) -> FileError:
-    names = sorted((name.rpartition("/")[0] or name for name in entries), key=_by_number)
+    names = sorted((name.rpartition("/")[0] or name for name in entries), key=by_number)
     return FileError(
         f"{path}: {counted(len(names), 'adapter')} could be meant:\n{listed(names, shown=8)}",
         f"Name one of them. The last: loratool inspect {shlex.quote(str(path / names[-1]))}",
@@ -184,7 +193,7 @@ def _none(folder: Folder) -> FileError:
     models = [name for name in _folders(folder, 1) if entry_of(folder.inside(name)) is not None]
     if models:
         what = "a whole model" if len(models) == 1 else "whole models"
-        models.sort(key=_by_number)
+        models.sort(key=by_number)
         return FileError(
             f"{path}: no adapter in this directory; {enumerated(models, 3)} "
             f"{agreeing(len(models), 'is')} {what}.",

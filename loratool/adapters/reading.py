@@ -43,7 +43,14 @@ def adapter_at(
     folder = held.folder
     config = folder.json(ADAPTER_CONFIG) if folder.has(ADAPTER_CONFIG) else {}
     evidence = Evidence(
-        held.tensors, config, folder, held.entry, held.top, held.metadata, held.values
+        held.tensors,
+        config,
+        folder,
+        held.entry,
+        held.top,
+        held.metadata,
+        held.values,
+        held.in_torch,
     )
     claim = claimed_by(evidence, told.dialect, told.override)
     # Adapters that no dialect claims may have a config of PEFT's all the same.

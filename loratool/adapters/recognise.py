@@ -62,8 +62,10 @@ _WAYS_OUT = {
     "gguf-model": "Give the adapter that save_pretrained wrote; save_pretrained_gguf of Unsloth "
     "writes a model into which it is merged already.",
     "empty": "Save the adapter again: whoever wrote this held no trained weights.",
-    "adalora": "Give its folder, with the adapter_config.json that it is read by.",
-    "ia3": "Give its folder, with the adapter_config.json that it is read by.",
+    "adalora": "PEFT's own are read by the adapter_config.json beside them: give the folder.",
+    "ia3": "PEFT's own are read by the adapter_config.json beside them: give the folder.",
+    "positional": "Nothing says which weight they are of; save the state dict, with its names.",
+    "bare-tensor": "Nothing says which weight it is of; save the state dict, with its names.",
     "control-vector": "llama.cpp uses it as it is: --control-vector.",
     "bottleneck-adapter": "Nothing merges it; the adapters library uses it beside its base.",
     "reft": "Nothing merges it; pyreft uses it beside its base.",

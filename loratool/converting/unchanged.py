@@ -12,11 +12,15 @@ from loratool.storage.filenames import ADAPTER_CONFIG, ADAPTER_MODEL
 from loratool.storage.tensors import TensorInfo
 
 
-def unchanged(adapter: Adapter, asked: Asked, metadata: dict[str, str]) -> Draft:
+def unchanged(
+    adapter: Adapter, asked: Asked, metadata: dict[str, str], tidy: bool = False
+) -> Draft:
     """The same adapter in one safetensors file, with `metadata` in its header.
 
-    Keys and configs stay; so do all bytes, but for those of factors that get another dtype.
+    Keys and configs stay, but with `tidy` keys lose what training put around the model; so do all
+    bytes, but for those of factors that get another dtype.
     """
+    keys = adapter.proper_keys if tidy else {}
     if adapter.files[0].suffix != ".safetensors":
         raise AdapterError(
             f"{adapter.weights.name}: metadata and dtypes are changed in safetensors files.",
@@ -29,7 +33,8 @@ def unchanged(adapter: Adapter, asked: Asked, metadata: dict[str, str]) -> Draft
         draft.copies[ADAPTER_CONFIG] = config
     factors = {t.name for m in adapter.modules.values() for t in m.parts.values()}
     for key, info in adapter.tensors.items():
-        draft.tensors[key] = _in_dtype(info, asked.dtype) if key in factors else info
+        changed = _in_dtype(info, asked.dtype) if key in factors else info
+        draft.tensors[keys.get(key, key)] = changed
     for path, module in adapter.modules.items():
         rounded = asked.dtype and any(t.dtype != asked.dtype for t in module.parts.values())
         piece = module if isinstance(module, ExpertStack) else low_rank(module)

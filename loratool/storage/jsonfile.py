@@ -15,6 +15,7 @@ from typing import Any
 
 from loratool.errors import FileError
 from loratool.storage.bounded import LONGEST_LIST, open_regular
+from loratool.storage.kinds import LOOKED_AT, refuse_failed_download
 from loratool.words import format_bytes
 
 #: Longest config. The longest that a model of today leads to has patterns of ranks and alphas for
@@ -26,6 +27,9 @@ _LONGEST_NUMBER = 1000
 
 _REPAIR = "Repair or fetch it again."
 
+#: All that the answer of a server has that was saved in place of a file.
+_OF_AN_ERROR = {"error", "error_type", "message", "status", "statusCode"}
+
 #: How half a surrogate pair is spelled, which no file that is written in UTF-8 can hold.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -35,6 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
     value = read_any_json(path)
     if not isinstance(value, dict):
         raise FileError(f"{path}: not a JSON object.", _REPAIR)
+    if "error" in value and value.keys() <= _OF_AN_ERROR:
+        what = f"{path}: the error of a server, not the file itself: {str(value['error'])[:200]!r}."
+        raise FileError(what, "Fetch it again, after hf auth login where a login is needed.")
     return value
 
 
@@ -51,7 +58,11 @@ def read_any_json(path: Path, longest: int | None = None) -> Any:
                 "Check what the file really is.",
             )
         raw = stream.read(size)
-    return parse_json(raw, path)
+    try:
+        return parse_json(raw, path)
+    except FileError:
+        refuse_failed_download(path, raw[:LOOKED_AT], size, "the file itself")
+        raise
 
 
 def parse_json(raw: bytes, name: object) -> Any:

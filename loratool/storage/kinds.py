@@ -57,9 +57,6 @@ _OLD_LLAMA = (
 )
 
 _KINDS = [
-    _Kind(b"version http", "a Git LFS pointer, not the weights themselves",
-          "Run `git lfs pull` in that repository, or fetch the file: hf download ORG/NAME "
-          "--local-dir DIR."),
     _Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive, not weights", f"{_UNPACK}: 7z x FILE."),
     _Kind(b"Rar!\x1a\x07", "a RAR archive, not weights", f"{_UNPACK}: unrar x FILE."),
     _Kind(b"\x28\xb5\x2f\xfd", "packed with zstd, not weights", f"{_UNPACK}: unzstd FILE."),
@@ -115,10 +112,9 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
 
     `start` are the first bytes, LOOKED_AT of them where there are so many.
     """
-    if size == 0:
-        raise FileError(f"{path}: the file is empty.", _AGAIN)
     if _is_safetensors(start):
         return
+    refuse_failed_download(path, start, size, "the weights themselves")
     for kind in _KINDS:
         if start.startswith(kind.magic):
             raise FileError(f"{path}: {kind.words}.", kind.hint.replace("FILE", path.name))
@@ -126,17 +122,6 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
         raise _packed_with_gzip(path, start)
     if _is_tar(start):
         raise FileError(f"{path}: a tar archive, not weights.", f"{_UNPACK}: tar xf {path.name}.")
-    text = start.lstrip(_BLANKS)
-    if _WEB.match(text):
-        raise FileError(
-            f"{path}: a web page, not weights; a page to log in, or of an error, was saved in "
-            "their place.",
-            _AGAIN,
-        )
-    if text.lower().startswith(b"<?xml"):
-        raise FileError(
-            f"{path}: a web page (XML), not weights; mostly the error of a server.", _AGAIN
-        )
     if size > 8 and not start.strip(b"\0"):
         raise FileError(
             f"{path}: nothing but zeros where it should begin: space was made for it, and the "
@@ -144,7 +129,31 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
             _AGAIN,
         )
     if _is_text(start):
-        raise _text_instead(path, text)
+        raise _text_instead(path, start.lstrip(_BLANKS))
+
+
+def refuse_failed_download(path: Path, start: bytes, size: int, wanted: str) -> None:
+    """Raise FileError for what is left of downloads that failed, in place of what was `wanted`:
+    nothing, a pointer to a file, a page to log in."""
+    if size == 0:
+        raise FileError(f"{path}: the file is empty.", _AGAIN)
+    if start.startswith(b"version http"):
+        raise FileError(
+            f"{path}: a Git LFS pointer, not {wanted}.",
+            "Run `git lfs pull` in that repository, or fetch the file: hf download ORG/NAME "
+            "--local-dir DIR.",
+        )
+    text = start.lstrip(_BLANKS)
+    if _WEB.match(text):
+        raise FileError(
+            f"{path}: a web page, not {wanted}; a page to log in, or of an error, was saved in "
+            "its place.",
+            _AGAIN,
+        )
+    if text[:5].lower() == b"<?xml":
+        raise FileError(
+            f"{path}: a web page (XML), not {wanted}; mostly the error of a server.", _AGAIN
+        )
 
 
 def _packed_with_gzip(path: Path, start: bytes) -> FileError:

@@ -35,7 +35,7 @@ from loratool.storage.kinds import (
 from loratool.storage.npz import parse_npz
 from loratool.storage.tensors import TensorInfo
 from loratool.storage.torchfile import parse_pickled
-from loratool.words import agreeing, counted, enumerated
+from loratool.words import agreeing, by_number, counted, enumerated
 
 #: Containers that say at their end what is in them, or in all of them.
 _WHOLE = ("torch", "npz")
@@ -62,7 +62,7 @@ class Contents:
 
     `top` is the kind of its outermost object: anything for torch files, "dict" for all others.
     `values` are what a GGUF file says beside its tensors, as plain Python has them. `note` says
-    that its name is that of another container, where it is.
+    that its name is that of another `container` than it is, where that is so.
     """
 
     tensors: dict[str, TensorInfo]
@@ -70,6 +70,7 @@ class Contents:
     top: str = "dict"
     values: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    container: str = "safetensors"
 
 
 def read_contents(folder: Folder, name: str) -> Contents:
@@ -86,12 +87,12 @@ def read_contents(folder: Folder, name: str) -> Contents:
         kind, found = _opened(folder, name)
     assert found is not None
     if kind == wanted:
-        return found
+        return replace(found, container=kind)
     note = (
         f"{name} is {CONTAINERS[kind]} by what is in it, and was read as one. Other programs go by "
         f"its name and expect {CONTAINERS[wanted]}."
     )
-    return replace(found, note=note)
+    return replace(found, note=note, container=kind)
 
 
 def _opened(folder: Folder, name: str) -> tuple[str, Contents | None]:
@@ -237,8 +238,11 @@ def _only_weights_file(folder: Folder) -> str:
         )
     wanted = "Expected model.safetensors, or shards with model.safetensors.index.json."
     inner = {name.partition("/")[0] for name in folder.names(depth=1) if "/" in name[:-1]}
-    models = [name for name in sorted(inner) if entry_of(folder.inside(name)) is not None]
+    models = [
+        name for name in sorted(inner, key=by_number) if entry_of(folder.inside(name)) is not None
+    ]
     if models:
+        models.sort(key=by_number)
         wanted = f"In {enumerated(models)} there is a model: give {folder.path / models[-1]}."
     raise FileError(
         f"{folder.path}: no model weights in this directory.",

@@ -207,7 +207,7 @@ def _drafted(source: Adapter, to: str | None, asked: Asked, metadata: dict[str, 
     # A config that speaks of modules that are not there would have them made anew, with values.
     is_whole = not cuts and not source.left_out
     if to is None or (to == source.format and source.is_plain and in_safetensors and is_whole):
-        draft = unchanged(source, asked, metadata)
+        draft = unchanged(source, asked, metadata, tidy=to is not None)
     else:
         draft = TARGETS[to].draft(source, asked)
         if to != WRITTEN.name:

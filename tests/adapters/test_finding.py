@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_its_own_adapter_comes_before_those_below(tmp_path: Path) -> None:
     assert report.modules[0].rank == 4
 
 
+def test_adapters_at_different_depths_are_all_candidates(tmp_path: Path) -> None:
+    """One above others is not taken for the only one; checkpoints in its own folder are its own."""
+    lora(tmp_path / "final")
+    lora(tmp_path / "final" / "checkpoint-9")
+    assert codes(loratool.inspect(tmp_path)) == ["adapter-below"]
+    lora(tmp_path / "runs" / "one" / "checkpoint-9")
+    _refused(tmp_path, "2 adapters could be meant:\n  - final\n  - runs/one/checkpoint-9")
+
+
 def test_what_is_there_instead_is_named(tmp_path: Path) -> None:
     """Whole models, a config alone, parts of a training run: each with what to do about it."""
     write_base(tmp_path / "tuned" / "checkpoint-9", small_state())
@@ -98,6 +108,32 @@ def test_what_is_there_instead_is_named(tmp_path: Path) -> None:
         part.parent.mkdir(parents=True)
         part.write_bytes(b"x")
         assert way_out in _refused(tmp_path / words, words)
+
+
+def test_a_folder_with_an_archive_alone_says_how_to_unpack_it(tmp_path: Path) -> None:
+    """What was downloaded as an archive is named, and the hint has the command."""
+    made = lora(tmp_path / "made")
+    (tmp_path / "got").mkdir()
+    with zipfile.ZipFile(tmp_path / "got" / "lora.zip", "w") as archive:
+        for file in made.iterdir():
+            archive.write(file, file.name)
+    assert "unzip lora.zip -d lora" in _refused(tmp_path / "got", "a zip archive with weights in")
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "way_out"),
+    [(b"", "is empty", "hf download"), (b"<html>Sign in</html>", "a web page", "hf auth login"),
+     (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", "git lfs pull"),
+     (b'{"error": "Invalid username or password."}', "the error of a server", "hf auth login"),
+     (b"<?xml version='1.0'?><Error/>", "a web page (XML)", "hf download")],
+)  # fmt: skip
+def test_a_config_that_did_not_come_is_called_so(
+    content: bytes, words: str, way_out: str, tmp_path: Path
+) -> None:
+    """Pages, pointers and nothing in place of adapter_config.json are named, not "not JSON"."""
+    config = lora(tmp_path) / "adapter_config.json"
+    config.write_bytes(content)
+    assert way_out in _refused(tmp_path, str(config), words)
 
 
 def _cached(root: Path, *commits: str, main: str = "") -> Path:

@@ -48,7 +48,7 @@ def test_equal_values_of_one_name_are_harmless() -> None:
 
 
 BAD: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "not valid JSON"),
+    "empty": (b"", "the file is empty"),
     "cut": (b'{"a": [1, 2', "not valid JSON"),
     "two-values": (b"{}{}", "not valid JSON"),
     "not-utf8": (b'{"a": "\xff"}', "not valid JSON"),

@@ -150,3 +150,11 @@ def test_a_config_is_taken_for_no_weights(tmp_path: Path) -> None:
 def test_a_length_that_looks_like_another_kind_is_a_length(start: bytes) -> None:
     """A safetensors header whose length has the bytes of gzip's or zip's mark is no such file."""
     refuse_known_impostors(Path("x"), start + b'\0\0\0\0{"a":{"dtype":"F32"}}', 1 << 30)
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "lora.safetensors", "lora.npz"])
+def test_the_dialect_is_that_of_the_content_too(name: str, tmp_path: Path) -> None:
+    """Bare lora_a and lora_b are a script's in a torch file, whatever its name; MLX writes none."""
+    torch.save({"layers.0.q.lora_a": torch.ones(2, 6), "layers.0.q.lora_b": torch.ones(8, 2)},
+               tmp_path / name)  # fmt: skip
+    assert loratool.inspect(tmp_path / name).format == "hand"

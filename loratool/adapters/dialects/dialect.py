@@ -23,7 +23,8 @@ class Evidence:
 
     `entry` is the name of the weights file in `folder`, `top` the outermost object of a torch file
     ("dict", "list", "tensor"), `metadata` what the header says beside tensors and `values` the
-    typed key-values of a GGUF file. `config` is the adapter_config.json beside the weights, or {}.
+    typed key-values of a GGUF file. `config` is the adapter_config.json beside the weights, or {};
+    `in_torch` says that torch wrote the file, whatever its name.
     """
 
     tensors: dict[str, TensorInfo]
@@ -33,6 +34,7 @@ class Evidence:
     top: str = "dict"
     metadata: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    in_torch: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.adapters import PREFIX, Tensors, codes, pair, write_adapter
 from helpers.files import small_state, write_base
+from safetensors.numpy import load_file
 
 import loratool
 from loratool.errors import LoraToolError
@@ -124,6 +125,24 @@ def test_what_training_puts_around_names_is_taken_off_and_said_once(
     loratool.merge(base, plain, tmp_path / "two")
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("way", WRAPPED)
+def test_conversion_to_peft_gives_the_names_that_peft_reads(way: str, tmp_path: Path) -> None:
+    """Factors, saved modules and token rows lose what training put around their names."""
+    tensors = _tensors() | {
+        f"{PREFIX}lm_head.modules_to_save.weight": np.ones((200, 8), np.float32),
+        f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta":
+            np.ones((2, 8), np.float32),
+    }  # fmt: skip
+    config = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 4]}
+    wrapped = {WRAPPED[way].format(name): value for name, value in tensors.items()}
+    adapter = write_adapter(tmp_path / "a", wrapped, config)
+    loratool.convert(adapter, tmp_path / "out", to="peft")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], value) for name, value in tensors.items())
+    assert codes(loratool.inspect(tmp_path / "out")) == []
 
 
 def test_names_as_peft_writes_them_are_not_remarked(tmp_path: Path) -> None:

@@ -169,3 +169,20 @@ def test_verify_and_unmerge_what_lies_on_the_hub(
         contents(tmp_path / "back")["model-00001-of-00003.safetensors"]
         == (FIXTURES / "base" / "model-00001-of-00003.safetensors").read_bytes()
     )
+
+
+def test_checkpoints_of_a_repository_are_listed_with_their_addresses(
+    hub: HubServer, home: Path, tmp_path: Path
+) -> None:
+    """Several are an error whose command can be run; the only one is taken, and that is said."""
+    made = dict(paths(small(tmp_path / "a")))
+    for number, names in (("one", [500]), ("run", [1000, 200])):
+        files = {f"checkpoint-{n}/{name}": file for n in names for name, file in made.items()}
+        hub.add(f"org/{number}", files)
+    done = run(hub, home, "inspect", "org/run", code=1)
+    assert "2 adapters could be meant:\n  - checkpoint-200\n  - checkpoint-1000\n" in done.err
+    address = "hf://org/run/checkpoint-1000"
+    assert f"loratool inspect {address}" in " ".join(done.err.split())
+    assert run(hub, home, "inspect", address).err == ""
+    assert "checkpoint-500 holds the only adapter" in run(hub, home, "inspect", "org/one").err
+    assert [n for n in downloads(hub) if n.endswith("optimizer.pt")] == []

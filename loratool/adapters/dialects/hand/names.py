@@ -12,13 +12,11 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.dialects.litgpt.config import is_of_litgpt
 from loratool.adapters.dialects.prefixes import unwrapped
 from loratool.adapters.recognise import is_foreign
-from loratool.storage.filenames import TORCH_SUFFIXES
 from loratool.storage.tensors import TensorInfo
 
 #: Modules that hold factors and nothing else, by the names that scripts give them.
@@ -204,7 +202,6 @@ def is_hand_written(evidence: Evidence) -> bool:
         return False
     if is_foreign(of_a_model(tensors)) or any(_FOREIGN.search(name) for name in tensors):
         return False
-    in_torch = Path(evidence.entry).suffix in TORCH_SUFFIXES
     found = sorted_names(tensors)
     beside = found.wrapped.keys() | found.numbers.keys()
     has_more = bool(found.of_a_run) or "" in found.numbers
@@ -214,7 +211,7 @@ def is_hand_written(evidence: Evidence) -> bool:
         word, is_apart = pair.words["A"], not has_more and pair.path not in beside
         if pair.layers and not (is_apart and word in ("lora_A", "lora_a")):
             return True
-        if not pair.layers and (in_torch or word != "lora_a"):
+        if not pair.layers and (evidence.in_torch or word != "lora_a"):
             return True
     return False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Declared
@@ -20,7 +19,6 @@ from loratool.adapters.dialects.mlx.reading import FACTOR, OF_VLM, read_factors,
 from loratool.adapters.dialects.writing import Asked, Draft, Writer
 from loratool.adapters.told import refuse_contradictions
 from loratool.models.checkpoint import Checkpoint
-from loratool.storage.filenames import TORCH_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,7 @@ class Mlx(Dialect, Writer):
         if is_of_vlm(evidence.config) and any(map(OF_VLM.fullmatch, evidence.tensors)):
             return "an mlx-vlm LoRA adapter"
         # Scripts of torch name factors so, too; MLX writes no such files.
-        mine = Path(evidence.entry).suffix not in TORCH_SUFFIXES
-        mine = mine and any(map(FACTOR.fullmatch, evidence.tensors))
+        mine = not evidence.in_torch and any(map(FACTOR.fullmatch, evidence.tensors))
         return _WORDS["lora"] if mine else None
 
     def check(self, config: dict[str, Any], where: object) -> None:

@@ -72,6 +72,7 @@ class Peft(WritableDialect, Writer):
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
         adapter.notices += names.note_wrappers(adapter.tensors)
+        adapter.proper_keys = names.proper_keys(adapter.tensors)
         method = _method(adapter.config)
         if method is None:
             fill_adapter(adapter)

@@ -80,6 +80,11 @@ def plain_path(key: str) -> str:
     return unwrapped(without_peft(unwrapped(key)))
 
 
+def proper_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The keys that PEFT writes in place of those that hold something else, by these."""
+    return {key: _PREFIX + plain_path(key) for key in keys if wrappers_in(key)}
+
+
 def note_wrappers(keys: Iterable[str]) -> list[Notice]:
     """One notice of what was taken off the keys; none where they are as PEFT writes them."""
     counts: Counter[str] = Counter(wrapper for key in keys for wrapper in wrappers_in(key))

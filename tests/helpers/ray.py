@@ -15,6 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from helpers.merging import work_of
+from helpers.places import ROOT
 from loratool.errors import MatchError
 
 #: Bytes of a node's store of objects: about Ray's least.
@@ -28,6 +29,9 @@ class Nodes:
     """A head without CPUs, and two nodes with one each; this process is connected to them."""
 
     def __init__(self) -> None:
+        # Tasks import the functions of this module, and inherit where from.
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         head = {"num_cpus": 0, "object_store_memory": _STORE, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: list[Any] = []

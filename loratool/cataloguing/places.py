@@ -42,13 +42,16 @@ def found_at(source: str | Path, advance: Callable[[int, int, str], None]) -> Fo
     text = str(source)
     owner = _owner_in(text) if isinstance(source, str) else None
     if owner is not None:
+        alone = not text.lower().startswith("hf:")
+        if alone and _near(path):  # a misspelt folder, sooner than somebody on the Hub
+            raise not_there(source, path)
         try:
             repos, more = repositories_of(owner)
-        except Unreachable:
-            raise
         except LoraToolError as error:
-            if not text.lower().startswith("hf:"):
+            if alone:
                 raise _nothing_there(text, path, error) from error
+            if isinstance(error, Unreachable):
+                raise
             return _repository_of_nobody(text, error)
         return _of_owner(owner, repos, more, advance)
     return _at_address(source, path)
@@ -88,13 +91,15 @@ def _owner_in(text: str) -> str | None:
 
 
 def _nothing_there(text: str, path: Path, error: LoraToolError) -> LoraToolError:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, siblings)
-    guess = f"Did you mean the path {path.with_name(near)}? " if near else ""
     return type(error)(
-        f"{text}: no such file or directory here; and on the Hub {error.message}",
-        guess + error.hint,
+        f"{text}: no such file or directory here; and on the Hub {error.message}", error.hint
     )
+
+
+def _near(path: Path) -> str | None:
+    """What lies beside a path that is not there and is called nearly the same."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(path.name, siblings)
 
 
 def _of_owner(

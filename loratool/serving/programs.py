@@ -96,6 +96,13 @@ def _of_file(traits: Traits, program: ServingProgram) -> Iterable[Remark]:
     if program.entries and traits.is_peft and traits.entry not in program.entries:
         why = f"the weights are in {traits.entry}, and {program.entries[0]} is looked for"
         yield Remark("refused", "file", why, "resize", program.source)
+    if traits.has_wrapped_names:
+        if program.name == HOTSWAP.name:
+            why = "PEFT knows none of the names in the file as they are, and loads nothing of it"
+            yield Remark("differs", "names", why, "convert", program.source, ran=True)
+        else:
+            why = "its names hold what training puts around them; nobody tried that"
+            yield Remark("unknown", "names", why, "convert", program.source)
     if traits.odd_kinds and program.name != HOTSWAP.name:
         why = f"nobody tried factors on layers of the kind {enumerated(traits.odd_kinds)}"
         yield Remark("unknown", "kind of layer", why, "merge", program.source)

@@ -63,6 +63,11 @@ class Traits:
         return str(self.adapter.peft_type or "LORA").upper()
 
     @property
+    def has_wrapped_names(self) -> bool:
+        """Whether names hold more than PEFT's prefix and a path of the model."""
+        return self.is_peft and any(n.code == "names-unwrapped" for n in self.adapter.notices)
+
+    @property
     def entry(self) -> str:
         return self.adapter.weights.name
 

@@ -9,6 +9,9 @@ from helpers.adapters import PREFIX, lora, pair, write_adapter
 from helpers.dialects import CASES
 from helpers.linting import ADAPTERS, Q, V, of_ranks, on_two_layers, verdicts
 from helpers.places import FIXTURES
+from safetensors.numpy import load_file, save_file
+
+import loratool
 
 L, D, R, U = "loads", "differs", "refused", "unknown"
 
@@ -194,3 +197,26 @@ def test_placeholders_load_nowhere(tmp_path: Path) -> None:
     tensors = {name: value[:0] for name, value in pair(Q[0], 12, 10).items()}
     found = verdicts(write_adapter(tmp_path / "a", tensors, {"target_modules": ["q_proj"]}))
     assert not [v.program for v in found.values() if v.outcome == "loads"]
+
+
+@pytest.mark.parametrize(
+    ("before", "inside"),
+    [("module.", ""), ("_orig_mod.", ""), ("", "_orig_mod."), ("", "module."), (PREFIX, "")],
+)
+def test_names_that_hold_more_than_peft_writes_do_not_load(
+    before: str, inside: str, tmp_path: Path
+) -> None:
+    """PEFT knows none of them and loads nothing; convert writes them as it does."""
+    folder = on_two_layers(tmp_path / "a")
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        before + PREFIX + inside + name.removeprefix(PREFIX): values
+        for name, values in load_file(file).items()
+    }
+    save_file(tensors, file)
+    found = verdicts(folder)
+    assert found["peft-hotswap"].outcome == "differs"
+    assert {found[name].outcome for name in ("vllm", "sglang", "lorax")} == {"unknown"}
+    assert "convert" in found["peft-hotswap"].mend
+    loratool.convert(folder, tmp_path / "clean", to="peft")
+    assert verdicts(tmp_path / "clean")["peft-hotswap"].outcome == "loads"

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.adapters import Q, lora, pair
 from helpers.listing import entries, kohya, mlx, model
 from helpers.places import FIXTURES
 from safetensors.numpy import save_file
 
 import loratool
+from loratool.errors import FileError
 
 
 def test_a_directory_of_peft_is_one_entry(tmp_path: Path) -> None:
@@ -121,3 +123,14 @@ def test_an_undo_file_is_no_model(tmp_path: Path) -> None:
     """What a reversible merge keeps in its output is not listed."""
     loratool.merge(FIXTURES / "base", FIXTURES / "adapter", tmp_path / "merged", reversible=True)
     assert list(entries(tmp_path)) == ["merged"]
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is nearly called so is named at once, without the network."""
+    (tmp_path / "loras").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileError) as refused:
+        loratool.catalog("lora")
+    assert "loras" in refused.value.hint

@@ -37,7 +37,9 @@ def wrappers_in(key: str) -> set[str]:
     plain = _WRAPPERS.sub("", key)
     peft = _BEFORE_PEFT.match(plain)
     if peft is not None:
+        inside = _PARALLEL.match(plain[peft.end() :])
         found |= {peft[1], "base_model.model. a second time" if peft[2] else ""}
+        found |= {inside[0]} if inside else set()
     else:
         before = _PARALLEL.match(plain) or _TABLE.match(plain)
         found |= {before[0]} if before else set()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loratool.answers import show_with
 from loratool.version import __version__
 
 if TYPE_CHECKING:
@@ -81,10 +80,6 @@ __all__ = [
 ]
 
 
-# How a report looks in a notebook is known above the verbs that make it.
-show_with(lambda: import_module("loratool.rendering.notebook"))
-
-
 def __getattr__(name: str) -> Any:
     function = name.removesuffix("Report").lower()
     verb = next((v for v in VERBS if NAMED_OTHERWISE.get(v, v) == function), "")
@@ -98,4 +93,7 @@ def __getattr__(name: str) -> Any:
         home = f"verbs.{verb}"
     else:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    # How a report looks in a notebook is known above the verbs that make it.
+    answers = import_module("loratool.answers")
+    answers.show_with(lambda: import_module("loratool.rendering.notebook"))
     return getattr(import_module(f"loratool.{home}"), name)

@@ -7,6 +7,7 @@ hint that says what to do next. The command line prints both and exits with the 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +29,12 @@ def shown(text: object) -> str:
         inside = name if "://" in name else f"hf://{name}"
         result = result.replace(f"{path}/", f"{inside}/").replace(path, name)
     return result
+
+
+def shown_argument(text: object) -> str:
+    """A path as a shell takes it, and no option: for commands in hints."""
+    word = str(text)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 class LoraToolError(Exception):

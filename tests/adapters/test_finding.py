@@ -117,7 +117,9 @@ def test_a_folder_with_an_archive_alone_says_how_to_unpack_it(tmp_path: Path) ->
     with zipfile.ZipFile(tmp_path / "got" / "lora.zip", "w") as archive:
         for file in made.iterdir():
             archive.write(file, file.name)
-    assert "unzip lora.zip -d lora" in _refused(tmp_path / "got", "a zip archive with weights in")
+    got = tmp_path / "got"
+    hint = _refused(got, "a zip archive with weights in")
+    assert f"unzip {got}/lora.zip -d {got}/lora" in hint
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,22 @@ _MEANT: dict[tuple[str, ...], str] = {
 }  # fmt: skip
 _BY_NAME = {name: there for there, names in _MEANT.items() for name in names.split()}
 
+#: What other tools call a command.
+_COMMANDS_MEANT: dict[str, str] = {
+    "inspect": "cat describe details info show stat summary view",
+    "list": "dir find ls search",
+    "merge": "apply bake fuse join merge-and-unload",
+    "compare": "cmp diff similarity",
+    "convert": "export format transform",
+    "combine": "add average mix",
+    "resize": "prune reduce shrink truncate",
+    "extract": "svd subtract",
+    "unmerge": "undo unfuse",
+    "verify": "test validate",
+    "lint": "check compat doctor",
+    "push": "publish upload",
+}
+
 #: What is there in no command because there is nothing to choose, by command and option.
 _SETTLED = {
     ("extract", "alpha"): "The adapter gets alpha = rank, so that its scale is 1.",
@@ -49,16 +65,27 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _LISTED = re.compile(rf"{_NUMBER}(?:\s*,\s*{_NUMBER})+")
 
 
-def in_one_style(error: click.ClickException, arguments: Sequence[str]) -> UsageError:
-    """What click says of a call, as an error of ours."""
+def command_meant(name: str, commands: Sequence[str]) -> str | None:
+    """The command that somebody may have meant by a name that is none."""
+    plain = name.lower().replace("_", "-")
+    for there, names in _COMMANDS_MEANT.items():
+        if there in commands and plain in names.split():
+            return there
+    return nearest(plain, commands)
+
+
+def in_one_style(
+    error: click.ClickException, arguments: Sequence[str], command: str | None = None
+) -> UsageError:
+    """What click says of a call, of `command` where it is of one, as an error of ours."""
     context = getattr(error, "ctx", None)
+    said = _ended(re.sub(r"\s*\n\s*", " ", error.format_message()))
     if context is None:
-        return UsageError(error.format_message(), "See loratool --help.")
+        return UsageError(said, f"See {' '.join(filter(None, ['loratool', command]))} --help.")
     more = f"See {context.command_path} --help."
     if isinstance(error, click.NoSuchOption):
         hint = _option_meant(error.option_name, context)
         return UsageError(f"No such option {error.option_name}.", f"{hint} {more}".strip())
-    said = _ended(error.format_message())
     if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter):
         hint = _weights_meant(context.command, arguments) or f"{_choice_meant(said)} {more}".strip()
         return UsageError(said, hint)
@@ -121,7 +148,10 @@ def _option_meant(name: str, context: click.Context) -> str:
             return f"{shown} is given without an option: {_ended(_usage(context))}"
     if settled := _SETTLED.get((context.command.name or "", plain)):
         return settled
-    near = nearest(f"--{plain}", [o for o in known if o.startswith("--")])
+    if "--output" in (f"--{plain}", *_BY_NAME.get(plain, ())) and "--html" in known:
+        return "It only answers: --html FILE keeps that as a page, --json > FILE as data."
+    long = [o for o in known if o.startswith("--")]
+    near = nearest(f"--{plain}", long) if len(plain) > 1 else None  # one letter is like anything
     return _did_you_mean(near, known[near], context) if near else ""
 
 

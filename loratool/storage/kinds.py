@@ -184,7 +184,7 @@ def _packed_with_gzip(path: Path, start: bytes) -> FileError:
     )
 
 
-def unpacked(path: Path) -> Path:
+def unpacked_to(path: Path) -> Path:
     """Where an archive, or a packed file, is unpacked to: beside it, by its name."""
     plain = re.sub(r"(\.tar)?\.\w+$", "", path.name)
     return path.with_name(plain if plain not in ("", path.name) else f"{path.name}-unpacked")
@@ -198,7 +198,7 @@ def _hint(hint: str, path: Path) -> str:
         hint = _UNTAR
     packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
     out = path.with_suffix("") if packed else path.with_name(f"unpacked-{path.name}")
-    words = {"FILE": path, "DIR": unpacked(path), "OUT": out}
+    words = {"FILE": path, "DIR": unpacked_to(path), "OUT": out}
     return re.sub("FILE|DIR|OUT", lambda found: shown_argument(words[found[0]]), hint)
 
 

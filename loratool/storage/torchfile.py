@@ -19,7 +19,7 @@ from loratool.errors import FileError, shown_argument
 from loratool.storage.archive import Archive
 from loratool.storage.bounded import LONGEST_LIST, Cursor, Malformed
 from loratool.storage.filenames import WEIGHTS_SUFFIXES
-from loratool.storage.kinds import LOOKED_AT, ZIP, refuse_known_impostors, unpacked
+from loratool.storage.kinds import LOOKED_AT, ZIP, refuse_known_impostors, unpacked_to
 from loratool.storage.pickles import Ordered, Refused, load
 from loratool.storage.stamps import Stamp
 from loratool.storage.statedict import Descriptions, Storage, Tensor, named_tensors
@@ -168,7 +168,7 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> _Contents:
 def _other_archive(path: Path, names: list[str]) -> FileError:
     """The error for a zip archive that is no torch file, by what is in it."""
     inside = [name for name in names if Path(name).suffix in WEIGHTS_SUFFIXES]
-    out = unpacked(path)
+    out = unpacked_to(path)
     unpack = f"Unpack it: unzip {shown_argument(path)} -d {shown_argument(out)}"
     if not inside:
         held = f" It holds {', '.join(names[:5])}." if names else ""

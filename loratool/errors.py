@@ -96,6 +96,10 @@ class BaseError(LoraToolError):
     code = "bad-base"
 
 
+#: What is said of an adapter in the place of a base.
+NO_MODEL = "this is an adapter, not a base model."
+
+
 class MatchError(LoraToolError):
     """Adapter and base do not fit each other."""
 

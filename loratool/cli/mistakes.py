@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 
-from loratool.errors import LoraToolError, UsageError, nearest
+from loratool.errors import NO_MODEL, BaseError, LoraToolError, UsageError, nearest
 from loratool.storage.destination import is_empty_folder
+from loratool.storage.filenames import ADAPTER_CONFIG
+from loratool.text import printable_message
 
 #: What options of other tools, and of memory, are here: an option of the command, or the name of
 #: one of its arguments; the first that it has.
@@ -105,6 +107,8 @@ def with_meaning(
     if command is not None:
         if isinstance(error, UsageError) and error.message.startswith("No output given"):
             error.hint = _output_meant(command, arguments) or error.hint
+        elif isinstance(error, BaseError) and error.message.endswith(f": {NO_MODEL}"):
+            error.hint = printable_message(_model_meant(error, command, arguments) or error.hint)
         elif hint := _weights_meant(command, arguments):
             error.hint = hint
         elif error.message.partition(": ")[2].startswith(("--alpha", "--scale")) and _has(
@@ -174,7 +178,7 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     if not _has(command, "output"):
         return ""
     given = _positional(command, arguments)
-    if given is None:
+    if given is None or _option(command, arguments, "output") is not None:
         return ""
     call = ["loratool", *arguments]
     required = sum(isinstance(p, click.Argument) and p.required for p in command.params)
@@ -185,14 +189,49 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     return f"The output is given by -o. If {given[-1]} is meant as that: {shlex.join(meant)}"
 
 
-def _positional(command: click.Command, arguments: Sequence[str]) -> list[str] | None:
-    """What stands in a call without an option before it; None where that cannot be told."""
+def _model_meant(error: BaseError, command: click.Command, arguments: Sequence[str]) -> str:
+    """What to give where a model is wanted and an adapter was given."""
+    given = _positional(command, arguments) or []
+    base = _option(command, arguments, "base")
+    named = Path(error.message.removesuffix(f": {NO_MODEL}"))
+    if base is not None and Path(base) == named:
+        return f"--base takes the model, and {base} is an adapter."
+    usage = _ended(_usage(click.Context(command, info_name=f"loratool {command.name}")))
+    if not given or Path(given[0]) != named or not _has(command, "adapters"):
+        return f"Give models: {usage}" if not _has(command, "adapters") else ""
+    model = next((path for path in given[1:] if not _is_adapter(path)), None)
+    if model is None:
+        return f"The model comes first: {usage}"
+    call = ["loratool", *arguments]
+    first, second = call.index(given[0]), len(call) - 1 - call[::-1].index(model)
+    call[first], call[second] = call[second], call[first]
+    return f"The model comes first. If {model} is meant as that: {shlex.join(call)}"
+
+
+def _is_adapter(path: str) -> bool:
+    return os.path.isfile(path) or os.path.exists(os.path.join(path, ADAPTER_CONFIG))
+
+
+def _option(command: click.Command, arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option in a call; None without one, and where that cannot be told."""
+    context = _read(command, arguments)
+    value = context.params.get(name) if context is not None else None
+    options = {p.name for p in command.params if isinstance(p, click.Option)}
+    return value if isinstance(value, str) and name in options else None
+
+
+def _read(command: click.Command, arguments: Sequence[str]) -> click.Context | None:
+    """A call as it is understood, whatever is missing or too much; None where it is not."""
     try:
-        # Resilient: what is missing, or too much, is no error here.
-        context = command.make_context(command.name, [*arguments[1:]], resilient_parsing=True)
+        return command.make_context(command.name, [*arguments[1:]], resilient_parsing=True)
     except click.ClickException:
         return None
-    if context.params.get("output") is not None:
+
+
+def _positional(command: click.Command, arguments: Sequence[str]) -> list[str] | None:
+    """What stands in a call without an option before it; None where that cannot be told."""
+    context = _read(command, arguments)
+    if context is None:
         return None
     found: list[str] = []
     for param in command.params:

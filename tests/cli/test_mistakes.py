@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -147,6 +148,38 @@ def test_alpha_as_the_strength_of_a_merge_leads_to_weight(tmp_path: Path) -> Non
     done = run_cli("merge", BASE, LORA, "-o", tmp_path / "x", "--alpha", "0.5")
     assert done.exit_code == 1
     assert done.stderr.endswith("How much of an adapter goes in is --weight.\n")
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        ("merge A B -o OUT", "If B is meant as that: loratool merge B A -o OUT"),
+        ("unmerge A B -o OUT", "If B is meant as that: loratool unmerge B A -o OUT"),
+        ("merge A A -o OUT", "The model comes first: loratool merge BASE ADAPTER... -o OUT."),
+        ("inspect A --base A", "--base takes the model, and A is an adapter."),
+        ("verify B A --base=A", "--base takes the model, and A is an adapter."),
+        ("extract B A --rank 2 -o OUT", "Give models: loratool extract BASE TUNED -o OUT."),
+        ("dequantise A -o OUT", "Give models: loratool dequantise BASE -o OUT."),
+    ],
+)
+def test_an_adapter_in_the_place_of_a_model_leads_to_the_right_call(
+    call: str, hint: str, tmp_path: Path
+) -> None:
+    """Each command says where the model goes; of two that are exchanged it gives the call."""
+    for short, path in (("A", LORA), ("B", BASE)):
+        call = re.sub(rf"\b{short}\b", path, call)
+        hint = re.sub(rf"\b{short}\b", path, hint)
+    done = run_cli(*call.split(), cwd=tmp_path)
+    assert done.exit_code == 1
+    error, said = done.stderr.splitlines()
+    assert error == f"error: {LORA}: this is an adapter, not a base model."
+    assert said.endswith(hint)
+
+
+def test_a_plain_model_needs_no_dequantising(tmp_path: Path) -> None:
+    """What to do with it stands in the hint, with its path."""
+    done = run_cli("dequantise", BASE, "-o", tmp_path / "x")
+    assert f"loratool merge {BASE} ADAPTER -o OUT" in done.stderr
 
 
 def test_arguments_in_an_error_are_shown_fit_for_a_terminal() -> None:

@@ -80,6 +80,15 @@ class FileError(LoraToolError):
     code = "bad-file"
 
 
+class SeveralMeantError(FileError):
+    """A path that could mean several things, called `given` by the user; `choice` is one of them,
+    to which the hint leads with the words of `lead`."""
+
+    def __init__(self, message: str, lead: str, given: object, choice: object) -> None:
+        super().__init__(message, f"{lead} {shown_argument(choice)}")
+        self.lead, self.given, self.choice = lead, str(given), str(choice)
+
+
 class TruncatedError(FileError):
     """A weights file that ends before its data does."""
 

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import click
 
-from loratool.errors import NO_MODEL, BaseError, LoraToolError, UsageError, nearest
+from loratool.errors import (
+    NO_MODEL,
+    BaseError,
+    LoraToolError,
+    SeveralMeantError,
+    UsageError,
+    nearest,
+)
 from loratool.storage.destination import is_empty_folder
 from loratool.storage.filenames import ADAPTER_CONFIG
 from loratool.text import printable_message
@@ -107,6 +114,8 @@ def with_meaning(
     if command is not None:
         if isinstance(error, UsageError) and error.message.startswith("No output given"):
             error.hint = _output_meant(command, arguments) or error.hint
+        elif isinstance(error, SeveralMeantError):
+            error.hint = printable_message(_with_choice(error, arguments) or error.hint)
         elif isinstance(error, BaseError) and error.message.endswith(f": {NO_MODEL}"):
             error.hint = printable_message(_model_meant(error, command, arguments) or error.hint)
         elif hint := _weights_meant(command, arguments):
@@ -187,6 +196,15 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     last = len(call) - 1 - call[::-1].index(given[-1])
     meant = [*call[:last], *call[last + 1 :], "-o", given[-1]]
     return f"The output is given by -o. If {given[-1]} is meant as that: {shlex.join(meant)}"
+
+
+def _with_choice(error: SeveralMeantError, arguments: Sequence[str]) -> str:
+    """The same call with one of the paths that could be meant; "" where it is not found in it."""
+    for index, word in enumerate(arguments):
+        if word and Path(word) == Path(error.given):
+            call = ["loratool", *arguments[:index], error.choice, *arguments[index + 1 :]]
+            return f"{error.lead} {shlex.join(call)}"
+    return ""
 
 
 def _model_meant(error: BaseError, command: click.Command, arguments: Sequence[str]) -> str:

@@ -134,4 +134,4 @@ def test_find_the_weights_of_a_directory(tmp_path: Path, adapter: Path) -> None:
     with pytest.raises(FileError) as error:
         loratool.inspect(tmp_path)
     assert "one.safetensors" in error.value.message
-    assert "two.safetensors" in error.value.hint
+    assert "one.safetensors" in error.value.hint

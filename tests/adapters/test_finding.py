@@ -182,8 +182,10 @@ def test_a_folder_of_the_cache_with_several_snapshots_asks(tmp_path: Path) -> No
     """Without a main all are named, and a folder without any says how to fetch it."""
     hint = _refused(_cached(tmp_path, "aaa", "bbb"), "2 snapshots", "\n  - aaa\n  - bbb")
     assert "snapshots/bbb" in hint
-    (tmp_path / "models--org--none" / "snapshots").mkdir(parents=True)
-    assert "hf download org/none" in _refused(tmp_path / "models--org--none", "without a snapshot")
+    for left in ("snapshots", "refs", "blobs"):  # whatever a download left behind
+        none = tmp_path / left / "models--org--none"
+        (none / left).mkdir(parents=True)
+        assert "hf download org/none" in _refused(none, "without a snapshot", "not finished")
 
 
 def test_a_base_may_be_a_folder_of_the_cache_too(tmp_path: Path) -> None:

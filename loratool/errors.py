@@ -7,6 +7,7 @@ hint that says what to do next. The command line prints both and exits with the 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,6 +29,12 @@ def shown(text: object) -> str:
         inside = name if "://" in name else f"hf://{name}"
         result = result.replace(f"{path}/", f"{inside}/").replace(path, name)
     return result
+
+
+def shown_argument(text: object) -> str:
+    """A path as a shell takes it, and no option: for commands in hints."""
+    word = str(text)
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 class LoraToolError(Exception):
@@ -73,6 +80,15 @@ class FileError(LoraToolError):
     code = "bad-file"
 
 
+class SeveralMeantError(FileError):
+    """A path that could mean several things, called `given` by the user; `choice` is one of them,
+    to which the hint leads with the words of `lead`."""
+
+    def __init__(self, message: str, lead: str, given: object, choice: object) -> None:
+        super().__init__(message, f"{lead} {shown_argument(choice)}")
+        self.lead, self.given, self.choice = lead, str(given), str(choice)
+
+
 class TruncatedError(FileError):
     """A weights file that ends before its data does."""
 
@@ -87,6 +103,10 @@ class BaseError(LoraToolError):
     """A base checkpoint that cannot be used as asked: quantised, incomplete, damaged."""
 
     code = "bad-base"
+
+
+#: What is said of an adapter in the place of a base.
+NO_MODEL = "this is an adapter, not a base model."
 
 
 class MatchError(LoraToolError):

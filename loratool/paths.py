@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loratool.errors import UsageError
+from loratool.errors import UsageError, nearest
 
 #: A part of a path that counts layers or experts; longer ones are names of another kind.
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
@@ -82,11 +82,30 @@ def selected(paths: Sequence[str], layers: str | None, include: Sequence[str]) -
     chosen = [path for path in paths if _is_chosen(path, wanted, include)]
     if paths and not chosen:
         asked = [f"layers {layers}"] * bool(layers) + [repr(glob) for glob in include]
+        idle = [glob for glob in include if not any(matches(path, [glob]) for path in paths)]
         raise UsageError(
             f"No module matches ({', '.join(asked)}).",
-            f"The paths look like {paths[0]}.",
+            path_hint(idle[0], paths) if idle else _look(paths),
         )
     return chosen
+
+
+def path_hint(glob: str, paths: Iterable[str]) -> str:
+    """What somebody may have meant by a glob that matches none of the paths, and how these look."""
+    known = list(paths)
+    parts = {part for path in known for part in path.split(".")}
+    meant = ".".join(
+        part if part in parts or set(part) & set("*?[") else nearest(part, sorted(parts)) or part
+        for part in glob.split(".")
+    )
+    fits = any(matches(path, [meant]) for path in known)
+    ends = {path.rpartition(".")[2] for path in known}
+    near = meant if fits else nearest(glob, sorted(ends))
+    return (f"Did you mean {near}? " if near else "") + _look(known)
+
+
+def _look(paths: Sequence[str]) -> str:
+    return f"The paths look like {next((p for p in paths if '.' in p), next(iter(paths), '…'))}."
 
 
 def _layer_set(layers: str | None) -> set[int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from loratool.adapters.dialects import claimed_by
 from loratool.adapters.dialects.dialect import Evidence
 from loratool.adapters.dialects.torchtune import is_original_of
 from loratool.adapters.recognise import EXTRACT, recognise
-from loratool.errors import FileError, LoraToolError, listed, shown
+from loratool.errors import FileError, LoraToolError, SeveralMeantError, listed, shown
 from loratool.notices import Notice
 from loratool.storage.filenames import (
     ADAPTER_CONFIG,
@@ -73,7 +72,7 @@ def find_entry(folder: Folder, source: str | Path) -> tuple[str, list[Notice]]:
     if not found and len(packed) == 1 and not folder.missing(packed):
         found = packed  # whoever reads it says what it is, and how to unpack it
     if len(found) > 1:
-        raise _several(path, found)
+        raise _several(path, source, found)
     if not found:
         raise _none(folder)
     inner = found[0].rpartition("/")[0]
@@ -160,11 +159,14 @@ def _may_be_adapter(folder: Folder, name: str) -> bool:
     return claim is not None or recognise(held.tensors, {}, held.top)[0] not in _NO_ADAPTERS
 
 
-def _several(path: Path, entries: Sequence[str]) -> FileError:
+def _several(path: Path, source: str | Path, entries: Sequence[str]) -> FileError:
     names = sorted((name.rpartition("/")[0] or name for name in entries), key=by_number)
-    return FileError(
+    in_a_row = len({re.sub(r"\d+", "#", name) for name in names}) == 1
+    return SeveralMeantError(
         f"{path}: {counted(len(names), 'adapter')} could be meant:\n{listed(names, shown=8)}",
-        f"Name one of them. The last: loratool inspect {shlex.quote(str(path / names[-1]))}",
+        "Name one of them. The last:" if in_a_row else "Name one of them, for instance:",
+        source,
+        path / names[-1 if in_a_row else 0],
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.factors import Factors
 from loratool.adapters.functions import Function
-from loratool.errors import MatchError, UsageError, nearest
-from loratool.paths import Choice, matches
+from loratool.errors import MatchError, UsageError
+from loratool.paths import Choice, matches, path_hint
 from loratool.storage.composed import Composed
 from loratool.storage.tensors import TensorInfo
 
@@ -52,11 +52,10 @@ def _refuse_idle(adapters: Sequence[Adapter], choice: Choice) -> None:
     for option, globs in choice.to_dict().items():
         for glob in globs:
             if not any(matches(name, [glob]) for names in parts.values() for name in names):
-                near = nearest(glob, sorted({part.rpartition(".")[2] for part in parts}))
                 raise UsageError(
                     f"--{option} {glob!r} matches no part of "
                     f"{'the adapter' if len(adapters) == 1 else 'any adapter'}.",
-                    (f"Did you mean {near}? " if near else "") + _look(parts),
+                    path_hint(glob, parts),
                 )
 
 

@@ -106,7 +106,7 @@ def read_lora(
     if not adapter.is_read:
         raise AdapterError(
             f"{adapter.weights}: this is {adapter.description}.",
-            way_out(adapter.format),
+            way_out(adapter.format, source),
         )
     adapter.fetch()
     return adapter

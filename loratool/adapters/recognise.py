@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
+from loratool.errors import shown_argument
 from loratool.storage.tensors import TensorInfo
 
 _TOKENS = "it puts trained tokens before the text"
@@ -42,7 +44,8 @@ _DIFFUSERS = re.compile(
 )
 _OPTIMIZER = r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer|max_exp_avg_sq)$"
 
-_INVERSION = {"emb_params", "clip_g", "clip_l", "string_to_param.*"}
+#: Tensors of trained words: of SDXL's in safetensors, of diffusers (<word>), of A1111's .pt.
+_INVERSION = re.compile(r"emb_params$|clip_[gl]$|<|string_to_(param|token)\.")
 
 #: What to do with a model that was tuned whole.
 EXTRACT = "`loratool extract BASE TUNED -o OUT` makes an adapter of a model that was tuned whole."
@@ -53,7 +56,7 @@ _PICTURES = (
 )
 _OTHERWISE = (
     "docs/dialects.md lists what is read, and --from DIALECT says which of them a file is; "
-    "`loratool inspect --tensors` lists its names."
+    "`loratool inspect {} --tensors` lists its names."
 )
 #: What to do with a file that is no adapter, by the code of what it is.
 _WAYS_OUT = {
@@ -158,7 +161,7 @@ _RULES: list[Rule] = [
     ("positional", "low-rank factors named by position only (as SAM-LoRA scripts save them)",
      _any(r"^w_[ab]_\d+$")),
     ("textual-inversion", "a textual inversion (trained embeddings of new words), not LoRA",
-     lambda names: all(n.startswith("<") or n in _INVERSION for n in names)),
+     lambda names: all(_INVERSION.match(name) for name in names)),
     ("base-checkpoint", "model weights, not an adapter",
      lambda names: sum(n.endswith((".weight", ".bias")) for n in names) > len(names) // 2),
 ]  # fmt: skip
@@ -189,8 +192,11 @@ def recognise(tensors: dict[str, TensorInfo], config: dict[str, Any], top: str) 
     return "unknown", "no adapter format that loratool knows"
 
 
-def way_out(code: str) -> str:
-    """What to do with a file that no dialect claims, by the code that `recognise` gives it."""
+def way_out(code: str, source: str | Path) -> str:
+    """What to do with a file that no dialect claims, by the code that `recognise` gives it.
+
+    `source` is what the user called it.
+    """
     if code.replace("-", "_").upper() in PEFT_TYPES:
         return _WITH_PEFT
-    return _WAYS_OUT.get(code, _OTHERWISE)
+    return _WAYS_OUT.get(code) or _OTHERWISE.format(shown_argument(source))

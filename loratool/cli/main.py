@@ -154,12 +154,12 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _in_words(error: BaseException, arguments: list[str]) -> LoraToolError:
-    name = next((a for a in arguments if a in cli.commands), "loratool")
+    name = next((a for a in arguments if a in cli.commands), None)
     if isinstance(error, LoraToolError):
-        return with_meaning(error, cli.commands.get(name), arguments)
+        return with_meaning(error, cli.commands.get(name or ""), arguments)
     if isinstance(error, click.ClickException):
-        return in_one_style(error, arguments)
-    return unexpected(error, name)
+        return in_one_style(error, arguments, name)
+    return unexpected(error, name or "loratool")
 
 
 def _stdout_refuses() -> OSError | None:

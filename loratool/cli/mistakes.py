@@ -10,8 +10,17 @@ from pathlib import Path
 
 import click
 
-from loratool.errors import LoraToolError, UsageError, nearest
+from loratool.errors import (
+    NO_MODEL,
+    BaseError,
+    LoraToolError,
+    SeveralMeantError,
+    UsageError,
+    nearest,
+)
 from loratool.storage.destination import is_empty_folder
+from loratool.storage.filenames import ADAPTER_CONFIG
+from loratool.text import printable_message
 
 #: What options of other tools, and of memory, are here: an option of the command, or the name of
 #: one of its arguments; the first that it has.
@@ -38,6 +47,22 @@ _MEANT: dict[tuple[str, ...], str] = {
 }  # fmt: skip
 _BY_NAME = {name: there for there, names in _MEANT.items() for name in names.split()}
 
+#: What other tools call a command.
+_COMMANDS_MEANT: dict[str, str] = {
+    "inspect": "cat describe details info show stat summary view",
+    "list": "dir find ls search",
+    "merge": "apply bake fuse join merge-and-unload",
+    "compare": "cmp diff similarity",
+    "convert": "export format transform",
+    "combine": "add average mix",
+    "resize": "prune reduce shrink truncate",
+    "extract": "svd subtract",
+    "unmerge": "undo unfuse",
+    "verify": "test validate",
+    "lint": "check compat doctor",
+    "push": "publish upload",
+}
+
 #: What is there in no command because there is nothing to choose, by command and option.
 _SETTLED = {
     ("extract", "alpha"): "The adapter gets alpha = rank, so that its scale is 1.",
@@ -49,16 +74,27 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _LISTED = re.compile(rf"{_NUMBER}(?:\s*,\s*{_NUMBER})+")
 
 
-def in_one_style(error: click.ClickException, arguments: Sequence[str]) -> UsageError:
-    """What click says of a call, as an error of ours."""
+def command_meant(name: str, commands: Sequence[str]) -> str | None:
+    """The command that somebody may have meant by a name that is none."""
+    plain = name.lower().replace("_", "-")
+    for there, names in _COMMANDS_MEANT.items():
+        if there in commands and plain in names.split():
+            return there
+    return nearest(plain, commands)
+
+
+def in_one_style(
+    error: click.ClickException, arguments: Sequence[str], command: str | None = None
+) -> UsageError:
+    """What click says of a call, of `command` where it is of one, as an error of ours."""
     context = getattr(error, "ctx", None)
+    said = _ended(re.sub(r"\s*\n\s*", " ", error.format_message()))
     if context is None:
-        return UsageError(error.format_message(), "See loratool --help.")
+        return UsageError(said, f"See {' '.join(filter(None, ['loratool', command]))} --help.")
     more = f"See {context.command_path} --help."
     if isinstance(error, click.NoSuchOption):
         hint = _option_meant(error.option_name, context)
         return UsageError(f"No such option {error.option_name}.", f"{hint} {more}".strip())
-    said = _ended(error.format_message())
     if isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter):
         hint = _weights_meant(context.command, arguments) or f"{_choice_meant(said)} {more}".strip()
         return UsageError(said, hint)
@@ -78,6 +114,10 @@ def with_meaning(
     if command is not None:
         if isinstance(error, UsageError) and error.message.startswith("No output given"):
             error.hint = _output_meant(command, arguments) or error.hint
+        elif isinstance(error, SeveralMeantError):
+            error.hint = printable_message(_with_choice(error, arguments) or error.hint)
+        elif isinstance(error, BaseError) and error.message.endswith(f": {NO_MODEL}"):
+            error.hint = printable_message(_model_meant(error, command, arguments) or error.hint)
         elif hint := _weights_meant(command, arguments):
             error.hint = hint
         elif error.message.partition(": ")[2].startswith(("--alpha", "--scale")) and _has(
@@ -121,7 +161,10 @@ def _option_meant(name: str, context: click.Context) -> str:
             return f"{shown} is given without an option: {_ended(_usage(context))}"
     if settled := _SETTLED.get((context.command.name or "", plain)):
         return settled
-    near = nearest(f"--{plain}", [o for o in known if o.startswith("--")])
+    if "--output" in (f"--{plain}", *_BY_NAME.get(plain, ())) and "--html" in known:
+        return "It only answers: --html FILE keeps that as a page, --json > FILE as data."
+    long = [o for o in known if o.startswith("--")]
+    near = nearest(f"--{plain}", long) if len(plain) > 1 else None  # one letter is like anything
     return _did_you_mean(near, known[near], context) if near else ""
 
 
@@ -144,7 +187,7 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     if not _has(command, "output"):
         return ""
     given = _positional(command, arguments)
-    if given is None:
+    if given is None or _option(command, arguments, "output") is not None:
         return ""
     call = ["loratool", *arguments]
     required = sum(isinstance(p, click.Argument) and p.required for p in command.params)
@@ -155,14 +198,58 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
     return f"The output is given by -o. If {given[-1]} is meant as that: {shlex.join(meant)}"
 
 
-def _positional(command: click.Command, arguments: Sequence[str]) -> list[str] | None:
-    """What stands in a call without an option before it; None where that cannot be told."""
+def _with_choice(error: SeveralMeantError, arguments: Sequence[str]) -> str:
+    """The same call with one of the paths that could be meant; "" where it is not found in it."""
+    for index, word in enumerate(arguments):
+        if word and Path(word) == Path(error.given):
+            call = ["loratool", *arguments[:index], error.choice, *arguments[index + 1 :]]
+            return f"{error.lead} {shlex.join(call)}"
+    return ""
+
+
+def _model_meant(error: BaseError, command: click.Command, arguments: Sequence[str]) -> str:
+    """What to give where a model is wanted and an adapter was given."""
+    given = _positional(command, arguments) or []
+    base = _option(command, arguments, "base")
+    named = Path(error.message.removesuffix(f": {NO_MODEL}"))
+    if base is not None and Path(base) == named:
+        return f"--base takes the model, and {base} is an adapter."
+    usage = _ended(_usage(click.Context(command, info_name=f"loratool {command.name}")))
+    if not given or Path(given[0]) != named or not _has(command, "adapters"):
+        return f"Give models: {usage}" if not _has(command, "adapters") else ""
+    model = next((path for path in given[1:] if not _is_adapter(path)), None)
+    if model is None:
+        return f"The model comes first: {usage}"
+    call = ["loratool", *arguments]
+    first, second = call.index(given[0]), len(call) - 1 - call[::-1].index(model)
+    call[first], call[second] = call[second], call[first]
+    return f"The model comes first. If {model} is meant as that: {shlex.join(call)}"
+
+
+def _is_adapter(path: str) -> bool:
+    return os.path.isfile(path) or os.path.exists(os.path.join(path, ADAPTER_CONFIG))
+
+
+def _option(command: click.Command, arguments: Sequence[str], name: str) -> str | None:
+    """The value of an option in a call; None without one, and where that cannot be told."""
+    context = _read(command, arguments)
+    value = context.params.get(name) if context is not None else None
+    options = {p.name for p in command.params if isinstance(p, click.Option)}
+    return value if isinstance(value, str) and name in options else None
+
+
+def _read(command: click.Command, arguments: Sequence[str]) -> click.Context | None:
+    """A call as it is understood, whatever is missing or too much; None where it is not."""
     try:
-        # Resilient: what is missing, or too much, is no error here.
-        context = command.make_context(command.name, [*arguments[1:]], resilient_parsing=True)
+        return command.make_context(command.name, [*arguments[1:]], resilient_parsing=True)
     except click.ClickException:
         return None
-    if context.params.get("output") is not None:
+
+
+def _positional(command: click.Command, arguments: Sequence[str]) -> list[str] | None:
+    """What stands in a call without an option before it; None where that cannot be told."""
+    context = _read(command, arguments)
+    if context is None:
         return None
     found: list[str] = []
     for param in command.params:

@@ -12,6 +12,7 @@ import click
 
 from loratool.adapters.weighting import Weight, parse_weight
 from loratool.cli.completing import offer_values
+from loratool.cli.mistakes import command_meant
 from loratool.errors import UsageError, nearest
 from loratool.storage.destination import plan_first
 from loratool.text import fitting
@@ -45,7 +46,7 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         unknown = args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-")
         if unknown and not ctx.resilient_parsing:  # a shell that completes wants no error
-            near = nearest(args[0], self.list_commands(ctx))
+            near = command_meant(args[0], self.list_commands(ctx))
             hint = f"Did you mean {near!r}? " if near else ""
             raise UsageError(f"No such command {args[0]!r}.", f"{hint}See loratool --help.")
         return super().resolve_command(ctx, args)
@@ -64,7 +65,9 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
                    "fp32": "float32", "f32": "float32"}  # fmt: skip
         name = aliases.get(str(value).lower(), str(value))
         if name not in self.choices:
-            near = nearest(name, self.choices)
+            # Of other bits there is another dtype: float8 is no misspelt float32.
+            bits = _digits(name)
+            near = nearest(name, [c for c in self.choices if not bits or _digits(c) == bits])
             self.fail(
                 f"{value!r} is not one of {', '.join(self.choices)}."
                 + (f" Did you mean {near}?" if near else ""),
@@ -72,6 +75,10 @@ class Dtype(click.ParamType):  # type: ignore[type-arg]
                 ctx,
             )
         return name
+
+
+def _digits(text: str) -> list[str]:
+    return sorted(filter(str.isdigit, text))
 
 
 class ClusterAddress(click.ParamType):  # type: ignore[type-arg]
@@ -99,8 +106,9 @@ class WeightText(click.ParamType):  # type: ignore[type-arg]
     ) -> Weight:
         try:
             return parse_weight(str(value))
-        except UsageError as error:
-            self.fail(f"{error.message} {error.hint}", param, ctx)
+        except UsageError as error:  # click names the option itself
+            said = error.message.removeprefix("--weight ")
+            self.fail(f"{said} {error.hint}", param, ctx)
 
 
 Decorator = Callable[[Any], Any]

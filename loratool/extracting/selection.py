@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loratool.errors import UsageError, nearest
+from loratool.errors import UsageError
 from loratool.extracting.kinds import Group
 from loratool.models.layouts.names import HEAD
-from loratool.paths import matches
+from loratool.paths import matches, path_hint
 
 #: Groups that are in the adapter only on request: vLLM refuses adapters that have them, llama.cpp
 #: drops norms without a word, and in most fine-tunes they hold next to nothing of the change.
@@ -54,9 +54,6 @@ class Selection:
         for option, globs in asked.items():
             for glob in globs:
                 if not any(matches(path, [glob]) for path in paths):
-                    near = nearest(glob, {path.rpartition(".")[2] for path in paths})
                     raise UsageError(
-                        f"--{option} {glob!r} matches no module.",
-                        (f"Did you mean {near}? " if near else "")
-                        + f"The paths look like {next((p for p in paths if '.' in p), '…')}.",
+                        f"--{option} {glob!r} matches no module.", path_hint(glob, paths)
                     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.dialects.multiplicative import could_multiply
 from loratool.adapters.experts import ExpertStack
 from loratool.adapters.factors import Factors
 from loratool.merging.match import Delta, Match, no_such, outside_of
@@ -84,6 +85,8 @@ def match(adapter: Adapter, layout: Layout) -> Match:
             found.unmatched.append((rows.rows.name, reason))
         else:
             found.rows.append((name, rows))
+    if found.unmatched and not stacks:
+        _perhaps_multiplicative(found, layout)
     return found
 
 
@@ -98,10 +101,7 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     if not layout.admits(name):
         found.unmatched.append((module.path, outside_of(name, layout)))
         return
-    flag = found.adapter.declared.transposes
-    place = layout.place(name, module.kind, flag, module.shape)
-    if matches(module.path, found.adapter.told.fan_in_fan_out):
-        place = replace(place, transposed=True)
+    place = _place(found, layout, name, module)
     reason = _misfit(module, target, place)
     if not reason and module.bias is not None and f"{base_path}.bias" not in layout.base.tensors:
         reason = "it trains a bias (lora_bias), but the base layer has none to add it to"
@@ -111,6 +111,15 @@ def _match_module(found: Match, layout: Layout, module: Factors) -> None:
     found.deltas.append(Delta(place, module))
     if module.bias is not None:
         found.biases.append((f"{base_path}.bias", module))
+
+
+def _place(found: Match, layout: Layout, name: str, module: Factors) -> Place:
+    """The place of a module in the tensor `name` of the base."""
+    flag = found.adapter.declared.transposes
+    place = layout.place(name, module.kind, flag, module.shape)
+    if matches(module.path, found.adapter.told.fan_in_fan_out):
+        place = replace(place, transposed=True)
+    return place
 
 
 def _match_parts(found: Match, layout: Layout, module: Factors, name: str) -> None:
@@ -242,9 +251,27 @@ def _perhaps(module: Factors, place: Place, stored: Sequence[int]) -> str:
     out, width = place.shape(stored)
     if module.shape == (width, out):
         return "; they fit the other way round: is it stored [in, out] (--fan-in-fan-out)?"
-    if module.shape == (out, out):
-        return "; A is as wide as the weight has rows, as in W + s·B·A·W (--kind multiplicative)"
     return ""
+
+
+def _perhaps_multiplicative(found: Match, layout: Layout) -> None:
+    """Say of what does not fit that it could be multiplicative, where all of the adapter could."""
+    shapes = {}
+    for path, module in found.adapter.modules.items():
+        name = found.naming(module.weight_name)
+        target = _target(found, layout, name)
+        if target is None or len(target.shape) != 2:
+            return
+        place = _place(found, layout, layout.name_of(name) or name, module)
+        shapes[path] = place.shape(target.shape)
+    if could_multiply(found.adapter, shapes):
+        found.unmatched = [
+            (what, reason + _MULTIPLICATIVE if what in shapes else reason)
+            for what, reason in found.unmatched
+        ]
+
+
+_MULTIPLICATIVE = "; A is as wide as the weight has rows, as in W + s·B·A·W (--kind multiplicative)"
 
 
 def _wrong_magnitude(module: Factors) -> str:

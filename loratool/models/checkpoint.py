@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import BaseError, FileError, listed, shown
+from loratool.errors import NO_MODEL, BaseError, FileError, listed, shown
 from loratool.models.config import check_model_config
 from loratool.models.layouts.native import NATIVE_TYPES, is_native, native_config
 from loratool.models.rivals import rival_notes
@@ -21,7 +21,7 @@ from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import entry_of, read_folder, read_one, refuse_part
 from loratool.words import counted
 
-_ORDER = "Models come first, adapters after them: BASE ADAPTER; see the examples in --help."
+_GIVE_MODEL = "Give the model that it is for: its folder, or its id on the Hub."
 
 #: What to do about a model in llama.cpp's format.
 CONVERT_GGUF = (
@@ -127,7 +127,7 @@ def checkpoint_at(place: Location, source: str | Path, partial: bool = False) ->
         weights = read_one(folder, place.file)
     elif folder.is_there():
         if entry_of(folder) is None and folder.has(ADAPTER_CONFIG):
-            raise BaseError(f"{folder.path}: this is an adapter, not a base model.", _ORDER)
+            raise BaseError(f"{folder.path}: {NO_MODEL}", _GIVE_MODEL)
         if entry_of(folder) is None:
             names = folder.names(depth=0)
             if not any(name.endswith(".safetensors") for name in names):
@@ -144,7 +144,7 @@ def checkpoint_at(place: Location, source: str | Path, partial: bool = False) ->
             f"{source}: a tensor is called __metadata__.", "Safetensors cannot hold it."
         )
     if any(".lora_A" in name or ".lora_embedding_A" in name for name in weights.tensors):
-        raise BaseError(f"{source}: this is an adapter, not a base model.", _ORDER)
+        raise BaseError(f"{source}: {NO_MODEL}", _GIVE_MODEL)
     config = config_in(folder, weights.tensors)
     weights.notes += [place.note] * bool(place.note)
     return Checkpoint(

@@ -26,7 +26,7 @@ def dequantise_sheet(report: DequantiseReport) -> Sheet:
         facts.add("left out", ", ".join(report.left_out))
     if report.dry_run:
         facts.add("to read", format_bytes(report.bytes_to_read))
-        facts.add("to write", room_text(report.bytes_needed, report.bytes_free))
+        facts.add("to write", room_text(report.bytes_needed, report.bytes_free, len(report.shards)))
         if report.range_loss is not None:
             facts.add("small values", small_values(report.range_loss))
         if report.pushed:

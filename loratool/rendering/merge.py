@@ -81,7 +81,7 @@ def _tensors(facts: Facts, report: MergeReport, verbose: bool) -> None:
 
 def _planned(facts: Facts, report: MergeReport) -> None:
     facts.add("to read", format_bytes(report.bytes_to_read))
-    facts.add("to write", room_text(report.bytes_needed, report.bytes_free))
+    facts.add("to write", room_text(report.bytes_needed, report.bytes_free, len(report.shards)))
     if report.range_loss is not None:
         facts.add("small values", small_values(report.range_loss))
     if report.reversible:

@@ -53,10 +53,11 @@ def written_text(nbytes: int, files: int, seconds: float) -> str:
     return f"{format_bytes(nbytes)} in {counted(files, 'file')}, {seconds:.1f} s{rate}"
 
 
-def room_text(needed: int, free: int) -> Words:
-    """Bytes to write, and whether there is room for them."""
+def room_text(needed: int, free: int, files: int) -> Words:
+    """Bytes to write, in how many files of weights, and whether there is room for them."""
     room = Toned("" if free > needed else " (not enough)", "bad")
-    return f"{format_bytes(needed)} of {format_bytes(free)} free", room
+    parts = counted(files, "file")
+    return f"{format_bytes(needed)} in {parts}, {format_bytes(free)} free", room
 
 
 def push_facts(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 
 from loratool.adapters.adapter import Adapter
+from loratool.errors import shown_argument
 from loratool.serving.sglang import SGLANG
 from loratool.serving.traits import UNTOLD, WITHOUT_BASE, Traits
 from loratool.serving.verdict import Cure, ServingProgram, Setting, Verdict
@@ -81,11 +81,6 @@ def _command(t: Traits, cure: Cure, target: str, setting: Setting, limit: int | 
 
 def _joined(*words: str) -> str:
     return " ".join(("loratool", *words))
-
-
-def shown_argument(text: str) -> str:
-    """A path as a shell takes it, and no option."""
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def base_argument(adapter: Adapter, setting: Setting) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 from loratool.errors import OutputError, listed
 from loratool.storage.filenames import PROVENANCE, is_of_a_model
 from loratool.storage.folder import Folder
-from loratool.words import format_bytes
+from loratool.words import enumerated, format_bytes
 
 #: Whether an output that exists is replaced: not; if nothing but a model would go; with all that
 #: is in it.
@@ -78,18 +78,40 @@ def check_output(output: Path, inputs: Iterable[Path], overwrite: Overwrite) -> 
     if is_empty_folder(output):
         return _refuse_fixed(output, place)
     if not overwrite:
-        error = OutputError(f"{output} exists.", "Choose another name, or replace it: --overwrite.")
-        return refuse(error)
-    if not output.is_dir() or output.is_symlink():
-        return refuse(OutputError(f"{output} is not a directory.", "Choose another name."))
-    weights = [p for p in output.iterdir() if p.suffix in (".safetensors", ".bin", ".json")]
-    if not (output / PROVENANCE).exists() and not {".json"} < {p.suffix for p in weights}:
-        error = OutputError(
-            f"{output} does not look like a model or an adapter, so it is not overwritten.",
-            "Remove it yourself, or choose another name.",
-        )
-        return refuse(error)
+        return refuse(_not_replaceable(output) or _replaceable(output))
+    if (never := _not_replaceable(output)) is not None:
+        return refuse(never)
     return _refuse_fixed(output, place)
+
+
+def _not_replaceable(output: Path) -> OutputError | None:
+    """The error for what exists and is replaced in no case."""
+    if not output.is_dir() or output.is_symlink():
+        return OutputError(f"{output} exists, and is not a directory.", "Choose another name.")
+    weights = [p for p in output.iterdir() if p.suffix in (".safetensors", ".bin", ".json")]
+    if (output / PROVENANCE).exists() or {".json"} < {p.suffix for p in weights}:
+        return None
+    return OutputError(
+        f"{output} exists and does not look like a model or an adapter, so it is not overwritten.",
+        "Choose another name, or remove it yourself.",
+    )
+
+
+def _replaceable(output: Path) -> OutputError:
+    """The error for an output of an earlier run, with the option that replaces it."""
+    company = _company(output, ())
+    hint = "Choose another name, or replace it: --overwrite."
+    if company:
+        hint = (
+            "Choose another name, or replace it with all that is in it: --overwrite-all "
+            f"(it also holds {enumerated(company, 3)}, which would be lost)."
+        )
+    return OutputError(f"{output} exists.", hint)
+
+
+def _company(output: Path, coming: Collection[str]) -> list[str]:
+    """What a folder holds beside the usual files of models and adapters, and those `coming`."""
+    return [n for n in Folder(output).names() if n not in coming and not is_of_a_model(n)]
 
 
 def is_empty_folder(path: Path) -> bool:
@@ -146,8 +168,7 @@ def refuse_company(output: Path, coming: Collection[str], overwrite: Overwrite) 
     """
     if overwrite is not True or not output.is_dir():
         return
-    company = [n for n in Folder(output).names() if n not in coming and not is_of_a_model(n)]
-    if company:
+    if company := _company(output, coming):
         error = OutputError(
             f"{output} holds what is no part of a model or an adapter, and would be lost:\n"
             + listed(company),

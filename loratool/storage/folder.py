@@ -64,9 +64,12 @@ def snapshot_of(path: Path) -> tuple[Path, str]:
     """
     named = path.absolute()
     repository = named.parent if named.name == "snapshots" else named
-    if not repository.name.startswith("models--") or not (repository / "snapshots").is_dir():
+    of_cache = any((repository / inner).is_dir() for inner in ("snapshots", "refs", "blobs"))
+    if not repository.name.startswith("models--") or not of_cache:
         return path, ""
-    there = {p.name: p for p in (repository / "snapshots").iterdir() if p.is_dir()}
+    snapshots = repository / "snapshots"
+    inside = snapshots.iterdir() if snapshots.is_dir() else ()
+    there = {p.name: p for p in inside if p.is_dir()}
     main = ""
     with suppress(OSError, UnicodeError):
         main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
@@ -79,7 +82,8 @@ def snapshot_of(path: Path) -> tuple[Path, str]:
         repo = repository.name.removeprefix("models--").replace("--", "/")
         if not there:
             raise FileError(
-                f"{path}: a folder of the download cache without a snapshot.",
+                f"{path}: a folder of the download cache without a snapshot: the download was not "
+                "finished, or its files were removed.",
                 f"Fetch it: hf download {repo}, or give {repo} itself.",
             )
         raise FileError(

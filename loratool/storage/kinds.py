@@ -12,9 +12,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool.errors import FileError
-from loratool.storage.filenames import GGUF_SUFFIX, NPZ_SUFFIX, TORCH_SUFFIXES
-from loratool.text import printable
+from loratool.errors import FileError, shown_argument
+from loratool.storage.filenames import GGUF_SUFFIX, NPZ_SUFFIX, TORCH_SUFFIXES, is_of_a_model
 
 #: As many bytes of a file as are looked at; a tar archive says what it is in the last of them.
 LOOKED_AT = 512
@@ -34,7 +33,8 @@ CONTAINERS = {
 
 
 class _Kind(NamedTuple):
-    """Files that begin with `magic`: what they are, and what to do."""
+    """Files that begin with `magic`: what they are, and what to do. In a hint FILE is the path,
+    DIR the folder and OUT the file that it is unpacked to."""
 
     magic: bytes
     words: str
@@ -45,8 +45,14 @@ _AGAIN = (
     "Fetch it again: hf download ORG/NAME --local-dir DIR (after hf auth login where one is "
     "needed), or give ORG/NAME itself."
 )
-_UNPACK = "Unpack it, and give the folder or the file that comes out"
+_UNPACK = "Unpack it"
+_GIVE_DIR = ", and give DIR."
+_GIVE_OUT = ", and give OUT."
 _NO_WEIGHTS = "Check which file you mean; the weights of an adapter are adapter_model.safetensors."
+_NOT_AS_NAMED = (
+    "A file of this name holds weights, so its download or its copy went wrong: what was saved may "
+    f"be the message of an error. {_AGAIN}"
+)
 _SAVE_AGAIN = (
     "Read it with the program that wrote it, and save the tensors by name with safetensors "
     "(save_file of safetensors.numpy)."
@@ -57,12 +63,15 @@ _OLD_LLAMA = (
 )
 
 _KINDS = [
-    _Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive, not weights", f"{_UNPACK}: 7z x FILE."),
-    _Kind(b"Rar!\x1a\x07", "a RAR archive, not weights", f"{_UNPACK}: unrar x FILE."),
-    _Kind(b"\x28\xb5\x2f\xfd", "packed with zstd, not weights", f"{_UNPACK}: unzstd FILE."),
+    _Kind(b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive, not weights",
+          f"{_UNPACK}: 7z x FILE -oDIR{_GIVE_DIR}"),
+    _Kind(b"Rar!\x1a\x07", "a RAR archive, not weights",
+          f"{_UNPACK}: unrar x FILE DIR/{_GIVE_DIR}"),
+    _Kind(b"\x28\xb5\x2f\xfd", "packed with zstd, not weights",
+          f"{_UNPACK}: zstd -dc FILE > OUT{_GIVE_OUT}"),
     _Kind(b"\xfd7zXZ\x00", "packed with xz, not weights",
-          f"{_UNPACK}: tar xJf FILE, or unxz FILE."),
-    _Kind(b"BZh", "packed with bzip2, not weights", f"{_UNPACK}: tar xjf FILE, or bunzip2 FILE."),
+          f"{_UNPACK}: xz -dc FILE > OUT{_GIVE_OUT}"),
+    _Kind(b"BZh", "packed with bzip2, not weights", f"{_UNPACK}: bzip2 -dc FILE > OUT{_GIVE_OUT}"),
     _Kind(b"PK\x05\x06", "an empty zip archive", "Check which file you mean."),
     _Kind(b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, or TensorFlow), which is not read",
           "Read it with h5py, and save the tensors by name with safetensors (save_file of "
@@ -77,6 +86,10 @@ _KINDS = [
     _Kind(b"\xff\xd8\xff", "a picture (JPEG), not weights", _NO_WEIGHTS),
     _Kind(b"%PDF", "a PDF document, not weights", _NO_WEIGHTS),
 ]  # fmt: skip
+
+#: What files are called that are tar archives under what packs them.
+_TAR_NAME = re.compile(r"\.(tar\.\w+|t[gx]z|tbz2?|tzst)$", re.IGNORECASE)
+_UNTAR = f"{_UNPACK}: mkdir -p DIR && tar xf FILE -C DIR{_GIVE_DIR}"
 
 _WEB = re.compile(rb"<(!doctype|html|head|body|!--)", re.IGNORECASE)
 _BLANKS = b"\xef\xbb\xbf \r\n\t"
@@ -117,11 +130,11 @@ def refuse_known_impostors(path: Path, start: bytes, size: int) -> None:
     refuse_failed_download(path, start, size, "the weights themselves")
     for kind in _KINDS:
         if start.startswith(kind.magic):
-            raise FileError(f"{path}: {kind.words}.", kind.hint.replace("FILE", path.name))
+            raise FileError(f"{path}: {kind.words}.", _hint(kind.hint, path))
     if start.startswith(b"\x1f\x8b"):
         raise _packed_with_gzip(path, start)
     if _is_tar(start):
-        raise FileError(f"{path}: a tar archive, not weights.", f"{_UNPACK}: tar xf {path.name}.")
+        raise FileError(f"{path}: a tar archive, not weights.", _hint(_UNTAR, path))
     if size > 8 and not start.strip(b"\0"):
         raise FileError(
             f"{path}: nothing but zeros where it should begin: space was made for it, and the "
@@ -161,16 +174,32 @@ def _packed_with_gzip(path: Path, start: bytes) -> FileError:
         inside = zlib.decompressobj(31).decompress(start, LOOKED_AT)
     except zlib.error:
         inside = b""
-    name = path.name
-    if _is_tar(inside) or name.endswith((".tar.gz", ".tgz")):
+    if _is_tar(inside) or _TAR_NAME.search(path.name):
         return FileError(
-            f"{path}: a tar archive packed with gzip, not weights.", f"{_UNPACK}: tar xzf {name}."
+            f"{path}: a tar archive packed with gzip, not weights.", _hint(_UNTAR, path)
         )
-    plain = name.removesuffix(".gz")
     return FileError(
         f"{path}: packed with gzip, not weights.",
-        f"{_UNPACK}: gzip -dc {name} > {plain if plain != name else f'unpacked-{name}'}.",
+        _hint(f"{_UNPACK}: gzip -dc FILE > OUT{_GIVE_OUT}", path),
     )
+
+
+def unpacked_to(path: Path) -> Path:
+    """Where an archive, or a packed file, is unpacked to: beside it, by its name."""
+    plain = re.sub(r"(\.tar)?\.\w+$", "", path.name)
+    return path.with_name(plain if plain not in ("", path.name) else f"{path.name}-unpacked")
+
+
+def _hint(hint: str, path: Path) -> str:
+    """A hint of `_Kind` for a file."""
+    if hint is _NO_WEIGHTS and is_of_a_model(path.name):
+        return _NOT_AS_NAMED
+    if hint.endswith(_GIVE_OUT) and _TAR_NAME.search(path.name):
+        hint = _UNTAR
+    packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
+    out = path.with_suffix("") if packed else path.with_name(f"unpacked-{path.name}")
+    words = {"FILE": path, "DIR": unpacked_to(path), "OUT": out}
+    return re.sub("FILE|DIR|OUT", lambda found: shown_argument(words[found[0]]), hint)
 
 
 def _is_tar(start: bytes) -> bool:
@@ -191,10 +220,10 @@ def _is_text(start: bytes) -> bool:
 def _text_instead(path: Path, text: bytes) -> FileError:
     """The error for a text, by what it is about."""
     wanted = CONTAINERS[container_by_name(path.name)]
-    first = printable(text[:60].decode("utf-8", "ignore").strip())
-    what, hint = f"a text, not {wanted}; it begins with {first!r}", _NO_WEIGHTS
+    first = text[:60].decode("utf-8", "ignore").strip()
+    what, hint = f"a text, not {wanted}; it begins with {first!r}", _hint(_NO_WEIGHTS, path)
     if text.startswith((b"{", b"[")):
-        what, hint = f"a JSON text, not {wanted}; it begins with {first!r}", _NO_WEIGHTS
+        what = f"a JSON text, not {wanted}; it begins with {first!r}"
         if b'"weight_map"' in text:
             what = f"the index of a model in shards (JSON), not {wanted}"
             hint = f"Give its folder, with all shards in it: {path.parent}."

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from loratool.errors import FileError
+from loratool.errors import FileError, shown_argument
 from loratool.storage.archive import Archive
 from loratool.storage.bounded import LONGEST_LIST, Cursor, Malformed
 from loratool.storage.filenames import WEIGHTS_SUFFIXES
-from loratool.storage.kinds import LOOKED_AT, ZIP, refuse_known_impostors
+from loratool.storage.kinds import LOOKED_AT, ZIP, refuse_known_impostors, unpacked_to
 from loratool.storage.pickles import Ordered, Refused, load
 from loratool.storage.stamps import Stamp
 from loratool.storage.statedict import Descriptions, Storage, Tensor, named_tensors
@@ -168,18 +168,19 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> _Contents:
 def _other_archive(path: Path, names: list[str]) -> FileError:
     """The error for a zip archive that is no torch file, by what is in it."""
     inside = [name for name in names if Path(name).suffix in WEIGHTS_SUFFIXES]
-    out = path.stem if path.suffix else f"{path.name}-unpacked"
-    unpack = f"Unpack it: unzip {path.name} -d {out}"
+    out = unpacked_to(path)
+    unpack = f"Unpack it: unzip {shown_argument(path)} -d {shown_argument(out)}"
     if not inside:
         held = f" It holds {', '.join(names[:5])}." if names else ""
         return FileError(
-            f"{path}: a zip archive, but not a torch file.{held}", f"{unpack}, and give what it is."
+            f"{path}: a zip archive, but not a torch file.{held}",
+            f"{unpack}, and give what comes out.",
         )
     folders = {str(Path(name).parent) for name in inside}
-    where = str(Path(out, *Path(inside[0]).parts[:-1])) if len(folders) == 1 else out
+    where = out.joinpath(*Path(inside[0]).parts[:-1]) if len(folders) == 1 else out
     return FileError(
         f"{path}: a zip archive with weights in it ({inside[0]}), not a torch file.",
-        f"{unpack}, and give the folder {where}.",
+        f"{unpack}, and give the folder {shown_argument(where)}.",
     )
 
 

@@ -66,9 +66,10 @@ def parse_share(text: str | WorkShare | None) -> WorkShare | None:
         return text
     found = re.fullmatch(r"\s*(\d{1,6})\s*/\s*(\d{1,6})\s*", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        hint = "Workers of 8 are --worker 1/8 to --worker 8/8."
+        count = found[2] if found and int(found[2]) else "8"
+        hint = f"I goes from 1 to N: workers of {count} are --worker 1/{count} to {count}/{count}."
         if found is not None and found[1] == "0":
-            hint += " Where tasks are numbered from 0, add 1: $((N + 1))/8."
+            hint += f" Where tasks are numbered from 0, add 1: $((N + 1))/{count}."
         raise UsageError(f"There is no worker {text!r}.", hint)
     return WorkShare(int(found[1]), int(found[2]))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.answers import Answer
-from loratool.errors import BaseError, explained_os_errors
+from loratool.errors import BaseError, explained_os_errors, shown_argument
 from loratool.merging.options import MergeOptions
 from loratool.merging.planning import build_plan
 from loratool.merging.range_loss import RangeLoss
@@ -136,7 +136,8 @@ def dequantise(
     if not isinstance(model, Dequantised):
         raise BaseError(
             f"{model.label} is not quantised: all its weights are plain.",
-            "There is nothing to do; `loratool inspect` shows adapters, not models.",
+            "There is nothing to do: give it as it is wherever a model is wanted, for instance "
+            f"loratool merge {shown_argument(base)} ADAPTER -o OUT.",
         )
     check_output(
         target, [path.resolve() for path in model.files], overwrite or run.share is not None

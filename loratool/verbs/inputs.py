@@ -20,6 +20,8 @@ from loratool.words import counted
 
 Source = str | Path
 
+#: A size of shards without a unit that nobody means.
+_SMALLEST = 1_000_000
 #: A size that is as good as any larger one.
 _MOST = 1e30
 
@@ -97,9 +99,16 @@ def parse_bytes(size: int | str) -> int:
 
 def shard_size(size: int | str | None) -> int | None:
     """The bytes of the largest shard that is asked for. Raises UsageError for none at all."""
-    found = None if size is None else parse_bytes(size)
+    if size is None:
+        return None
+    found = parse_bytes(size)
     if found == 0:
         raise UsageError("Shards of 0 bytes hold nothing.", "Write 5GB, 500MB or the like.")
+    if isinstance(size, str) and size.strip().replace(".", "").isdigit() and found < _SMALLEST:
+        raise UsageError(
+            f"Shards of {counted(found, 'byte')}: a unit is missing.",
+            f"Write 5GB, 500MB or the like; {size}B where bytes are meant.",
+        )
     return found
 
 

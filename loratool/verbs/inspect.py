@@ -175,7 +175,7 @@ def inspect(
     chosen = [adapter.modules[path] for path in paths]
     notices = [*adapter.notices, *note_scales(adapter)]
     if not adapter.is_read:
-        notices.append(Notice("not-an-adapter", way_out(adapter.format), adapter.label))
+        notices.append(Notice("not-an-adapter", way_out(adapter.format, source), adapter.label))
     modules = [described_module(path, adapter.modules[path]) for path in paths]
     found: dict[str, DeltaNorms] = {}
     broken: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapters import codes, lora, write_adapter
+from helpers.cli import run_cli
 from helpers.files import small_lora, small_state, write_base
 from helpers.outcomes import assert_clear
+from helpers.places import FIXTURES
 from safetensors.numpy import save_file
 
 import loratool
@@ -48,9 +51,21 @@ def test_of_several_checkpoints_the_error_names_all_by_number(tmp_path: Path) ->
     save_file(MODEL, tmp_path / "model.safetensors")
     listed = "\n  - checkpoint-30\n  - checkpoint-200\n  - checkpoint-1000"
     hint = _refused(tmp_path, f"3 adapters could be meant:{listed}")
-    assert hint.endswith(f"loratool inspect {tmp_path / 'checkpoint-1000'}")
+    assert hint.endswith(f"The last: {tmp_path / 'checkpoint-1000'}")
     report = loratool.inspect(hint.rpartition(" ")[2])
     assert codes(report) == []
+    call = ["merge", str(FIXTURES / "base"), str(tmp_path), "-o", "out", "--weight", "0.5"]
+    said = run_cli(*call).stderr.splitlines()[-1]
+    call[2] = str(tmp_path / "checkpoint-1000")
+    assert said == f"hint: Name one of them. The last: {shlex.join(['loratool', *call])}"
+
+
+def test_of_adapters_without_an_order_none_is_the_last(tmp_path: Path) -> None:
+    """Where they are no numbered checkpoints the hint does not call one of them the last."""
+    for name in ("task", "style"):
+        lora(tmp_path / name)
+    hint = _refused(tmp_path, "2 adapters could be meant:")
+    assert hint == f"Name one of them, for instance: {tmp_path / 'style'}"
 
 
 def test_files_that_are_no_adapters_are_no_candidates(tmp_path: Path) -> None:
@@ -117,7 +132,9 @@ def test_a_folder_with_an_archive_alone_says_how_to_unpack_it(tmp_path: Path) ->
     with zipfile.ZipFile(tmp_path / "got" / "lora.zip", "w") as archive:
         for file in made.iterdir():
             archive.write(file, file.name)
-    assert "unzip lora.zip -d lora" in _refused(tmp_path / "got", "a zip archive with weights in")
+    got = tmp_path / "got"
+    hint = _refused(got, "a zip archive with weights in")
+    assert f"unzip {got}/lora.zip -d {got}/lora" in hint
 
 
 @pytest.mark.parametrize(
@@ -165,8 +182,10 @@ def test_a_folder_of_the_cache_with_several_snapshots_asks(tmp_path: Path) -> No
     """Without a main all are named, and a folder without any says how to fetch it."""
     hint = _refused(_cached(tmp_path, "aaa", "bbb"), "2 snapshots", "\n  - aaa\n  - bbb")
     assert "snapshots/bbb" in hint
-    (tmp_path / "models--org--none" / "snapshots").mkdir(parents=True)
-    assert "hf download org/none" in _refused(tmp_path / "models--org--none", "without a snapshot")
+    for left in ("snapshots", "refs", "blobs"):  # whatever a download left behind
+        none = tmp_path / left / "models--org--none"
+        (none / left).mkdir(parents=True)
+        assert "hf download org/none" in _refused(none, "without a snapshot", "not finished")
 
 
 def test_a_base_may_be_a_folder_of_the_cache_too(tmp_path: Path) -> None:

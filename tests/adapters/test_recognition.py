@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.adapters import write_adapter
 from helpers.inspecting import LINEAR
 from helpers.places import FIXTURES
@@ -13,7 +14,7 @@ from safetensors.numpy import save_file
 
 import loratool
 from loratool.adapters.recognise import way_out
-from loratool.errors import FileError
+from loratool.errors import AdapterError, FileError
 
 OTHERS: dict[str, tuple[list[str], str]] = {
     "kohya": (["lora_unet_down_0.lora_down.weight", "lora_unet_down_0.lora_up.weight",
@@ -84,7 +85,27 @@ def test_other_files_are_called_by_their_name(name: str, tmp_path: Path) -> None
 )  # fmt: skip
 def test_each_kind_has_a_way_out(code: str, words: str) -> None:
     """What is no adapter leads on: to its program, to the adapter beside it, to extract."""
-    assert words in way_out(code)
+    assert words in way_out(code, "lora.pt")
+
+
+def test_a_hint_to_look_at_the_names_can_be_pasted(tmp_path: Path) -> None:
+    """Of a file that nobody knows the hint has the command with its path."""
+    file = tmp_path / "my file.safetensors"
+    save_file({"alpha": np.ones(2), "beta": np.ones(2)}, file)
+    with pytest.raises(AdapterError) as caught:
+        loratool.merge(FIXTURES / "base", file, tmp_path / "out")
+    assert f"`loratool inspect '{file}' --tensors`" in caught.value.hint
+
+
+@pytest.mark.parametrize("word", ["*", "cat"])
+def test_a_textual_inversion_of_a1111_is_named(word: str, tmp_path: Path) -> None:
+    """Its .pt holds tables of the words and of their embeddings."""
+    torch.save(
+        {"string_to_token": {word: torch.tensor(265)}, "step": 500, "name": "cat",
+         "string_to_param": {word: torch.ones(2, 768)}},
+        tmp_path / "ti.pt",
+    )  # fmt: skip
+    assert loratool.inspect(tmp_path / "ti.pt").format == "textual-inversion"
 
 
 @pytest.mark.parametrize(
@@ -113,4 +134,4 @@ def test_find_the_weights_of_a_directory(tmp_path: Path, adapter: Path) -> None:
     with pytest.raises(FileError) as error:
         loratool.inspect(tmp_path)
     assert "one.safetensors" in error.value.message
-    assert "two.safetensors" in error.value.hint
+    assert "one.safetensors" in error.value.hint

@@ -21,7 +21,7 @@ from helpers.places import FIXTURES
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "1", "--weight", "2"], 2,
          "2 weights were given for 1 adapter"),
         (["merge", "{base}", "{adapter}", "-o", "{out}", "--weight", "nan"], 2, "finite"),
-        (["merge", "{adapter}", "{base}", "-o", "{out}"], 1, "Models come first"),
+        (["merge", "{adapter}", "{base}", "-o", "{out}"], 1, "The model comes first"),
         (["merge", "{base}", "{base}/config.json", "-o", "{out}"], 1, "not a safetensors file"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/out"], 1, "is in the input"),
         (["inspect", "{adapter}x"], 1, "Did you mean"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def hint_of(done: Result) -> str:
         ("inspect A --kind addtive", "Did you mean additive?"),
         ("merg B A -o x", "Did you mean 'merge'?"),
         ("--versoin", "Did you mean --version?"),
+        ("info A", "Did you mean 'inspect'?"),
+        ("svd B B", "Did you mean 'extract'?"),
+        ("merge B A --weight", "See loratool merge --help."),
+        ("inspect A -o x", "It only answers: --html FILE keeps that as a page"),
+        ("verify B A --base B --output x", "--json > FILE as data"),
+        ("merge B A -o x --worker 3/2",
+         "I goes from 1 to N: workers of 2 are --worker 1/2 to 2/2."),
+        ("merge B A -o x --worker 0/2", "add 1: $((N + 1))/2."),
+        ("merge B A -o x --include self_atn.*",
+         "Did you mean self_attn.*? The paths look like model.layers.0."),
+        ("merge B A -o x --exclude q_prj", "Did you mean q_proj?"),
+        ("inspect A --include self_atn.q_prj", "Did you mean self_attn.q_proj?"),
         ("", "See loratool --help."),
     ],
 )  # fmt: skip
@@ -66,6 +79,23 @@ def test_a_wrong_call_is_told_what_was_meant(call: str, hint: str) -> None:
     as_json = json.loads(run_cli(*words, "--json").stderr)
     assert as_json["error"] == "usage"
     assert hint in as_json["hint"]
+
+
+@pytest.mark.parametrize("dtype", ["float8", "float64", "int4"])
+def test_another_dtype_is_no_misspelt_one(dtype: str) -> None:
+    """Of other bits none is suggested; those that there are stand in the error."""
+    done = run_cli("merge", BASE, LORA, "-o", "x", "--dtype", dtype)
+    assert hint_of(done) == "See loratool merge --help."
+    assert "float16, bfloat16, float32, base" in done.stderr
+
+
+def test_an_error_of_a_call_is_one_line() -> None:
+    """Choices that click lists one a line stand in one, without escapes."""
+    done = run_cli("completion")
+    hint_of(done)
+    assert "\\n" not in done.stderr
+    assert "\\t" not in done.stderr
+    assert "Choose from: bash, zsh, fish." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -108,8 +138,9 @@ def test_a_missing_output_is_asked_for() -> None:
 )
 def test_weights_are_given_one_by_one(given: list[str], meant: str, tmp_path: Path) -> None:
     """A list of weights, by commas or by spaces, leads to one --weight for each."""
-    hint = hint_of(run_cli("merge", BASE, LORA, LORA, "-o", tmp_path / "x", *given))
-    assert hint == f"Give --weight once per adapter, in their order: {meant}."
+    done = run_cli("merge", BASE, LORA, LORA, "-o", tmp_path / "x", *given)
+    assert hint_of(done) == f"Give --weight once per adapter, in their order: {meant}."
+    assert done.stderr.splitlines()[0].count("--weight") <= 1
 
 
 def test_alpha_as_the_strength_of_a_merge_leads_to_weight(tmp_path: Path) -> None:
@@ -117,6 +148,38 @@ def test_alpha_as_the_strength_of_a_merge_leads_to_weight(tmp_path: Path) -> Non
     done = run_cli("merge", BASE, LORA, "-o", tmp_path / "x", "--alpha", "0.5")
     assert done.exit_code == 1
     assert done.stderr.endswith("How much of an adapter goes in is --weight.\n")
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [
+        ("merge A B -o OUT", "If B is meant as that: loratool merge B A -o OUT"),
+        ("unmerge A B -o OUT", "If B is meant as that: loratool unmerge B A -o OUT"),
+        ("merge A A -o OUT", "The model comes first: loratool merge BASE ADAPTER... -o OUT."),
+        ("inspect A --base A", "--base takes the model, and A is an adapter."),
+        ("verify B A --base=A", "--base takes the model, and A is an adapter."),
+        ("extract B A --rank 2 -o OUT", "Give models: loratool extract BASE TUNED -o OUT."),
+        ("dequantise A -o OUT", "Give models: loratool dequantise BASE -o OUT."),
+    ],
+)
+def test_an_adapter_in_the_place_of_a_model_leads_to_the_right_call(
+    call: str, hint: str, tmp_path: Path
+) -> None:
+    """Each command says where the model goes; of two that are exchanged it gives the call."""
+    for short, path in (("A", LORA), ("B", BASE)):
+        call = re.sub(rf"\b{short}\b", path, call)
+        hint = re.sub(rf"\b{short}\b", path, hint)
+    done = run_cli(*call.split(), cwd=tmp_path)
+    assert done.exit_code == 1
+    error, said = done.stderr.splitlines()
+    assert error == f"error: {LORA}: this is an adapter, not a base model."
+    assert said.endswith(hint)
+
+
+def test_a_plain_model_needs_no_dequantising(tmp_path: Path) -> None:
+    """What to do with it stands in the hint, with its path."""
+    done = run_cli("dequantise", BASE, "-o", tmp_path / "x")
+    assert f"loratool merge {BASE} ADAPTER -o OUT" in done.stderr
 
 
 def test_arguments_in_an_error_are_shown_fit_for_a_terminal() -> None:

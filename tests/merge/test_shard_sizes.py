@@ -162,9 +162,22 @@ def test_a_size_that_is_none_is_refused(size: str, said: str, tmp_path: Path) ->
     refused(UsageError, BASE, ADAPTER, tmp_path / "out", said, max_shard_size=size)
 
 
+@pytest.mark.parametrize("size", ["5", "50000"])
+def test_a_size_without_its_unit_is_refused(size: str, tmp_path: Path) -> None:
+    """Nobody means a file for each tensor by 5; with a unit, or as a number, it is taken."""
+    error = refused(UsageError, BASE, ADAPTER, tmp_path / "out", "unit", max_shard_size=size)
+    assert "5GB" in error.hint
+    assert f"{size}B" in error.hint
+    for meant in ("50000B", 50000):
+        assert loratool.merge(BASE, ADAPTER, tmp_path / "o", max_shard_size=meant, dry_run=True)
+
+
 def test_the_command_takes_sizes_as_people_write_them(tmp_path: Path) -> None:
     """20kB, and a dry run that counts the files."""
     options = ["-o", str(tmp_path / "out"), "--max-shard-size", "20kB", "--json"]
     done = run_cli("merge", str(BASE), str(ADAPTER), *options, "--dry-run")
     assert done.exit_code == 0, done.stderr
-    assert len(json.loads(done.stdout)["shards"]) > 3
+    shards = json.loads(done.stdout)["shards"]
+    assert len(shards) > 3
+    shown = run_cli("merge", str(BASE), str(ADAPTER), *options[:-1], "--dry-run").stdout
+    assert f" in {len(shards)} files, " in shown

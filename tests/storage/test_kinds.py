@@ -8,6 +8,9 @@ import io
 import json
 import lzma
 import pickle
+import shlex
+import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -93,16 +96,16 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 #: What may lie where weights should: its content, what it is called, what the hint leads to.
 OTHERS: dict[str, tuple[bytes, str, str]] = {
     "zip of a folder": (_zip(LORA), "a zip archive with weights in it",
-                        ", and give the folder lora"),
+                        ", and give the folder "),
     "zip of anything": (_zip({"a.txt": b"x"}), "a zip archive, but not a torch file. It holds a.",
                         "unzip"),
     "empty zip": (_zip({}), "an empty zip archive", "which file"),
-    "tar": (_tar("w"), "a tar archive", "tar xf lora"),
-    "tar.gz": (_tar("w:gz"), "a tar archive packed with gzip", "tar xzf lora"),
-    "gzip": (gzip.compress(WEIGHTS.read_bytes()), "packed with gzip", "gzip -dc lora"),
-    "bzip2": (bz2.compress(b"x" * 99), "packed with bzip2", "bunzip2"),
-    "xz": (lzma.compress(b"x" * 99), "packed with xz", "unxz"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "packed with zstd", "unzstd"),
+    "tar": (_tar("w"), "a tar archive", "tar xf "),
+    "tar.gz": (_tar("w:gz"), "a tar archive packed with gzip", "tar xf "),
+    "gzip": (gzip.compress(WEIGHTS.read_bytes()), "packed with gzip", "gzip -dc "),
+    "bzip2": (bz2.compress(b"x" * 99), "packed with bzip2", "bzip2 -dc"),
+    "xz": (lzma.compress(b"x" * 99), "packed with xz", "xz -dc"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(99), "packed with zstd", "zstd -dc"),
     "7-Zip": (b"7z\xbc\xaf\x27\x1c" + bytes(99), "7-Zip", "7z x"),
     "RAR": (b"Rar!\x1a\x07\x01\0" + bytes(99), "RAR", "unrar"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "h5py"),
@@ -127,7 +130,7 @@ OTHERS: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-@pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin", "lora"])
+@pytest.mark.parametrize("name", ["best.safetensors", "best.bin", "lora"])
 def test_what_is_no_weights_is_named_with_the_way_out(kind: str, name: str, tmp_path: Path) -> None:
     """One error calls the file what it is, whatever its name, and says what to do."""
     content, words, way_out = OTHERS[kind]
@@ -136,6 +139,52 @@ def test_what_is_no_weights_is_named_with_the_way_out(kind: str, name: str, tmp_
         loratool.inspect(tmp_path / name)
     assert_clear(caught.value, str(tmp_path / name), words)
     assert way_out in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "commands", "given"),
+    [
+        ("a/my lora.zip", "zip of a folder", ["unzip 'a/my lora.zip' -d 'a/my lora'"],
+         "'a/my lora/my-lora'"),
+        ("a/my lora.tar.gz", "tar.gz",
+         ["mkdir -p 'a/my lora'", "tar xf 'a/my lora.tar.gz' -C 'a/my lora'"], "'a/my lora'"),
+        ("a/lora.tar", "tar", ["mkdir -p a/lora", "tar xf a/lora.tar -C a/lora"], "a/lora"),
+        ("a/b.safetensors.gz", "gzip", ["gzip -dc a/b.safetensors.gz > a/b.safetensors"],
+         "a/b.safetensors"),
+        ("a/b.safetensors", "gzip", ["gzip -dc a/b.safetensors > a/unpacked-b.safetensors"],
+         "a/unpacked-b.safetensors"),
+    ],
+)  # fmt: skip
+def test_the_command_that_unpacks_can_be_pasted(
+    name: str, kind: str, commands: list[str], given: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It has the path that was given, quoted, and so has what to give afterwards, which is read."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path(name).write_bytes(OTHERS[kind][0])
+    with pytest.raises(FileError) as caught:
+        loratool.inspect(name)
+    pasted = " && ".join(commands)
+    assert caught.value.hint.startswith(f"Unpack it: {pasted}, and give ")
+    assert caught.value.hint.endswith(f"{given}.")
+    if shutil.which(commands[-1].split()[0]):
+        subprocess.run(pasted, shell=True, check=True, capture_output=True)
+        assert loratool.inspect(*shlex.split(given)).modules
+
+
+@pytest.mark.parametrize("content", [b'{"a": 1}', b"hello there\nnothing", b"%PDF-1.4 page"])
+def test_what_has_the_name_of_weights_is_to_be_fetched_again(
+    content: bytes, tmp_path: Path
+) -> None:
+    """A hint does not send to the very file that was given, and a line end is shown once."""
+    (tmp_path / WEIGHTS.name).write_bytes(content)
+    with pytest.raises(FileError) as caught:
+        loratool.inspect(tmp_path)
+    assert "Fetch it again" in caught.value.hint
+    assert WEIGHTS.name not in caught.value.hint
+    assert "\\\\" not in caught.value.message
+    assert "hello" not in caught.value.message or r"there\nnothing" in caught.value.message
 
 
 def test_a_config_is_taken_for_no_weights(tmp_path: Path) -> None:

@@ -6,16 +6,35 @@ of qlora-pipe may be so; they look like PEFT's, so a user has to say it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.dialects.weights import AdaptedWeights
-from loratool.adapters.factors import LowRank
+from loratool.adapters.factors import Factors, LowRank
 from loratool.adapters.timesweight import TimesWeight
 from loratool.errors import AdapterError
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.notices import Notice
+
+#: Dialects in which a user may say that pairs are so.
+_DIALECTS = ("peft", "hand")
+
+
+def could_multiply(adapter: Adapter, weights: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether all of an adapter could be multiplicative if a user said so. `weights` are the shapes
+    `[out, in]` of what its modules change, by their paths."""
+    plain = adapter.format in _DIALECTS and not adapter.functions and bool(adapter.modules)
+    return plain and all(
+        _is_plain(module) and path in weights and module.shape == (weights[path][0],) * 2
+        for path, module in adapter.modules.items()
+    )
+
+
+def _is_plain(module: Factors) -> bool:
+    plain = isinstance(module, LowRank) and module.kind == "linear"
+    return plain and module.magnitude is None and module.bias is None
 
 
 def multiply(adapter: Adapter, base: Checkpoint | None) -> None:
@@ -63,8 +82,7 @@ def multiply(adapter: Adapter, base: Checkpoint | None) -> None:
 def _refuse_others(adapter: Adapter) -> None:
     """Raise AdapterError for what cannot be multiplicative."""
     for path, module in adapter.modules.items():
-        plain = isinstance(module, LowRank) and module.kind == "linear"
-        if not plain or module.magnitude is not None or module.bias is not None:
+        if not _is_plain(module):
             raise AdapterError(
                 f"{path}: --kind multiplicative is known for plain factors of linear layers, and "
                 f"this one is otherwise ({module.kind}"

@@ -99,6 +99,19 @@ def test_it_is_asked_for_where_only_that_fits(base: Path, tmp_path: Path) -> Non
         loratool.merge(base, tmp_path / "lora.safetensors", tmp_path / "out", told=Told(alpha=6))
 
 
+def test_it_is_not_offered_where_it_would_be_refused(base: Path, tmp_path: Path) -> None:
+    """An adapter of another model, of which one part alone could be so, gets no such hint."""
+    state = factors("lora_{}.weight")
+    state |= {
+        "layers.7.o.lora_A.weight": torch.ones(2, 4),
+        "layers.7.o.lora_B.weight": torch.ones(6, 2),
+    }
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(LoraToolError, match="do not fit") as caught:
+        loratool.merge(base, tmp_path / "lora.safetensors", tmp_path / "out", told=Told(alpha=6))
+    assert "multiplicative" not in str(caught.value)
+
+
 def test_what_is_not_so_is_refused(base: Path, tmp_path: Path) -> None:
     state = {f"{UP}.lora_A": torch.randn(2, 6), f"{UP}.lora_B": torch.randn(10, 2)}
     save_file(state, tmp_path / "lora.safetensors")

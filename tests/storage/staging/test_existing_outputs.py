@@ -43,7 +43,7 @@ def test_an_existing_output_is_refused(
     with pytest.raises(OutputError) as caught:
         loratool.merge(base, lora, output)
     assert_clear(caught.value, str(output))
-    assert "--overwrite" in caught.value.hint
+    assert "--overwrite" not in caught.value.hint  # it would be refused too
     assert (output.lstat().st_ino, output.lstat().st_mtime_ns) == (
         before.st_ino, before.st_mtime_ns)  # fmt: skip
     assert beside(output) == []
@@ -69,17 +69,21 @@ COMPANY = [
 @pytest.mark.parametrize("name", COMPANY)
 def test_company_stops_an_overwrite(tmp_path: Path, base: Path, lora: Path, name: str) -> None:
     """What is no part of a model stops --overwrite, by its name and before the work; in a dry run
-    too. --overwrite-all says that it may go."""
+    too. --overwrite-all says that it may go, and is the option that the first refusal offers."""
     output = tmp_path / "out"
     loratool.merge(base, lora, output)
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("mine")
     before = sha256s(output)
+    with pytest.raises(OutputError, match="exists") as caught:
+        loratool.merge(base, lora, output)
+    shown = ".git/" if name.startswith(".git") else name
+    assert "--overwrite-all " in caught.value.hint
+    assert f"holds {shown}, which would be lost" in caught.value.hint
     said: list[int] = []
     for options in ({"progress": lambda *_: said.append(1)}, {"dry_run": True}):
         with pytest.raises(OutputError) as caught:
             loratool.merge(base, lora, output, overwrite=True, **options)
-        shown = ".git/" if name.startswith(".git") else name
         assert_clear(caught.value, str(output), f"- {shown}")
         assert "--overwrite-all" in caught.value.hint
     assert not said

@@ -6,7 +6,6 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from loratool.rendering.audit import audit_pieces
 from loratool.rendering.charts import by_layer, spectra
 from loratool.rendering.saying import spectrum_table
 from loratool.rendering.sheet import (
@@ -45,6 +44,8 @@ def inspect_sheet(
             table.add(info.name, info.dtype, shape_text(info.shape))
         sheet.add(table)
     if report.audit is not None:
+        from loratool.rendering.audit import audit_pieces
+
         sheet.add(*audit_pieces(report.audit))
     modules = report.modules
     curves = [(m.path, m.singular_values or []) for m in modules]

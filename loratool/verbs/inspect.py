@@ -15,7 +15,6 @@ from loratool.adapters.reading import read_adapter
 from loratool.adapters.recognise import way_out
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.answers import Answer
-from loratool.auditing.audit import Audit, audit_of
 from loratool.converting.possible import possible_targets
 from loratool.errors import UsageError, explained_os_errors, shown
 from loratool.models.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from loratool.verbs.inputs import as_texts, check_paths, model_at, told_of
 from loratool.verbs.measuring import ModuleReport, check_others, described_module, measure_modules
 
 if TYPE_CHECKING:
+    from loratool.auditing.audit import Audit
     from loratool.merging.coverage import BaseReport
 
 
@@ -215,6 +215,8 @@ def inspect(
     if model is not None:
         _add_base(report, adapter, model, norms, as_texts(components))
     if audit:
+        from loratool.auditing.audit import audit_of  # what most do not ask for
+
         relative = {m.path: m.relative_norm for m in modules if m.relative_norm is not None}
         report.audit = audit_of(adapter, paths, found, relative, broken, str(base or ""))
     adapter.folder.refuse_changed()

@@ -93,9 +93,10 @@ def selected(paths: Sequence[str], layers: str | None, include: Sequence[str]) -
 def path_hint(glob: str, paths: Iterable[str]) -> str:
     """What somebody may have meant by a glob that matches none of the paths, and how these look."""
     known = list(paths)
+    exact = set("*?[0123456789")  # another number is no misspelt one
     parts = {part for path in known for part in path.split(".")}
     meant = ".".join(
-        part if part in parts or set(part) & set("*?[") else nearest(part, sorted(parts)) or part
+        part if part in parts or set(part) & exact else nearest(part, sorted(parts)) or part
         for part in glob.split(".")
     )
     fits = any(matches(path, [meant]) for path in known)

@@ -201,7 +201,7 @@ def _output_meant(command: click.Command, arguments: Sequence[str]) -> str:
 def _with_choice(error: SeveralMeantError, arguments: Sequence[str]) -> str:
     """The same call with one of the paths that could be meant; "" where it is not found in it."""
     for index, word in enumerate(arguments):
-        if word and Path(word) == Path(error.given):
+        if index and word and Path(word) == Path(error.given):
             call = ["loratool", *arguments[:index], error.choice, *arguments[index + 1 :]]
             return f"{error.lead} {shlex.join(call)}"
     return ""
@@ -221,7 +221,7 @@ def _model_meant(error: BaseError, command: click.Command, arguments: Sequence[s
     if model is None:
         return f"The model comes first: {usage}"
     call = ["loratool", *arguments]
-    first, second = call.index(given[0]), len(call) - 1 - call[::-1].index(model)
+    first, second = call.index(given[0], 2), len(call) - 1 - call[::-1].index(model)
     call[first], call[second] = call[second], call[first]
     return f"The model comes first. If {model} is meant as that: {shlex.join(call)}"
 

@@ -260,9 +260,10 @@ def _perhaps_multiplicative(found: Match, layout: Layout) -> None:
     for path, module in found.adapter.modules.items():
         name = found.naming(module.weight_name)
         target = _target(found, layout, name)
-        if target is None or len(target.shape) != 2:
+        name = layout.name_of(name) or name
+        if target is None or len(target.shape) != 2 or not layout.admits(name):
             return
-        place = _place(found, layout, layout.name_of(name) or name, module)
+        place = _place(found, layout, name, module)
         shapes[path] = place.shape(target.shape)
     if could_multiply(found.adapter, shapes):
         found.unmatched = [

@@ -21,7 +21,10 @@ from loratool.storage.tensors import TensorInfo
 from loratool.storage.weights import entry_of, read_folder, read_one, refuse_part
 from loratool.words import counted
 
-_GIVE_MODEL = "Give the model that it is for: its folder, or its id on the Hub."
+_GIVE_MODEL = (
+    "Give the model that it is for, a folder or an id on the Hub; "
+    "a model comes before its adapters."
+)
 
 #: What to do about a model in llama.cpp's format.
 CONVERT_GGUF = (

@@ -64,6 +64,7 @@ def hint_of(done: Result) -> str:
         ("merge B A -o x --include self_atn.*",
          "Did you mean self_attn.*? The paths look like model.layers.0."),
         ("merge B A -o x --exclude q_prj", "Did you mean q_proj?"),
+        ("merge B A -o x --include layers.99.mlp.up_proj", "The paths look like model.layers.0."),
         ("inspect A --include self_atn.q_prj", "Did you mean self_attn.q_proj?"),
         ("", "See loratool --help."),
     ],

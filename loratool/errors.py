@@ -86,7 +86,7 @@ class SeveralMeantError(FileError):
 
     def __init__(self, message: str, lead: str, given: object, choice: object) -> None:
         super().__init__(message, f"{lead} {shown_argument(choice)}")
-        self.lead, self.given, self.choice = lead, str(given), str(choice)
+        self.lead, self.given, self.choice = lead, str(given), shown(choice)
 
 
 class TruncatedError(FileError):

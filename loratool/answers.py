@@ -5,6 +5,7 @@ How an answer looks is known above; `loratool` itself says who is asked (`show_w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
@@ -25,7 +26,7 @@ def show_with(showing: Callable[[], Any]) -> None:
     _showing = showing
 
 
-class Answer:
+class Answer(ABC):
     """A report that notebooks show as the page that `--html` writes, and others in a few lines."""
 
     #: The list of the report whose entries are the rows of `to_frame`.
@@ -37,9 +38,9 @@ class Answer:
     def _repr_html_(self) -> str | None:
         return _showing().html_of(self) if _showing is not None else None
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The document that `--json` prints."""
-        raise NotImplementedError
 
     def to_frame(self) -> Any:
         """The rows of the report, its modules as a rule, as a pandas DataFrame.

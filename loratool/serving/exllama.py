@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loratool.serving.pairs_only import ignored_beside_pairs, on_base_as_published
 from loratool.serving.traits import Traits
 from loratool.serving.verdict import ServingProgram, ServingRule, Setting
 
@@ -18,21 +19,6 @@ def _turned(t: Traits, setting: Setting) -> str:
     return "fan_in_fan_out is refused" if t.sets("fan_in_fan_out") else ""
 
 
-def _ignored(t: Traits, setting: Setting) -> str:
-    held = t.held("heads", "tokens", "norms", "biases", "others", "beside")
-    found = ["DoRA's magnitudes"] * t.has_dora + ["lora_bias"] * t.has_factor_bias
-    found += ["trained biases"] * bool(t.trains_biases) + [held] * bool(held)
-    found += ["token rows"] * bool(t.token_rows)
-    found += ["factors on the embedding"] * bool(t.on("embedding"))
-    found += ["factors of experts"] * bool(t.on("experts") or t.one_expert_each)
-    return f"ignored with no message: {', '.join(found)}" if found else ""
-
-
-def _base_changed(t: Traits, setting: Setting) -> str:
-    found = t.changed_base or "layer_replication" * t.sets("layer_replication")
-    return f"{found}: it is applied to the base as published" if found else ""
-
-
 def _not_tried(t: Traits, setting: Setting) -> str:
     fields = ("use_bdlora", "use_qalora", "alora_invocation_tokens")
     found = [field for field in fields if t.sets(field)]
@@ -44,8 +30,8 @@ EXLLAMA = ServingProgram(
     (
         ServingRule("differs", "wrong scale", _scales, "resize", _LORA),
         ServingRule("refused", "fan_in_fan_out", _turned, "merge", _LORA),
-        ServingRule("differs", "parts ignored", _ignored, "merge", _LORA),
-        ServingRule("differs", "initialisation", _base_changed, "merge", _LORA),
+        ServingRule("differs", "parts ignored", ignored_beside_pairs, "merge", _LORA),
+        ServingRule("differs", "initialisation", on_base_as_published, "merge", _LORA),
         ServingRule("unknown", "variant", _not_tried, "merge", _LORA),
     ),
     entries=("adapter_model.safetensors",), source=_LORA,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loratool.serving.pairs_only import ignored_beside_pairs, on_base_as_published
 from loratool.serving.traits import Traits
 from loratool.serving.verdict import ServingProgram, ServingRule, Setting
 from loratool.words import enumerated
@@ -26,16 +27,6 @@ def _scales(t: Traits, setting: Setting) -> str:
     return f"{found} (patterns are not read)" if found else ""
 
 
-def _ignored(t: Traits, setting: Setting) -> str:
-    held = t.held("heads", "tokens", "norms", "biases", "others", "beside")
-    found = ["DoRA's magnitudes"] * t.has_dora + ["lora_bias"] * t.has_factor_bias
-    found += ["trained biases"] * bool(t.trains_biases) + [held] * bool(held)
-    found += ["token rows"] * bool(t.token_rows)
-    found += ["factors on the embedding"] * bool(t.on("embedding"))
-    found += ["factors of experts"] * bool(t.on("experts") or t.one_expert_each)
-    return f"ignored with no message: {', '.join(found)}" if found else ""
-
-
 def _gaps(t: Traits, setting: Setting) -> str:
     kinds = t.gaps(setting.layers)
     found = f"some layers have no factors for {enumerated(kinds, 3)}"
@@ -46,11 +37,6 @@ def _maybe_gaps(t: Traits, setting: Setting) -> str:
     if setting.layers or not t.sets("layers_to_transform"):
         return ""
     return "layers_to_transform names layers; whether these are all of the base, --base tells"
-
-
-def _base_changed(t: Traits, setting: Setting) -> str:
-    found = t.changed_base or "layer_replication" * t.sets("layer_replication")
-    return f"{found}: it is applied to the base as published" if found else ""
 
 
 def _alpha(t: Traits, setting: Setting) -> str:
@@ -70,10 +56,10 @@ def _head(t: Traits, setting: Setting) -> str:
 RULES = (
     ServingRule("refused", "ranks differ", _ranks, "resize", _PADDING),
     ServingRule("differs", "wrong scale", _scales, "resize", _LORA),
-    ServingRule("differs", "parts ignored", _ignored, "merge", _LORA),
+    ServingRule("differs", "parts ignored", ignored_beside_pairs, "merge", _LORA),
     ServingRule("differs", "layers without factors", _gaps, "merge", _LORA),
     ServingRule("unknown", "layers without factors", _maybe_gaps, "merge", _LORA),
-    ServingRule("differs", "initialisation", _base_changed, "merge", _LORA),
+    ServingRule("differs", "initialisation", on_base_as_published, "merge", _LORA),
     ServingRule("unknown", "alpha", _alpha, "resize", _LORA),
     ServingRule("unknown", "variant", _not_tried, "merge", _LORA),
     ServingRule("loads", "head", _head, source=_LORA),

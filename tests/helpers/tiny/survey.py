@@ -194,4 +194,5 @@ def _name_of(names: Mapping[int, str], get: Callable[[], Any]) -> str:
     try:
         return names.get(id(get()), "")
     except (AttributeError, NotImplementedError, TypeError):
+        # How transformers' classes say that they have no such module; any other error is a fault.
         return ""

@@ -16,6 +16,8 @@ GOLDEN = ROOT.parent / "shared" / "quantised" / "golden"
 #: A GGUF file is no base.
 CASES = sorted(path.name for path in GOLDEN.glob("*") if not path.name.startswith("gguf"))
 
+# They lie beside the project, not in it, so a clone by itself has none. The project's own golden
+# files, fixtures/quantised, are read in every run (test_golden_files.py).
 pytestmark = pytest.mark.skipif(not CASES, reason="needs the golden cases beside the project")
 
 

@@ -135,7 +135,8 @@ class Cluster:
         pending, until = list(self._pending), time.monotonic() + _ENDING
         while pending and time.monotonic() < until:
             try:
-                for reference in pending:
+                # The last first: a task that waits must not begin when one that runs is gone.
+                for reference in reversed(pending):
                     self._ray.cancel(reference, force=True)
                 _, pending = self._ray.wait(pending, num_returns=len(pending), timeout=1.0)
             except Exception:  # the cluster is gone

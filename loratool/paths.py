@@ -26,9 +26,10 @@ def numbers_of(path: str) -> list[int]:
 def dotted_ends(path: str) -> Iterator[str]:
     """A path, and what of it follows each of its dots: "a.b.c", "b.c", "c"."""
     yield path
-    for i, letter in enumerate(path):
-        if letter == ".":
-            yield path[i + 1 :]
+    dot = path.find(".")
+    while dot >= 0:
+        yield path[dot + 1 :]
+        dot = path.find(".", dot + 1)
 
 
 def ranged(paths: Sequence[str]) -> str:

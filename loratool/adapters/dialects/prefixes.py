@@ -18,10 +18,15 @@ _BEFORE_PEFT = re.compile(
 )
 
 
+def _is_wrapped(key: str) -> bool:
+    """Whether a key may hold what `unwrapped` takes off: nearly none do, and there are many."""
+    return "module." in key or "_orig_mod." in key
+
+
 def unwrapped(key: str) -> str:
     """A key without what torch.compile, FSDP, checkpointing and DataParallel put into it."""
-    if "module." not in key and "_orig_mod." not in key:
-        return key  # nearly all, and models have very many
+    if not _is_wrapped(key):
+        return key
     return _PARALLEL.sub("", _WRAPPERS.sub("", key))
 
 
@@ -33,8 +38,11 @@ def without_peft(key: str) -> str:
 
 def wrappers_in(key: str) -> set[str]:
     """What of a key is neither of the model nor PEFT's usual prefix."""
-    found = {f"{name}." for name in _WRAPPERS.findall(key)}
-    plain = _WRAPPERS.sub("", key)
+    found: set[str] = set()
+    plain = key
+    if _is_wrapped(key):
+        found |= {f"{name}." for name in _WRAPPERS.findall(key)}
+        plain = _WRAPPERS.sub("", key)
     peft = _BEFORE_PEFT.match(plain)
     if peft is not None:
         inside = _PARALLEL.match(plain[peft.end() :])

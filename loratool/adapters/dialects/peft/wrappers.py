@@ -114,6 +114,8 @@ class Wrappers:
     def _named(self, root: str, count: int) -> list[str]:
         """The names of parameters of a module that the config means, each once, if `count` of them
         are in the file."""
+        if not self._names:
+            return []  # of nearly every adapter
         ends = (name for end in dotted_ends(root) for name in self._names.get(end, ()))
         found = list(islice(ends, _MOST_NAMES))
         # A name without a module means that parameter of any module, but not of a layer.

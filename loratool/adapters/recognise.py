@@ -83,15 +83,18 @@ _WAYS_OUT = {
 Test = Callable[[Collection[str]], bool]
 
 
-def _any(pattern: str) -> Test:
-    """Whether the pattern, in which nothing matches a line break, is found in a name."""
-    compiled = re.compile(pattern, re.MULTILINE)
+def _any(*patterns: str) -> Test:
+    """Whether one of the patterns, in which nothing matches a line break, is found in a name.
+
+    All names are searched at once, each behind a line break: Python looks for a letter far quicker
+    than for the beginning of a line, or for one pattern or the other.
+    """
+    quick = [p.replace(r"(^|\.)", r"[\n.]").replace("^", r"\n") for p in patterns]
+    compiled = [re.compile(pattern, re.MULTILINE) for pattern in quick]
 
     def test(names: Collection[str]) -> bool:
-        text = "\n".join(names)  # one search in all of them takes a fifth of the time
-        if text.count("\n") < len(names):
-            return bool(names) and compiled.search(text) is not None
-        return any(compiled.search(name) for name in names)
+        text = "\n".join(["", *names])
+        return any(pattern.search(text) for pattern in compiled)
 
     return test
 
@@ -104,7 +107,7 @@ _FOREIGN: list[Rule] = [
     ("optimizer-state", "optimizer state of a training run, not an adapter",
      _any(_OPTIMIZER)),
     ("prompt-tuning", "prompt tuning (trained prompt embeddings), not a LoRA adapter",
-     _any(r"(^|\.)prompt_embeddings$|^prompt_encoder\.")),
+     _any(r"(^|\.)prompt_embeddings$", r"^prompt_encoder\.")),
     ("lllite", "a ControlNet-LLLite file for a diffusion model, which is no change of weights",
      _any(r"^lllite_")),
     ("t-lora", "a T-LoRA for a diffusion model, whose change depends on the timestep",
@@ -126,7 +129,7 @@ _FOREIGN: list[Rule] = [
 
 _RULES: list[Rule] = [
     ("llama-adapter", "a LLaMA-Adapter, which adds to the attention what no weight does; not LoRA",
-     _any(r"(^|\.)adaption_(prompt|gate)$|^adapter_query\.")),
+     _any(r"(^|\.)adaption_(prompt|gate)$", r"^adapter_query\.")),
     ("ip-adapter", "an IP-Adapter for a diffusion model: attention to pictures, not LoRA",
      _any(r"^(ip_adapter|image_proj)\.")),
     ("control-lora", "a Control-LoRA (a ControlNet in low-rank factors) for a diffusion model",

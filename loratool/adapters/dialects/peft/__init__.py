@@ -71,8 +71,10 @@ class Peft(WritableDialect, Writer):
         return _declared(config)
 
     def read(self, adapter: Adapter, base: Checkpoint | None) -> None:
-        adapter.notices += names.note_wrappers(adapter.tensors)
-        adapter.proper_keys = names.proper_keys(adapter.tensors)
+        wrapped = names.note_wrappers(adapter.tensors)
+        if wrapped:
+            adapter.notices += wrapped
+            adapter.proper_keys = names.proper_keys(adapter.tensors)
         method = _method(adapter.config)
         if method is None:
             fill_adapter(adapter)

@@ -239,7 +239,9 @@ def block_counts(config: dict[str, Any], path: str) -> tuple[int, int]:
     A module is meant by a pattern that occurs anywhere in the last part of its path.
     Source: peft/tuners/lora/variants.py (`BdLoraLinearVariant.init`).
     """
-    settings = config.get("use_bdlora") or {}
+    settings = config.get("use_bdlora")
+    if not settings:
+        return 1, 1
     leaf, count = path.rpartition(".")[2], settings.get("nblocks", 1)
     in_a = any(part in leaf for part in name_list(settings, "target_modules_bd_a"))
     in_b = any(part in leaf for part in name_list(settings, "target_modules_bd_b"))

@@ -1,4 +1,4 @@
-"""What vLLM 0.33.0 takes, by its source and by runs of its check of configs."""
+"""What vLLM 0.33.0 takes, by its source and by runs of its check of configs and its reader."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def _over_the_limit(t: Traits, setting: Setting) -> str:
 
 def _variants(t: Traits, setting: Setting) -> str:
     fields = {"use_dora": t.has_dora, "lora_bias": t.has_factor_bias, "bias": t.trains_biases}
-    named = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
-             "arrow_config")  # fmt: skip
+    named = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
     found = [field for field, is_set in fields.items() if is_set] + [f for f in named if t.sets(f)]
     return f"{', '.join(found)} of the config: not supported (ValueError)" * bool(found)
+
+
+def _router(t: Traits, setting: Setting) -> str:
+    return "arrow_config is not read: its factors would be added always" * t.sets("arrow_config")
 
 
 def _init(t: Traits, setting: Setting) -> str:
@@ -110,15 +113,16 @@ VLLM = ServingProgram(
     (
         ServingRule("refused", "rank", _over_the_limit, "resize", _CONFIG, ran=True),
         ServingRule("refused", "DoRA, biases or a variant", _variants, "merge", _PEFT_HELPER, True),
-        ServingRule("refused", "initialisation", _init, "merge", _PEFT_HELPER),
+        ServingRule("refused", "initialisation", _init, "merge", _PEFT_HELPER, True),
+        ServingRule("differs", "Arrow", _router, "", _PEFT_HELPER, ran=True),
         ServingRule("differs", "initialisation", _base_changed, "merge", _PEFT_HELPER),
         ServingRule("refused", "saved whole", _saved, "merge", _MODEL, ran=True),
-        ServingRule("refused", "several heads", _heads, "merge", _PEFT_HELPER),
+        ServingRule("refused", "several heads", _heads, "merge", _PEFT_HELPER, True),
         ServingRule("differs", "files beside it", _beside, "merge", _MODEL),
-        ServingRule("refused", "token rows", _rows, "merge", _MODEL),
-        ServingRule("refused", "vocabulary", _wrong_lookup, "merge", _MODEL),
-        ServingRule("refused", "names", _names, "resize", _MODEL),
-        ServingRule("refused", "config", _missing, "resize", _PEFT_HELPER),
+        ServingRule("refused", "token rows", _rows, "merge", _MODEL, True),
+        ServingRule("refused", "vocabulary", _wrong_lookup, "merge", _MODEL, True),
+        ServingRule("refused", "names", _names, "resize", _MODEL, True),
+        ServingRule("refused", "config", _missing, "resize", _PEFT_HELPER, True),
         ServingRule("loads", "vocabulary", _maybe_lookup, source=_MODEL),
         ServingRule("loads", "experts", _stacks, source=_MODEL),
     ),

@@ -100,6 +100,12 @@ def test_lorax_stacks_what_pads_to_one_rank(tmp_path: Path) -> None:
     assert verdicts(with_ranks("b", 4, 2))["lorax"].outcome == "loads"
 
 
+def test_arrow_s_router_is_not_known_to_vllm(tmp_path: Path) -> None:
+    """The factors load, and are added always instead of when the router says so."""
+    folder = on_two_layers(tmp_path / "a", arrow_config={"top_k": 2})
+    assert verdicts(folder)["vllm"].outcome == "differs"
+
+
 def test_sglang_loads_an_embedding_only_if_it_is_a_target(tmp_path: Path) -> None:
     """Factors on lm_head that target_modules does not name are left out without a word."""
     extra = pair("lm_head", 40, 10, seed=9)

@@ -10,8 +10,8 @@ from typing import Any
 from loratool.rendering.drawing import draw
 from loratool.rendering.page import page_of
 from loratool.rendering.plots import PICTURES, check_plots, has_plots, write_plot
-from loratool.rendering.sheet import Sheet
 from loratool.rendering.terminal import out, print_json, print_warnings, say_aside
+from loratool.sheet import Sheet
 from loratool.storage.onefile import check_place, write_file
 
 PAGES = (".html", ".htm")

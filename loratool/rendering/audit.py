@@ -10,7 +10,7 @@ from loratool.auditing.audit import Audit
 from loratool.auditing.findings import AuditFinding
 from loratool.auditing.spectra import ModuleAudit
 from loratool.paths import pattern, ranged, ranged_names
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Bars,
     Chart,
     Piece,

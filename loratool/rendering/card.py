@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loratool.rendering.drawing import draw
-from loratool.rendering.sheet import Line, Sheet
 from loratool.rendering.terminal import print_file
+from loratool.sheet import Line, Sheet
 from loratool.verbs.card import CardReport
 
 _FATES = {"made": "written", "completed": "completed", "kept": "complete as it was"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from loratool.paths import numbers_of, pattern
-from loratool.rendering.sheet import Chart, Curves, HeatMap
+from loratool.sheet import Chart, Curves, HeatMap
 
 #: Curves that are shown of more spectra than anybody can tell apart: one for each kind of module.
 _CURVES = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.rendering.ranks import change_charts, change_table, cut_text, rank_text
 from loratool.rendering.saying import excluded_facts, first_of, sheet_of, weighted
-from loratool.rendering.sheet import Facts, Sheet
+from loratool.sheet import Facts, Sheet
 from loratool.verbs.combine import CombineReport
 from loratool.words import format_bytes, percent
 

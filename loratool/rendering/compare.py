@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from loratool.combining.relations import ModuleRelations, Relation
 from loratool.rendering.charts import by_layer
 from loratool.rendering.saying import weight_text, weighted
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Facts,
     HeatMap,
     Sheet,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.adapters.dialects.writing import Fate
 from loratool.rendering.saying import excluded_facts, sheet_of
-from loratool.rendering.sheet import Facts, Sheet, SheetTable, Toned, Words, folded_lines
+from loratool.sheet import Facts, Sheet, SheetTable, Toned, Words, folded_lines
 from loratool.verbs.convert import ConvertReport
 from loratool.words import counted, format_bytes, percent
 

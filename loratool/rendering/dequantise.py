@@ -11,7 +11,7 @@ from loratool.rendering.saying import (
     sheet_of,
     written_text,
 )
-from loratool.rendering.sheet import Facts, Line, Sheet, Toned
+from loratool.sheet import Facts, Line, Sheet, Toned
 from loratool.verbs.dequantise import DequantiseReport
 from loratool.words import counted, format_bytes
 

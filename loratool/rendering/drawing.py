@@ -9,7 +9,8 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from loratool.rendering.sheet import (
+from loratool.rendering.terminal import fact_grid, out
+from loratool.sheet import (
     Facts,
     Line,
     Piece,
@@ -20,7 +21,6 @@ from loratool.rendering.sheet import (
     Words,
     parts_of,
 )
-from loratool.rendering.terminal import fact_grid, out
 from loratool.text import fitting, printable
 
 _STYLES: dict[Tone, str] = {

@@ -9,7 +9,7 @@ from loratool.paths import ranged_names
 from loratool.rendering.charts import by_layer, spectra
 from loratool.rendering.ranks import rank_text
 from loratool.rendering.saying import is_part, share_facts, sheet_of, spectrum_table
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Chart,
     Curves,
     Facts,

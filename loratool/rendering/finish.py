@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.rendering.sheet import Facts, Sheet
+from loratool.sheet import Facts, Sheet
 from loratool.verbs.finish import FinishReport
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from loratool.rendering.charts import by_layer, spectra
 from loratool.rendering.saying import spectrum_table
-from loratool.rendering.sheet import (
+from loratool.serving.programs import serving_line
+from loratool.sheet import (
     Facts,
     Piece,
     Sheet,
@@ -19,7 +20,6 @@ from loratool.rendering.sheet import (
     folded_lines,
     table_of,
 )
-from loratool.serving.programs import serving_line
 from loratool.verbs.inspect import InspectReport
 from loratool.verbs.measuring import ModuleReport
 from loratool.words import counted, format_bytes, number_text, shape_text, span_text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratool.rendering.sheet import (
+from loratool.serving.together import Together
+from loratool.serving.verdict import Served, Verdict
+from loratool.sheet import (
     Facts,
     HeatMap,
     Line,
@@ -16,8 +18,6 @@ from loratool.rendering.sheet import (
     strong,
     table_of,
 )
-from loratool.serving.together import Together
-from loratool.serving.verdict import Served, Verdict
 from loratool.verbs.lint import AdapterLint, LintReport
 from loratool.words import enumerated, format_bytes
 

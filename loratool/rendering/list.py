@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from loratool.cataloguing.entry import CatalogEntry
 from loratool.dtypes import dtype_name
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Bars,
     Facts,
     Sheet,

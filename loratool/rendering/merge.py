@@ -16,7 +16,7 @@ from loratool.rendering.saying import (
     weighted,
     written_text,
 )
-from loratool.rendering.sheet import Facts, Line, Sheet, Toned, Words
+from loratool.sheet import Facts, Line, Sheet, Toned, Words
 from loratool.storage.filenames import CONFIG
 from loratool.words import format_bytes, percent
 

@@ -10,7 +10,7 @@ from html import escape
 
 from loratool.notices import Notice
 from loratool.rendering.plots import has_plots, said_of, svg_of
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Bars,
     Chart,
     Curves,

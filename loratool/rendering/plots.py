@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import UsageError
-from loratool.rendering.sheet import Bars, Chart, Curves, HeatMap
+from loratool.sheet import Bars, Chart, Curves, HeatMap
 from loratool.storage.onefile import write_file
 from loratool.text import printable
 from loratool.words import number_text

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loratool.rendering.saying import first_of, sheet_of
-from loratool.rendering.sheet import Facts, Line, Sheet, Toned, Words, table_of
 from loratool.serving.programs import serving_line
+from loratool.sheet import Facts, Line, Sheet, Toned, Words, table_of
 from loratool.verbs.push import PushReport
 from loratool.words import counted, format_bytes
 

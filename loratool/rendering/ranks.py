@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loratool.combining.rank_change import ModuleChange
 from loratool.rendering.charts import by_layer
-from loratool.rendering.sheet import Chart, SheetTable, Words, folded_lines
+from loratool.sheet import Chart, SheetTable, Words, folded_lines
 from loratool.words import percent, shape_text, span_text
 
 _SPARE = ("out×in", "‖ΔW‖", "ranks", "error ≤", "off sum ≤", "r")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loratool.rendering.ranks import change_charts, change_table, cut_text, rank_text
 from loratool.rendering.saying import sheet_of
-from loratool.rendering.sheet import Facts, Sheet
+from loratool.sheet import Facts, Sheet
 from loratool.verbs.resize import ResizeReport
 from loratool.words import format_bytes, percent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from loratool.paths import ranged_names
-from loratool.rendering.sheet import Facts, Sheet, SheetTable, Toned, Words, strong, table_of
+from loratool.sheet import Facts, Sheet, SheetTable, Toned, Words, strong, table_of
 from loratool.streams.shares import SharedOut
 from loratool.words import counted, format_bytes, number_text
 

@@ -20,9 +20,9 @@ from loratool.rendering.list import list_sheet
 from loratool.rendering.merge import merge_sheet
 from loratool.rendering.push import push_sheet
 from loratool.rendering.resize import resize_sheet
-from loratool.rendering.sheet import Facts, Sheet, plain_text
 from loratool.rendering.unmerge import unmerge_sheet
 from loratool.rendering.verify import verify_sheet
+from loratool.sheet import Facts, Sheet, plain_text
 from loratool.verbs.card import CardReport
 from loratool.verbs.combine import CombineReport
 from loratool.verbs.compare import CompareReport

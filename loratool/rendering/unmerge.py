@@ -10,7 +10,7 @@ from loratool.rendering.saying import (
     weighted,
     written_text,
 )
-from loratool.rendering.sheet import Facts, Sheet, Toned
+from loratool.sheet import Facts, Sheet, Toned
 from loratool.verbs.unmerging import UnmergeReport
 from loratool.words import counted, format_bytes
 

@@ -9,7 +9,7 @@ from loratool.merging.proof.findings import Finding
 from loratool.paths import pattern, ranged, split
 from loratool.rendering.charts import by_layer
 from loratool.rendering.saying import excluded_facts, weighted
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Bars,
     Chart,
     Facts,

@@ -21,7 +21,7 @@ from loratool.auditing.audit import Audit
 from loratool.errors import UsageError
 from loratool.rendering.audit import audit_pieces
 from loratool.rendering.inspect import inspect_sheet
-from loratool.rendering.sheet import Bars, Curves, HeatMap
+from loratool.sheet import Bars, Curves, HeatMap
 
 OUT, IN, RANK, LAYERS = 300, 256, 16, 6
 

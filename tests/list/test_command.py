@@ -13,7 +13,7 @@ from helpers.cli import run_cli
 from helpers.listing import kohya, model
 
 from loratool.rendering.list import CSV_COLUMNS, list_sheet
-from loratool.rendering.sheet import Bars
+from loratool.sheet import Bars
 from loratool.text import csv_cell
 from loratool.verbs.list import catalog
 

@@ -16,7 +16,7 @@ from helpers.places import FIXTURES
 import loratool
 from loratool.notices import Notice
 from loratool.rendering.page import page_of
-from loratool.rendering.sheet import (
+from loratool.sheet import (
     Bars,
     Curves,
     Facts,

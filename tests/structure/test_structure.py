@@ -29,6 +29,7 @@ FLOORS = """
     adapters
     models streams
     storage linalg
+    sheet
     answers notices paths
     errors dtypes words version
     text

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from loratool.errors import UsageError, nearest
+
+#: What has a path.
+Item = TypeVar("Item")
 
 #: A part of a path that counts layers or experts; longer ones are names of another kind.
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
@@ -42,10 +46,18 @@ def ranged(paths: Sequence[str]) -> str:
 
 def ranged_names(paths: Iterable[str]) -> list[str]:
     """Paths that are alike but for their numbers as one name each, in the order of the first."""
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(pattern(path), []).append(path)
-    return [ranged(group) for group in groups.values()]
+    return [ranged(group) for group in grouped(paths, str, lambda _: None)]
+
+
+def grouped(
+    items: Iterable[Item], path: Callable[[Item], str], alike: Callable[[Item], Any]
+) -> list[list[Item]]:
+    """Items whose paths differ in their numbers only, and that are `alike`, taken together; in the
+    order of the first."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault((pattern(path(item)), alike(item)), []).append(item)
+    return list(groups.values())
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -1,28 +1,38 @@
-"""What an answer says, in no form yet: facts, tables, sentences and charts.
+"""What an answer or a card says, in no form yet: facts, tables, sentences, code and charts.
 
-Each report becomes a sheet in the module of its command, once; `terminal`, `page` and `plots` draw
-it. Texts from files go in as they are: each form makes them fit to be shown in it.
+Each report becomes a sheet in `rendering`, in the module of its command, and each model card in
+`publishing/cards`; terminals, pages, pictures and Markdown are forms that draw it. Texts from files
+go in as they are: each form makes them fit to be shown in it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from loratool.notices import Notice
-from loratool.paths import pattern, ranged, split
+from loratool.paths import Item, grouped, ranged, split
 
 #: How something is meant; what that looks like is for each form to say.
-Tone = Literal["plain", "strong", "good", "bad", "warning", "dim", "section"]
+Tone = Literal["plain", "strong", "good", "bad", "warning", "dim", "section", "code"]
+
+#: Addresses that a link may have: of the web, in characters that end it in no form.
+_ADDRESS = re.compile(r"https?://[\w.~:/?#@!$&'*+,;=%-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Toned:
-    """A text with a tone of its own."""
+    """A text with a tone of its own; it is a link if `address` is one of the web."""
 
     text: str
     tone: Tone
+    address: str = ""
+
+    @property
+    def link(self) -> str:
+        return self.address if _ADDRESS.fullmatch(self.address) else ""
 
 
 #: What stands in one place: a text, or parts of it one after the other.
@@ -31,6 +41,27 @@ Words = str | Toned | tuple[str | Toned, ...]
 
 def strong(text: str) -> Toned:
     return Toned(text, "strong")
+
+
+def code(text: str, address: str = "") -> Toned:
+    """A name of a file, an option or a module among words."""
+    return Toned(text, "code", address)
+
+
+def joined_words(*words: Words) -> tuple[str | Toned, ...]:
+    """Words one after the other."""
+    return tuple(part for some in words for part in (some if isinstance(some, tuple) else (some,)))
+
+
+def separated(items: Iterable[Words]) -> tuple[str | Toned, ...]:
+    return joined_words(*(part for item in items for part in (", ", item)))[1:]
+
+
+def listed_words(items: Sequence[Words], shown: int = 8) -> tuple[str | Toned, ...]:
+    """ "a, b and c" of words that have tones; of texts it is `words.enumerated`."""
+    more = [f"{len(items) - shown} more"] * (len(items) > shown)
+    *most, last = [*items[:shown], *more] or [""]
+    return joined_words(separated(most), *[" and "] * bool(most), last)
 
 
 def parts_of(words: Words) -> tuple[Toned, ...]:
@@ -104,6 +135,32 @@ class Sentence:
     apart: bool = False
 
 
+def said(*words: Words) -> Sentence:
+    return Sentence(joined_words(*words))
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What the pieces below it are about, up to the next heading."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Points:
+    """Things that are said one by one."""
+
+    items: Sequence[Words]
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """Lines of a language ("python", "sh") that people copy as they are; they are never wrapped."""
+
+    language: str
+    lines: Sequence[str]
+
+
 @dataclass(frozen=True)
 class Line:
     """What people copy as it is, on a line of its own that is never wrapped: a URL."""
@@ -152,12 +209,13 @@ class Bars:
 
 Chart = HeatMap | Curves | Bars
 
-Piece = Facts | SheetTable | Sentence | Line | Chart
+Piece = Facts | SheetTable | Sentence | Heading | Points | CodeBlock | Line | Chart
 
 
 @dataclass
 class Sheet:
-    """An answer: the command's name, its pieces from top to bottom, what was odd; of what it is.
+    """An answer or a card: the command's name, its pieces from top to bottom, what was odd; of what
+    it is.
 
     Where the notices go is for each form to say: a terminal has stderr for them.
     """
@@ -170,16 +228,12 @@ class Sheet:
     def add(self, *pieces: Piece) -> None:
         self.pieces += pieces
 
-    def say(self, *words: str | Toned, apart: bool = False) -> None:
-        self.pieces.append(Sentence(words, apart))
+    def say(self, *words: Words, apart: bool = False) -> None:
+        self.pieces.append(Sentence(joined_words(*words), apart))
 
     @property
     def charts(self) -> list[Chart]:
         return [piece for piece in self.pieces if isinstance(piece, HeatMap | Curves | Bars)]
-
-
-#: A module's report: what it is called, and what the commands' tables are made of.
-Item = TypeVar("Item")
 
 
 def folded_lines(
@@ -192,13 +246,9 @@ def folded_lines(
     """One line per group of modules that are `alike` and differ in the numbers of their path, under
     their layers; one per module if `full`. `cells` gives a group's line by heading; the first
     column is "module"."""
-    groups: dict[Any, list[Item]] = {}
-    for number, item in enumerate(items):
-        key = number if full else (pattern(path(item)), alike(item))
-        groups.setdefault(key, []).append(item)
     lines = []
     section = ""
-    for group in groups.values():
+    for group in [[item] for item in items] if full else grouped(items, path, alike):
         head, leaf = split(ranged([path(item) for item in group]))
         if head != section and head:
             lines.append(SheetLine({"module": head}, is_section=True))

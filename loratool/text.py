@@ -21,6 +21,8 @@ _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 #: A run without spaces, a line and a text that are longer are cut to so many characters.
 _WORD, _LINE, _TEXT = 400, 2_000, 6_000
+#: A line of code that is no longer stays whole.
+_CODE = 20_000
 _LONG_WORD = re.compile(rf"(?<!\S)(\S{{250}})\S{{{_WORD - 349},}}(\S{{100}})(?!\S)")
 #: Of more characters than this only the ends are looked at.
 _LOOKED_AT = 2_000_000
@@ -45,6 +47,12 @@ def printable_message(text: str) -> str:
         return printable(text)
     first, *more = _cut(text).split("\n  ")
     return _cut("\n  ".join([escaped(first), *map(escaped, more)]))
+
+
+def printable_code(line: str) -> str:
+    """The same for a line that people copy, a command or a URL: it is cut only where it is longer
+    than anybody's."""
+    return escaped(line) if len(line) <= _CODE else printable(line)
 
 
 def is_printable(text: str) -> bool:

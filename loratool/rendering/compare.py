@@ -10,6 +10,7 @@ from loratool.rendering.saying import weight_text, weighted
 from loratool.sheet import (
     Facts,
     HeatMap,
+    Points,
     Sheet,
     SheetTable,
     Toned,
@@ -54,8 +55,7 @@ def compare_sheet(report: CompareReport, full: bool = False, equal: bool = False
     lines = report.differing if equal else report.differing_beside
     if lines:
         sheet.say("Different:" if equal else "Beside the factors:", apart=True)
-        for line in lines[:_SHOWN]:
-            sheet.say("  - " + line)
+        sheet.add(Points(lines[:_SHOWN]))
         if len(lines) > _SHOWN:
             sheet.say(f"  … and {len(lines) - _SHOWN} more (--json lists all)")
     if equal:

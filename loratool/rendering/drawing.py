@@ -11,22 +11,29 @@ from rich.text import Text
 
 from loratool.rendering.terminal import fact_grid, out
 from loratool.sheet import (
+    CodeBlock,
     Facts,
+    Heading,
     Line,
     Piece,
+    Points,
     Sentence,
     Sheet,
     SheetTable,
     Tone,
     Words,
     parts_of,
+    strong,
 )
-from loratool.text import fitting, printable
+from loratool.text import fitting, printable, printable_code
 
 _STYLES: dict[Tone, str] = {
     "strong": "bold", "good": "green", "bad": "red", "warning": "yellow", "dim": "dim",
     "section": "cyan",
 }  # fmt: skip
+
+#: Pieces that are said, not laid out.
+_TEXTS = (Sentence, Points, CodeBlock, Line)
 
 #: A terminal on which every table has the width it wants.
 _ANY_WIDTH = 100_000
@@ -38,22 +45,33 @@ def draw(sheet: Sheet) -> None:
     for piece in sheet.pieces:
         is_block = isinstance(piece, Facts | SheetTable)
         after_block = isinstance(before, Facts | SheetTable)
-        after_text = isinstance(before, Sentence | Line) and before is not sheet.pieces[0]
-        apart = isinstance(piece, Sentence) and (piece.apart or after_block)
+        after_text = isinstance(before, _TEXTS) and before is not sheet.pieces[0]
+        apart = isinstance(piece, Heading) or (isinstance(piece, Sentence) and piece.apart)
+        apart = apart or (after_block and isinstance(piece, Sentence | Points | CodeBlock))
         if before is not None and (apart or (is_block and (after_block or after_text))):
             out.print()
         if isinstance(piece, Facts):
             _print(_grid(piece))
         elif isinstance(piece, SheetTable):
             _print(_table(piece))
+        elif isinstance(piece, Heading):
+            _say(styled(strong(piece.text)))
         elif isinstance(piece, Sentence):
-            # Wrapped on a terminal and whole in a pipe, unless somebody set its width.
-            out.print(styled(piece.words), soft_wrap=not _has_width())
-        elif isinstance(piece, Line):
-            out.print(Text(_shown(piece.text)), soft_wrap=True)
+            _say(styled(piece.words))
+        elif isinstance(piece, Points):
+            for item in piece.items:
+                _say(Text.assemble("  - ", styled(item)))
+        elif isinstance(piece, CodeBlock | Line):
+            for line in piece.lines if isinstance(piece, CodeBlock) else [piece.text]:
+                out.print(Text(fitting(printable_code(line), out.encoding)), soft_wrap=True)
         else:
             continue
         before = piece
+
+
+def _say(text: Text) -> None:
+    """Wrapped on a terminal and whole in a pipe, unless somebody set its width."""
+    out.print(text, soft_wrap=not _has_width())
 
 
 def styled(words: Words) -> Text:
@@ -61,6 +79,8 @@ def styled(words: Words) -> Text:
     text = Text()
     for part in parts_of(words):
         text.append(_shown(part.text), _STYLES.get(part.tone))
+        if part.link and part.link != part.text:
+            text.append(f" ({_shown(part.link)})")
     return text
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from loratool.serving.together import Together
 from loratool.serving.verdict import Served, Verdict
 from loratool.sheet import (
+    CodeBlock,
     Facts,
     HeatMap,
-    Line,
     Sheet,
     SheetTable,
     Tone,
@@ -59,7 +59,7 @@ def _add_adapter(sheet: Sheet, found: AdapterLint) -> None:
     sheet.add(table)
     for command, titles in _mends(found).items():
         sheet.say(f"{enumerated(titles)}:", apart=True)
-        sheet.add(Line(command))
+        sheet.add(CodeBlock("sh", [command]))
 
 
 def _why(verdict: Verdict) -> Words:

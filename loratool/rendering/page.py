@@ -13,11 +13,14 @@ from loratool.rendering.plots import has_plots, said_of, svg_of
 from loratool.sheet import (
     Bars,
     Chart,
+    CodeBlock,
     Curves,
     Facts,
+    Heading,
     HeatMap,
     Line,
     Piece,
+    Points,
     Sentence,
     Sheet,
     SheetLine,
@@ -25,7 +28,7 @@ from loratool.sheet import (
     Words,
     parts_of,
 )
-from loratool.text import printable
+from loratool.text import printable, printable_code
 from loratool.version import __version__
 
 #: Colours of both schemes have a contrast of 4.5 at least, to their ground and to that of a table.
@@ -40,7 +43,7 @@ _STYLE = """
 body { margin: 0 auto; padding: 1.5rem 1rem; max-width: 75rem; background: var(--ground);
   color: var(--ink); font: 0.95rem/1.5 system-ui, sans-serif }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin-top: 2rem;
-  overflow-wrap: anywhere }
+  overflow-wrap: anywhere } h3 { font-size: 1rem } h3, li { overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.15rem 1rem }
 dt { font-weight: 600 } dd { margin: 0; overflow-wrap: anywhere }
 .wide { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px }
@@ -63,6 +66,8 @@ p { margin: 0.4rem 0; overflow-wrap: anywhere; white-space: pre-wrap }
 .notices { list-style: none; padding: 0 } .notices li { margin: 0.5rem 0; padding: 0.4rem 0.8rem;
   border-left: 4px solid var(--warning); background: var(--panel); white-space: pre-wrap;
   overflow-wrap: anywhere } .notices .refused { border-color: var(--bad) }
+pre { overflow-x: auto; padding: 0.5rem 0.8rem; background: var(--panel); border-radius: 6px }
+a { color: var(--section) }
 code { font-family: ui-monospace, monospace; font-size: 0.9em }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 34rem),
   1fr)) }
@@ -104,12 +109,12 @@ def section_of(sheet: Sheet, named: bool) -> str:
     parts = [f"<h2>{_text(sheet.subject or sheet.title)}</h2>\n"] if named else []
     texts = [piece for piece in sheet.pieces if not isinstance(piece, HeatMap | Curves | Bars)]
     first = next((i + 1 for i, p in enumerate(texts) if isinstance(p, Facts)), len(texts))
-    parts += map(_piece, texts[:first])
+    parts += [_piece(piece, 2 + named) for piece in texts[:first]]
     if sheet.notices:
         parts.append(_notices(sheet.notices))
     if sheet.charts:
         parts.append(_charts(sheet.charts))
-    parts += map(_piece, texts[first:])
+    parts += [_piece(piece, 2 + named) for piece in texts[first:]]
     return f"<section>\n{''.join(parts)}</section>\n"
 
 
@@ -132,11 +137,16 @@ def _words(words: Words) -> str:
     for part in parts_of(words):
         text = _text(part.text)
         kind = "in-section" if part.tone == "section" else part.tone
-        shown += text if part.tone == "plain" else f'<span class="{kind}">{text}</span>'
+        if part.tone == "code":
+            text = f"<code>{text}</code>"
+        elif part.tone != "plain":
+            text = f'<span class="{kind}">{text}</span>'
+        shown += f'<a href="{_text(part.link)}">{text}</a>' if part.link else text
     return shown
 
 
-def _piece(piece: Piece) -> str:
+def _piece(piece: Piece, level: int) -> str:
+    """Everything but a chart; headings are of this level."""
     if isinstance(piece, Facts):
         rows = "".join(f"<dt>{_text(what)}</dt><dd>{_words(w)}</dd>\n" for what, w in piece.rows)
         return f"<dl>\n{rows}</dl>\n"
@@ -145,8 +155,15 @@ def _piece(piece: Piece) -> str:
     if isinstance(piece, Sentence):
         kind = ' class="apart"' if piece.apart else ""
         return f"<p{kind}>{_words(piece.words)}</p>\n"
+    if isinstance(piece, Heading):
+        return f"<h{level}>{_text(piece.text)}</h{level}>\n"
+    if isinstance(piece, Points):
+        return f"<ul>\n{''.join(f'<li>{_words(item)}</li>' for item in piece.items)}</ul>\n"
+    if isinstance(piece, CodeBlock):
+        lines = "\n".join(escape(printable_code(line)) for line in piece.lines)
+        return f'<pre tabindex="0"><code>{lines}</code></pre>\n'
     assert isinstance(piece, Line)
-    return f"<p><code>{_text(piece.text)}</code></p>\n"
+    return f"<p><code>{escape(printable_code(piece.text))}</code></p>\n"
 
 
 def _table(table: SheetTable) -> str:

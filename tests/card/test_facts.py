@@ -20,7 +20,9 @@ from loratool import card
 from loratool.publishing import card_upload
 from loratool.publishing.cards.document import END, base_of, make_card
 from loratool.publishing.cards.facts import hub_id
-from loratool.publishing.cards.markdown import code, span
+from loratool.publishing.cards.markdown import markdown_of
+from loratool.publishing.cards.modules import span
+from loratool.sheet import Sheet, code, said
 from loratool.words import percent
 
 
@@ -115,8 +117,8 @@ def test_odd_modules(tmp_path: Path) -> None:
 
 def test_words() -> None:
     """Code, shares and spans are written so that Markdown and rounding change nothing in them."""
-    assert code("a`b") == "``a`b``"
-    assert code("`") == "`` ` ``"
+    assert markdown_of(Sheet("card", [said(code("a`b"))])) == "``a`b``"
+    assert markdown_of(Sheet("card", [said(code("`"))])) == "`` ` ``"
     assert [percent(x) for x in (1, 0.9999, 0.986, 0.5, 0.01234, 0)] == [
         "100%", "<100%", "98.6%", "50%", "1.2%", "0%"]  # fmt: skip
     assert [span(x) for x in ([], [8.0], [8, 4, 6], [None, 2])] == ["unknown", "8", "4–8", "2"]

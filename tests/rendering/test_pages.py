@@ -18,13 +18,18 @@ from loratool.notices import Notice
 from loratool.rendering.page import page_of
 from loratool.sheet import (
     Bars,
+    CodeBlock,
     Curves,
     Facts,
+    Heading,
     HeatMap,
     Line,
+    Points,
     Sentence,
     Sheet,
     Toned,
+    code,
+    said,
     table_of,
 )
 
@@ -105,6 +110,7 @@ def test_every_text_is_escaped() -> None:
         EVIL,
         [
             Facts([(EVIL, (EVIL, Toned(EVIL, "good")))]), table, Sentence(EVIL), Line(EVIL),
+            Heading(EVIL), Points([EVIL, code(EVIL, EVIL)]), CodeBlock(EVIL, [EVIL, EVIL]),
             HeatMap(EVIL, [EVIL], [EVIL], [[1.0]], EVIL, EVIL),
             Curves(EVIL, EVIL, EVIL, [(EVIL, [1.0, 2.0], [1.0, 2.0]), (EVIL, [1.0], [1.0])]),
             Bars(EVIL, [EVIL], EVIL, [(EVIL, [1.0]), (EVIL, [2.0])]),
@@ -118,6 +124,31 @@ def test_every_text_is_escaped() -> None:
         assert "\x1b" not in page.source
         assert "\u202e" not in page.source
         assert "<script>" in page.text
+
+
+def test_code_lists_links_and_headings_are_what_html_has_for_them() -> None:
+    """A heading stands one below that of its sheet; lines of code stay lines."""
+    link = code("org/base", "https://hub.example/org/base")
+    lines = ["import torch", "  torch.ones(2)"]
+    sheet = Sheet("card", [Heading("Use"), Points(["one", ("two ", link)]), CodeBlock("py", lines)])
+    page = Page(page_of([sheet]))
+    assert [kind for kind, _ in page.elements if kind in ("h2", "h3", "ul", "li", "pre")] == [
+        "h2", "ul", "li", "li", "pre"]  # fmt: skip
+    assert page.named("a") == [{"href": "https://hub.example/org/base"}]
+    assert "<code>org/base</code></a>" in page.source
+    assert "<code>" + "\n".join(lines) + "</code></pre>" in page.source
+    both = Page(page_of([sheet, sheet]))
+    assert (len(both.named("h2")), len(both.named("h3"))) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "address", ["javascript:alert(1)", "file:///etc/passwd", "//x", 'https://x" onclick="y', ""]
+)
+def test_only_addresses_of_the_web_become_links(address: str) -> None:
+    """Whatever else a file gives for one, its text stands alone."""
+    page = Page(page_of([Sheet("card", [said("see ", code("x", address))])]))
+    assert not page.named("a")
+    assert "see x" in page.text
 
 
 def test_hostile_names_reach_a_page_as_text(tmp_path: Path) -> None:

@@ -197,23 +197,45 @@ def _function(tree: ast.Module, name: str) -> ast.FunctionDef:
     return next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
 
 
-#: The modules of `rendering` that give an answer a form; all others say what it says.
-FORMS = {"terminal", "drawing", "page", "plots", "answering", "card", "notebook"}
+#: The modules that give an answer or a card a form; all others say what it says.
+FORMS = {
+    *(f"rendering.{form}" for form in ("terminal", "drawing", "page", "plots", "notebook")),
+    "publishing.cards.markdown",
+}
+#: Those that put what was drawn where it belongs.
+DRAWN_BY = {"rendering.answering", "rendering.card", "publishing.cards.document"}
 
 
 def test_only_forms_know_what_an_answer_looks_like() -> None:
-    """What a report says becomes a sheet, in no form: so each form alone makes texts of files fit
-    to be shown in it, and none is forgotten."""
+    """What a report or a card says becomes a sheet, in no form: so each form alone makes texts of
+    files fit to be shown in it, and none is forgotten."""
     wrong = [
         f"{name} imports {other}"
         for name, others in IMPORTS.items()
-        for other in others
-        if name.startswith("rendering.")
-        and other.startswith("rendering.")
-        and name.partition(".")[2] not in FORMS
-        and other.partition(".")[2] in FORMS - {"card"}
+        for other in others & FORMS
+        if room(name) != "cli" and name not in FORMS | DRAWN_BY
     ]
     assert not wrong
+
+
+#: Signs that are Markdown, and functions that make a text fit to be shown.
+MARKDOWN = re.compile(r"`|\*\*|\]\($|^##+ |^\| ")
+FITTED = {"printable", "printable_code", "escaped"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+
+
+def test_what_a_card_says_is_in_no_form() -> None:
+    """No other module of cards writes Markdown, or makes a text fit to be shown."""
+    for name, tree in MODULES.items():
+        if not name.startswith("publishing.") or name in FORMS:
+            continue
+        nodes = list(ast.walk(tree))
+        shown = {n.name for node in nodes if isinstance(node, ast.ImportFrom) for n in node.names}
+        assert not shown & FITTED, name
+        if name.startswith("publishing.cards."):
+            told = {ast.get_docstring(n, clean=False) for n in nodes if isinstance(n, DOCUMENTED)}
+            texts = {n.value for n in nodes if isinstance(n, ast.Constant)} - told
+            assert not [t for t in texts if isinstance(t, str) and MARKDOWN.search(t)], name
 
 
 @pytest.mark.process

@@ -17,9 +17,9 @@ from typing import Any
 from loratool.adapters.told import NOTHING_TOLD, Told
 from loratool.errors import FileError, explained_os_errors
 from loratool.publishing.cards.facts import CardFacts, base_of, dicts, hub_id, read_facts
-from loratool.publishing.cards.markdown import one_line, prose
+from loratool.publishing.cards.markdown import markdown_of, markdown_title
 from loratool.publishing.cards.metadata import BLOCK, read_yaml
-from loratool.publishing.cards.sections import section
+from loratool.publishing.cards.sections import card_section
 from loratool.publishing.cards.usage import use_of
 
 __all__ = ["Licence", "base_of", "make_card"]
@@ -71,14 +71,10 @@ def make_card(
     mark, text = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
     found = re.search(r"\r?\n", text)
     newline = found[0] if found else "\n"
-    title = _title(repo_id.rpartition("/")[2] if repo_id else facts.name)
-    body = section(facts, repo_id or f"path/to/{facts.name}")
+    title = markdown_title(repo_id.rpartition("/")[2] if repo_id else facts.name)
+    body = markdown_of(card_section(facts, repo_id or f"path/to/{facts.name}"))
     head, rest = _with_metadata(text, _metadata(facts, licence), newline)
     return mark + head + _with_section(rest, title, f"{BEGIN}\n\n{body}\n\n{END}", newline)
-
-
-def _title(name: str) -> str:
-    return f"# {prose(name)}"
 
 
 def _metadata(facts: CardFacts, licence: Licence | None) -> dict[str, Any]:
@@ -157,7 +153,7 @@ def _parsed(block: str) -> dict[Any, Any]:
         ModelCardData(**values, ignore_metadata_errors=True)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise FileError(
-            f"README.md: the YAML at its beginning is not valid ({one_line(str(error))}).",
+            f"README.md: the YAML at its beginning is not valid ({error}).",
             "Repair it, or remove it; a new one is made then.",
         ) from None
     return values

@@ -16,8 +16,8 @@ from loratool.merging.identity import is_quantised_name, plain_name
 from loratool.models.checkpoint import Checkpoint, open_checkpoint
 from loratool.models.quantised.base import dequantised_if_read
 from loratool.models.tokenizers import tokenizer_files
-from loratool.publishing.cards.markdown import HUB, code, link, one_line
 from loratool.publishing.contents import adapter_in
+from loratool.sheet import Toned, Words, code, joined_words
 from loratool.storage.fields import is_finite
 from loratool.storage.filenames import PROVENANCE
 from loratool.storage.folder import Folder
@@ -26,6 +26,8 @@ from loratool.storage.jsonfile import read_json
 from loratool.storage.record import check_schema
 from loratool.storage.tensors import TensorInfo
 from loratool.words import enumerated
+
+_HUB = "https://huggingface.co"
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: The Hub's first models have ids without an owner; any other single word is a folder's name.
@@ -40,6 +42,8 @@ _NO_ID = re.compile(
     r"|.*\.(safetensors|bin|pt|pth|ckpt|json|gguf|zip|git)",
     re.IGNORECASE,
 )
+#: Characters of a path that Linux takes.
+_LONGEST = 4096
 _CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)(?:[/\\]|$)", re.ASCII)
 
 
@@ -93,7 +97,7 @@ def read_facts(folder: Path, base_model: str | None = None, told: Told = NOTHING
         used = {"revision": declared.base_revision} if named else {}
     undo = part(record, "undo").get("file")
     return CardFacts(
-        name=one_line(folder.resolve().name) or "model",
+        name=folder.resolve().name.strip() or "model",
         base=base,
         revision=string(used.get("revision")) or None,
         subfolder=re.sub(r"/?[^/]*\.(safetensors|bin|pt|pth)$", "", string(used.get("path"))),
@@ -203,7 +207,8 @@ def number(value: object) -> float | None:
 
 
 def string(value: object) -> str:
-    return one_line(value) if isinstance(value, str) else ""
+    """A text that can be a name or a path, "" for anything else: none is longer than _LONGEST."""
+    return value if isinstance(value, str) and len(value) <= _LONGEST else ""
 
 
 def reference(entry: dict[str, Any]) -> str:
@@ -225,16 +230,21 @@ def short_revision(revision: str) -> str:
     return revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
 
 
-def linked(entry: dict[str, Any]) -> str:
+def linked_repo(repo: str) -> Toned:
+    return code(repo, f"{_HUB}/{repo}")
+
+
+def linked(entry: dict[str, Any]) -> Words:
     """An input by its name, with links to it and to its revision where it is on the Hub."""
     repo, revision = hub_id(entry.get("repo")), string(entry.get("revision"))
     if repo is None:
         return code(reference(entry))
     path = string(entry.get("path"))
-    text = link(repo) + (f", {code(path)}" if path else "")
+    named = joined_words(linked_repo(repo), (", ", code(path)) if path else ())
     if not re.fullmatch(r"[\w./-]+", revision, re.ASCII):
-        return text
-    return f"{text} at [{code(short_revision(revision))}]({HUB}/{repo}/tree/{revision})"
+        return named
+    at = code(short_revision(revision), f"{_HUB}/{repo}/tree/{revision}")
+    return joined_words(named, " at ", at)
 
 
 def dtype_names(tensors: Iterable[TensorInfo]) -> str:

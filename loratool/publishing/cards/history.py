@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from contextlib import suppress
 from typing import Any
@@ -10,8 +9,20 @@ from typing import Any
 from loratool.adapters.weighting import Weight, parse_weight
 from loratool.errors import UsageError
 from loratool.publishing.cards.facts import CardFacts, dicts, linked, number, part, reference, texts
-from loratool.publishing.cards.markdown import code, one_line, prose, table
-from loratool.words import counted, enumerated
+from loratool.sheet import (
+    CodeBlock,
+    Piece,
+    Points,
+    SheetTable,
+    Words,
+    code,
+    joined_words,
+    listed_words,
+    said,
+    separated,
+    table_of,
+)
+from loratool.words import counted
 
 #: Options that a command has by itself; they are left out of it.
 _DEFAULTS: dict[str, dict[str, object]] = {
@@ -24,19 +35,15 @@ _DEFAULTS: dict[str, dict[str, object]] = {
 }
 
 
-def how_made(facts: CardFacts) -> str:
-    """The section, "" where nothing is known."""
-    record = facts.record
-    if not record:
-        stale = "`loratool.json` describes other weights than these; nothing of it is repeated."
-        return stale if facts.stale else ""
-    line = _rebuilt(facts)
-    made = ", ".join(f"{prose(str(k))} {prose(str(v))}"
-                     for k, v in part(record, "versions").items())  # fmt: skip
-    parts = [_block(line) if line else "", _inputs(record)]
-    points = [f"Versions: {made}." if made else "", *_points(facts)]
-    parts.append("\n".join(f"- {point}" for point in points if point))
-    return "\n\n".join(filter(None, parts))
+def how_made(facts: CardFacts) -> list[Piece]:
+    """Nothing where nothing is known."""
+    if not facts.record:
+        stale = " describes other weights than these; nothing of it is repeated."
+        return [said(code("loratool.json"), stale)] * facts.stale
+    line, inputs, points = _rebuilt(facts), _inputs(facts.record), _points(facts)
+    pieces: list[Piece] = [CodeBlock("sh", [line])] if line else []
+    pieces += [inputs] if inputs.lines else []
+    return pieces + ([Points(points)] if points else [])
 
 
 def _rebuilt(facts: CardFacts) -> str:
@@ -69,7 +76,7 @@ def _rebuilt(facts: CardFacts) -> str:
         words.append("--reversible")
     if removed:
         words.append("--subtract")
-    return shlex.join([one_line(word) for word in [*words, "-o"]] + ["OUT"])
+    return shlex.join([*words, "-o", "OUT"])
 
 
 def _weight(entry: dict[str, Any]) -> Weight | None:
@@ -84,13 +91,13 @@ def _weight(entry: dict[str, Any]) -> Weight | None:
 
 
 def _weight_text(weight: Weight) -> str:
-    return one_line(str(weight)) if weight.ranges else f"{weight.value:.12g}"
+    return str(weight) if weight.ranges else f"{weight.value:.12g}"
 
 
 def _chosen(record: dict[str, Any]) -> dict[str, Any]:
     """The options that say something about the result."""
     options = {
-        one_line(key): value
+        key: value
         for key, value in part(record, "options").items()
         if key != "weights" and value not in (None, False, [], "")
     }
@@ -107,19 +114,13 @@ def _chosen(record: dict[str, Any]) -> dict[str, Any]:
 def _value(value: object) -> str:
     amount = number(value)
     if amount is None:
-        return one_line(str(value))
+        return str(value)
     return str(value) if isinstance(value, int) else f"{amount:.12g}"
 
 
-def _block(line: str) -> str:
-    # A fence that is longer than any in the line, so that the line cannot end it.
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", line)), 0)
-    return f"{fence}sh\n{line}\n{fence}"
-
-
-def _inputs(record: dict[str, Any]) -> str:
-    """The table of what went in."""
-    rows = []
+def _inputs(record: dict[str, Any]) -> SheetTable:
+    """What went in."""
+    rows: list[list[Words]] = []
     base = part(record, "base")
     if base:
         role = "model" if record.get("command") == "unmerge" else "base"
@@ -133,10 +134,13 @@ def _inputs(record: dict[str, Any]) -> str:
         rows += [_adapter_row(entry, "still inside") for entry in dicts(record.get("adapters"))]
     else:
         rows += [_adapter_row(entry, "adapter") for entry in dicts(record.get("adapters"))]
-    return table(["input", "role", "weight", "hash of", "sha256"], rows) if rows else ""
+    table = table_of("input", "role", "weight", "hash of", "sha256")
+    for row in rows:
+        table.add(*row)
+    return table
 
 
-def _adapter_row(entry: dict[str, Any], role: str) -> list[str]:
+def _adapter_row(entry: dict[str, Any], role: str) -> list[Words]:
     files = part(entry, "files")
     name = next((key for key in files if not key.endswith(".json")), "")
     weight = _weight(entry)
@@ -146,31 +150,29 @@ def _adapter_row(entry: dict[str, Any], role: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _header_hash(model: dict[str, Any]) -> list[str]:
+def _header_hash(model: dict[str, Any]) -> list[Words]:
     digest = _short(model.get("header_sha256"))
     return ["names, dtypes and shapes" if digest else "", digest]
 
 
-def _short(digest: object) -> str:
+def _short(digest: object) -> Words:
     return code(f"{digest[:16]}…") if isinstance(digest, str) and digest else ""
 
 
-def _points(facts: CardFacts) -> list[str]:
+def _points(facts: CardFacts) -> list[Words]:
     record, name = facts.record, facts.command
     result = part(record, "result")
-    options = [
-        f"{code(key)} {enumerated([code(_value(v)) for v in value])}"
-        if isinstance(value, list)
-        else code(key)
-        if value is True
-        else f"{code(key)} {code(_value(value))}"
-        for key, value in _chosen(record).items()
-    ]
-    points = [f"Options: {', '.join(options)}." if options else ""]
+    points: list[Words] = []
+    if versions := part(record, "versions"):
+        made = ", ".join(f"{what} {version}" for what, version in versions.items())
+        points.append(f"Versions: {made}.")
+    if chosen := _chosen(record):
+        options = separated(_option(key, value) for key, value in chosen.items())
+        points.append(joined_words("Options: ", options, "."))
     for entry in dicts(record.get("adapters")):
         if left := texts(entry.get("left_out")):
-            named = enumerated([code(one_line(text)) for text in left], 4)
-            points.append(f"Not taken of {linked(entry)}: {named}.")
+            named = listed_words([code(text) for text in left], 4)
+            points.append(joined_words("Not taken of ", linked(entry), ": ", named, "."))
     if name in ("merge", "unmerge"):
         points.append("All sums are taken in float32 and rounded once.")
         small = [int(number(result.get(key)) or 0) for key in ("subnormal", "zeroed")]
@@ -178,14 +180,19 @@ def _points(facts: CardFacts) -> list[str]:
             text = f"{small[0]:,} values became subnormal and {small[1]:,} became zero."
             points.append(f"Of the values that were not zero, {text}")
     if facts.undo:
-        text = "is here: `loratool unmerge` gives the base back bit for bit."
-        points.append(f"The undo file {text}")
-    warned = _warnings(result)
-    if warned:
-        points.append(
-            f"{counted(len(warned), 'warning')}: {enumerated([code(w) for w in warned])}."
-        )
+        gives = " gives the base back bit for bit."
+        points.append(("The undo file is here: ", code("loratool unmerge"), gives))
+    if warned := _warnings(result):
+        count = counted(len(warned), "warning")
+        points.append(joined_words(f"{count}: ", listed_words(list(map(code, warned))), "."))
     return points
+
+
+def _option(key: str, value: object) -> Words:
+    if value is True:
+        return code(key)
+    values = value if isinstance(value, list) else [value]
+    return joined_words(code(key), " ", listed_words([code(_value(entry)) for entry in values]))
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:

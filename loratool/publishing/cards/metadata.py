@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from loratool.errors import FileError
-from loratool.publishing.cards.markdown import one_line
 from loratool.storage.yamltext import load_yaml
 
 #: Where the block is; group 2 is the YAML. As huggingface_hub has it, but with no other line breaks
@@ -26,6 +25,6 @@ def read_yaml(block: str) -> dict[Any, Any]:
         return load_yaml(block)
     except ValueError as error:
         raise FileError(
-            f"README.md: the YAML at its beginning is not valid ({one_line(str(error))}).",
+            f"README.md: the YAML at its beginning is not valid ({error}).",
             "Repair it, or remove it; a new one is made then.",
         ) from None

@@ -1,19 +1,11 @@
-"""The section of a model card that loratool writes, as Markdown."""
+"""What a model card says, as a sheet: what this is, and the sections that other modules make."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterable
-from typing import Any
-
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.experts import ExpertStack
-from loratool.adapters.factors import Factors
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
-from loratool.paths import pattern, ranged
 from loratool.publishing.cards.facts import (
     CardFacts,
     bases_named,
@@ -21,66 +13,66 @@ from loratool.publishing.cards.facts import (
     dtype_names,
     hub_id,
     linked,
-    number,
+    linked_repo,
     part,
     sort_of,
     string,
     texts,
 )
 from loratool.publishing.cards.history import how_made
-from loratool.publishing.cards.markdown import code, link, prose, span, table
+from loratool.publishing.cards.kept import what_was_kept
+from loratool.publishing.cards.modules import modules_of, span
 from loratool.publishing.cards.usage import how_to_use
-from loratool.words import counted, enumerated, format_bytes, percent
-
-#: Lines of a table beyond which a card would be a listing.
-_MOST = 50
-_WORST = 5
-#: What is kept of a module is not distinguished from all of it above this share.
-_ALL = 1 - 1e-9
+from loratool.sheet import Heading, Piece, Sheet, Words, code, joined_words, listed_words, said
+from loratool.words import agreeing, counted, format_bytes
 
 
-def section(facts: CardFacts, place: str) -> str:
-    """Everything between the markers. `place` is where the code loads it from."""
-    parts = {
+def card_section(facts: CardFacts, place: str) -> Sheet:
+    """Everything that loratool says in a card. `place` is where the code loads it from."""
+    sections = {
         "What this is": _what(facts),
         "How it was made": how_made(facts),
-        "Modules": _modules(facts),
-        "What was kept": _kept(facts),
+        "Modules": modules_of(facts),
+        "What was kept": what_was_kept(facts),
         "How to use": how_to_use(facts, place),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items() if text)
+    sheet = Sheet("card", subject=facts.name)
+    for title, pieces in sections.items():
+        if pieces:
+            sheet.add(Heading(title), *pieces)
+    return sheet
 
 
-# ------------------------------------------------------------------------------- what this is
-
-
-def _what(facts: CardFacts) -> str:
+def _what(facts: CardFacts) -> list[Piece]:
     if facts.adapter is not None:
-        return _what_adapter(facts, facts.adapter)
+        return [said(*_first_of_adapter(facts, facts.adapter)), said(_adapter_size(facts.adapter))]
     assert facts.model is not None
-    return _what_model(facts, facts.model)
+    return [said(*_first_of_model(facts), *_model_has(facts.model))]
 
 
-def _what_adapter(facts: CardFacts, adapter: Adapter) -> str:
-    base = link(facts.base) if facts.base else "a base model that is not recorded here"
+# ----------------------------------------------------------------------------------- an adapter
+
+
+def _first_of_adapter(facts: CardFacts, adapter: Adapter) -> list[Words]:
+    """The sentence that says what it is and what it is for."""
+    base = linked_repo(facts.base) if facts.base else "a base model that is not recorded here"
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
     if not adapter.is_read:
-        first = f"This is {prose(adapter.description)}, for {base}."
-    elif facts.command == "extract":
+        return [f"This is {adapter.description}, for ", base, "."]
+    if facts.command == "extract":
         tuned, before = part(facts.record, "tuned"), part(facts.record, "base")
-        named = link(facts.base) if facts.base else linked(before)
-        first = f"A LoRA adapter for {named}, extracted from the fine-tuned model {linked(tuned)}: "
-        first += "the difference between the two, cut to low rank."
-        if not facts.base:
-            first += " The Hub id of the base is not recorded here."
-    elif facts.command == "combine" and inputs:
+        named = linked_repo(facts.base) if facts.base else linked(before)
+        cut = ": the difference between the two, cut to low rank."
+        unknown = " The Hub id of the base is not recorded here." * (not facts.base)
+        extracted = joined_words(", extracted from the fine-tuned model ", linked(tuned), cut)
+        return ["A LoRA adapter for ", named, extracted, unknown]
+    if facts.command == "combine" and inputs:
         method = code(str(part(facts.record, "options").get("method") or "sum"))
-        first = f"A LoRA adapter for {base}, combined from {enumerated(inputs)} by {method}."
-    elif facts.command == "resize" and inputs:
-        first = f"A LoRA adapter for {base}: {inputs[0]} resized{_old_ranks(facts)}."
-    else:
-        first = f"{sort_of(adapter)} for {base}."
-    return f"{first}\n\n{_adapter_size(adapter)}"
+        combined = joined_words(", combined from ", listed_words(inputs), " by ", method, ".")
+        return ["A LoRA adapter for ", base, combined]
+    if facts.command == "resize" and inputs:
+        return ["A LoRA adapter for ", base, ": ", inputs[0], f" resized{_old_ranks(facts)}."]
+    return [f"{sort_of(adapter)} for ", base, "."]
 
 
 def _old_ranks(facts: CardFacts) -> str:
@@ -109,36 +101,43 @@ def _adapter_size(adapter: Adapter) -> str:
         text += f"{counted(len(adapter.replaced), 'tensor', 'is')} saved whole. "
     if adapter.token_rows:
         rows = sum(len(r.indices) for r in adapter.token_rows.values())
-        text += f"{counted(rows, 'token')} of the vocabulary {'has' if rows == 1 else 'have'} "
+        text += f"{counted(rows, 'token')} of the vocabulary {agreeing(rows, 'has')} "
         text += "trained embeddings. "
     tensors = adapter.tensors.values()
     size = f"{counted(adapter.parameters, 'parameter')} in {dtype_names(tensors) or 'no tensors'}"
     return f"{text}It holds {size}, {format_bytes(adapter.nbytes)}."
 
 
-def _what_model(facts: CardFacts, model: Checkpoint) -> str:
-    first = ""
+# ------------------------------------------------------------------------------------- a model
+
+
+def _first_of_model(facts: CardFacts) -> list[Words]:
+    """How it came about, with a space behind it; nothing where nothing tells."""
     inputs = [linked(entry) for entry in dicts(facts.record.get("adapters"))]
     base = part(facts.record, "base")
-    named = link(facts.base) if facts.base else linked(base)
+    named = linked_repo(facts.base) if facts.base else linked(base)
     if facts.command == "merge" and inputs:
         what = "an adapter" if len(inputs) == 1 else f"{len(inputs)} adapters"
-        first = f"{named} with {what} merged into its weights: {enumerated(inputs)}. "
-        first += _said_bases(facts) + _said_treatment(facts)
-    elif facts.command == "dequantise":
-        form = prose(string(base.get("quantised"))) or "quantised"
-        first = f"{named}, dequantised: the plain model that its {form} weights stand for. "
-    elif facts.command == "unmerge":
-        removed = enumerated([linked(entry) for entry in dicts(facts.record.get("removed"))])
-        first = f"{linked(base)} without {removed}, whose deltas were subtracted and the result "
-        first += "rounded once: near the model they were merged into, not the same bit for bit. "
-    elif facts.base:
-        first = f"The base model is {link(facts.base)}. "
+        merged = [named, f" with {what} merged into its weights: ", listed_words(inputs), ". "]
+        return [*merged, _said_bases(facts), _said_treatment(facts)]
+    if facts.command == "dequantise":
+        form = string(base.get("quantised")) or "quantised"
+        return [named, f", dequantised: the plain model that its {form} weights stand for. "]
+    if facts.command == "unmerge":
+        removed = listed_words([linked(entry) for entry in dicts(facts.record.get("removed"))])
+        rounded = ", whose deltas were subtracted and the result rounded once: near the model "
+        rounded += "they were merged into, not the same bit for bit. "
+        return [linked(base), " without ", removed, rounded]
+    return ["The base model is ", linked_repo(facts.base), ". "] if facts.base else []
+
+
+def _model_has(model: Checkpoint) -> list[Words]:
     classes = texts(model.config.get("architectures"))
-    kind = enumerated([code(name) for name in [*classes[:1], model.model_type][:1] if name])
-    what = f"The model ({kind})" if kind else "The model"
+    kinds = [code(name) for name in [*classes[:1], model.model_type][:1] if name]
     tensors = counted(len(model.tensors), "tensor")
-    return f"{first}{what} has {tensors}, {_model_size(model)}, {_bytes(model)}."
+    size = f"{format_bytes(model.nbytes)} in {counted(len(model.files), 'file')}"
+    has = f" has {tensors}, {_model_size(model)}, {size}."
+    return ["The model", *((" (", kind, ")") for kind in kinds), has]
 
 
 def _model_size(model: Checkpoint) -> str:
@@ -148,7 +147,7 @@ def _model_size(model: Checkpoint) -> str:
         plain = [info for name, info in model.tensors.items() if name not in model.weights]
         rest = f", all else is {dtype_names(plain)}" if plain else ""
         count = counted(len(model.weights), "weight", "is")
-        return f"{size} ({count} quantised as {prose(model.title)}{rest})"
+        return f"{size} ({count} quantised as {model.title}{rest})"
     if not is_plain(model):  # in a form that is not read: parts of weights are no parameters
         return "of quantised weights"
     return f"{size} in {dtype_names(model.tensors.values())}"
@@ -156,7 +155,7 @@ def _model_size(model: Checkpoint) -> str:
 
 def _said_treatment(facts: CardFacts) -> str:
     """What became of a base that was quantised."""
-    form = prose(string(part(facts.record, "base").get("quantised")))
+    form = string(part(facts.record, "base").get("quantised"))
     if not form:
         return ""
     become = {
@@ -169,182 +168,12 @@ def _said_treatment(facts: CardFacts) -> str:
     return f"The base is quantised ({form}): {known or 'what is quantised of it is as it was'}. "
 
 
-def _bytes(model: Checkpoint) -> str:
-    return f"{format_bytes(model.nbytes)} in {counted(len(model.files), 'file')}"
-
-
-def _said_bases(facts: CardFacts) -> str:
+def _said_bases(facts: CardFacts) -> Words:
     """What the adapters call their base, where the base that was taken has no id."""
     if hub_id(part(facts.record, "base").get("repo")):
         return ""
     if facts.base:
         return "That this is the base is what the adapters say. "
-    named = enumerated(list(map(link, bases_named(facts.record))))
-    return f"The Hub id of the base is not recorded; the adapters name {named}. " if named else ""
-
-
-# ------------------------------------------------------------------------------------ modules
-
-
-def _modules(facts: CardFacts) -> str:
-    if facts.adapter is not None:
-        parts = [_module_table(facts.adapter), _whole(facts.adapter)]
-        return "\n\n".join(filter(None, parts))
-    result = part(facts.record, "result")
-    modules, tensors = number(result.get("modules")), part(result, "tensors")
-    if facts.command not in ("merge", "unmerge") or modules is None:
-        return ""
-    verb = "subtracted from" if facts.command == "unmerge" else "merged into"
-    changed = int(number(tensors.get("merge")) or 0)
-    text = f"{counted(int(modules), 'module')} of the adapters {'was' if modules == 1 else 'were'} "
-    text += f"{verb} {counted(changed, 'tensor')}."
-    if changed < modules:
-        text += " Where several adapters change one tensor, the sum is rounded once."
-    words = {"replace": "replaced by an adapter's", "add": "added", "cast": "in another dtype only",
-             "copy": "unchanged"}  # fmt: skip
-    others = [
-        f"{int(count):,} {words[key]}" for key in words if (count := number(tensors.get(key)))
-    ]
-    if others:
-        text += f" Of the other tensors: {enumerated(others)}."
-    changes = part(result, "config_changes")
-    if changes:
-        text += f" In `config.json` changed: {enumerated(list(map(code, changes)))}."
-    inputs = _input_table(facts)
-    return f"{text}\n\n{inputs}" if inputs else text
-
-
-def _input_table(facts: CardFacts) -> str:
-    """The modules of the adapters that went into a model, by its record."""
-    entries = dicts(facts.record.get("removed" if facts.command == "unmerge" else "adapters"))
-    rows = []
-    for entry in entries:
-        name = hub_id(entry.get("repo")) or string(entry.get("name"))
-        for group in dicts(entry.get("modules")):
-            kind = prose(string(group.get("kind"))) + (", DoRA" if group.get("dora") else "")
-            numbers = [number(group.get(key)) for key in ("count", "rank", "alpha", "scale")]
-            cells = ["unknown" if n is None else f"{n:.4g}" for n in numbers]
-            rows.append([code(name), code(string(group.get("path"))), kind, *cells])
-    headings = ["adapter", "module", "kind", "count", "rank", "alpha", "scale"]
-    if len(entries) < 2:
-        headings, rows = headings[1:], [row[1:] for row in rows]
-    if not rows:
-        return ""
-    more = len(rows) - _MOST
-    text = table(headings, rows[:_MOST])
-    return f"{text}\n\nand {more} more kinds of module." if more > 0 else text
-
-
-def _module_table(adapter: Adapter) -> str:
-    """One line for the modules that differ only in the numbers of their path."""
-    groups: dict[Any, dict[str, Factors]] = {}
-    for path, module in adapter.modules.items():
-        experts = module.experts if isinstance(module, ExpertStack) else 1
-        kind = f"{experts} experts" if experts > 1 else module.kind
-        key = pattern(path), kind, module.shape, module.magnitude is not None
-        groups.setdefault(key, {})[path] = module
-    rows = []
-    for (_, kind, shape, dora), modules in groups.items():
-        paths, group = list(modules), list(modules.values())
-        rows.append([
-            code(ranged(paths)), f"{kind}, DoRA" if dora else kind, f"{len(group):,}",
-            f"{shape[0]}×{shape[1]}", span(m.rank for m in group),
-            span(m.alpha for m in group), span(m.scale for m in group),
-        ])  # fmt: skip
-    if not rows:
-        return ""
-    text = table(["module", "kind", "count", "out×in", "rank", "alpha", "scale"], rows[:_MOST])
-    more = len(rows) - _MOST
-    return f"{text}\n\nand {more} more kinds of module." if more > 0 else text
-
-
-def _whole(adapter: Adapter) -> str:
-    """What the adapter holds beside factors."""
-    lines = []
-    if adapter.replaced:
-        lines.append(f"Saved whole: {enumerated(list(map(code, folded(adapter.replaced))))}.")
-    for path, rows in list(adapter.token_rows.items())[:_WORST]:
-        lines.append(f"Trained rows of {code(path)}: {len(rows.indices):,}.")
-    return "\n\n".join(lines)
-
-
-def folded(names: Iterable[str]) -> list[str]:
-    """Names with ranges for their numbers."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(pattern(name), []).append(name)
-    return [ranged(group) for group in groups.values()]
-
-
-# ------------------------------------------------------------------------------- what was kept
-
-
-def _kept(facts: CardFacts) -> str:
-    if facts.command not in ("combine", "resize", "extract"):
-        return ""
-    result = part(facts.record, "result")
-    modules = _shares(result)
-    if not modules:
-        return ""
-    symbol = "‖tuned − base‖²" if facts.command == "extract" else "‖ΔW‖²"
-    parts = [_overall(facts, result, [kept for _, _, kept in modules], symbol)]
-    dtype = part(facts.record, "options").get("dtype")
-    if dtype in ("float16", "bfloat16"):
-        parts[0] += f" What rounding the factors to {dtype} adds is not counted."
-    worst = sorted((m for m in modules if m[2] < _ALL), key=lambda m: m[2])[:_WORST]
-    if worst:
-        most = len(modules) > _WORST
-        parts.append("The modules that lost most:" if most else "Module by module:")
-        rows = [
-            [code(path), str(rank), percent(kept), percent(math.sqrt(max(0.0, 1 - kept)))]
-            for path, rank, kept in worst
-        ]
-        parts.append(table(["module", "rank", "kept", "relative error"], rows))
-    left = texts(result.get("left"))
-    if left:
-        text = f"Changed in the fine-tune and left out of the adapter: {len(left):,}, "
-        parts.append(text + f"{enumerated(list(map(code, folded(left))))}.")
-    return "\n\n".join(parts)
-
-
-def _shares(result: dict[str, Any]) -> list[tuple[str, int, float]]:
-    """Path, rank and share kept of every module, as extract and as the others record it."""
-    modules = result.get("modules")
-    entries: list[tuple[object, dict[str, Any]]] = [
-        (entry.get("path"), entry) for entry in dicts(modules)
-    ]
-    if isinstance(modules, dict):
-        entries = [(path, entry) for path, entry in modules.items() if isinstance(entry, dict)]
-    found = []
-    for path, entry in entries:
-        kept, rank = number(entry.get("kept")), number(entry.get("rank"))
-        if kept is not None and rank is not None:
-            found.append((str(path), int(rank), min(1.0, max(0.0, kept))))
-    return found
-
-
-def _overall(facts: CardFacts, result: dict[str, Any], shares: list[float], symbol: str) -> str:
-    extracted = facts.command == "extract"
-    held = number(result.get("held" if extracted else "kept"))
-    if held is not None:
-        held = min(1.0, max(0.0, held))
-        error = number(result.get("error"))
-        error = math.sqrt(1 - held) if error is None else error
-        where = "all tensors" if extracted else "all modules together"
-        if held >= _ALL:
-            return f"Nothing of {symbol} was cut."
-        text = f"Over {where} the adapter keeps {percent(held)} of {symbol}, a relative error of "
-        text += f"{percent(error)}."
-        verified = number(result.get("verified"))
-        if verified is not None:
-            text += f" Read back and measured: {percent(verified)}."
-        return text
-    # Shares of single modules cannot be added up without their norms, which are not recorded.
-    low, high = min(shares), max(shares)
-    middle = percent(statistics.median(shares))
-    if low >= _ALL:
-        return f"Nothing of {symbol} was cut in any module."
-    return (
-        f"Of {symbol} the factors keep {percent(low)} to {percent(high)}, module by module "
-        f"(median {middle})."
-    )
+    named = listed_words([linked_repo(base) for base in bases_named(facts.record)])
+    unknown = "The Hub id of the base is not recorded; the adapters name "
+    return joined_words(unknown, named, ". ") if bases_named(facts.record) else ""

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import Adapter
+from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.names import is_label_head, is_token_embedding
 from loratool.models.layouts.native import NATIVE_NAMES
 from loratool.models.quantised.base import Dequantised
 from loratool.models.quantised.refusals import is_plain
 from loratool.models.tasks import TEXT_TO_TEXT
 from loratool.publishing.cards.facts import CardFacts, address, part, texts
-from loratool.publishing.cards.markdown import code, prose
 from loratool.serving.programs import serving_line, serving_words
+from loratool.sheet import CodeBlock, Piece, code, said
 
 
 @dataclass(frozen=True)
@@ -118,27 +119,24 @@ def _by_class(name: str, model_type: str) -> Use | None:
     return next((use for end, use in _BY_CLASS.items() if name.endswith(end)), None)
 
 
-def how_to_use(facts: CardFacts, place: str) -> str:
+def how_to_use(facts: CardFacts, place: str) -> list[Piece]:
     """The code that loads it from `place`, a Hub id or a path."""
     if facts.model is not None:
-        return _model_usage(facts, place)
+        return _model_usage(facts, facts.model, place)
     assert facts.adapter is not None
-    parts = [_adapter_usage(facts, facts.adapter, place), _merge_line(facts, facts.adapter, place),
-             _served(facts.adapter)]  # fmt: skip
-    return "\n\n".join(filter(None, parts))
+    adapter = facts.adapter
+    return [
+        *_adapter_usage(facts, adapter, place),
+        *_merging(facts, adapter, place),
+        *_serving(adapter),
+    ]
 
 
-def _served(adapter: Adapter) -> str:
-    """Which programs load it as it is; "" for what is not read."""
-    words = serving_words(adapter)
-    said = prose(serving_line(words, everyone=True))
-    return f"As it is, by the rules of `loratool lint`: {said}." if words else ""
-
-
-def _model_usage(facts: CardFacts, place: str) -> str:
+def _model_usage(facts: CardFacts, model: Checkpoint, place: str) -> list[Piece]:
     use = use_of(facts)
-    if use is None or facts.model is None:
-        return "There is no `config.json` here that says how to build the model of these weights."
+    if use is None:
+        says = " here that says how to build the model of these weights."
+        return [said("There is no ", code("config.json"), says)]
     tokenizer = facts.tokenizer
     lines = [
         f"from transformers import {use.auto}" + (", AutoTokenizer" if tokenizer else ""),
@@ -148,27 +146,29 @@ def _model_usage(facts: CardFacts, place: str) -> str:
     ]
     if tokenizer:
         lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
-    text = _fenced("python", lines)
-    if isinstance(facts.model, Dequantised) or not is_plain(facts.model):
-        method = facts.model.settings.method if isinstance(facts.model, Dequantised) else ""
-        named = f" ({code(method)} in its `config.json`)" if method else ""
-        text += "\n\nWeights of it are quantised, so what loads it needs the library of that method"
-        text += f"{named}."
-    if facts.model.config.get("auto_map"):
-        text += "\n\nThe model has code of its own, so `from_pretrained` asks for "
-        text += "`trust_remote_code=True`: read that code first."
-    return text
+    pieces: list[Piece] = [CodeBlock("python", lines)]
+    if isinstance(model, Dequantised) or not is_plain(model):
+        needs = "Weights of it are quantised, so what loads it needs the library of that method"
+        method = model.settings.method if isinstance(model, Dequantised) else ""
+        named = (" (", code(method), " in its ", code("config.json"), ")") if method else ()
+        pieces.append(said(needs, named, "."))
+    if model.config.get("auto_map"):
+        own = ("The model has code of its own, so ", code("from_pretrained"), " asks for ")
+        pieces.append(said(own, code("trust_remote_code=True"), ": read that code first."))
+    return pieces
 
 
-def _adapter_usage(facts: CardFacts, adapter: Adapter, place: str) -> str:
+def _adapter_usage(facts: CardFacts, adapter: Adapter, place: str) -> list[Piece]:
     use = use_of(facts)
     if adapter.format in _PROGRAMS:
         return _of_other_programs(facts, adapter, place)
     if not adapter.declared.library:
-        return "PEFT cannot load this: no `adapter_config.json` here names a type of PEFT's."
+        names = " here names a type of PEFT's."
+        return [said("PEFT cannot load this: no ", code("adapter_config.json"), names)]
     if use is None:
-        name = code(adapter.declared.model_class or "its base")
-        return f"Load the base model ({name}), then `PeftModel.from_pretrained(model, …)`."
+        base = code(adapter.declared.model_class or "its base")
+        loading = code("PeftModel.from_pretrained(model, …)")
+        return [said("Load the base model (", base, "), then ", loading, ".")]
     lines = [
         "from peft import PeftModel",
         f"from transformers import {use.auto}" + (", AutoTokenizer" if use.text else ""),
@@ -198,20 +198,19 @@ def _adapter_usage(facts: CardFacts, adapter: Adapter, place: str) -> str:
     if use.text:
         source = "adapter" if facts.tokenizer else "base"
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({source})")
-    return _fenced("python", lines)
+    return [CodeBlock("python", lines)]
 
 
-def _of_other_programs(facts: CardFacts, adapter: Adapter, place: str) -> str:
+def _of_other_programs(facts: CardFacts, adapter: Adapter, place: str) -> list[Piece]:
     program, line = _PROGRAMS[adapter.format]
-    convert = shlex.join(["loratool", "convert", place, "--to", "peft", "-o", "adapter"])
-    text = f"{program} loads it as it is"
-    if line:
-        names = {"base": facts.base or "path/to/base", "place": place, "file": adapter.weights.name}
-        command = shlex.join([part.format(**names) for part in line.split()])
-        text += f":\n\n{_fenced('sh', [command])}\n\nPEFT does not"
-    else:
-        text += ", and PEFT does not"
-    return f"{text}; this makes an adapter for PEFT of it:\n\n{_fenced('sh', [convert])}"
+    convert = _command("loratool", "convert", place, "--to", "peft", "-o", "adapter")
+    loads = f"{program} loads it as it is"
+    does_not = "PEFT does not; this makes an adapter for PEFT of it:"
+    if not line:
+        return [said(f"{loads}, and {does_not}"), convert]
+    names = {"base": facts.base or "path/to/base", "place": place, "file": adapter.weights.name}
+    loading = _command(*(part.format(**names) for part in line.split()))
+    return [said(f"{loads}:"), loading, said(does_not), convert]
 
 
 def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
@@ -220,20 +219,29 @@ def _rows(adapter: Adapter, fits: Callable[[str], bool]) -> int | None:
     return found[0].shape[0] if found and len(found[0].shape) == 2 else None
 
 
-def _merge_line(facts: CardFacts, adapter: Adapter, place: str) -> str:
+def _merging(facts: CardFacts, adapter: Adapter, place: str) -> list[Piece]:
     refused = any(notice.refused for notice in adapter.notices)
     known = adapter.declared.library or adapter.format in _PROGRAMS
     if not adapter.is_read or not known or refused:
-        return ""
+        return []
     base = "path/to/base"
     if facts.base:
         base = address(facts.base, facts.revision, facts.subfolder)
-    line = shlex.join(["loratool", "merge", base, place, "-o", "merged"])
-    return "To merge it into the base's weights:\n\n" + _fenced("sh", [line])
+    command = _command("loratool", "merge", base, place, "-o", "merged")
+    return [said("To merge it into the base's weights:"), command]
 
 
-def _fenced(language: str, lines: list[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+def _serving(adapter: Adapter) -> list[Piece]:
+    """Which programs load it as it is; nothing for what is not read."""
+    words = serving_words(adapter)
+    if not words:
+        return []
+    line = serving_line(words, everyone=True)
+    return [said("As it is, by the rules of ", code("loratool lint"), f": {line}.")]
+
+
+def _command(*words: str) -> CodeBlock:
+    return CodeBlock("sh", [shlex.join(words)])
 
 
 def _quoted(text: str) -> str:

@@ -106,6 +106,15 @@ def test_each_piece_has_its_sign() -> None:
     assert markdown_title("a_b_ *c*") == r"# a_b\_ \*c\*"
 
 
+def test_an_address_stays_what_it_is() -> None:
+    """Also where it has signs that Markdown reads."""
+    address = "https://hub.example/a_b*c~d?x=1&copy;=[2"
+    for known in (address[:-2], address[:-2] + "#!$'"):
+        page = read(markdown_of(Sheet("card", [said("see ", code("x", known), ".")])))
+        assert page.named("a") == [{"href": known}]
+    assert not read(markdown_of(Sheet("card", [said(code("x", address))]))).named("a")
+
+
 def test_nothing_ends_a_block_of_code() -> None:
     """A line of it that looks like the end makes the fences longer; a line break makes no line."""
     block = CodeBlock("sh", ["````", "a\nb", "  ```` x"])

@@ -74,7 +74,8 @@ def _inline(words: Words) -> str:
 
 def _part(part: Toned) -> str:
     text = _code_span(_line(part.text).strip()) if part.tone == "code" else _prose(part)
-    return f"[{text}]({part.link})" if part.link else text
+    # What looks like an entity is read as one in addresses too.
+    return f"[{text}]({part.link.replace('&', '&amp;')})" if part.link else text
 
 
 def _line(text: str) -> str:

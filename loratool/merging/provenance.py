@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.factors import Factors
 from loratool.adapters.weighting import PLAIN, Weight, parse_weight
 from loratool.dtypes import MODEL_DTYPES
 from loratool.errors import FileError, UsageError
@@ -21,7 +22,7 @@ from loratool.merging.replication import Replicated, original
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.quantised.base import Dequantised, as_stored
 from loratool.models.quantised.treatment import TREATMENTS
-from loratool.paths import EVERYTHING, Choice, pattern, ranged, ranged_names
+from loratool.paths import EVERYTHING, Choice, grouped, ranged, ranged_names
 from loratool.storage.fields import (
     ABSENT,
     COUNT,
@@ -152,21 +153,18 @@ def describe_adapter(adapter: Adapter, weight: Weight = PLAIN) -> dict[str, Any]
 
 def _modules_of(adapter: Adapter) -> list[dict[str, Any]]:
     """What it adapts, modules that are alike but for the numbers in their paths taken together."""
-    groups: dict[Any, list[str]] = {}
-    for path, m in adapter.modules.items():
-        key = pattern(path), m.kind, m.rank, m.alpha, m.scale, m.magnitude is not None
-        groups.setdefault(key, []).append(path)
-    functions: dict[Any, list[str]] = {}
-    for path, one in adapter.functions.items():
-        functions.setdefault((pattern(path), one.algorithm), []).append(path)
+    said = [(path, _said_of(module)) for path, module in adapter.modules.items()]
+    said += [(path, {"kind": one.algorithm}) for path, one in adapter.functions.items()]
     return [
-        {"path": ranged(paths), "count": len(paths), "kind": kind, "rank": rank, "alpha": alpha,
-         "scale": scale, **({"dora": True} if dora else {})}
-        for (_, kind, rank, alpha, scale, dora), paths in groups.items()
-    ] + [
-        {"path": ranged(paths), "count": len(paths), "kind": algorithm}
-        for (_, algorithm), paths in functions.items()
-    ]  # fmt: skip
+        {"path": ranged([path for path, _ in group]), "count": len(group), **group[0][1]}
+        for group in grouped(said, lambda one: one[0], lambda one: tuple(one[1].items()))
+    ]
+
+
+def _said_of(module: Factors) -> dict[str, Any]:
+    dora = {"dora": True} if module.magnitude is not None else {}
+    return {"kind": module.kind, "rank": module.rank, "alpha": module.alpha,
+            "scale": module.scale, **dora}  # fmt: skip
 
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:

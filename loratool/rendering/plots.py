@@ -169,7 +169,7 @@ def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
     name = "viridis" if chart.middle is None else "RdBu_r"
     colours = mpl.colormaps[name].with_extremes(bad=(0, 0, 0, 0))
     if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        low, high = min(0.0, low), max(0.0, high) or 1.0
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high,
                         interpolation="nearest")  # fmt: skip
     for names, axis in ((chart.rows, axes.yaxis), (chart.columns, axes.xaxis)):

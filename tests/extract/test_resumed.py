@@ -31,7 +31,7 @@ from loratool.streams.shares import WorkShare
 WAYS: list[dict[str, Any]] = [
     {"rank": 3, "save": ["norms", "biases"]},
     {"energy": 0.8, "patterns": True, "dtype": "bfloat16"},
-    {"budget": "16KB", "patterns": True, "verify": True},
+    {"budget": "16KB", "patterns": True, "verify": True, "embeddings": True},
 ]
 BUDGET = WAYS[2]
 
@@ -269,7 +269,8 @@ import sys
 import loratool
 worker, base, tuned, out = sys.argv[1:]
 loratool.extract(
-    base, tuned, out, budget="16KB", patterns=True, verify=True, dtype="float32", worker=worker
+    base, tuned, out, budget="16KB", patterns=True, verify=True, embeddings=True, dtype="float32",
+    worker=worker,
 )
 """
 

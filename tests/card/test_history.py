@@ -42,7 +42,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("combined", "loratool combine adapter html --weight 0.7 --weight 0.5 --rank 8 "
                      "--dtype float32 -o OUT"),
         ("resized", "loratool resize adapter --energy 0.95 --patterns --dtype float32 -o OUT"),
-        ("extracted", "loratool extract base tuned --rank 8 --save norms --embeddings --dtype float32 -o OUT"),
+        ("extracted", "loratool extract base tuned --rank 8 --save norms --embeddings "
+                      "--dtype float32 -o OUT"),
         ("unmerged", "loratool unmerge two adapter html --weight 0.7 --weight -0.4 "
                      "--dtype bfloat16 --subtract -o OUT"),
     ],

@@ -85,15 +85,20 @@ def test_of_a_head_what_loads_is_in_an_extract(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_on_request_is_so_because_it_does_not_load(name: str, tmp_path: Path) -> None:
-    """With all that was asked for there are servers that refuse the adapter, or drop parts of it;
-    with the embeddings alone LoRAX drops their factors."""
+    """With what was asked for there are servers that refuse the adapter, or drop parts of it, as
+    the notices say: vLLM norms, biases and embeddings that are whole, LoRAX also factors of
+    embeddings, llama.cpp those of a head that is the embedding."""
     work = changed(tmp_path, name)
     for group in ({"save": ["norms"]}, {"save": ["biases"]}, {"embeddings": True}, EVERYTHING):
         work.extract(rank=4, **group)
         found = verdicts(work.out, base=work.base, programs=SERVERS)
         assert found["lorax"].outcome == "differs", group
-        if name != "positions" and "save" not in group:
-            assert found["vllm"].outcome == found["sglang"].outcome == "loads"
+        whole = name == "positions" or "save" in group
+        assert found["vllm"].outcome == ("refused" if whole else "loads"), group
+        if "save" not in group:
+            assert found["sglang"].outcome == ("refused" if whole else "loads")
+            tied = MODELS[name][1]["tie_word_embeddings"]
+            assert found["llamacpp"].outcome == ("refused" if whole or tied else "loads")
 
 
 def test_an_extract_of_a_layer_and_the_head_loads(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from helpers.adapters import WEIGHTS, codes, config_of
 from helpers.extracting import (
     EVERYTHING,
     Q0,
+    SAVED,
     UP1,
     Pair,
     assert_accounted,
@@ -48,6 +49,7 @@ def test_a_grown_vocabulary_is_saved_whole(tmp_path: Path) -> None:
     assert "[40, 16]" in text
     assert "[43, 16]" in text
     assert {t.norm for t in report.saved if "lm_head" in t.name} == {None}
+    assert [g.group for g in report.groups] == SAVED
     assert report.norm == pytest.approx(math.sqrt(square(moves(state, tuned).values())), rel=1e-5)
 
 
@@ -62,6 +64,7 @@ def test_another_vocabulary_may_be_left_out(tmp_path: Path, rows: int, verify: b
     assert_accounted(report, state, tuned)
     assert {t.name for t in report.left} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert report.verified is None or report.verified < 2e-5
+    assert [g.group for g in report.groups] == SAVED
 
 
 @pytest.mark.parametrize("head", ["score", "classifier.out_proj"])

@@ -205,6 +205,19 @@ def test_other_embeddings_go_the_same_way(tmp_path: Path) -> None:
     assert group.error_without == pytest.approx(without, rel=1e-6)
 
 
+def test_embeddings_that_a_budget_leaves_no_rank_are_not_in_the_adapter(tmp_path: Path) -> None:
+    """What was asked for and got nothing is counted with what is left out."""
+    state = model()
+    tuned = moved(state, "_proj.weight", decay=0.9)
+    tuned[TOKENS] = state[TOKENS] + 1e-4 * random_for("t", 40, 16).float()
+    pair = Pair(tmp_path, state, tuned)
+    report = pair.extract(budget="6kB", patterns=True, embeddings=True)
+    assert "no-budget" in codes(report)
+    (group,) = report.groups
+    assert (group.saved, group.tensors, group.error_with) == (0, 1, None)
+    assert group.error_without == pytest.approx(report.error, rel=1e-6)
+
+
 @pytest.mark.parametrize("include", [["embed_tokens"], ["model.embed*"]], ids=str)
 def test_to_include_is_not_to_ask(tiny: Pair, include: list[str]) -> None:
     """--include narrows what is taken, for embeddings as for norms; where nothing is left but what

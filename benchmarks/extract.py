@@ -24,7 +24,8 @@ from typing import Any
 
 from common import Contender, machine, make_base, print_table, race
 
-LORATOOL = [sys.executable, "-m", "loratool", "extract", "{base}", "{tuned}", "-o", "{output}"]
+LORATOOL = [sys.executable, "-m", "loratool", "extract", "{base}", "{tuned}", "-o", "{output}",
+            "--embeddings"]  # fmt: skip
 
 
 def make_tuned(folder: Path, base: Path) -> None:
@@ -103,7 +104,7 @@ def stages(base: Path, tuned: Path, output: Path, rank: int) -> None:
     watch(extraction, "rounding_loss", "measure what rounding takes")
     watch(extraction.Extraction, "_decomposed", "all")
     started = time.perf_counter()
-    extract(base, tuned, output, rank=rank, overwrite=True)
+    extract(base, tuned, output, rank=rank, embeddings=True, overwrite=True)
     seconds = time.perf_counter() - started
     total = spent.pop("all")
     del spent["step"], spent["bound"]

@@ -143,7 +143,8 @@ def runs() -> list[tuple[str, list[str]]]:
     for name, options in {
         "rank": ["--rank", "8"], "energy": ["--energy", "0.9", "--max-rank", "32"],
         "budget": ["--budget", "200kB"], "uniform": ["--energy", "0.8", "--uniform"],
-        "patterns": ["--energy", "0.8", "--patterns", "--save", "norms", "--save", "biases"],
+        "patterns": ["--energy", "0.8", "--patterns", "--save", "norms", "--save", "biases",
+                     "--embeddings"],
         "exact": ["--rank", "8", "--exact", "--verify"], "verify": ["--rank", "4", "--verify"],
         "save": ["--rank", "4", "--save", "lm_head", "--skip", "norms", "--dtype", "float32"],
     }.items():  # fmt: skip
@@ -174,7 +175,7 @@ def runs() -> list[tuple[str, list[str]]]:
             add(f"verify-{which}", "verify", f"out-{which}-float16", "--base", base, adapter)
             add(f"out-resize-{which}", "resize", adapter, "--rank", "2", "--json")
             add(f"out-extract-{which}", "extract", base, f"out-{which}-base", "--rank", "2",
-                "--verify", "--json", "--base-name", "org/base")  # fmt: skip
+                "--embeddings", "--verify", "--json", "--base-name", "org/base")  # fmt: skip
             add(f"out-remerge-{which}", "merge", base, f"out-extract-{which}", "--json")
         add(f"out-{kind}-all", "merge", f"{kind}/base", *adapters, "--json")
         add(f"out-{kind}-combined", "combine", *adapters, "--json", "--saved", "first")

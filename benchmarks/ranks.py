@@ -33,6 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "`--budget 167kB --patterns`": {"budget": "167kB", "patterns": True},
     "`--budget 322kB --patterns`": {"budget": "322kB", "patterns": True},
     "`--rank 16 --save norms`": {"rank": 16, "save": ["norms"]},
+    "`--rank 16 --embeddings`": {"rank": 16, "embeddings": True},
 }
 
 

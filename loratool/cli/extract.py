@@ -60,6 +60,11 @@ if TYPE_CHECKING:
          "which are left out otherwise. May be repeated.",
 )  # fmt: skip
 @click.option(
+    "--embeddings", is_flag=True,
+    help="Embeddings too, which are left out otherwise: factors for those of tokens, and for a "
+         "head that is the same matrix; others whole.",
+)  # fmt: skip
+@click.option(
     "--keep-noise", is_flag=True,
     help="Keep tensors that differ by no more than what their dtypes round off.",
 )  # fmt: skip
@@ -95,6 +100,7 @@ def extract_command(
     exclude: tuple[str, ...],
     skip: tuple[str, ...],
     save: tuple[str, ...],
+    embeddings: bool,
     keep_noise: bool,
     dtype: str,
     base_name: str | None,
@@ -114,11 +120,12 @@ def extract_command(
 ) -> None:
     """Make a LoRA adapter of a fine-tuned model minus its base.
 
-    Linear layers, convolutions and embeddings become low-rank factors, the best ones of
-    their rank, with one rank for all. Norms and biases are left out unless --save asks
-    for them, because servers refuse or drop them; the rest is saved whole. What differs by
-    rounding alone is left out. All of it is listed with its share of the change. PEFT
-    loads the result, and merge merges it. One of --rank, --energy and --budget is needed.
+    Linear layers and convolutions become low-rank factors, the best ones of their rank,
+    with one rank for all. Norms and biases are left out unless --save asks for them, and
+    embeddings unless --embeddings does, because servers refuse or drop them; the rest is
+    saved whole. What differs by rounding alone is left out. All of it is listed with its
+    share of the change. PEFT loads the result, and merge merges it. One of --rank, --energy
+    and --budget is needed.
 
     The report: kept and held are shares of ‖ΔW‖², the squared change, and error is
     √(1 - kept). noise is what TUNED's dtype rounded off, which no rank brings back.
@@ -130,6 +137,7 @@ def extract_command(
       loratool extract base/ tuned/ --energy 0.9 --max-rank 128 -o adapter/
       loratool extract base/ tuned/ --budget 50MB --verify -o adapter/
       loratool extract base/ tuned/ --rank 16 --save norms -o adapter/
+      loratool extract base/ tuned/ --rank 16 --embeddings -o adapter/
       loratool extract base/ tuned/ --dry-run
     """
     from loratool.rendering import terminal as common
@@ -140,9 +148,10 @@ def extract_command(
         report = extract(
             base, tuned, output, rank=rank, energy=energy, budget=budget, max_rank=max_rank,
             uniform=uniform, patterns=patterns, include=include, exclude=exclude, skip=skip,
-            save=save, keep_noise=keep_noise, dtype=dtype, base_name=base_name, exact=exact,
-            seed=seed, verify=verify, device=device, overwrite=overwrite, dry_run=dry_run,
-            restart=restart, worker=worker, ray=ray, threads=threads, progress=progress,
+            save=save, embeddings=embeddings, keep_noise=keep_noise, dtype=dtype,
+            base_name=base_name, exact=exact, seed=seed, verify=verify, device=device,
+            overwrite=overwrite, dry_run=dry_run, restart=restart, worker=worker, ray=ray,
+            threads=threads, progress=progress,
         )  # fmt: skip
     document = report.to_dict()
     if not spectrum:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loratool.adapters.factors import Kind, ModuleShape
-from loratool.extracting.kinds import Group
+from loratool.extracting.kinds import FACTORED, Group
 from loratool.extracting.selection import Fate
+from loratool.models.layouts.names import is_vocabulary
 from loratool.models.layouts.place import Place
 from loratool.notices import Notice
 from loratool.storage.tensors import TensorInfo
@@ -66,6 +67,16 @@ class Counterpart:
     def is_comparable(self) -> bool:
         """Whether there is a difference: both sides there, of one shape."""
         return self.base is not None and self.base.shape == self.tuned.shape
+
+    @property
+    def takes_factors(self) -> bool:
+        """Whether factors can hold its change, wanted or not.
+
+        Embeddings of positions are none: they do not look up what they are given.
+        """
+        lookup = self.group == "embeddings" and not is_vocabulary(f"{self.module}.weight")
+        numbers = self.base is not None and self.base.is_float and self.tuned.is_float
+        return self.is_comparable and numbers and self.group in FACTORED and not lookup
 
     @property
     def outline(self) -> ModuleShape:

@@ -11,6 +11,8 @@ from loratool.extracting.parameters import ModelParameter, is_bare
 from loratool.models.layouts.names import CLASSIFIERS, is_lookup
 
 Group = Literal["linears", "convs", "embeddings", "norms", "biases", "heads", "others"]
+#: Groups whose weights can become factors.
+FACTORED: tuple[Group, ...] = ("linears", "convs", "embeddings")
 #: Linear maps that are no module of their own in current models: PEFT could not adapt them.
 _ROUTER = re.compile(
     r"(^|\.)(mlp|feed_forward|block_sparse_moe|moe)\.(gate|router(\.classifier)?)$"

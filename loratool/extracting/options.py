@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.dtypes import FACTOR_DTYPES
 from loratool.errors import UsageError, unknown
-from loratool.extracting.selection import ON_REQUEST, Selection
+from loratool.extracting.selection import SAVED_ON_REQUEST, Selection
 from loratool.linalg.ranks import Criterion, check_patterns
 from loratool.paths import GROUPS
 
@@ -26,6 +26,7 @@ class ExtractOptions:
     exclude: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     save: tuple[str, ...] = ()
+    embeddings: bool = False
     dtype: str = "float16"
     exact: bool = False
     keep_noise: bool = False
@@ -37,7 +38,7 @@ class ExtractOptions:
 
     @property
     def selection(self) -> Selection:
-        return Selection(self.include, self.exclude, self.skip, self.save)
+        return Selection(self.include, self.exclude, self.skip, self.save, self.embeddings)
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -50,9 +51,12 @@ class ExtractOptions:
         for group in self.skip:
             if group not in GROUPS:
                 raise unknown("group", group, GROUPS)
-            if group in self.save and group in ON_REQUEST:
+            asked = f"--save {group}" if group in self.save and group in SAVED_ON_REQUEST else ""
+            if group == "embeddings" and self.embeddings:
+                asked = "--embeddings"
+            if asked:
                 raise UsageError(
-                    f"--skip {group} and --save {group} contradict each other.", "Omit one of them."
+                    f"--skip {group} and {asked} contradict each other.", "Omit one of them."
                 )
         check_patterns(self.uniform, self.patterns, "--rank" if self.rank is not None else "")
         given = [*self.criterion.given, *(["budget"] if self.budget is not None else [])]

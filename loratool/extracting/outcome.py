@@ -16,13 +16,13 @@ from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposed import Decomposed, joined_stacks
 from loratool.extracting.policy import Policy
 from loratool.extracting.quantised_sides import note_quantised
-from loratool.extracting.selection import ON_REQUEST
+from loratool.extracting.unasked import note_unasked
 from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
 from loratool.models.quantised.ends import form_of
 from loratool.notices import Notice
 from loratool.paths import ranged_names
-from loratool.words import agreeing, counted, format_bytes, percent
+from loratool.words import agreeing, counted, format_bytes
 
 #: Modules of which models in memory mostly have one tensor for all.
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -39,8 +39,8 @@ class Outcome:
     """What became of every tensor that changed: factors, saved whole, or left out.
 
     `factors` have their `ranks` (none in a dry run). `left` are those that the user does not want,
-    norms and biases that nobody asked for, and changes that are rounding alone. `total` is
-    ‖tuned - base‖² over the tensors that both models have.
+    norms, biases and embeddings that nobody asked for, and changes that are rounding alone. `total`
+    is ‖tuned - base‖² over the tensors that both models have.
     """
 
     factors: list[Decomposed]
@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def unasked(self) -> list[Decomposed]:
-        """The norms and biases that changed, and are left out because nobody asked for them."""
+        """What changed of the groups `ON_REQUEST`, and is left out because nobody asked for it."""
         return [f for f in self.left if f.part.fate == "unasked" and not f.noise]
 
     @property
@@ -111,7 +111,8 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
         for fate in ("factors", "whole", "unasked", "left")
     }
     _refuse_nothing(len(ordered), [f for f in ordered if f.noise], fates)
-    shared = [f.part.name for f in changed if f.part.shared and f.part.fate != "left"]
+    wanted = [f.part for f in changed if f.part.fate in ("factors", "whole")]
+    shared = [part.name for part in wanted if part.shared]
     if shared:
         raise MatchError(
             f"{shared[0]}: this model shares one matrix between encoder, decoder and head, and an "
@@ -123,7 +124,7 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     left = [f for f in ordered if f.size.changed and f.part.name not in held]
     unchanged = len(ordered) - len(held) - len(left)
     outcome = Outcome(fates["factors"], whole, left, unchanged, list(pairs.notices))
-    _note_unasked(outcome)
+    outcome.notices += note_unasked(outcome.unasked, outcome.total)
     _note_noise(outcome)
     outcome.notices += note_quantised(outcome.factors)
     return outcome
@@ -148,6 +149,12 @@ def _refuse_nothing(
     others = [*fates["whole"], *fates["unasked"]]
     if others:
         names = listed(f.part.name for f in others)
+        if any(f.part.takes_factors and not f.part.shared for f in fates["unasked"]):
+            raise ValueRangeError(
+                f"Nothing differs{beyond}{selected} that becomes factors without being asked for, "
+                f"but only these:\n{names}",
+                f"--embeddings gives embeddings of tokens factors{keep}.",
+            )
         raise ValueRangeError(
             f"No weight that could become factors differs{beyond}{selected} but only these:\n"
             f"{names}",
@@ -217,28 +224,6 @@ def _note_ranks(outcome: Outcome, asked: int) -> None:
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
         outcome.notices.append(Notice("no-budget", text, dropped[0]))
-
-
-_WITH = {
-    "norms": "vLLM refuses adapters with norms, and llama.cpp drops them without a word",
-    "biases": "vLLM refuses adapters with biases, and llama.cpp does not convert them",
-}
-
-
-def _note_unasked(outcome: Outcome) -> None:
-    """Norms and biases that changed and are left out, with what that costs and how to save them."""
-    for group in ON_REQUEST:
-        found = [f for f in outcome.unasked if f.part.group == group]
-        if not found:
-            continue
-        share = percent(energy_of(found) / (outcome.total or 1.0))
-        text = (
-            f"The {group} changed and are not in the adapter: "
-            f"{counted(len(found), 'tensor')}, {share} of ‖ΔW‖²:\n"
-            f"{listed(ranged_names(f.part.name for f in found))}\n"
-            f"  --save {group} saves them whole; {_WITH[group]}."
-        )
-        outcome.notices.append(Notice("not-saved", text, found[0].part.name))
 
 
 def _note_noise(outcome: Outcome) -> None:

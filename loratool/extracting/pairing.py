@@ -2,9 +2,11 @@
 
 Decided from headers alone, by these rules:
 
-- 2-D weights and convolutions become factors, embeddings of tokens too.
-- Routers, classifiers, other embeddings, bare parameters and everything else are saved whole; so
-  is a vocabulary that grew or shrank, and a head of another shape or a new one.
+- 2-D weights and convolutions become factors.
+- Routers, classifiers, bare parameters and everything else are saved whole; so is a vocabulary
+  that grew or shrank, and a head of another shape or a new one.
+- Embeddings are on request: of tokens as factors, all others whole. A head that is the embedding
+  of tokens goes the same way.
 - Norms and biases are saved whole on request; those of a module that is saved, with it.
 - What the two do not share otherwise is refused: they are not of one architecture.
 """
@@ -23,7 +25,7 @@ from loratool.errors import MatchError, listed
 from loratool.extracting.counterparts import Counterpart, Counterparts, Stack
 from loratool.extracting.kinds import group_of
 from loratool.extracting.parameters import ModelParameter, parameters_of, renamed
-from loratool.extracting.selection import Selection
+from loratool.extracting.selection import Fate, Selection
 from loratool.models.checkpoint import Checkpoint
 from loratool.models.layouts.components import Wanted
 from loratool.models.layouts.layout import Layout, in_memory
@@ -83,9 +85,8 @@ class _Pairing:
             parts = self._counterparts(path, base_name, source, parameter)
             if tied and own_tied and name == own_tied.embedding:
                 twin = named(own_tied.head)
-                parts = [replace(part, twin=twin) for part in parts]
-                if self.choice.fate(twin.rpartition(".")[0], "embeddings") == "left":
-                    parts = [replace(part, fate="left") for part in parts]
+                fate = self._fate_of_both(parts[0].fate, twin)
+                parts = [replace(part, twin=twin, fate=fate) for part in parts]
             self._check(parts[0], name, base_name, source, parameter)
             found.found += parts
             if parameter.members:
@@ -132,22 +133,28 @@ class _Pairing:
         group = group_of(path, parameter, self.after, self.tuned.model_type)
         module = path if parameter.members else path.rpartition(".")[0]
         fate = self.choice.fate(module, group)
-        if fate == "factors" and group == "embeddings" and not is_vocabulary(f"{module}.weight"):
-            fate = "whole"  # position embeddings do not look up what they are given
-        if source is None or source.info.shape != info.shape:
-            fate = "left" if fate == "left" else "whole"
-        elif fate == "factors" and not (source.info.is_float and info.is_float):
-            fate = "whole"
         kind = {"embeddings": "embedding", "linears": "linear"}.get(group, "")
         shape = info.shape[0] if info.shape else 1, math.prod(info.shape[1:])
         place = replace(self.own.place(parameter.name, kind, False, shape), tensor=base_name)
         if parameter.members:
             flipped = self.own.holdings.names.entry.transposed_experts
             place = replace(place, transposed=flipped)
-        return Counterpart(
+        found = Counterpart(
             path, place, source.info if source else None, info, group, fate,
             shared=self.layout.shared_alias(base_name) or self._has_alias(parameter.name),
         )  # fmt: skip
+        # What the base has in another shape, or not at all, is no change that could be left out
+        # because nobody asked for it: the model is another one without it.
+        other = fate == "unasked" and not found.is_comparable
+        no_factors = fate == "factors" and not found.takes_factors
+        return replace(found, fate="whole") if other or no_factors else found
+
+    def _fate_of_both(self, fate: Fate, twin: str) -> Fate:
+        """What becomes of an embedding that is the head `twin` too: it is left out, or saved whole,
+        if either of the two names is to be."""
+        other = self.choice.fate(twin.rpartition(".")[0], "embeddings")
+        decided: tuple[Fate, ...] = ("left", "whole")
+        return next((one for one in decided if one in (fate, other)), fate)
 
     def _has_alias(self, name: str) -> bool:
         """Whether the model has a matrix in two places that are no embedding and head of it all."""

@@ -60,8 +60,8 @@ class ExtractedModule:
 class OtherTensor:
     """A tensor that changed and is no pair of factors: saved whole, or left out.
 
-    `why` it was left out: "excluded" by the user, "unasked" for norms and biases that nobody asked
-    for, "rounding" where the change is nothing else; "" for what is saved.
+    `why` it was left out: "excluded" by the user, "unasked" for norms, biases and embeddings that
+    nobody asked for, "rounding" where the change is nothing else; "" for what is saved.
     """
 
     name: str
@@ -76,10 +76,12 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class GroupShare:
-    """The norms or the biases that changed: how many, their bytes, their share of ‖tuned - base‖².
+    """The norms, biases or embeddings that changed: how many, their bytes, their share of
+    ‖tuned - base‖².
 
-    `saved` of them are in the adapter. With all of them the error is `error_with`, with none
-    `error_without`; a dry run does not know them.
+    `saved` of them are in the adapter, whole or as factors. With all of them the error is
+    `error_with`, with none `error_without`. A dry run does not know them, and of embeddings that
+    would be factors only their decomposition tells `error_with`.
     """
 
     group: str
@@ -103,9 +105,9 @@ class ExtractReport(Answer):
     what storing the tuned weights rounded off, over ‖tuned - base‖, and `rounding` what the
     factors' dtype adds. `base_quantised` and `tuned_quantised` say what the two are quantised as,
     "" where they are not, and `quantising` is the part of `noise` that comes of it. `groups` are
-    the norms and the biases that changed. `verified` is the error of base + adapter as read back.
-    `proposals` are the sizes of the file by rank, of a dry run; `held_by_rank` is what one rank for
-    all would hold.
+    the norms, biases and embeddings that changed. `verified` is the error of base + adapter as read
+    back. `proposals` are the sizes of the file by rank, of a dry run; `held_by_rank` is what one
+    rank for all would hold.
     """
 
     ROWS = "modules"
@@ -180,7 +182,7 @@ def report_of(
         modules=modules,
         saved=[_other(f) for f in held.whole],
         left=[_other(f, _why(f)) for f in held.left],
-        groups=_groups(held, known),
+        groups=_groups(held, ranks, known),
         unchanged=held.unchanged,
         norm=math.sqrt(energy),
         held=max(0.0, 1 - cut / energy) if known else None,
@@ -197,16 +199,17 @@ def report_of(
         verified=held.verified,
         warnings=held.notices,
     )
-    quantising = _energy_of_quantising([*held.factors, *held.noise])
-    report.warnings += _note_fit(report, sum(f.size.weight for f in held.factors), quantising)
+    report.warnings += _note_fit(report, held)
     return report
 
 
-def _note_fit(report: ExtractReport, weight: float, quantising: float) -> list[Notice]:
-    """What to think of the result, where it is not what people hope for.
-
-    `quantising` is what of the whole ‖Δ‖² quantising rounded off, which no rank holds.
-    """
+def _note_fit(report: ExtractReport, held: Outcome) -> list[Notice]:
+    """What to think of the result, where it is not what people hope for."""
+    matrices = [f for f in (*held.factors, *held.left) if f.part.takes_factors]
+    weight = math.fsum(f.size.weight for f in matrices)
+    # What no rank holds: what quantising rounded off, and what nobody asked for.
+    beyond = math.fsum(f.size.quantising for f in (*held.factors, *held.noise))
+    beyond += _energy(held.unasked)
     notices = []
     if report.norm**2 > weight:
         text = (
@@ -216,7 +219,7 @@ def _note_fit(report: ExtractReport, weight: float, quantising: float) -> list[N
         )
         notices.append(Notice("unrelated", text))
     asked = any(tensor.why == "excluded" for tensor in report.left)
-    most = 1 - min(1.0, quantising / (report.norm**2 or 1.0))
+    most = 1 - min(1.0, beyond / (report.norm**2 or 1.0))
     if report.held is not None and report.held < _LITTLE * most and not asked:
         text = (
             f"The adapter holds {report.held:.1%} of the change, which is far from low-rank. Try a "
@@ -232,10 +235,6 @@ def _noise(factors: Sequence[Decomposed]) -> float:
     """What storing rounded off, as a share of ‖ΔW‖; a worker's report has no factors."""
     energy = _energy(factors)
     return math.sqrt(math.fsum(f.size.noise for f in factors) / energy) if energy else 0.0
-
-
-def _energy_of_quantising(found: Sequence[Decomposed]) -> float:
-    return math.fsum(f.size.quantising for f in found)
 
 
 def _held_by_rank(held: Outcome) -> dict[int, float]:
@@ -297,21 +296,28 @@ def _energy(found: Sequence[Decomposed]) -> float:
     return math.fsum(f.size.energy for f in found)
 
 
-def _groups(held: Outcome, known: bool) -> list[GroupShare]:
-    """The norms and the biases that changed by more than rounding."""
+def _groups(held: Outcome, ranks: Sequence[int | None], known: bool) -> list[GroupShare]:
+    """What of the groups `ON_REQUEST` changed by more than rounding."""
     lost, total = held.lost[0] if known else 0.0, held.total or 1.0
     groups = []
     for group in ON_REQUEST:
-        whole = [f for f in held.whole if f.part.group == group and f.size.changed]
-        left = [f for f in held.left if f.part.group == group and not f.noise]
-        if not whole and not left:
+        own = [(f, r) for f, r in zip(held.factors, ranks, strict=True) if f.part.group == group]
+        factors = [f for f, rank in own if rank != 0]
+        compared = [f for f in held.whole if f.part.group == group and f.part.is_comparable]
+        whole = [f for f in compared if f.size.changed]
+        left = [f for f in held.left if f.part.group == group and f.part.is_comparable]
+        left = [f for f in left if not f.noise] + [f for f, rank in own if rank == 0]
+        found = [*factors, *whole, *left]
+        if not found:
             continue
-        inside, outside = _energy(whole), _energy(left)
+        outside = _energy(left)
+        inside = _energy(whole) + math.fsum(f.size.energy - f.at(r)[0] for f, r in own if r)
+        told = known and not any(f.part.takes_factors for f in left)
         groups.append(
             GroupShare(
-                group, len(whole) + len(left), len(whole),
-                sum(f.part.tuned.nbytes for f in (*whole, *left)), (inside + outside) / total,
-                math.sqrt(max(0.0, lost - outside) / total) if known else None,
+                group, len(found), len(factors) + len(whole),
+                sum(f.part.tuned.nbytes for f in found), _energy(found) / total,
+                math.sqrt(max(0.0, lost - outside) / total) if told else None,
                 math.sqrt((lost + inside) / total) if known else None,
             )
         )  # fmt: skip

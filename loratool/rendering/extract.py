@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loratool.extracting.report import ExtractedModule, ExtractReport, GroupShare, OtherTensor
+from loratool.extracting.unasked import OPTIONS
 from loratool.paths import ranged_names
 from loratool.rendering.charts import by_layer, spectra
 from loratool.rendering.ranks import rank_text
@@ -125,14 +126,16 @@ def _others_text(tensors: Sequence[OtherTensor]) -> str:
 
 
 def _group_text(group: GroupShare) -> str:
-    """How much of the change norms or biases are, and what leaving them out costs."""
+    """How much of the change a group is, and what leaving it out costs."""
     size = f"{counted(group.tensors, 'tensor')}, {percent(group.share)} of ‖ΔW‖²"
     if not group.saved:
-        size += f", left out (--save {group.group})"
+        size += f", left out ({OPTIONS[group.group]})"
     elif group.saved < group.tensors:
-        size += f", {group.saved} saved"
-    if group.error_with is None or group.error_without is None:
+        size += f", {group.saved} in the adapter"
+    if group.error_without is None:
         return size
+    if group.error_with is None:
+        return f"{size}; the error is {percent(group.error_without)} without them"
     ends = percent(group.error_with), percent(group.error_without)
     if ends[0] == ends[1]:
         return f"{size}; the error is {ends[0]} with them and without"

@@ -48,6 +48,7 @@ def extract(
     exclude: Sequence[str] = (),
     skip: Sequence[str] = (),
     save: Sequence[str] = (),
+    embeddings: bool = False,
     dtype: str = "float16",
     base_name: str | None = None,
     exact: bool = False,
@@ -83,6 +84,8 @@ def extract(
     skip: groups that are left out: "norms", "biases", "embeddings", "convs", "heads", "others".
     save: globs on module paths that are saved whole instead of as factors. "norms" and "biases" are
         all of these, which are left out otherwise.
+    embeddings: embeddings too, which are left out otherwise: factors for those of tokens, and for a
+        head that is the same matrix; all others whole.
     dtype: of the factors. Tensors saved whole keep their own.
     base_name: base_model_name_or_path of the config; by default the base's Hub id, or its absolute
         path.
@@ -110,8 +113,8 @@ def extract(
     options = ExtractOptions(
         rank=rank, energy=energy, budget=None if budget is None else parse_bytes(budget),
         max_rank=max_rank, uniform=uniform, patterns=patterns, include=tuple(include),
-        exclude=tuple(exclude), skip=tuple(skip), save=tuple(save), dtype=dtype, exact=exact,
-        keep_noise=keep_noise, seed=seed,
+        exclude=tuple(exclude), skip=tuple(skip), save=tuple(save), embeddings=embeddings,
+        dtype=dtype, exact=exact, keep_noise=keep_noise, seed=seed,
     )  # fmt: skip
     options.check(dry_run)
     target = Path(output) if output else None
@@ -165,9 +168,9 @@ def extract(
                 "base": as_place(base), "tuned": as_place(tuned), "rank": rank, "energy": energy,
                 "budget": options.budget, "max_rank": max_rank, "uniform": uniform,
                 "patterns": patterns, "include": list(include), "exclude": list(exclude),
-                "skip": list(skip), "save": list(save), "dtype": dtype, "base_name": base_name,
-                "exact": exact, "keep_noise": keep_noise, "seed": seed, "verify": verify,
-                "device": device, "overwrite": overwrite,
+                "skip": list(skip), "save": list(save), "embeddings": embeddings, "dtype": dtype,
+                "base_name": base_name, "exact": exact, "keep_noise": keep_noise, "seed": seed,
+                "verify": verify, "device": device, "overwrite": overwrite,
             }  # fmt: skip
             held, part = extract_to(
                 target, before, after, pairs, work, options, run, arguments, extract

@@ -20,8 +20,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     loratool.merge(BASE, both, found["two"], weights=[0.7, -0.4], dtype="bfloat16", reversible=True)
     loratool.combine(both, found["combined"], weights=[0.7, 0.5], rank=8)
     loratool.resize(ADAPTER, found["resized"], energy=0.95, patterns=True)
-    loratool.extract(BASE, TUNED, found["extracted"], rank=8, save=["norms"], base_name=ID,
-                     dtype="float32")  # fmt: skip
+    loratool.extract(BASE, TUNED, found["extracted"], rank=8, save=["norms"], embeddings=True,
+                     base_name=ID, dtype="float32")  # fmt: skip
     loratool.unmerge(found["two"], both, found["unmerged"], subtract=True)
     shutil.copytree(ADAPTER, found["plain"])
     shutil.copytree(BASE, found["base"])

@@ -42,7 +42,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("combined", "loratool combine adapter html --weight 0.7 --weight 0.5 --rank 8 "
                      "--dtype float32 -o OUT"),
         ("resized", "loratool resize adapter --energy 0.95 --patterns --dtype float32 -o OUT"),
-        ("extracted", "loratool extract base tuned --rank 8 --save norms --dtype float32 -o OUT"),
+        ("extracted", "loratool extract base tuned --rank 8 --save norms --embeddings "
+                      "--dtype float32 -o OUT"),
         ("unmerged", "loratool unmerge two adapter html --weight 0.7 --weight -0.4 "
                      "--dtype bfloat16 --subtract -o OUT"),
     ],
@@ -77,10 +78,11 @@ def test_every_option_of_extract_is_repeated(tmp_path: Path) -> None:
     loratool.extract(
         BASE, TUNED, tmp_path / "ex", budget="90kB", max_rank=6, uniform=True, seed=3,
         exclude=["mlp.*", "lm_head"], skip=["norms"], save=["embed_tokens"],
+        embeddings=True,
     )  # fmt: skip
     assert blocks(make_card(tmp_path / "ex", None), "sh")[0] == (
         "loratool extract base tuned --budget 90000 --max-rank 6 --uniform --exclude 'mlp.*' "
-        "--exclude lm_head --skip norms --save embed_tokens --seed 3 -o OUT\n"
+        "--exclude lm_head --skip norms --save embed_tokens --embeddings --seed 3 -o OUT\n"
     )
 
 
@@ -169,7 +171,7 @@ def test_what_is_said(made: dict[str, Path]) -> None:
 
 def test_what_extract_left_out_and_overall_errors(made: dict[str, Path], tmp_path: Path) -> None:
     """Left-out tensors are named; an overall error is given where the record has one."""
-    loratool.extract(BASE, TUNED, tmp_path / "some", rank=4, skip=["norms", "embeddings"])
+    loratool.extract(BASE, TUNED, tmp_path / "some", rank=4)
     text = make_card(tmp_path / "some", None)
     assert "left out of the adapter: 10, `model.embed_tokens.weight`, " in text
     assert "`model.layers.{0-3}.input_layernorm.weight`" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,20 @@ def test_targets_are_full_paths_where_names_would_not_do(
     assert config["target_modules"] == sorted([Q, K])
     assert not config.get("layers_to_transform")
     assert not config.get("exclude_modules")
+
+
+@pytest.mark.parametrize(
+    ("top", "listed"), [("lm_head", True), ("score", True), ("proj", False), ("scores", False)]
+)
+def test_a_head_among_full_paths_is_in_a_list(
+    tmp_path: Path, out: Path, top: str, listed: bool
+) -> None:
+    """A name without a dot would mean all modules that end so, hence an expression; but for heads,
+    because no other module is called like one, and SGLang takes lists only."""
+    narrow = lora(tmp_path / "narrow", Q, top, target_modules=r".*q_proj|" + top)
+    loratool.combine([narrow], out)
+    targets = config_of(out)["target_modules"]
+    assert targets == (sorted([Q, top]) if listed else "|".join(map(re.escape, sorted([Q, top]))))
 
 
 def test_targets_name_nothing_that_is_absent(tmp_path: Path, out: Path) -> None:

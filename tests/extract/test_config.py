@@ -35,7 +35,7 @@ import loratool
     [(), ("q_proj.weight",), (f"{Q0}.weight",), (f"{Q0}.weight", f"{UP1}.weight", "k_proj.bias"),
      ("q_proj.weight", "norm.weight"), ("q_proj.weight", "1.input_layernorm.weight"),
      ("1.self_attn.k_proj.weight", "1.self_attn.k_proj.bias", "lm_head.weight"),
-     ("embed_tokens.weight", "model.norm.weight")],
+     ("embed_tokens.weight", "model.norm.weight", "1.mlp.down_proj.weight")],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("patterns", [False, True])
@@ -45,7 +45,7 @@ def test_the_config_means_the_modules_of_the_file(
     """target_modules, exclude_modules, modules_to_save and bias mean what is in the file."""
     state = model()
     pair = Pair(tmp_path, state, moved(state, *ends))
-    report = pair.extract(energy=0.8, patterns=patterns, save=EVERYTHING if patterns else [])
+    report = pair.extract(energy=0.8, patterns=patterns, **(EVERYTHING if patterns else {}))
     assert_selected(pair.out, state)
     config = config_of(pair.out)
     assert config["r"] == config["lora_alpha"] == report.rank

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import codes, config_of
+from helpers.adapters import WEIGHTS, codes, config_of
 from helpers.extracting import (
     EVERYTHING,
     Q0,
+    SAVED,
     UP1,
     Pair,
     assert_accounted,
+    assert_selected,
     distance,
     model,
     moved,
@@ -25,6 +27,7 @@ from helpers.extracting import (
     square,
     write,
 )
+from safetensors.torch import load_file
 
 import loratool
 from loratool.errors import MatchError
@@ -46,6 +49,7 @@ def test_a_grown_vocabulary_is_saved_whole(tmp_path: Path) -> None:
     assert "[40, 16]" in text
     assert "[43, 16]" in text
     assert {t.norm for t in report.saved if "lm_head" in t.name} == {None}
+    assert [g.group for g in report.groups] == SAVED
     assert report.norm == pytest.approx(math.sqrt(square(moves(state, tuned).values())), rel=1e-5)
 
 
@@ -56,12 +60,11 @@ def test_another_vocabulary_may_be_left_out(tmp_path: Path, rows: int, verify: b
     state, other = model(), moved(model(vocabulary=rows))
     tuned = moved(state) | {n: other[n] for n in ("model.embed_tokens.weight", "lm_head.weight")}
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(
-        rank=16, verify=verify, exclude=["lm_head", "embed_tokens"], save=EVERYTHING
-    )
+    report = pair.extract(rank=16, verify=verify, exclude=["lm_head", "embed_tokens"], **EVERYTHING)
     assert_accounted(report, state, tuned)
     assert {t.name for t in report.left} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert report.verified is None or report.verified < 2e-5
+    assert [g.group for g in report.groups] == SAVED
 
 
 @pytest.mark.parametrize("head", ["score", "classifier.out_proj"])
@@ -136,7 +139,7 @@ def test_a_tied_head_that_is_excluded_takes_its_embedding_along(tmp_path: Path) 
     del state["lm_head.weight"]
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
     for name in ("lm_head", "embed_tokens"):
-        report = pair.extract(rank=2, exclude=[name], save=EVERYTHING, overwrite=True)
+        report = pair.extract(rank=2, exclude=[name], **EVERYTHING, overwrite=True)
         assert [t.name for t in report.left] == ["model.embed_tokens.weight"]
         assert not any("embed" in m.path or "head" in m.path for m in report.modules)
 
@@ -145,7 +148,7 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     """Tied models: one change, counted once, in factors for both places, one the transpose."""
     state = {n: t for n, t in model().items() if n != "lm_head.weight"}
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
-    report = pair.extract(rank=16, verify=True, save=EVERYTHING)
+    report = pair.extract(rank=16, verify=True, **EVERYTHING)
     have = products(pair.out)
     assert torch.allclose(
         have["lm_head.weight"], have["model.embed_tokens.weight"], rtol=0, atol=1e-9
@@ -159,6 +162,59 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert config_of(pair.out)["ensure_weight_tying"]
 
 
+def test_a_tied_head_is_left_out_with_its_embedding(tmp_path: Path) -> None:
+    """By default neither is in the adapter, in file or config, and the notice says so of both."""
+    state = {n: t for n, t in model().items() if n != "lm_head.weight"}
+    pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
+    report = pair.extract(rank=16, verify=True)
+    assert not any("embed" in n or "head" in n for n in load_file(pair.out / WEIGHTS))
+    assert "ensure_weight_tying" not in config_of(pair.out)
+    assert_selected(pair.out, state)
+    (text,) = [n.message for n in report.warnings if "embeddings changed" in n.message]
+    assert "lm_head.weight is the same matrix, so its change is left out too" in text
+    assert "llama.cpp refuses those of a head" in text
+    goal = moves(state, pair.after)
+    gone = [n for n in goal if "embed" in n or "norm" in n or n.endswith(".bias")]
+    assert report.error == pytest.approx(
+        math.sqrt(square(goal[n] for n in gone) / square(goal.values())), rel=1e-4
+    )
+    assert report.verified == pytest.approx(report.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_a_tied_head_is_saved_whole_by_either_name(
+    tmp_path: Path, name: str, embeddings: bool
+) -> None:
+    """The two are one matrix, so --save with the name of either saves both."""
+    state = {n: t for n, t in model().items() if n != "lm_head.weight"}
+    pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
+    report = pair.extract(rank=4, save=[name], embeddings=embeddings, verify=True)
+    whole = saved(pair.out)
+    assert whole.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(torch.equal(v, pair.after["model.embed_tokens.weight"]) for v in whole.values())
+    assert [(g.saved, g.tensors) for g in report.groups if g.group == "embeddings"] == [(1, 1)]
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True)], ids=str)
+def test_a_head_that_one_side_alone_ties_is_a_head(
+    tmp_path: Path, sides: tuple[bool, bool]
+) -> None:
+    """Where it is another matrix than the embedding in one of the two models, it has factors, and
+    the embedding is left out without it."""
+    folders = {}
+    for name, tied in zip(("base", "tuned"), sides, strict=True):
+        state = model() if name == "base" else moved(model())
+        kept = {n: t for n, t in state.items() if not (tied and n == "lm_head.weight")}
+        folders[name] = write(tmp_path / name, kept, tie_word_embeddings=tied)
+    report = loratool.extract(folders["base"], folders["tuned"], tmp_path / "out", rank=2)
+    assert "lm_head" in {m.path for m in report.modules}
+    assert {t.name for t in report.left if "norm" not in t.name and "bias" not in t.name} == {
+        "model.embed_tokens.weight"
+    }
+    assert not any("same matrix" in n.message for n in report.warnings)
+
+
 def test_weights_that_are_stored_transposed_are_told_by_the_architecture(tmp_path: Path) -> None:
     """GPT-2 stores [in, out]: the factors are those of the transposed matrix, square ones too."""
     at = "transformer.h.0."
@@ -167,7 +223,7 @@ def test_weights_that_are_stored_transposed_are_told_by_the_architecture(tmp_pat
     state["transformer.wpe.weight"] = random_for("wpe", 10, 8).float()
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     pair = Pair(tmp_path, state, moved(state), **config)
-    report = pair.extract(rank=8, verify=True)
+    report = pair.extract(rank=8, verify=True, embeddings=True)
     assert config_of(pair.out)["fan_in_fan_out"] is True
     goal = moves(state, pair.after)
     for path, product in products(pair.out).items():

@@ -14,14 +14,14 @@ from loratool.errors import UsageError
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("options", [{}, {"skip": ["norms"]}, {"save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"skip": ["norms"]}, {"save": ["lm_head"]},
+                                     {"embeddings": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_dry_run_predicts_the_sizes(tmp_path: Path, dtype: str, options: Any, tied: bool) -> None:
     """A dry run writes nothing, measures what a run does, and its sizes are those of the files."""
     state = model()
     if tied:
         del state["lm_head.weight"]
-        options = {**options, "save": []}
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=tied)
     planned = pair.extract(dry_run=True, dtype=dtype, **options)
     assert_clean(pair.out)

@@ -93,7 +93,7 @@ def test_factors_are_the_best_ones_for_any_files_and_dtypes(
     base, tuned = cast(state, base_dtype), cast(moved(state), tuned_dtype)
     report = loratool.extract(
         write(tmp_path / "base", base, base_kind), write(tmp_path / "tuned", tuned, tuned_kind),
-        tmp_path / "out", rank=4, dtype="float32", save=EVERYTHING,
+        tmp_path / "out", rank=4, dtype="float32", **EVERYTHING,
     )  # fmt: skip
     found, goal = products(tmp_path / "out"), moves(base, tuned)
     assert len(found) == 10

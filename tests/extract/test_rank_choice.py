@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_energy_is_the_smallest_rank_that_keeps_it(
 ) -> None:
     """--energy: the smallest k with Σₖσ² ≥ share·Σσ² in every module, at most --max-rank; with
     --patterns each module its own."""
-    report = tiny.extract(energy=energy, max_rank=cap, patterns=patterns)
+    report = tiny.extract(energy=energy, max_rank=cap, patterns=patterns, embeddings=True)
     wanted = {}
     for name, delta in moves(tiny.before, tiny.after).items():
         if delta.ndim == 2:
@@ -144,20 +145,20 @@ def one_rank(report: loratool.ExtractReport, width: int = 4) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("budget", [7000, 11_111, "16KiB", "25 kB", "60KB"])
-@pytest.mark.parametrize("save", [EVERYTHING, []], ids=str)
+@pytest.mark.parametrize("options", [EVERYTHING, {}], ids=str)
 def test_a_budget_is_kept_and_used(
-    tiny: Pair, budget: int | str, save: list[str], dtype: str
+    tiny: Pair, budget: int | str, options: dict[str, Any], dtype: str
 ) -> None:
     """The weights file is not larger than the budget, there is no room for another rank of all
     modules, or with --patterns of the cheapest one (but for some bytes of header); and then the
     total error is no larger than that of one rank for all in the same room."""
     sizes = {"16KiB": 16384, "25 kB": 25_000, "60KB": 60_000}
     limit = sizes[budget] if isinstance(budget, str) else budget
-    even = tiny.extract(budget=budget, save=save, dtype=dtype)
+    even = tiny.extract(budget=budget, dtype=dtype, **options)
     assert even.bytes_written <= limit
     width = 4 if dtype == "float32" else 2
     assert (tiny.out / WEIGHTS).stat().st_size == even.bytes_written
-    report = tiny.extract(budget=budget, save=save, dtype=dtype, patterns=True)
+    report = tiny.extract(budget=budget, dtype=dtype, **options, patterns=True)
     size = (tiny.out / WEIGHTS).stat().st_size
     assert size == report.bytes_written <= limit
     full = all(m.rank == min(m.shape) for m in report.modules)
@@ -226,7 +227,7 @@ def test_a_module_that_the_budget_leaves_nothing_is_named(tmp_path: Path) -> Non
     small = tuned["b.k_proj.weight"].double() - state["b.k_proj.weight"].double()
     tuned["b.k_proj.weight"] = (state["b.k_proj.weight"].double() + 1e-3 * small).float()
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(budget=2500, patterns=True, save=EVERYTHING)
+    report = pair.extract(budget=2500, patterns=True, **EVERYTHING)
     assert ranks_of(report)["b.k_proj"] == 0
     assert "no-budget" in codes(report)
     assert products(pair.out).keys() == {"a.q_proj.weight"}
@@ -249,7 +250,7 @@ def test_unchanged_modules_take_nothing_of_the_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize("patterns", [False, True])
 def test_a_budget_beyond_all_ranks_is_not_filled_with_zeros(tiny: Pair, patterns: bool) -> None:
     """A budget that holds everything gives no module more than the largest rank of the model."""
-    report = tiny.extract(budget="2MB", patterns=patterns, save=EVERYTHING)
+    report = tiny.extract(budget="2MB", patterns=patterns, **EVERYTHING)
     assert report.rank == 16
     assert report.error is not None
     assert report.error < 1e-5

@@ -36,7 +36,7 @@ def test_verify_sees_what_was_not_written_as_it_was_computed(
             return {**extracted_config(*args, **options), "lora_alpha": 3}
 
         monkeypatch.setattr(targets, "extracted_config", config)
-    tiny.fails(VerifyError, verify=True, save=EVERYTHING)
+    tiny.fails(VerifyError, verify=True, **EVERYTHING)
 
 
 def test_verify_sees_a_wrong_bit_of_an_integer(

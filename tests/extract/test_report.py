@@ -15,6 +15,7 @@ from helpers.extracting import (
     EVERYTHING,
     F16,
     F32,
+    SAVED,
     UP1,
     Pair,
     assert_selected,
@@ -35,7 +36,7 @@ from safetensors.torch import load_file
 
 def test_the_report_is_what_float64_finds(tiny: Pair) -> None:
     """Norms, shares, errors and singular values of every module, and their sums, are right."""
-    report = tiny.extract(rank=4, verify=True, save=EVERYTHING)
+    report = tiny.extract(rank=4, verify=True, **EVERYTHING)
     goal, have = moves(tiny.before, tiny.after), products(tiny.out)
     for m in report.modules:
         name = f"{m.path}.weight"
@@ -121,7 +122,8 @@ def test_noise_is_what_storing_the_tuned_weights_took(
 
 LEFT: list[dict[str, Any]] = [
     {"skip": ["norms"], "save": ["biases"]}, {"skip": ["biases"], "save": ["norms"]},
-    {"skip": ["norms", "biases"], "save": []}, {"save": []}, {"skip": ["embeddings"]},
+    {"skip": ["norms", "biases"], "save": []}, {"save": []}, {"embeddings": False},
+    {"skip": ["embeddings"], "embeddings": False},
     {"include": ["q_proj"]}, {"exclude": ["q_proj", "model.norm"]},
     {"include": ["model.layers.1.*"], "exclude": ["mlp.*"], "skip": ["biases"], "save": ["norms"]},
     {"exclude": ["lm_head", "embed_tokens"]},
@@ -130,11 +132,11 @@ LEFT: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", LEFT, ids=str)
 def test_what_is_left_out_is_missing_from_what_is_held(tiny: Pair, options: Any) -> None:
-    """What --skip, --include and --exclude leave out, and norms and biases without --save, is
+    """What --skip, --include and --exclude leave out, and what is on request where nobody asks, is
     listed, is not in the file, and lowers `held` by exactly its share of ‖Δ‖²; base + adapter is
     that far off."""
-    full = tiny.extract(rank=16, save=EVERYTHING)
-    report = tiny.extract(rank=16, verify=True, **{"save": EVERYTHING, **options})
+    full = tiny.extract(rank=16, **EVERYTHING)
+    report = tiny.extract(rank=16, verify=True, **{**EVERYTHING, **options})
     goal = moves(tiny.before, tiny.after)
     gone = {t.name for t in report.left}
     assert gone
@@ -151,7 +153,7 @@ def test_what_is_left_out_is_missing_from_what_is_held(tiny: Pair, options: Any)
     group = (options.get("skip") or [""])[0]
     if group == "norms" and len(options["skip"]) == 1:
         assert gone == {n for n in goal if "norm" in n}
-    if group == "embeddings":
+    if not options.get("embeddings", True):
         assert gone == {"model.embed_tokens.weight"}
     assert_selected(tiny.out, tiny.after)
 
@@ -161,7 +163,7 @@ def test_saved_tensors_keep_every_bit(tmp_path: Path) -> None:
     state = model()
     pair = Pair(tmp_path, state, cast(moved(state), BF16))
     report = pair.extract(
-        rank=2, save=["lm_head", "layers.1.mlp.*", *EVERYTHING], dtype="float16", verify=True
+        rank=2, save=["lm_head", "layers.1.mlp.*", *SAVED], dtype="float16", verify=True
     )
     whole = saved(pair.out)
     assert {"lm_head.weight", f"{UP1}.weight", "model.norm.weight"} <= whole.keys()

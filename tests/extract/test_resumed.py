@@ -18,6 +18,7 @@ from helpers.processes import start_python
 from hypothesis import given
 from hypothesis import strategies as st
 
+import loratool
 import loratool.verbs.extracting as verb
 from loratool.errors import ValueRangeError
 from loratool.extracting.decomposed import Decomposed
@@ -31,7 +32,7 @@ from loratool.streams.shares import WorkShare
 WAYS: list[dict[str, Any]] = [
     {"rank": 3, "save": ["norms", "biases"]},
     {"energy": 0.8, "patterns": True, "dtype": "bfloat16"},
-    {"budget": "16KB", "patterns": True, "verify": True},
+    {"budget": "16KB", "patterns": True, "verify": True, "embeddings": True},
 ]
 BUDGET = WAYS[2]
 
@@ -264,12 +265,30 @@ def test_results_are_kept_as_soon_as_they_are_there(
     assert len(keys) >= 10
 
 
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_finish_writes_what_the_workers_were_asked_for(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """`finish` is told nothing but the output, and has the options from what the workers wrote."""
+    pair = everything(tmp_path)
+    pair.extract(**options)
+    wanted = sha256s(pair.out)
+    shutil.rmtree(pair.out)
+    for number in (1, 2):
+        report = pair.extract(worker=WorkShare(number, 2, completes=False), **options)
+        assert report.share is not None
+        assert not report.share.complete
+    loratool.finish(pair.out)
+    assert sha256s(pair.out) == wanted
+
+
 _CHILD = """
 import sys
 import loratool
 worker, base, tuned, out = sys.argv[1:]
 loratool.extract(
-    base, tuned, out, budget="16KB", patterns=True, verify=True, dtype="float32", worker=worker
+    base, tuned, out, budget="16KB", patterns=True, verify=True, embeddings=True, dtype="float32",
+    worker=worker,
 )
 """
 

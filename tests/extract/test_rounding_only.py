@@ -63,7 +63,7 @@ def test_only_what_was_trained_has_factors(
     biases among them; --verify agrees, and --keep-noise brings them back."""
     given, fine = stored(base, tuned, before, f"{Q0}.weight", "mlp.up_proj.weight")
     pair = Pair(tmp_path, given, fine)
-    report = pair.extract(rank=32, verify=True, save=EVERYTHING)
+    report = pair.extract(rank=32, verify=True, **EVERYTHING)
     assert trained_paths(report) == {Q0, UP1, UP1.replace(".1.", ".0.")}
     assert report.saved == []
     assert {t.why for t in report.left} <= {"rounding"}
@@ -80,7 +80,7 @@ def test_only_what_was_trained_has_factors(
         assert notice.where in changed
         assert "--keep-noise" in notice.message
     size = report.bytes_written
-    kept = pair.extract(rank=32, save=EVERYTHING, keep_noise=True)
+    kept = pair.extract(rank=32, **EVERYTHING, keep_noise=True)
     assert kept.left == []
     assert {f"{m.path}.weight" for m in kept.modules} | saved(pair.out).keys() >= changed
     assert "rounding-only" not in codes(kept)
@@ -144,7 +144,7 @@ def test_an_embedding_of_which_some_rows_changed_is_kept(
     name = "model.embed_tokens.weight"
     given, fine = stored(base, tuned, False, f"{Q0}.weight")
     fine[name][[3, 17]] += 2e-3
-    report = Pair(tmp_path, given, fine).extract(rank=2, verify=True)
+    report = Pair(tmp_path, given, fine).extract(rank=2, verify=True, embeddings=True)
     assert trained_paths(report) == {Q0, "model.embed_tokens"}
     (embedding,) = [m for m in report.modules if m.kind == "embedding"]
     assert embedding.noise < 0.5
@@ -172,7 +172,7 @@ def test_nothing_but_rounding_is_refused(tmp_path: Path, dry_run: bool) -> None:
         dry_run=dry_run,
     )  # fmt: skip
     assert "--keep-noise" in error.hint
-    report = pair.extract(rank=2, keep_noise=True, dry_run=dry_run)
+    report = pair.extract(rank=2, keep_noise=True, embeddings=True, dry_run=dry_run)
     assert len(report.modules) == 10
     assert {m.noise for m in report.modules} == {1.0}
     assert report.noise == 1.0

@@ -24,7 +24,7 @@ from helpers.extracting import (
 
 @pytest.mark.parametrize(
     "options",
-    [{"save": EVERYTHING}, {}, {"skip": ["norms", "others"]}, {"include": ["layers.*"]}],
+    [EVERYTHING, {}, {"skip": ["norms", "others"]}, {"include": ["layers.*"]}],
     ids=str,
 )
 @pytest.mark.parametrize("name", [*odd_model(), ""])
@@ -50,11 +50,11 @@ def test_every_kind_of_tensor_is_accounted_for(tmp_path: Path, name: str, option
 
 def test_each_kind_goes_where_peft_can_load_it(tmp_path: Path) -> None:
     """Linear layers, convolutions and token embeddings become factors; norms, biases, bare
-    parameters, expert stacks, routers, depthwise convolutions, buffers and heads are whole."""
+    parameters, other embeddings, routers, depthwise convolutions, buffers and heads are whole."""
     state = odd_model()
     tuned = moved(state) | {"model.position_ids": state["model.position_ids"] + 1}
     pair = Pair(tmp_path, state, tuned)
-    report = pair.extract(rank=3, save=EVERYTHING)
+    report = pair.extract(rank=3, **EVERYTHING)
     kinds = {m.path: m.kind for m in report.modules if m.kind != "linear"}
     assert kinds == {
         "model.embed_tokens": "embedding", "model.vision.conv": "conv", "model.audio.conv1": "conv",

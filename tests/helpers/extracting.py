@@ -26,7 +26,9 @@ PREFIX = "base_model.model."
 
 
 #: What extract saves only on request.
-EVERYTHING = ["norms", "biases"]
+SAVED = ["norms", "biases"]
+#: The options with which all that changed is in the adapter.
+EVERYTHING: dict[str, Any] = {"save": SAVED, "embeddings": True}
 
 
 def random_for(name: str, *shape: int, seed: int = 0) -> torch.Tensor:

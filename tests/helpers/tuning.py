@@ -29,7 +29,7 @@ from helpers.architectures import (
     image,
     image_and_text,
 )
-from helpers.extracting import EVERYTHING
+from helpers.extracting import SAVED
 from loratool import ExtractReport
 
 #: The largest error, as a share of the change in the outputs: some float32 rounding.
@@ -80,9 +80,11 @@ class Tuning:
         return self.folder / "adapter"
 
     def extract(self, **options: Any) -> ExtractReport:
-        """Extract in full, norms and biases too, unless asked for less."""
+        """Extract in full, norms, biases and embeddings too, unless asked for less."""
         asked = {"dtype": "float32", "verify": True, **options}
-        asked["save"] = [*asked.get("save", ()), *({*EVERYTHING} - {*asked.get("skip", ())})]
+        skip = asked.get("skip", ())
+        asked["save"] = [*asked.get("save", ()), *({*SAVED} - {*skip})]
+        asked.setdefault("embeddings", "embeddings" not in skip)
         if "rank" not in asked:
             asked.setdefault("energy", 1.0)
         return loratool.extract(self.base, self.tuned, self.adapter, **asked)

@@ -11,8 +11,7 @@ import torch
 from helpers.cli import run_cli
 from helpers.dialects import CASES
 from helpers.extracting import write
-from helpers.linting import ADAPTERS, Q, V, linted, on_two_layers, verdicts
-from helpers.places import FIXTURES
+from helpers.linting import ADAPTERS, Q, V, on_two_layers, verdicts
 
 import loratool
 
@@ -109,28 +108,3 @@ def test_layers_are_copied_by_the_command(tmp_path: Path) -> None:
     """What trained on copied layers is merged with the option that copies them."""
     folder = ADAPTERS["layer_replication"](tmp_path / "a")
     assert "--replicate-layers" in verdicts(folder)["vllm"].mend
-
-
-@pytest.mark.parametrize("verb", ["combine", "resize", "extract"])
-def test_what_loratool_writes_loads_everywhere(verb: str, tmp_path: Path) -> None:
-    """The default outputs of the verbs that write adapters load in every server that reads PEFT;
-    LoRAX alone has no place for the embedding, which an extract of this fine-tune has factors on.
-    """
-    out, adapter = tmp_path / "out", FIXTURES / "adapter"
-    programs = ["vllm", "sglang", "llamacpp", "lorax", "peft-hotswap"]
-    if verb == "combine":
-        loratool.combine([adapter, FIXTURES / "tasks" / "html"], out)
-    elif verb == "resize":
-        loratool.resize(adapter, out, energy=0.95)
-    else:
-        loratool.extract(FIXTURES / "base", FIXTURES / "tuned", out, rank=8)
-        programs.remove("lorax")
-    found = linted(out, programs=programs)
-    assert {v.program: v.reasons for v in found.verdicts if v.outcome != "loads"} == {}
-
-
-def test_an_extract_without_embeddings_loads_in_lorax_too(tmp_path: Path) -> None:
-    """--skip embeddings is all that LoRAX wants of an extract."""
-    out = tmp_path / "out"
-    loratool.extract(FIXTURES / "base", FIXTURES / "tuned", out, rank=8, skip=["embeddings"])
-    assert loratool.lint(out, programs=["lorax", "tgi", "exllama"]).passes

@@ -158,7 +158,10 @@ def test_verify_says_the_same(nodes: Any, calls: Calls, tmp_path: Path, right: b
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 3, "save": ["norms"]}, {"budget": "12KB", "patterns": True, "verify": True}],
+    [
+        {"rank": 3, "save": ["norms"]},
+        {"budget": "12KB", "patterns": True, "verify": True, "embeddings": True},
+    ],
 )
 def test_extract_makes_the_same_bytes(
     nodes: Any, calls: Calls, tmp_path: Path, options: dict[str, Any]

@@ -110,7 +110,8 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
     result = {side: held_out_loss(load(side), text) for side in ("base", "tuned")}
     asked: dict[str, dict[str, Any]] = {str(r): {"rank": r} for r in (1, 4, 16, 64)}
-    for name, options in {**asked, "full": {"energy": 1.0, "save": ["norms"]}}.items():
+    asked["full"] = {"energy": 1.0, "save": ["norms"], "embeddings": True}
+    for name, options in asked.items():
         loratool.extract(FIXTURES / "base", FIXTURES / "tuned", folder / name, **options)
         result[name] = held_out_loss(load_peft(load("base"), folder / name), text)
     return result

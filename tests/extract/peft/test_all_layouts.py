@@ -131,9 +131,9 @@ def test_peft_makes_the_fine_tune_of_base_and_adapter(
     layouts, why = REFUSED.get(name, ((), ""))
     if layout in layouts:
         with pytest.raises(loratool.LoraToolError, match=why):
-            loratool.extract(base, tuned, adapter, rank=RANK, dtype="float32")
+            loratool.extract(base, tuned, adapter, rank=RANK, dtype="float32", embeddings=True)
         return
-    report = loratool.extract(base, tuned, adapter, rank=RANK, dtype="float32")
+    report = loratool.extract(base, tuned, adapter, rank=RANK, dtype="float32", embeddings=True)
     codes = {notice.code for notice in report.warnings}
     assert report.held is not None
     assert report.held > 0.9999

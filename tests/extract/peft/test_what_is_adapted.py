@@ -32,6 +32,7 @@ PARTS = {
     "one module": r"\.1\.(mlp\.up_proj|mlp\.c_fc|intermediate\.dense)\.weight$",
     "one kind of module": r"(up_proj|c_fc|attention\.self\.query)\.weight$",
     "one kind in two layers": r"\.(0|10)\..*(up_proj|c_fc|output\.dense)\.weight$",
+    "one module and the head": r"\.1\.mlp\.up_proj\.weight$|^lm_head\.",
     "embedding": r"(embed_tokens|wte|word_embeddings)\.weight$",
 }
 

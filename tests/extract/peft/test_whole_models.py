@@ -48,6 +48,20 @@ def test_matrix_with_three_places_is_refused_by_name(name: str, tmp_path: Path) 
     assert not work.adapter.exists()
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_such_a_matrix_is_left_out_like_other_embeddings(name: str, tmp_path: Path) -> None:
+    """Without --embeddings it is no refusal, but in the notice, which does not offer factors."""
+    found, path = SHARED[name]
+    work = tune(tmp_path, found)
+    report = work.extract(embeddings=False)
+    left = {t.name: t.why for t in report.left}
+    assert left[f"{path}.weight"] == "unasked"
+    (text,) = [n.message for n in report.warnings if "embeddings changed" in n.message]
+    assert f"{path}.weight is one matrix of encoder, decoder and head" in text
+    assert "factors;" not in text
+    assert report.verified == pytest.approx(report.error, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "option"),
     [

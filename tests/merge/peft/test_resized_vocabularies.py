@@ -186,7 +186,9 @@ def test_extract_saves_a_grown_vocabulary_whole(name: str, tmp_path: Path) -> No
                 value += 0.02 * torch.randn(len(value), 1) @ torch.randn(1, value.shape[1])
     model.save_pretrained(tmp_path / "tuned")
     adapter, out = tmp_path / "adapter", tmp_path / "out"
-    loratool.extract(tmp_path / "base", tmp_path / "tuned", adapter, rank=2, dtype="float32")
+    loratool.extract(
+        tmp_path / "base", tmp_path / "tuned", adapter, rank=2, embeddings=True, dtype="float32"
+    )
     loratool.merge(tmp_path / "base", adapter, out, dtype="base")
     tuned, merged = read(tmp_path / "tuned"), read(out)
     assert tuned.keys() == merged.keys()

@@ -15,6 +15,7 @@ from typing import Any
 
 from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.automaton import Effort
+from loratool.adapters.dialects.peft.names import says_where
 from loratool.adapters.dialects.peft.patterns import PathPatterns
 from loratool.adapters.factors import ModuleShape
 from loratool.adapters.told import Scaling, Told, scaling
@@ -330,9 +331,7 @@ def _targets(configs: Sequence[dict[str, Any]], modules: Sequence[ModuleShape]) 
         used = [t for t in named if any(p == t or p.endswith(f".{t}") for p in paths)]
         if all(any(p == t or p.endswith(f".{t}") for t in used) for p in paths):
             return used
-    if any("." not in path for path in paths):
-        return "|".join(map(re.escape, paths))
-    return paths
+    return paths if all(map(says_where, paths)) else "|".join(map(re.escape, paths))
 
 
 def _saved_modules(recipe: Recipe, adapted: set[str]) -> list[str]:

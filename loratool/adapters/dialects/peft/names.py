@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from loratool.adapters.dialects.prefixes import unwrapped, without_peft, wrappers_in
 from loratool.adapters.factors import ModuleShape
+from loratool.models.layouts.names import HEAD
 from loratool.notices import Notice
 from loratool.words import counted, enumerated
 
@@ -20,6 +21,15 @@ _OF_TINKER = re.compile(r".*\.(experts\.w[123]|unembed_tokens)\.lora_[AB](\.[^.]
 def is_of_tinker(keys: Iterable[str]) -> bool:
     """Whether keys look like PEFT's and are of Tinker, whose names mean something else."""
     return any(map(_OF_TINKER.fullmatch, keys))
+
+
+def says_where(path: str) -> bool:
+    """Whether a path in target_modules means one module: PEFT takes it for the end of longer ones.
+
+    A name without a dot easily is such an end, but not that of a head, which is the only module
+    called so. With it the list can stay a list: SGLang refuses an expression in its place.
+    """
+    return "." in path or HEAD.search(path) is not None
 
 
 def factor_shapes(

@@ -16,6 +16,7 @@ from typing import Any
 
 from loratool.adapters.dialects.dialect import Recipe
 from loratool.adapters.dialects.peft.config import rank_pattern
+from loratool.adapters.dialects.peft.names import says_where
 from loratool.adapters.factors import ModuleShape
 from loratool.models.layouts.names import CLASSIFIERS
 from loratool.paths import dotted_ends
@@ -131,8 +132,8 @@ def _targets(
         counts = Counter(path.rpartition(".")[2] for path in paths)
         alone = {p.rpartition(".")[2]: p for p in paths if counts[p.rpartition(".")[2]] == 1}
         return sorted(alone.get(leaf, leaf) for leaf in leaves), others
-    dotted = listed or all("." in path for path in paths)
-    if dotted and not any(_ends(m, paths) for m in modules if m not in wanted):
+    certain = listed or all(map(says_where, paths))
+    if certain and not any(_ends(m, paths) for m in modules if m not in wanted):
         return sorted(paths), []
     return "|".join(map(re.escape, sorted(paths))), []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,12 @@ def _published(source: Path) -> dict[str, str]:
 
 def versions(*libraries: str) -> dict[str, str]:
     """The versions of loratool and of what computed."""
-    return {"loratool": __version__, **{name: version(name) for name in libraries}}
+    return {"loratool": __version__, **{name: _version(name) for name in libraries}}
+
+
+@cache  # each is read from a file of many lines, and who makes many adapters asks for each
+def _version(library: str) -> str:
+    return version(library)
 
 
 def describe_adapter(adapter: Adapter, weight: Weight = PLAIN) -> dict[str, Any]:

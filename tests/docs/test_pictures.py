@@ -6,9 +6,11 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
 from helpers.places import ROOT
 
 
+@pytest.mark.long
 def test_the_pictures_are_there_and_each_is_shown(tmp_path: Path) -> None:
     """One of each command in `docs/pictures.py`, drawn anew without an error, and shown in
     README or in a document; those of terminals say what the commands say today."""

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+import helpers.cardless  # noqa: F401  # by being imported
 import loratool
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

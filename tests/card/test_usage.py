@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.adapters import pair, write_adapter
+from helpers.cardless import write_card
 from helpers.cards import BASE, ID, KINDS, blocks, data, logits, run_code
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -63,6 +64,7 @@ def test_a_longer_vocabulary(tmp_path: Path) -> None:
     tuned = get_peft_model(model, config)
     tuned.peft_config["default"].base_model_name_or_path = ID
     tuned.save_pretrained(tmp_path / "longer")
+    write_card(tuned, str(tmp_path / "longer"))
     template = (tmp_path / "longer" / "README.md").read_text(encoding="utf-8")
     text = make_card(tmp_path / "longer", template)
     assert "model.resize_token_embeddings(260)" in text

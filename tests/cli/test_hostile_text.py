@@ -135,7 +135,8 @@ _FORGOTTEN = """
 import sys
 from loratool.errors import LoraToolError
 from loratool.notices import Notice
-from loratool.rendering import drawing, sheet, terminal
+from loratool import sheet
+from loratool.rendering import drawing, terminal
 evil = sys.argv[1]
 raw = evil.replace("[/]", "").replace("\\n", "")
 terminal.out.print(raw)

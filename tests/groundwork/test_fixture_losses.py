@@ -35,6 +35,7 @@ def documented(name: str) -> float:
     return float(row[1])
 
 
+@pytest.mark.long
 def test_losses_are_those_the_readme_states() -> None:
     """The fixtures are the models that fixtures/README.md describes."""
     assert base_loss() == pytest.approx(documented("`base/`"), abs=2e-4)
@@ -42,6 +43,7 @@ def test_losses_are_those_the_readme_states() -> None:
     assert documented("`tuned/`") < documented("`base/` with `adapter/`") < documented("`base/`")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-4), ("bfloat16", 2e-3)]
 )

@@ -17,6 +17,8 @@ import pytest
 from helpers import forked
 from helpers.hub import HubServer, User
 
+pytestmark = pytest.mark.long
+
 PRELUDE = """
 import json, os, sys
 from huggingface_hub import *

@@ -159,6 +159,7 @@ def test_what_stops_a_write_is_said_in_words(tmp_path: Path, number: int, words:
     assert error.hint
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_outputs_and_values_without_the_names_of_posix() -> None:
     """The tests of outputs and of values pass where neither positions, nor locks, nor exchanges of

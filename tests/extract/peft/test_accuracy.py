@@ -125,6 +125,7 @@ def test_loss_falls_with_the_rank(losses: dict[str, float]) -> None:
     assert abs(losses["64"] - losses["tuned"]) < 0.05 * (losses["base"] - losses["tuned"])
 
 
+@pytest.mark.long
 def test_full_rank_has_the_loss_of_the_tuned_model(losses: dict[str, float]) -> None:
     """In float16 factors of full rank, nothing of a real fine-tune is lost."""
     assert losses["full"] == pytest.approx(losses["tuned"], abs=1e-3)

@@ -27,8 +27,8 @@ _VERDICTS: Mapping[Served, tuple[str, Tone]] = {
     "refused": ("refused", "bad"),
     "unknown": ("not known", "warning"),
 }
-#: On the scale of the chart: above zero is good.
-_SCALE: Mapping[Served, float] = {"loads": 1.0, "unknown": -0.3, "differs": -0.7, "refused": -1.0}
+#: On the scale of the chart, where what is above zero is red, as what is bad is in the table.
+_SCALE: Mapping[Served, float] = {"loads": -1.0, "unknown": 0.3, "differs": 0.7, "refused": 1.0}
 
 
 def lint_sheet(report: LintReport) -> Sheet:
@@ -83,7 +83,7 @@ def _chart(read: list[AdapterLint]) -> HeatMap:
         [one.source for one in read],
         [verdict.title for verdict in read[0].verdicts],
         [[_SCALE[verdict.outcome] for verdict in one.verdicts] for one in read],
-        "1 loads, -1 refused", across="program", middle=0.0,
+        "-1 loads, 1 refused", across="program", middle=0.0,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ _DASHES = ("-", "--", ":")
 #: Rows and columns of a heat map up to which every one is labelled, and numbers are written in.
 _LABELLED = 40
 _NUMBERED = 12
+#: Letters that fit below a heat map side by side, and those of the numbers of layers.
+_ACROSS, _NUMBER = 76, 4
 
 _MISSING = "Charts are drawn by matplotlib, which is not installed."
 _INSTALL = "Install it: pip install 'loratool[plot]'."
@@ -151,8 +154,22 @@ def _figure(charts: Sequence[Chart]) -> Figure:
 def _height(chart: Chart) -> float:
     """Inches of a chart that is 8 inches wide."""
     if isinstance(chart, HeatMap):
-        return 1.1 + 0.26 * min(len(chart.rows), _LABELLED)
+        return 1.1 + 0.26 * min(len(chart.rows), _LABELLED) + 0.4 * _slants(chart)
     return 3.2
+
+
+def _step(columns: Sequence[str]) -> int:
+    """Every how many columns has its name below it: of numbers as many as fit side by side."""
+    widest = max(map(len, columns), default=0)
+    most = _ACROSS / (widest + 0.5) if widest <= _NUMBER else _LABELLED
+    return max(1, math.ceil(len(columns) / most))
+
+
+def _slants(chart: HeatMap) -> bool:
+    """Whether the names of the columns would run into each other if they lay flat."""
+    names = chart.columns[:: _step(chart.columns)]
+    room = 2 * _ACROSS / (len(names) or 1)
+    return any(len(one) + len(other) > room for one, other in pairwise(names))
 
 
 def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
@@ -172,9 +189,11 @@ def _heat(figure: Figure, axes: Axes, chart: HeatMap) -> None:
         low, high = min(0.0, low), max(0.0, high) or 1.0
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high,
                         interpolation="nearest")  # fmt: skip
-    for names, axis in ((chart.rows, axes.yaxis), (chart.columns, axes.xaxis)):
-        step = -(-len(names) // _LABELLED)
+    rows, columns = -(-len(chart.rows) // _LABELLED), _step(chart.columns)
+    for names, axis, step in ((chart.rows, axes.yaxis, rows), (chart.columns, axes.xaxis, columns)):
         axis.set_ticks(range(0, len(names), step), [_shown(n, 40) for n in names[::step]])
+    if _slants(chart):
+        axes.tick_params("x", labelrotation=20)
     if len(chart.columns) <= _NUMBERED:
         _numbers(axes, values, image)
     axes.set_xlabel(_shown(chart.across))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.adapters import lora
+from helpers.called import killed_elsewhere, loud, place_of, refused
 
 import loratool
 from loratool.streams.processes import Processes
@@ -25,27 +25,6 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def here() -> int:
     return os.getpid()
-
-
-def place_of(number: int) -> tuple[int, int]:
-    """Where this was computed."""
-    return number, os.getpid()
-
-
-def refused(number: int) -> int:
-    raise ValueError(f"number {number} is refused")
-
-
-def killed_elsewhere(number: int, here: int) -> int:
-    if os.getpid() != here:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def loud(number: int) -> int:
-    print("printed")
-    os.write(1, b"written")
-    return number
 
 
 def test_calls_are_spread_over_processes_and_answered_in_order(here: int) -> None:

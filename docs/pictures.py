@@ -91,7 +91,9 @@ def draw(pictures: Path) -> None:
             _run(folder, [*command, "-q", "--plot", str(pictures.resolve() / f"{name}.svg")])
         for name, (columns, command) in ANSWERS.items():
             answer = _run(folder, command, **_TERMINAL, COLUMNS=str(columns))
-            (pictures / f"{name}.svg").write_text(_terminal(answer, columns, command))
+            (pictures / f"{name}.svg").write_text(
+                _terminal(answer, columns, command), encoding="utf-8"
+            )
 
 
 def _run(folder: Path, command: list[str], **settings: str) -> str:
@@ -99,7 +101,7 @@ def _run(folder: Path, command: list[str], **settings: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "loratool", *command],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
-        capture_output=True, text=True,
+        capture_output=True, text=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode in (0, 3), done.stderr
     return done.stdout

@@ -35,8 +35,9 @@ class Counterpart:
     Of a stack it is one matrix, whose name ends in the expert's number. `place` is where its
     factors go, with the name in memory that the base has for it. `base` is None for a tensor that
     only the tuned model has. `fate` is what becomes of it if it has changed. `twin` is the head
-    that is the same matrix in both models, for an embedding that has one. `shared` is set for the
-    matrix that encoder, decoder and head have together, for which no adapter has a place.
+    that is the same matrix in both models, for an embedding that has one, and `left_by` the one of
+    the two names for which alone the user does not want it. `shared` is set for the matrix that
+    encoder, decoder and head have together, for which no adapter has a place.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Counterpart:
     group: Group
     fate: Fate
     twin: str = ""
+    left_by: str = ""
     shared: bool = False
     stack: Stack | None = None
 

@@ -16,7 +16,12 @@ from loratool.extracting.counterparts import Counterpart, Counterparts
 from loratool.extracting.decomposed import Decomposed, joined_stacks
 from loratool.extracting.policy import Policy
 from loratool.extracting.quantised_sides import note_quantised
-from loratool.extracting.unasked import note_unasked
+from loratool.extracting.unasked import (
+    asked_with,
+    note_left_by_one_name,
+    note_unasked,
+    ways_to_ask,
+)
 from loratool.linalg.ranks import note_too_wide
 from loratool.models.layouts.names import is_vocabulary
 from loratool.models.quantised.ends import form_of
@@ -125,6 +130,7 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     unchanged = len(ordered) - len(held) - len(left)
     outcome = Outcome(fates["factors"], whole, left, unchanged, list(pairs.notices))
     outcome.notices += note_unasked(outcome.unasked, outcome.total)
+    outcome.notices += note_left_by_one_name([f.part for f in left])
     _note_noise(outcome)
     outcome.notices += note_quantised(outcome.factors)
     return outcome
@@ -136,7 +142,9 @@ def _refuse_nothing(
     if fates["factors"]:
         return
     beyond = " beyond rounding" if noise else ""
-    keep = "; --keep-noise makes an adapter of the rounding all the same" if noise else ""
+    with_what = "" if any(f.part.fate == "factors" for f in noise) else asked_with(noise)
+    kept = f"--keep-noise{with_what} makes an adapter of the rounding all the same"
+    keep = f"; {kept}" if noise else ""
     if not any(fates.values()):
         which = f"{len(noise):,}" if noise else "none"
         verb = agreeing(len(noise) or count, "differs")
@@ -153,7 +161,7 @@ def _refuse_nothing(
             raise ValueRangeError(
                 f"Nothing differs{beyond}{selected} that becomes factors without being asked for, "
                 f"but only these:\n{names}",
-                f"--embeddings gives embeddings of tokens factors{keep}.",
+                ways_to_ask(fates["unasked"]) + (f" {kept}." if noise else ""),
             )
         raise ValueRangeError(
             f"No weight that could become factors differs{beyond}{selected} but only these:\n"
@@ -234,7 +242,8 @@ def _note_noise(outcome: Outcome) -> None:
     text = (
         f"{counted(len(noise), 'tensor', 'differs')} by rounding alone "
         f"({', '.join(sorted(forms))}) and {agreeing(len(noise), 'is')} left out:\n"
-        f"{listed(ranged_names(f.part.name for f in noise))}\n  --keep-noise keeps them."
+        f"{listed(ranged_names(f.part.name for f in noise))}\n  "
+        f"--keep-noise{asked_with(noise)} keeps them."
     )
     outcome.notices.append(Notice("rounding-only", text, noise[0].part.name))
 

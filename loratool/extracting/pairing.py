@@ -85,8 +85,7 @@ class _Pairing:
             parts = self._counterparts(path, base_name, source, parameter)
             if tied and own_tied and name == own_tied.embedding:
                 twin = named(own_tied.head)
-                fate = self._fate_of_both(parts[0].fate, twin)
-                parts = [replace(part, twin=twin, fate=fate) for part in parts]
+                parts = [self._of_both(part, twin) for part in parts]
             self._check(parts[0], name, base_name, source, parameter)
             found.found += parts
             if parameter.members:
@@ -149,12 +148,15 @@ class _Pairing:
         no_factors = fate == "factors" and not found.takes_factors
         return replace(found, fate="whole") if other or no_factors else found
 
-    def _fate_of_both(self, fate: Fate, twin: str) -> Fate:
-        """What becomes of an embedding that is the head `twin` too: it is left out, or saved whole,
-        if either of the two names is to be."""
+    def _of_both(self, part: Counterpart, twin: str) -> Counterpart:
+        """An embedding that is the head `twin` too: it is left out, or saved whole, if either of
+        the two names is to be."""
         other = self.choice.fate(twin.rpartition(".")[0], "embeddings")
         decided: tuple[Fate, ...] = ("left", "whole")
-        return next((one for one in decided if one in (fate, other)), fate)
+        fate = next((one for one in decided if one in (part.fate, other)), part.fate)
+        by = twin if other == "left" else part.name
+        alone = fate == "left" and part.fate != other
+        return replace(part, twin=twin, fate=fate, left_by=by if alone else "")
 
     def _has_alias(self, name: str) -> bool:
         """Whether the model has a matrix in two places that are no embedding and head of it all."""

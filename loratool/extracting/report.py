@@ -79,7 +79,8 @@ class GroupShare:
     """The norms, biases or embeddings that changed: how many, their bytes, their share of
     ‖tuned - base‖².
 
-    `saved` of them are in the adapter, whole or as factors. With all of them the error is
+    `saved` of them are in the adapter, whole or as factors, and `unasked` are not because nobody
+    asked for them. With all of them the error is
     `error_with`, with none `error_without`. A dry run does not know them, and of embeddings that
     would be factors only their decomposition tells `error_with`.
     """
@@ -87,6 +88,7 @@ class GroupShare:
     group: str
     tensors: int
     saved: int
+    unasked: int
     nbytes: int
     share: float
     error_with: float | None
@@ -316,6 +318,7 @@ def _groups(held: Outcome, ranks: Sequence[int | None], known: bool) -> list[Gro
         groups.append(
             GroupShare(
                 group, len(found), len(factors) + len(whole),
+                sum(f.part.fate == "unasked" for f in left),
                 sum(f.part.tuned.nbytes for f in found), _energy(found) / total,
                 math.sqrt(max(0.0, lost - outside) / total) if told else None,
                 math.sqrt((lost + inside) / total) if known else None,

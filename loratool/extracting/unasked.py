@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.errors import listed
@@ -37,14 +37,48 @@ def note_unasked(unasked: Sequence[Decomposed], total: float) -> list[Notice]:
             continue
         parts = [f.part for f in found]
         share = percent(math.fsum(f.size.energy for f in found) / (total or 1.0))
-        asking = [f"{OPTIONS[group]} {_SAVED[group]}."] if group in _SAVED else _of_lookups(parts)
         text = (
             f"The {group} changed and are not in the adapter: "
             f"{counted(len(found), 'tensor')}, {share} of ‖ΔW‖²:\n"
-            f"{listed(ranged_names(part.name for part in parts))}\n  " + "\n  ".join(asking)
+            f"{listed(ranged_names(part.name for part in parts))}\n  "
+            + "\n  ".join(_ways(group, parts))
         )
         notices.append(Notice("not-saved", text, parts[0].name))
     return notices
+
+
+def ways_to_ask(unasked: Sequence[Decomposed]) -> str:
+    """How all of these get into the adapter, and what takes them then, in sentences."""
+    said = []
+    for group in ON_REQUEST:
+        parts = [f.part for f in unasked if f.part.group == group]
+        said += _ways(group, parts) if parts else []
+    return " ".join(said)
+
+
+def asked_with(found: Sequence[Decomposed]) -> str:
+    """The options that it takes beside others to have all of these: " with --embeddings"."""
+    groups = {f.part.group for f in found if f.part.fate == "unasked"}
+    options = [OPTIONS[group] for group in ON_REQUEST if group in groups]
+    return f" with {enumerated(options)}" if options else ""
+
+
+def note_left_by_one_name(parts: Iterable[Counterpart]) -> list[Notice]:
+    """A notice for an embedding that is the head too, and that goes with the other of its names."""
+    return [
+        Notice(
+            "left-by-one-name",
+            f"{part.name} and {part.twin} are one matrix, and {part.left_by} is left out by what "
+            "was selected: so the other is not in the adapter either. Select both, or neither.",
+            part.name,
+        )
+        for part in parts
+        if part.left_by
+    ]
+
+
+def _ways(group: str, parts: Sequence[Counterpart]) -> list[str]:
+    return [f"{OPTIONS[group]} {_SAVED[group]}."] if group in _SAVED else _of_lookups(parts)
 
 
 def _of_lookups(parts: Sequence[Counterpart]) -> list[str]:

@@ -129,7 +129,7 @@ def _group_text(group: GroupShare) -> str:
     """How much of the change a group is, and what leaving it out costs."""
     size = f"{counted(group.tensors, 'tensor')}, {percent(group.share)} of ‖ΔW‖²"
     if not group.saved:
-        size += f", left out ({OPTIONS[group.group]})"
+        size += ", left out" + f" ({OPTIONS[group.group]})" * bool(group.unasked)
     elif group.saved < group.tensors:
         size += f", {group.saved} in the adapter"
     if group.error_without is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,20 +21,28 @@ from loratool.streams.threads import R, cores
 
 _SCRIPT = """
 import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
+sys.path[:], marker = pickle.load(sys.stdin.buffer)
 from loratool.streams.processes import serve
-serve()
+serve(marker)
 """
+
+#: Programs that are Python by themselves. In an application that embeds it, `sys.executable` may be
+#: that application, which would be started again.
+_PYTHON = re.compile(r"(python|pypy)[\w.-]*", re.IGNORECASE)
+
+#: Lines that a process may print before it answers, as what sites have run at every start does.
+_NOISE = 1_000
 
 #: Seconds that a process has to end by itself when nothing is asked any more.
 _PATIENCE = 5
 
 
 class Processes:
-    """So many processes, to be called from as many threads. Use as a context manager."""
+    """Processes for the cores, 8 at most and `most` if that is said, to be called from as many
+    threads (`count`). Use as a context manager."""
 
-    def __init__(self, count: int | None = None) -> None:
-        self.count = count or min(8, cores())
+    def __init__(self, most: int | None = None) -> None:
+        self.count = min(most or 8, 8, cores())
         self._free: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         self._all: list[_Process] = []
         self._is_over = False
@@ -68,8 +77,8 @@ class Processes:
             if process is not None:
                 try:
                     is_done, result = process.ask(function, arguments)
-                except (OSError, EOFError, pickle.UnpicklingError):
-                    process = None  # it is gone
+                except ProcessGone:
+                    process = None
                 else:
                     if is_done:
                         answer: R = result
@@ -81,12 +90,20 @@ class Processes:
         return function(*arguments)
 
 
+class ProcessGone(Exception):
+    """A process ended, or is none that answers."""
+
+
 class _Process:
     """An interpreter that runs `serve`."""
 
     def __init__(self) -> None:
+        self._marker = os.urandom(16).hex().encode()
+        self._has_begun = False
+        # Isolated: nothing of the folder that somebody lists is imported, were it called pickle.py.
+        utf8 = f"utf8={sys.flags.utf8_mode}"  # names of files are to be the same
         self._popen = subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT],
+            [sys.executable, "-I", "-X", utf8, "-c", _SCRIPT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -96,15 +113,30 @@ class _Process:
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
         self._calls, self._answers = self._popen.stdin, self._popen.stdout
-        with suppress(OSError):  # the first call will tell
-            self._send(sys.path)
+        with suppress(ProcessGone):  # the first call will tell
+            self._send((sys.path, self._marker))
 
     def ask(self, *call: Any) -> tuple[bool, Any]:
-        """Whether it could compute a call, and the result. Raises OSError, EOFError and
-        UnpicklingError where it is gone."""
+        """Whether it could compute a call, and the result. Raises ProcessGone."""
         self._send(call)
-        answer: tuple[bool, Any] = pickle.load(self._answers)
-        return answer
+        try:
+            if not self._has_begun:
+                self._skip_noise()
+            is_done, result = pickle.load(self._answers)
+        except Exception as error:  # the beginning of an answer may be anything to pickle
+            raise ProcessGone from error
+        return is_done, result
+
+    def _skip_noise(self) -> None:
+        """Read what was printed before the first answer, up to the marker."""
+        for _ in range(_NOISE):
+            line = self._answers.readline(1 << 16)
+            if line.rstrip() == self._marker:
+                self._has_begun = True
+                return
+            if not line:
+                break
+        raise EOFError
 
     def tell_end(self, at_once: bool) -> None:
         if at_once:
@@ -121,24 +153,30 @@ class _Process:
         self._answers.close()
 
     def _send(self, value: Any) -> None:
-        self._calls.write(pickle.dumps(value))
-        self._calls.flush()
+        data = pickle.dumps(value)
+        try:
+            self._calls.write(data)
+            self._calls.flush()
+        except OSError as error:
+            raise ProcessGone from error
 
 
 def _started() -> _Process | None:
-    """A process; None where none can be had: from an application that is no Python by itself, or
-    of a system that gives no more."""
-    if getattr(sys, "frozen", False) or not sys.executable:
+    """A process; None where none can be had: of an application that is no Python by itself, or
+    from a system that gives no more."""
+    name = os.path.basename(sys.executable or "")
+    if getattr(sys, "frozen", False) or not _PYTHON.fullmatch(name):
         return None
     with suppress(OSError):
         return _Process()
     return None
 
 
-def serve() -> None:
-    """Answer the calls that come through stdin until it ends."""
+def serve(marker: bytes) -> None:
+    """Answer the calls that come through stdin until it ends, behind a line with the marker."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what anybody prints is no answer
+    os.dup2(2, 1)  # what anybody prints from now on is no answer
+    answers.write(b"\n" + marker + b"\n")
     while True:
         try:
             function, arguments = pickle.load(sys.stdin.buffer)

@@ -149,11 +149,12 @@ def _entries(
 ) -> Iterator[CatalogEntry | None]:
     """What the headers of every unit say, in order: of many on this disk in processes, since what
     takes the time is Python; of the Hub in threads, which wait together."""
-    if on_hub or len(units) < _MANY or threads == 1:
+    processes = Processes(threads)
+    if on_hub or len(units) < _MANY or processes.count == 1:
         calls = (partial(entry_of_unit, place, unit) for place, unit in units)
         yield from computed(calls, threads or (_STREAMS if on_hub else None))
         return
-    with Processes(threads) as processes:
+    with processes:
         asked = (partial(processes.call, entry_of_unit, place, unit) for place, unit in units)
         yield from computed(asked, processes.count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,27 @@ def test_any_text_is_shown_as_it_is(a: str, b: str) -> None:
     coded.add(code(b), "x")
     assert shown(coded).replace(" ", "") == f"hg{one_line(b)}x".replace(" ", "")
     assert shown(said("x ", code(b))).replace(" ", "") == f"x{one_line(b)}".replace(" ", "")
+
+
+@pytest.mark.parametrize("link", ["", "https://hub.example/x"])
+def test_no_program_ends_a_cell_within_code(link: str) -> None:
+    """Before a backslash and a bar, in code, some end the cell: such a text is no code."""
+    table = table_of("h", "g")
+    table.add(code(r"a\|![x](y)<img src=z>", link), "x")
+    row = markdown_of(Sheet("card", [table])).splitlines()[-1]
+    assert "`" not in row
+    assert r"a\\\|\!\[x\](y)\<img src=z\>" in row
+
+
+@pytest.mark.parametrize(
+    "text", ["see www.evil.example", "http://evil.example", "WWW.evil.example", "me@evil.example"]
+)
+def test_no_text_becomes_a_link_by_itself(text: str) -> None:
+    """The Hub makes links of what looks like an address; a name of a file is none."""
+    drawn = markdown_of(Sheet("card", [said(text)]))
+    for sign in ("www.", "WWW.", "://", "@"):
+        assert sign not in re.sub(r"\\\W", "", drawn)
+    assert shown(said(text)) == text
 
 
 def test_each_piece_has_its_sign() -> None:

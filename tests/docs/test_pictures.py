@@ -19,8 +19,12 @@ def test_the_pictures_are_there_and_each_is_shown(tmp_path: Path) -> None:
     names = {f"{name}.svg" for name in (*script["PLOTS"], *script["ANSWERS"])}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} == names
-    texts = "".join(p.read_text() for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    texts = "".join(
+        p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    )
     assert set(re.findall(r"pictures/(\w+\.svg)", texts)) == names
     for name in script["ANSWERS"]:
-        drawn = (tmp_path / f"{name}.svg").read_text()
-        assert drawn == (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(), name
+        drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        assert drawn == (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8"), (
+            name
+        )

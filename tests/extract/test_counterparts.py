@@ -31,6 +31,8 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool.errors import MatchError
+from loratool.rendering.extract import extract_sheet
+from loratool.sheet import Facts, plain_text
 
 
 def test_a_grown_vocabulary_is_saved_whole(tmp_path: Path) -> None:
@@ -138,10 +140,41 @@ def test_a_tied_head_that_is_excluded_takes_its_embedding_along(tmp_path: Path) 
     state = model()
     del state["lm_head.weight"]
     pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
-    for name in ("lm_head", "embed_tokens"):
+    for name, other in (("lm_head", "embed_tokens"), ("embed_tokens", "lm_head")):
         report = pair.extract(rank=2, exclude=[name], **EVERYTHING, overwrite=True)
         assert [t.name for t in report.left] == ["model.embed_tokens.weight"]
         assert not any("embed" in m.path or "head" in m.path for m in report.modules)
+        (notice,) = [n for n in report.warnings if n.code == "left-by-one-name"]
+        assert f"{name}.weight is left out by what was selected" in notice.message
+        assert f"{other}.weight" in notice.message
+
+
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [
+        ({"include": ["embed_tokens", "q_proj"]}, True),
+        ({"include": ["lm_head", "q_proj"]}, True),
+        ({"skip": ["heads"]}, True),
+        ({"skip": ["heads"], "exclude": ["embed_tokens"]}, False),
+        ({"include": ["q_proj"]}, False),
+        ({"include": ["q_proj", "lm_head", "embed_tokens"]}, False),
+    ],
+)
+def test_what_goes_with_its_other_name_is_said(
+    options: dict[str, Any], is_said: bool, tmp_path: Path
+) -> None:
+    """Whoever selects one of two names of a matrix is told why it is not in the adapter, and the
+    report does not tell of the option that was given."""
+    state = model()
+    del state["lm_head.weight"]
+    pair = Pair(tmp_path, state, moved(state), tie_word_embeddings=True)
+    report = pair.extract(rank=2, embeddings=True, **options)
+    assert ("left-by-one-name" in codes(report)) == is_said
+    facts = [row for piece in extract_sheet(report).pieces if isinstance(piece, Facts)
+             for row in piece.rows]  # fmt: skip
+    said = [plain_text(words) for what, words in facts if what == "embeddings"]
+    assert all("--embeddings" not in text for text in said)
+    assert all(group.unasked == 0 for group in report.groups if group.group == "embeddings")
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:

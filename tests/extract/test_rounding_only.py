@@ -88,6 +88,24 @@ def test_only_what_was_trained_has_factors(
         assert kept.bytes_written > 2 * size
 
 
+def test_what_keeps_rounding_is_all_that_it_takes(tmp_path: Path) -> None:
+    """Of norms, biases and embeddings that differ by rounding the notice and the refusal name the
+    options that go with --keep-noise; with them these are in the adapter."""
+    given = model(size=32)
+    pair = Pair(tmp_path / "some", given, cast(moved(given, f"{Q0}.weight"), F16))
+    (notice,) = [n for n in pair.extract(rank=4).warnings if n.code == "rounding-only"]
+    options = "--save norms, --save biases and --embeddings"
+    assert f"--keep-noise with {options} keeps them." in notice.message
+    assert pair.extract(rank=4, keep_noise=True, **EVERYTHING).left == []
+    tokens = "model.embed_tokens.weight"
+    rounded = given | {tokens: cast(given, F16)[tokens]}
+    alone = Pair(tmp_path / "one", given, rounded)
+    error = alone.fails(ValueRangeError, "The two models are the same", rank=4)
+    assert "--keep-noise with --embeddings makes an adapter" in error.hint
+    report = alone.extract(rank=4, keep_noise=True, embeddings=True)
+    assert [m.path for m in report.modules] == ["model.embed_tokens"]
+
+
 def test_a_half_precision_in_between_is_rounding_too(tmp_path: Path) -> None:
     """Weights that went through bfloat16 on their way into a float32 or float16 file."""
     given = model(size=32)

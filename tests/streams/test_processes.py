@@ -15,8 +15,9 @@ from helpers.adapters import lora
 from helpers.called import killed_elsewhere, loud, place_of, refused
 
 import loratool
+from loratool.streams import processes
 from loratool.streams.processes import Processes
-from loratool.streams.threads import computed
+from loratool.streams.threads import computed, cores
 from loratool.verbs import list as listing
 
 pytestmark = pytest.mark.process
@@ -29,9 +30,9 @@ def here() -> int:
 
 def test_calls_are_spread_over_processes_and_answered_in_order(here: int) -> None:
     """Every process gets a part of the work, and the one that asks none."""
-    with Processes(2) as processes:
-        calls = (partial(processes.call, place_of, number) for number in range(40))
-        found = list(computed(calls, processes.count))
+    with Processes(2) as some:
+        calls = (partial(some.call, place_of, number) for number in range(40))
+        found = list(computed(calls, some.count))
     assert [number for number, _ in found] == list(range(40))
     assert here not in {place for _, place in found}
     assert len(Counter(place for _, place in found)) == 2
@@ -39,23 +40,70 @@ def test_calls_are_spread_over_processes_and_answered_in_order(here: int) -> Non
 
 def test_an_error_is_raised_where_it_was_asked(here: int) -> None:
     """The error of the function itself comes out, and the process goes on."""
-    with Processes(1) as processes:
+    with Processes(1) as some:
         with pytest.raises(ValueError, match="number 3 is refused"):
-            processes.call(refused, 3)
-        assert processes.call(place_of, 4)[1] != here
+            some.call(refused, 3)
+        assert some.call(place_of, 4)[1] != here
 
 
 def test_what_a_killed_process_had_is_computed_here(here: int) -> None:
     """A process that the system kills loses no result, also of the calls after it."""
-    with Processes(2) as processes:
-        calls = (partial(processes.call, killed_elsewhere, n, here) for n in range(10))
-        assert list(computed(calls, processes.count)) == list(range(10))
+    with Processes(2) as some:
+        calls = (partial(some.call, killed_elsewhere, n, here) for n in range(10))
+        assert list(computed(calls, some.count)) == list(range(10))
 
 
 def test_what_is_printed_is_no_answer() -> None:
     """Somebody's print in a process, or what a library writes to stdout, disturbs nothing."""
-    with Processes(1) as processes:
-        assert [processes.call(loud, number) for number in range(3)] == [0, 1, 2]
+    with Processes(1) as some:
+        assert [some.call(loud, number) for number in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("noise", ["N.", "Initialising modules", "\\x80\\x04", "x" * 100_000])
+def test_what_is_printed_at_the_start_is_no_answer(
+    noise: str, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a site has run whenever Python starts may print whatever it likes."""
+    monkeypatch.setattr(processes, "_SCRIPT", f"print({noise!r})\n{processes._SCRIPT}")
+    with Processes(1) as some:
+        assert some.call(place_of, 5)[1] != here
+
+
+def test_nothing_of_the_folder_one_is_in_is_run(
+    tmp_path: Path, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever lists a folder with a pickle.py in it does not run that."""
+    for name in ("pickle", "sitecustomize", "re"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Processes(1) as some:
+        assert some.call(place_of, 5)[1] != here
+    assert not (tmp_path / "ran").exists()
+
+
+def test_there_are_no_more_processes_than_cores() -> None:
+    """Whoever asks for 500 threads does not get 500 interpreters."""
+    assert Processes(500).count == Processes().count == min(8, cores())
+    assert Processes(1).count == 1
+
+
+@pytest.mark.parametrize("program", ["exec yes", "exec sleep 60", "exit 0"])
+@pytest.mark.parametrize("name", ["python3", "qgis"])
+def test_an_application_that_is_no_python_is_not_waited_for(
+    program: str, name: str, tmp_path: Path, here: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would have computed is computed here."""
+    if name == "python3" and "sleep" in program:
+        return  # of that name, and silent for ever: nobody can tell it from a slow Python
+    other = tmp_path / name
+    other.write_text(f"#!/bin/sh\n{program}\n")
+    other.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(other))
+    start = time.monotonic()
+    with Processes(1) as some:
+        assert some.call(place_of, 5) == (5, here)
+    assert time.monotonic() - start < 30
 
 
 def test_where_no_process_can_be_had_all_is_computed_here(
@@ -63,22 +111,22 @@ def test_where_no_process_can_be_had_all_is_computed_here(
 ) -> None:
     """An application that is no Python by itself is not started again in place of one."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with Processes(2) as processes:
-        assert processes.call(place_of, 1) == (1, here)
+    with Processes(2) as some:
+        assert some.call(place_of, 1) == (1, here)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with Processes(2) as processes:
-        assert processes.call(place_of, 1) == (1, here)
+    with Processes(2) as some:
+        assert some.call(place_of, 1) == (1, here)
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    with Processes(2) as processes:
-        assert processes.call(place_of, 1) == (1, here)
+    with Processes(2) as some:
+        assert some.call(place_of, 1) == (1, here)
 
 
 def test_an_error_outside_ends_the_processes() -> None:
     """Nobody waits for what a process still computes: of a minute a second is left at most."""
 
     def interrupted() -> None:
-        with Processes(1) as processes:
-            calls = (partial(processes.call, time.sleep, number) for number in (0, 60))
+        with Processes(1) as some:
+            calls = (partial(some.call, time.sleep, number) for number in (0, 60))
             for _ in computed(calls, 1):
                 raise KeyboardInterrupt
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from loratool.notices import Notice
 from loratool.sheet import (
@@ -30,9 +31,11 @@ from loratool.sheet import (
 )
 from loratool.text import printable, printable_code
 
-#: Signs that Markdown reads, wherever they stand; an underscore only at the edge of a word, and
-#: no "<" before a number, as shares have it.
-_READ = re.compile(r"[\\`*\[\]>#|&~!$]|<(?!\d)|(?<![^\W_])_|_(?![^\W_])")
+#: Signs that Markdown reads, wherever they stand; an underscore only at the edge of a word, no "<"
+#: before a number, as shares have it, and of addresses, which become links, one sign each.
+_READ = re.compile(
+    r"[\\`*\[\]>#|&~!$@]|<(?!\d)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
+)
 #: What makes a list or a line of a paragraph that begins with it; a sign goes behind the match.
 _BEGINS = re.compile(r"^(?:(?=[-+=])|\d{1,9}(?=[.)](?:\s|$)))")
 
@@ -143,8 +146,15 @@ def _row(cells: Sequence[Words]) -> str:
 
 def _cell(words: Words) -> str:
     """What no `|` may end: those of words are escaped already, those of code are not."""
-    parts = ((_part(part), part.tone == "code") for part in parts_of(words))
-    return "".join(text.replace("|", r"\|") if is_code else text for text, is_code in parts).strip()
+    return "".join(map(_part_of_cell, parts_of(words))).strip()
+
+
+def _part_of_cell(part: Toned) -> str:
+    if part.tone != "code":
+        return _part(part)
+    if r"\|" in part.text:  # which programs read differently in code, some as the cell's end
+        return _part(replace(part, tone="plain"))
+    return _part(part).replace("|", r"\|")
 
 
 def _odd(notice: Notice) -> Words:

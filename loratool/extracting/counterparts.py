@@ -36,8 +36,9 @@ class Counterpart:
     factors go, with the name in memory that the base has for it. `base` is None for a tensor that
     only the tuned model has. `fate` is what becomes of it if it has changed. `twin` is the head
     that is the same matrix in both models, for an embedding that has one, and `left_by` the one of
-    the two names for which alone the user does not want it. `shared` is set for the matrix that
-    encoder, decoder and head have together, for which no adapter has a place.
+    the two names for which alone the user does not want it. A head is `untied` that is the
+    embedding in the base alone. `shared` is set for the matrix that encoder, decoder and head have
+    together, for which no adapter has a place.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Counterpart:
     fate: Fate
     twin: str = ""
     left_by: str = ""
+    untied: bool = False
     shared: bool = False
     stack: Stack | None = None
 

@@ -131,6 +131,7 @@ def gather(pairs: Counterparts, found: Sequence[Decomposed]) -> Outcome:
     outcome = Outcome(fates["factors"], whole, left, unchanged, list(pairs.notices))
     outcome.notices += note_unasked(outcome.unasked, outcome.total)
     outcome.notices += note_left_by_one_name([f.part for f in left])
+    _note_untied(outcome)
     _note_noise(outcome)
     outcome.notices += note_quantised(outcome.factors)
     return outcome
@@ -232,6 +233,16 @@ def _note_ranks(outcome: Outcome, asked: int) -> None:
     if dropped:
         text = f"The budget leaves no rank for these modules:\n{listed(dropped)}"
         outcome.notices.append(Notice("no-budget", text, dropped[0]))
+
+
+def _note_untied(outcome: Outcome) -> None:
+    for name in (f.part.name for f in outcome.factors if f.part.untied):
+        text = (
+            f"{name} is the embedding in the base, and a matrix of its own in the fine-tune. The "
+            "adapter has factors of it, which llama.cpp and Ollama refuse with a base whose head "
+            "is tied; --skip heads leaves them out."
+        )
+        outcome.notices.append(Notice("head-untied", text, name))
 
 
 def _note_noise(outcome: Outcome) -> None:

@@ -86,6 +86,8 @@ class _Pairing:
             if tied and own_tied and name == own_tied.embedding:
                 twin = named(own_tied.head)
                 parts = [self._of_both(part, twin) for part in parts]
+            elif tied and not own_tied and base_name == tied.head:
+                parts = [replace(part, untied=True) for part in parts]
             self._check(parts[0], name, base_name, source, parameter)
             found.found += parts
             if parameter.members:

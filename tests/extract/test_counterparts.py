@@ -33,6 +33,7 @@ import loratool
 from loratool.errors import MatchError
 from loratool.rendering.extract import extract_sheet
 from loratool.sheet import Facts, plain_text
+from loratool.verbs.lint import AdapterLint
 
 
 def test_a_grown_vocabulary_is_saved_whole(tmp_path: Path) -> None:
@@ -246,6 +247,15 @@ def test_a_head_that_one_side_alone_ties_is_a_head(
         "model.embed_tokens.weight"
     }
     assert not any("same matrix" in n.message for n in report.warnings)
+    # llama.cpp refuses these factors where the base's head is tied, and lint says so.
+    assert ("head-untied" in codes(report)) == sides[0]
+    (adapter,) = loratool.lint(tmp_path / "out", base=folders["base"]).adapters
+    assert isinstance(adapter, AdapterLint)
+    refused = {v.program for v in adapter.verdicts if v.outcome == "refused"}
+    assert ("llamacpp" in refused) == sides[0]
+    again = {"rank": 2, "skip": ["heads"], "overwrite": True}
+    report = loratool.extract(folders["base"], folders["tuned"], tmp_path / "out", **again)
+    assert "head-untied" not in codes(report)
 
 
 def test_weights_that_are_stored_transposed_are_told_by_the_architecture(tmp_path: Path) -> None:
